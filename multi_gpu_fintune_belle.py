@@ -1,0 +1,86 @@
+"""
+torchrun --nproc_per_node=2 multi_gpu_fintune_belle.py --dataset_path data/alpaca --lora_rank 8 \\
+    --per_device_train_batch_size 1 --gradient_accumulation_steps 2 --learning_rate 2e-5 --fp16 --num_train_epochs 2 \\
+    --save_steps 1000 --save_total_limit 2 --logging_steps 50 --output_dir output --deepspeed ds_config_zero3.json
+
+LoRA fine-tuning of ChatGLM-6B on a dataset made by tokenize_dataset_rows_belle.py. The launcher decides what runs:
+torchrun with --deepspeed is ZeRO, without it plain DDP; accelerate launch brings its own configuration; python alone
+is one process. Besides the flags below it takes those of transformers' TrainingArguments. The adapter, a PEFT
+directory, lands in --output_dir.
+"""
+
+import json
+import sys
+from dataclasses import dataclass, field
+
+from utils.batching import PaddingCollator
+from utils.checkpoint import DEFAULT_MODEL, load_model, load_tokenizer
+from utils.distributed import init_process_group, is_main_process, print_once, shut_down
+from utils.errors import UsageError, run
+from utils.lora import DEFAULT_TARGET_MODULES, attach_adapter
+from utils.token_dataset import load_examples
+from utils.training import AdapterTrainer, describe_run, resolve_precision, uses_deepspeed
+
+import torch
+from transformers import HfArgumentParser, TrainingArguments
+
+
+@dataclass
+class FinetuneArguments:
+    dataset_path: str = field(metadata={"help": "dataset made by tokenize_dataset_rows_belle.py"})
+    model_name_or_path: str = field(default=DEFAULT_MODEL, metadata={"help": "checkpoint directory or hub id"})
+    lora_rank: int = field(default=8, metadata={"help": "rank of the adapter"})
+    lora_alpha: int = field(default=32, metadata={"help": "the adapter is scaled by lora_alpha / lora_rank"})
+    lora_dropout: float = field(default=0.0, metadata={"help": "dropout on the adapter's input, 0 to 1"})
+    lora_target_modules: list[str] = field(
+        default_factory=lambda: list(DEFAULT_TARGET_MODULES), metadata={"help": "linear layers that get an adapter"}
+    )
+
+
+def parse_arguments(argv: list[str]):
+    """Returns FinetuneArguments, TrainingArguments and the weights' dtype, with the process group joined between."""
+    parser = HfArgumentParser((FinetuneArguments, TrainingArguments), description=__doc__)
+    values = parser.parse_args(argv)
+    if values.lora_rank < 1:
+        raise UsageError(f"--lora_rank {values.lora_rank} must be at least 1")
+    if not 0 <= values.lora_dropout < 1:
+        raise UsageError(f"--lora_dropout {values.lora_dropout} must be at least 0 and below 1")
+    dtype = resolve_precision(values)
+    init_process_group(uses_deepspeed(values))
+    values.use_cpu = values.use_cpu or not torch.cuda.is_available()  # else accelerate makes each process a world of 1
+    values.remove_unused_columns = False  # the dataset has just the columns that the collator reads
+    values.report_to = values.report_to or "none"
+    try:
+        finetune_args, training_args = parser.parse_dict(vars(values))
+    except ValueError as error:
+        raise UsageError(" ".join(str(error).split())) from None
+    return finetune_args, training_args, dtype
+
+
+def main() -> None:
+    args, training_args, dtype = parse_arguments(sys.argv[1:])
+    dataset = load_examples(args.dataset_path)
+    tokenizer = load_tokenizer(args.model_name_or_path)
+    model = load_model(args.model_name_or_path, dtype=dtype)
+    model.config.use_cache = False
+    model = attach_adapter(
+        model, args.lora_rank, args.lora_alpha, args.lora_dropout, args.lora_target_modules, training_args.seed
+    )
+    if training_args.gradient_checkpointing:
+        model.enable_input_require_grads()
+    print_once(describe_run(training_args, dtype, len(dataset), *model.get_nb_trainable_parameters()))
+    trainer = AdapterTrainer(
+        model=model,
+        args=training_args,
+        train_dataset=dataset,
+        data_collator=PaddingCollator(tokenizer.pad_token_id),
+    )
+    result = trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    trainer.save_model()
+    if is_main_process():
+        print(json.dumps({"output_dir": training_args.output_dir, "steps": result.global_step, **result.metrics}))
+
+
+if __name__ == "__main__":
+    run(main)
+    shut_down()

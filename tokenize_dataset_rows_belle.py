@@ -1,0 +1,70 @@
+"""
+python tokenize_dataset_rows_belle.py --jsonl_path data/alpaca_data.jsonl --save_path data/alpaca \\
+    --max_seq_length 200 --skip_overlength
+
+Turns rows (JSON Lines or a JSON array) into the Arrow dataset that multi_gpu_fintune_belle.py trains on: the prompt,
+[gMASK] <sop>, the target and <eop>, with the loss on the target and <eop> alone. Rows longer than --max_seq_length
+are skipped with --skip_overlength and cut without it; a cut takes text, never special tokens. A row may have the
+columns instruction/input/output, input/target, context/target or prompt/completion, or be a chat in messages.
+"""
+
+import argparse
+import json
+from collections import Counter
+from collections.abc import Iterator
+
+from utils.checkpoint import DEFAULT_MODEL, load_tokenizer
+from utils.errors import run
+from utils.prompts import MIN_SEQ_LENGTH, Example, encode_example
+from utils.rows import Rejections, RowError, parse_row, read_rows
+from utils.token_dataset import save_examples
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--jsonl_path", required=True, help="rows to tokenise")
+    parser.add_argument("--save_path", required=True, help="directory of the dataset; an older one is replaced")
+    parser.add_argument("--max_seq_length", type=int, default=384, help="tokens of a whole row (default: %(default)s)")
+    parser.add_argument("--skip_overlength", action="store_true", help="skip longer rows rather than cut them")
+    parser.add_argument(
+        "--model_name_or_path", default=DEFAULT_MODEL, help="whose tokenizer: a directory or hub id (%(default)s)"
+    )
+    args = parser.parse_args()
+    if args.max_seq_length < MIN_SEQ_LENGTH:
+        parser.error(f"--max_seq_length {args.max_seq_length} leaves no room for text: give at least {MIN_SEQ_LENGTH}")
+    return args
+
+
+def tokenize_rows(args: argparse.Namespace, counts: Counter, rejections: Rejections) -> Iterator[Example]:
+    """Yields the examples to write, and counts what became of every row."""
+    tokenizer = load_tokenizer(args.model_name_or_path)
+    for number, row in read_rows(args.jsonl_path, parse_row):
+        counts["read"] += 1
+        if isinstance(row, RowError):
+            rejections.add(number, row)
+            continue
+        example = encode_example(tokenizer, row, args.max_seq_length)
+        if example.tokens_cut and args.skip_overlength:
+            counts["skipped_overlength"] += 1
+            continue
+        counts["cut"] += bool(example.tokens_cut)
+        counts["tokens"] += len(example.input_ids)
+        counts["trained_tokens"] += sum(label >= 0 for label in example.labels)
+        counts["written"] += 1
+        yield example
+
+
+def main() -> None:
+    args = parse_arguments()
+    rejections = Rejections(args.jsonl_path)
+    counts = Counter(dict.fromkeys(("read", "written", "skipped_overlength", "cut", "tokens", "trained_tokens"), 0))
+    try:
+        save_examples(tokenize_rows(args, counts, rejections), args.save_path)
+    finally:
+        rejections.report()
+        if counts["read"]:
+            print(json.dumps({**counts, "rejected": rejections.count}))
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,16 @@
+"""
+What the scripts share. Importing it settles what other libraries read when they are imported, so it comes first.
+
+Progress bars are for a person at a terminal: elsewhere, and on ranks other than 0, there are none. Deprecations
+between other libraries are theirs to mend.
+"""
+
+import os
+import sys
+import warnings
+
+if os.environ.get("RANK", "0") != "0" or not sys.stderr.isatty():
+    for variable in ("TQDM_DISABLE", "HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS"):
+        os.environ.setdefault(variable, "1")
+os.environ.setdefault("DS_LOG_LEVEL", "error")
+warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.|transformers\.|deepspeed\.")

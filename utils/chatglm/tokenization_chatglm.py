@@ -1,0 +1,139 @@
+"""ChatGLM-6B's SentencePiece tokenizer (`ice_text.model`), as the released `tokenization_chatglm.py` behaves."""
+
+import re
+import shutil
+from pathlib import Path
+
+import sentencepiece
+from transformers import AddedToken, PreTrainedTokenizer
+
+NEWLINE_PIECE = "<n>"
+TAB_PIECE = "<|tab|>"
+LONGEST_BLANK = 80
+_BLANKS = re.compile(f" {{2,{LONGEST_BLANK}}}")
+_BLANK_PIECE = re.compile(r"<\|blank_(\d+)\|>")
+
+
+def encode_whitespace(text: str) -> str:
+    """Newlines, tabs and runs of 2 to 80 spaces become the pieces that stand for them; longer runs are cut at 80."""
+    text = text.replace("\n", NEWLINE_PIECE).replace("\t", TAB_PIECE)
+    return _BLANKS.sub(lambda run: f"<|blank_{len(run[0])}|>", text)
+
+
+def decode_whitespace(text: str) -> str:
+    """The inverse of `encode_whitespace`; such pieces written out in the text become white space too."""
+    text = text.replace(NEWLINE_PIECE, "\n").replace(TAB_PIECE, "\t")
+    return _BLANK_PIECE.sub(
+        lambda piece: " " * int(piece[1]) if 2 <= int(piece[1]) <= LONGEST_BLANK else piece[0], text
+    )
+
+
+class ChatGLMTokenizer(PreTrainedTokenizer):
+    """
+    Tokenizer of ChatGLM-6B.
+
+    `tokenizer(text)` appends `[gMASK] <sop>`; a pair becomes `A [gMASK] <sop> B <eop>`. Padding is on the left.
+    `attention_mask` is (B, T) of 0/1; the released tokenizer's 4-D masks and positions are derived in the model.
+
+    Args:
+        vocab_file: the SentencePiece model.
+        num_image_tokens: ids before the first text piece: 20000 in the first release, 0 since.
+        do_lower_case, remove_space: text normalisation, off in every release.
+    """
+
+    vocab_files_names = {"vocab_file": "ice_text.model"}
+    model_input_names = ["input_ids", "attention_mask"]
+    padding_side = "left"
+
+    def __init__(
+        self,
+        vocab_file: str,
+        do_lower_case: bool = False,
+        remove_space: bool = False,
+        bos_token: str | AddedToken = "<sop>",
+        eos_token: str | AddedToken = "<eop>",
+        end_token: str = "</s>",
+        mask_token: str | AddedToken = "[MASK]",
+        gmask_token: str = "[gMASK]",
+        pad_token: str | AddedToken = "<pad>",
+        unk_token: str | AddedToken = "<unk>",
+        num_image_tokens: int = 0,
+        clean_up_tokenization_spaces: bool = True,
+        **kwargs,
+    ):
+        self.vocab_file = vocab_file
+        self.do_lower_case = do_lower_case
+        self.remove_space = remove_space
+        self.num_image_tokens = num_image_tokens
+        self.end_token = end_token
+        self.gmask_token = gmask_token
+        self.sp_model = sentencepiece.SentencePieceProcessor(model_file=str(vocab_file))
+
+        # The released code strips the white space around a special token that it finds in the text.
+        kwargs["added_tokens_decoder"] = {
+            self._convert_token_to_id(str(token)): AddedToken(
+                str(token), lstrip=True, rstrip=True, normalized=False, special=True
+            )
+            for token in (bos_token, eos_token, unk_token, pad_token, mask_token)
+        }
+        kwargs.pop("model_specific_special_tokens", None)  # [gMASK] and </s> are not special to the released one
+        super().__init__(
+            do_lower_case=do_lower_case,
+            remove_space=remove_space,
+            bos_token=str(bos_token),
+            eos_token=str(eos_token),
+            mask_token=str(mask_token),
+            pad_token=str(pad_token),
+            unk_token=str(unk_token),
+            num_image_tokens=num_image_tokens,
+            clean_up_tokenization_spaces=clean_up_tokenization_spaces,
+            **kwargs,
+        )
+
+    @property
+    def vocab_size(self) -> int:
+        return self.num_image_tokens + self.sp_model.vocab_size()
+
+    @property
+    def gmask_token_id(self) -> int:
+        return self.convert_tokens_to_ids(self.gmask_token)
+
+    @property
+    def end_token_id(self) -> int:
+        return self.convert_tokens_to_ids(self.end_token)
+
+    def get_vocab(self) -> dict[str, int]:
+        vocab = {self._convert_id_to_token(i): i for i in range(self.vocab_size)}
+        return vocab | self._added_tokens_encoder
+
+    def _normalize(self, text: str) -> str:
+        if self.remove_space:
+            text = " ".join(text.strip().split())
+        if self.do_lower_case:
+            text = text.lower()
+        return encode_whitespace(text)
+
+    def _tokenize(self, text: str, **kwargs) -> list[str]:
+        return self.sp_model.encode(self._normalize(text), out_type=str)
+
+    def _convert_token_to_id(self, token: str) -> int:
+        return self.sp_model.piece_to_id(token) + self.num_image_tokens
+
+    def _convert_id_to_token(self, index: int) -> str:
+        if index < self.num_image_tokens:
+            return f"<image_{index}>"
+        return self.sp_model.id_to_piece(index - self.num_image_tokens)
+
+    def convert_tokens_to_string(self, tokens: list[str]) -> str:
+        return decode_whitespace(self.sp_model.decode([token for token in tokens if token != self.pad_token]))
+
+    def build_inputs_with_special_tokens(self, token_ids_0: list[int], token_ids_1: list[int] | None = None):
+        ids = token_ids_0 + [self.gmask_token_id, self.bos_token_id]
+        return ids if token_ids_1 is None else ids + token_ids_1 + [self.eos_token_id]
+
+    def save_vocabulary(self, save_directory: str, filename_prefix: str | None = None) -> tuple[str]:
+        name = (f"{filename_prefix}-" if filename_prefix else "") + self.vocab_files_names["vocab_file"]
+        target = Path(save_directory) / name
+        if Path(self.vocab_file).resolve() != target.resolve():
+            shutil.copyfile(self.vocab_file, target)
+        return (str(target),)

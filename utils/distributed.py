@@ -1,0 +1,74 @@
+"""Which launcher, which rank, which backend; on GPUs and without."""
+
+import os
+import socket
+
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed asks once, at its first import
+
+
+def process_rank() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+def local_rank() -> int:
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def world_size() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def launched_by_accelerate_with_deepspeed() -> bool:
+    return os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
+
+
+def is_main_process() -> bool:
+    return process_rank() == 0
+
+
+def print_once(message: str) -> None:
+    """Prints on rank 0 alone."""
+    if is_main_process():
+        print(message, flush=True)
+
+
+def init_process_group(use_deepspeed: bool) -> None:
+    """
+    Joins the processes the launcher started: NCCL with GPUs, gloo without. A lone process joins nothing, unless
+    DeepSpeed asks for a group of one.
+
+    On the CPU this must come before `TrainingArguments`, which leaves the group to be made later than `zero.Init`
+    needs it.
+    """
+    if world_size() == 1:
+        if not use_deepspeed:
+            return
+        for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_ADDR", "127.0.0.1")):
+            os.environ.setdefault(name, value)
+        if "MASTER_PORT" not in os.environ:
+            os.environ["MASTER_PORT"] = str(_free_port())
+    backend = "gloo"
+    if torch.cuda.is_available():
+        backend = "nccl"
+        torch.cuda.set_device(local_rank())
+    if use_deepspeed:
+        import deepspeed
+
+        deepspeed.init_distributed(dist_backend=backend)
+    elif not torch.distributed.is_initialized():
+        torch.distributed.init_process_group(backend)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def shut_down() -> None:
+    """Leaves the process group, so that no rank ends while another still talks to it."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()

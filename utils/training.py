@@ -1,0 +1,82 @@
+"""The Trainer as this toolkit needs it, and how a run's precision is settled."""
+
+import json
+import os
+from argparse import Namespace
+
+from utils.distributed import launched_by_accelerate_with_deepspeed, print_once
+from utils.errors import UsageError
+from utils.lora import save_adapter
+
+import torch
+from transformers import Trainer, TrainingArguments
+
+
+def resolve_precision(arguments: Namespace) -> torch.dtype:
+    """
+    The dtype of the base model's weights; sets `arguments.fp16` and `.bf16`, and the environment that accelerate and
+    DeepSpeed read, to match.
+
+    The flags decide; without one, the precision of accelerate's config file does. float16 needs a GPU: without one
+    it becomes float32, and a line says so.
+
+    Raises:
+        UsageError: both flags are given.
+    """
+    if arguments.fp16 and arguments.bf16:
+        raise UsageError("--fp16 and --bf16 exclude each other: give one")
+    source = "flag"
+    if not arguments.fp16 and not arguments.bf16:
+        source = "accelerate config"
+        configured = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+        arguments.fp16, arguments.bf16 = configured == "fp16", configured == "bf16"
+    if arguments.fp16 and not torch.cuda.is_available():
+        print_once(f"fp16 ({source}) needs a GPU and there is none: training in float32")
+        arguments.fp16 = False
+    precision = "fp16" if arguments.fp16 else "bf16" if arguments.bf16 else "no"
+    os.environ["ACCELERATE_MIXED_PRECISION"] = precision
+    return {"fp16": torch.float16, "bf16": torch.bfloat16, "no": torch.float32}[precision]
+
+
+def uses_deepspeed(arguments: Namespace) -> bool:
+    """
+    Raises:
+        UsageError: --deepspeed names no file or one that is not JSON, or accelerate brings a DeepSpeed of its own.
+    """
+    if not arguments.deepspeed:
+        return launched_by_accelerate_with_deepspeed()
+    if launched_by_accelerate_with_deepspeed():
+        raise UsageError(
+            "--deepspeed under an accelerate config that configures DeepSpeed itself: drop one of the two"
+        )
+    try:
+        with open(arguments.deepspeed, encoding="utf-8") as file:
+            json.load(file)
+    except OSError as error:
+        raise UsageError(f"--deepspeed {arguments.deepspeed}: {error.strerror}") from None
+    except json.JSONDecodeError as error:
+        raise UsageError(f"--deepspeed {arguments.deepspeed} is not JSON: {error}") from None
+    return True
+
+
+class AdapterTrainer(Trainer):
+    """Saves the adapter, gathered and verified, where Trainer would save a model; the same under every launcher."""
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        save_adapter(self.model, output_dir or self.args.output_dir, is_main_process=self.args.should_save)
+
+
+def describe_run(args: TrainingArguments, dtype: torch.dtype, rows: int, trainable: int, total: int) -> str:
+    """What the run resolved, one value a line, each with what decided it."""
+    rows_a_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    if args.deepspeed_plugin is not None:
+        launcher = f"DeepSpeed ZeRO-{args.deepspeed_plugin.zero_stage}"
+    else:
+        launcher = "DDP" if args.world_size > 1 else "one process"
+    return (
+        f"processes {args.world_size} ({launcher}, {args.device.type})\n"
+        f"weights {str(dtype).removeprefix('torch.')}\n"
+        f"rows {rows}, global batch {rows_a_step} = {args.per_device_train_batch_size} a device "
+        f"x {args.gradient_accumulation_steps} accumulated x {args.world_size} processes\n"
+        f"trainable parameters {trainable:,} of {total:,}"
+    )
