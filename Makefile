@@ -1,0 +1,25 @@
+# make test: the whole suite; make demo: the whole pipeline on the embedded checkpoint. Both make .venv first.
+PYTHON ?= python3
+VENV := .venv
+RUN := PATH="$(CURDIR)/$(VENV)/bin:$$PATH" OMP_NUM_THREADS=1
+TEST_PACKAGES := pytest==9.2.0 ruff==0.17.6
+
+.PHONY: test demo lint clean
+
+test: $(VENV)/installed lint
+	$(RUN) pytest
+
+demo: $(VENV)/installed
+	$(RUN) python tools/demo.py
+
+lint: $(VENV)/installed
+	$(RUN) ruff check .
+	$(RUN) ruff format --check .
+
+$(VENV)/installed: requirements.txt Makefile
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip install -q -r requirements.txt $(TEST_PACKAGES)
+	touch $@
+
+clean:
+	rm -rf $(VENV) data/demo output

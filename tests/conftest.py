@@ -1,0 +1,48 @@
+"""Fixtures: where things are, and how a script is run as a user runs it."""
+
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY = ROOT / "data" / "chatglm-tiny"
+GOLDEN = ROOT / "tests" / "golden"
+
+sys.path.insert(0, str(ROOT))
+
+
+class Result:
+    """What a command left: its exit code and its output."""
+
+    def __init__(self, command: str, process: subprocess.CompletedProcess):
+        self.command = command
+        self.code = process.returncode
+        self.out = process.stdout
+        self.err = process.stderr
+
+    def check(self) -> "Result":
+        """Fails the test with the whole output unless the command succeeded."""
+        assert self.code == 0, f"{self.command}\nexit code {self.code}\n{self.out[-4000:]}\n{self.err[-6000:]}"
+        return self
+
+
+@pytest.fixture(scope="session")
+def run_command():
+    """run_command("python script.py ...", cwd=ROOT): the command with this interpreter's environment first."""
+
+    def run(command: str, cwd: Path = ROOT, timeout: float = 400, **variables: str) -> Result:
+        environment = os.environ | {
+            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+            "OMP_NUM_THREADS": "1",
+            **variables,
+        }
+        process = subprocess.run(
+            shlex.split(command), cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout
+        )
+        return Result(command, process)
+
+    return run
