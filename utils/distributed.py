@@ -57,6 +57,8 @@ def init_process_group(use_deepspeed: bool) -> None:
     if use_deepspeed:
         import deepspeed
 
+        # DeepSpeed's shared-memory reduction reads the name that its own launcher gives this, and crashes without it.
+        os.environ.setdefault("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", "1"))
         deepspeed.init_distributed(dist_backend=backend)
     elif not torch.distributed.is_initialized():
         torch.distributed.init_process_group(backend)

@@ -1,6 +1,7 @@
 """LoRA adapters as PEFT directories: attach, save, load, merge."""
 
 import json
+import warnings
 from pathlib import Path
 
 from utils.errors import UsageError
@@ -120,9 +121,12 @@ def load_adapter(model: PreTrainedModel, path: str | Path) -> PeftModel:
     """
     directory = Path(path)
     config = _read_config(directory)
-    config.base_model_name_or_path = model.__dict__.get("name_or_path")  # PEFT warns of any other
+    # Which base this is gets checked by shape below; PEFT would only warn, also where the path alone differs.
+    config.base_model_name_or_path = model.name_or_path
     try:
-        adapted = get_peft_model(model, config)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*base_model_name_or_path")
+            adapted = get_peft_model(model, config)
     except ValueError as error:  # its targets match no layer
         raise UsageError(f"--adapter_path {directory} does not fit: {' '.join(str(error).split())}") from None
     _materialize(adapted)
@@ -130,9 +134,7 @@ def load_adapter(model: PreTrainedModel, path: str | Path) -> PeftModel:
     expected = {key: value.shape for key, value in get_peft_model_state_dict(adapted).items()}
     odd = sorted(key for key in state.keys() ^ expected.keys())
     if odd:
-        raise UsageError(
-            f"--adapter_path {directory} does not fit: {len(odd)} weights too many or few, first {odd[0]}"
-        )
+        raise UsageError(f"--adapter_path {directory} does not fit: {len(odd)} weights differ, first {odd[0]}")
     for key, value in state.items():
         if value.shape != expected[key]:
             raise UsageError(

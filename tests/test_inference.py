@@ -1,0 +1,191 @@
+"""Both inference scripts, on one process and several; and the engine behind them."""
+
+import json
+
+from utils.checkpoint import load_model, load_tokenizer
+from utils.generation import decode, generate_answers, read_requests
+from utils.lora import attach_adapter, save_adapter
+
+import pytest
+import torch
+from conftest import TINY
+
+ONE_PROCESS = "python chatglm_milti_gpu_inference.py"
+ROWS = [
+    {"prompt": "改成一个问题:\n小明今天在公园放风筝"},
+    {"instruction": "找出句子里的地点:", "input": "老师昨天在图书馆看书", "output": "不看"},
+    {"wrong": "columns"},
+    {"input": "你好"},
+    {"prompt": "先说时间:\n医生晚上在河边散步"},
+    {"messages": [{"role": "user", "content": "谢谢"}]},
+    {"prompt": "写一句祝福:\n爷爷春天在院子种花"},
+]
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory):
+    """rows.jsonl, and an adapter that changes the answers."""
+    path = tmp_path_factory.mktemp("inference")
+    (path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    model = attach_adapter(load_model(str(TINY)), 4, 32, 0.0, ["query_key_value"], seed=1)
+    torch.manual_seed(2)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    save_adapter(model, path / "adapter")
+    return path
+
+
+@pytest.fixture(scope="module")
+def answer(run_command, workspace):
+    """answer("python script.py", "--flags") -> (the answers' lines, what was printed)."""
+
+    def run(script, flags="", output="answers.jsonl"):
+        result = run_command(
+            f"{script} --model_name_or_path {TINY} --input_path {workspace}/rows.jsonl "
+            f"--output_path {workspace}/{output} --max_new_tokens 24 {flags}"
+        ).check()
+        return (workspace / output).read_text(encoding="utf-8").splitlines(), result
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def plain(answer):
+    return answer(ONE_PROCESS)[0]
+
+
+@pytest.fixture(scope="module")
+def adapted(answer, workspace):
+    return answer(ONE_PROCESS, f"--adapter_path {workspace}/adapter")[0]
+
+
+def test_one_line_a_row_in_input_order(plain):
+    rows = [json.loads(line) for line in plain]
+    assert [row["index"] for row in rows] == list(range(len(ROWS)))
+    assert rows[0]["answer"] == "小明今天在公园放风筝吗?"
+    assert rows[1]["prompt"] == "找出句子里的地点:\n老师昨天在图书馆看书" and rows[1]["answer"] == "图书馆"
+    assert rows[2]["finish_reason"] == "error" and "columns" in rows[2]["error"] and rows[2]["answer"] is None
+    assert rows[4]["answer"] == "晚上,医生在河边散步"
+    assert all(row["finish_reason"] == "stop" for row in rows if row["index"] != 2)
+    assert all(row["answer_tokens"] <= 24 for row in rows if row["index"] != 2)
+
+
+def test_answers_are_those_of_plain_generate(plain):
+    model, tokenizer = load_model(str(TINY)), load_tokenizer(str(TINY))
+    for line in plain:
+        row = json.loads(line)
+        if row["finish_reason"] == "error":
+            continue
+        inputs = tokenizer(row["prompt"], return_tensors="pt")
+        output = model.generate(**inputs, max_new_tokens=24, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+        assert tokenizer.decode(output, skip_special_tokens=True) == row["answer"]
+
+
+def test_batch_size_changes_nothing(answer, plain):
+    for batch_size in (1, 3):
+        assert answer(ONE_PROCESS, f"--batch_size {batch_size}")[0] == plain
+
+
+def test_length_is_a_finish_reason(answer):
+    rows = [json.loads(line) for line in answer(ONE_PROCESS, "--max_new_tokens 2", "short.jsonl")[0]]
+    assert {row["finish_reason"] for row in rows} == {"length", "error"}
+    assert all(row["answer_tokens"] == 2 for row in rows if row["finish_reason"] == "length")
+
+
+def test_the_adapter_is_applied(plain, adapted):
+    assert plain != adapted
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the line is for machines without a GPU")
+def test_fp16_without_a_gpu_says_so(answer, plain):
+    lines, result = answer(ONE_PROCESS, "--fp16")
+    assert lines == plain
+    assert result.out.count("--fp16 needs a GPU and there is none") == 1
+
+
+def test_offloaded_to_disk(answer, workspace, plain, adapted):
+    flags = f"--max_memory cpu=6MiB --offload_folder {workspace}/offload"
+    lines, result = answer(ONE_PROCESS, flags)
+    assert "on disk" in result.out and list((workspace / "offload").iterdir())
+    assert lines == plain
+    assert answer(ONE_PROCESS, f"{flags} --adapter_path {workspace}/adapter")[0] == adapted
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", (1, 2, 4))
+def test_deepspeed_shards_give_the_answers_of_one_process(answer, workspace, plain, adapted, processes):
+    script = f"deepspeed --num_gpus {processes} chatglm_deepspeed_inference.py"
+    assert answer(script)[0] == plain
+    assert answer(script, f"--adapter_path {workspace}/adapter")[0] == adapted
+
+
+@pytest.mark.slow
+def test_the_dispatching_script_under_deepspeed(answer, workspace, adapted):
+    script = "deepspeed --num_gpus 2 chatglm_milti_gpu_inference.py"
+    assert answer(script, f"--adapter_path {workspace}/adapter")[0] == adapted
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", (2, 4))
+def test_shards_are_shards_and_logits_agree(run_command, processes):
+    command = f"torchrun --nproc_per_node={processes} tests/tensor_parallel_check.py {TINY}"
+    result = run_command(command, PYTHONPATH=".").check()
+    assert result.out.count("tensor parallel ok") == processes
+
+
+@pytest.mark.slow
+def test_heads_that_cannot_be_shared_out(run_command):
+    result = run_command(f"deepspeed --num_gpus 3 chatglm_deepspeed_inference.py --model_name_or_path {TINY}")
+    assert result.code == 2
+    assert "8 attention heads cannot be split over 3 processes: use 1, 2, 4, 8" in result.err
+    assert "Traceback" not in result.err
+
+
+@pytest.mark.parametrize("script", ("chatglm_deepspeed_inference.py", "chatglm_milti_gpu_inference.py"))
+def test_without_flags_offline(run_command, tmp_path, script):
+    """The hub cannot exist here, so it is a port that nobody listens on."""
+    result = run_command(f"python {script}", HF_ENDPOINT="http://127.0.0.1:9", HF_HOME=str(tmp_path))
+    assert result.code == 2
+    lines = result.err.strip().splitlines()
+    assert len(lines) == 1 and "THUDM/chatglm-6b" in lines[0] and "--model_name_or_path" in lines[0]
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        ("--batch_size 0", "--batch_size"),
+        ("--input_path nowhere.jsonl", "nowhere.jsonl"),
+        ("--adapter_path data", "adapter_config.json"),
+        ("--max_memory 10GiB", "--max_memory"),
+    ],
+)
+def test_wrong_use_is_one_line(run_command, flags, words):
+    result = run_command(f"{ONE_PROCESS} --model_name_or_path {TINY} {flags}")
+    assert result.code == 2
+    assert words in result.err.strip().splitlines()[-1] and "Traceback" not in result.err
+
+
+def test_an_adapter_of_another_shape_is_refused(run_command, workspace, tmp_path):
+    for file in (workspace / "adapter").iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    for change, words in (({"r": 8}, "(4, 256), not (8, 256)"), ({"target_modules": ["dense"]}, "weights differ")):
+        (tmp_path / "adapter_config.json").write_text(json.dumps(config | change))
+        result = run_command(f"{ONE_PROCESS} --model_name_or_path {TINY} --adapter_path {tmp_path}")
+        assert result.code == 2 and words in result.err, result.err
+
+
+def test_tokens_outside_the_vocabulary_have_no_text():
+    tokenizer = load_tokenizer(str(TINY))
+    ids = tokenizer.encode("公园", add_special_tokens=False)
+    assert decode(tokenizer, [*ids, len(tokenizer), len(tokenizer) + 5]) == "公园"
+
+
+def test_engine_batches_prompts_of_like_length(workspace):
+    """The engine yields as batches end: short prompts first, whatever their place in the file."""
+    model, tokenizer = load_model(str(TINY)), load_tokenizer(str(TINY))
+    requests = read_requests(f"{workspace}/rows.jsonl", tokenizer)
+    done = list(generate_answers(model, tokenizer, requests, 2, 4, torch.device("cpu")))
+    lengths = [row["prompt_tokens"] for row in done if "prompt_tokens" in row]
+    assert lengths == sorted(lengths) and len(done) == len(ROWS)

@@ -1,0 +1,180 @@
+"""multi_gpu_fintune_belle.py under every launcher, with real processes; and what guards the adapter's save."""
+
+import json
+
+from utils.batching import PaddingCollator
+from utils.checkpoint import load_model
+from utils.lora import attach_adapter, load_adapter, merge_adapter, save_adapter
+
+import pytest
+import torch
+import yaml
+from conftest import ROOT, TINY
+from peft import PeftModel
+from safetensors.torch import load_file
+
+TORCHRUN = "torchrun --nproc_per_node=2"
+ACCELERATE = "accelerate launch --config_file accelerate_ds_zero3_cpu_offload_config.yaml"
+ZERO3 = "--deepspeed ds_config_zero3.json"
+# launcher, rows a device, accumulation steps, extra flags: always 4 rows a step
+LAUNCHERS = {
+    "one process": ("python", 4, 1, ""),
+    "one process accumulating": ("python", 1, 4, ""),
+    "ddp": (TORCHRUN, 2, 1, ""),
+    "ddp accumulating": (TORCHRUN, 1, 2, ""),
+    "ddp checkpointing": (TORCHRUN, 1, 2, "--gradient_checkpointing"),
+    "zero3": (TORCHRUN, 1, 2, ZERO3),
+    "zero3 one process": ("python", 2, 2, ZERO3),
+    "accelerate zero3 offload": (ACCELERATE, 2, 1, ""),
+}
+
+
+@pytest.fixture(scope="module")
+def tokens(run_command, tmp_path_factory):
+    path = tmp_path_factory.mktemp("tokens") / "tokens"
+    run_command(
+        f"python tokenize_dataset_rows_belle.py --jsonl_path data/sample.train.json --save_path {path} "
+        f"--model_name_or_path {TINY}"
+    ).check()
+    return path
+
+
+@pytest.fixture(scope="module")
+def train(run_command, tokens):
+    def run(launcher, flags):
+        return run_command(
+            f"{launcher} multi_gpu_fintune_belle.py --dataset_path {tokens} --model_name_or_path {TINY} {flags}"
+        )
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def reference(train, tmp_path_factory):
+    return run_launcher(train, "one process", tmp_path_factory.mktemp("reference"))
+
+
+def run_launcher(train, name, output_dir):
+    launcher, rows, accumulation, extra = LAUNCHERS[name]
+    result = train(
+        launcher,
+        f"--lora_rank 4 --lora_target_modules query_key_value dense_h_to_4h --learning_rate 2e-3 --max_steps 6 "
+        f"--per_device_train_batch_size {rows} --gradient_accumulation_steps {accumulation} --fp16 "
+        f"--save_steps 4 --save_total_limit 2 --logging_steps 2 --output_dir {output_dir} {extra}",
+    ).check()
+    summary = json.loads(next(line for line in reversed(result.out.splitlines()) if line.startswith('{"output_dir"')))
+    assert summary["steps"] == 6
+    # Each process prints it once or the run is not the one it says it is.
+    assert result.out.count("needs a GPU and there is none") == (0 if torch.cuda.is_available() else 1)
+    assert "global batch 4 " in result.out
+    return output_dir
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in LAUNCHERS if name != "one process"])
+def test_every_launcher_makes_the_same_adapter(train, reference, tmp_path, name):
+    output_dir = run_launcher(train, name, tmp_path)
+    expected = load_file(reference / "adapter_model.safetensors")
+    actual = load_file(output_dir / "adapter_model.safetensors")
+    assert actual.keys() == expected.keys() and len(actual) == 2 * 2 * 4  # A and B of two targets in four layers
+    for key, value in expected.items():
+        assert value.dtype == actual[key].dtype == torch.float32
+        assert (actual[key] - value).abs().max() <= 1e-4, key
+    assert sorted(path.name for path in output_dir.glob("checkpoint-*")) == ["checkpoint-4", "checkpoint-6"]
+    assert (output_dir / "checkpoint-4" / "adapter_model.safetensors").is_file()
+
+
+def test_adapter_is_a_normal_peft_directory(reference):
+    config = json.loads((reference / "adapter_config.json").read_text())
+    assert (config["peft_type"], config["r"], config["lora_alpha"]) == ("LORA", 4, 32)
+    assert set(config["target_modules"]) == {"query_key_value", "dense_h_to_4h"}
+    assert config["base_model_name_or_path"] == str(TINY)
+    key = "base_model.model.transformer.layers.0.attention.query_key_value.lora_B.weight"
+    state = load_file(reference / "adapter_model.safetensors")
+    assert state[key].shape == (3 * 256, 4) and state[key].abs().max() > 0
+    input_ids = torch.tensor([[50, 60, 70, 5, 8]])
+    ours = load_adapter(load_model(str(TINY)), reference)(input_ids=input_ids).logits
+    theirs = PeftModel.from_pretrained(load_model(str(TINY)), reference)(input_ids=input_ids).logits
+    merged = merge_adapter(load_model(str(TINY)), reference)(input_ids=input_ids).logits
+    assert torch.equal(ours, theirs)
+    assert torch.allclose(ours, merged, atol=1e-4)
+    assert not torch.allclose(ours, load_model(str(TINY))(input_ids=input_ids).logits, atol=1e-2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "launcher, flags, words",
+    [
+        ("python", "--dataset_path nowhere", "nowhere"),
+        ("python", "--dataset_path data", "tokenize_dataset_rows_belle.py"),
+        ("python", "--fp16 --bf16", "--fp16"),
+        ("python", "--lora_rank 0", "--lora_rank"),
+        ("python", "--lora_target_modules q_proj", "query_key_value"),
+        ("python", "--deepspeed nowhere.json", "nowhere.json"),
+        ("python", "--deepspeed README.md", "not JSON"),
+        ("python", "--model_name_or_path /nowhere", "--model_name_or_path"),
+        ("python", "--lr_scheduler_type sideways", "sideways"),
+    ],
+)
+def test_wrong_use_is_one_line(train, tmp_path, launcher, flags, words):
+    result = train(launcher, f"--output_dir {tmp_path} {flags}")
+    assert result.code == 2, result.err
+    assert words in result.err.strip().splitlines()[-1]
+    assert "Traceback" not in result.err
+
+
+def make_adapter(target_modules=("query_key_value",)):
+    return attach_adapter(load_model(str(TINY)), 4, 32, 0.0, list(target_modules), seed=0)
+
+
+def test_adapter_start_depends_on_the_seed_alone():
+    torch.manual_seed(5)
+    first = make_adapter().state_dict()
+    torch.manual_seed(6)
+    second = make_adapter().state_dict()
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+@pytest.mark.parametrize(
+    "spoil, words",
+    [
+        (lambda weight: torch.nn.Parameter(torch.empty(0)), "shape"),
+        (lambda weight: torch.nn.Parameter(weight.detach() * float("nan")), "finite"),
+    ],
+)
+def test_a_spoiled_adapter_is_not_saved(tmp_path, spoil, words):
+    model = make_adapter()
+    layer = model.base_model.model.transformer.layers[1].attention.query_key_value.lora_A["default"]
+    layer.weight = spoil(layer.weight)
+    with pytest.raises(RuntimeError, match=words):
+        save_adapter(model, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_adapter_with_a_missing_weight_is_not_saved(tmp_path):
+    model = make_adapter()
+    layer = model.base_model.model.transformer.layers[1].attention.query_key_value.lora_A["default"]
+    layer.weight.requires_grad = False
+    with pytest.raises(RuntimeError, match="7 weights where 8 belong"):
+        save_adapter(model, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_collator_pads_on_the_right():
+    rows = [{"input_ids": [7, 8, 9], "labels": [-100, 8, 9]}, {"input_ids": [7, 8], "labels": [-100, 8]}]
+    batch = PaddingCollator(pad_token_id=3)(rows)
+    assert batch["input_ids"].tolist() == [[7, 8, 9], [7, 8, 3]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 1, 0]]
+    assert batch["labels"].tolist() == [[-100, 8, 9], [-100, 8, -100]]
+    assert {value.dtype for value in batch.values()} == {torch.int64}
+
+
+def test_shipped_configurations_are_zero3():
+    config = json.loads((ROOT / "ds_config_zero3.json").read_text())
+    assert config["zero_optimization"]["stage"] == 3
+    assert config["train_batch_size"] == config["fp16"]["enabled"] == "auto"
+    config = yaml.safe_load((ROOT / "accelerate_ds_zero3_cpu_offload_config.yaml").read_text())
+    assert config["distributed_type"] == "DEEPSPEED"
+    deepspeed = config["deepspeed_config"]
+    assert deepspeed["zero_stage"] == 3
+    assert deepspeed["offload_optimizer_device"] == deepspeed["offload_param_device"] == "cpu"
