@@ -17,7 +17,7 @@ from utils.generation import (
     resolve_dtype,
 )
 from utils.lora import merge_adapter
-from utils.placement import shard_with_deepspeed
+from utils.placement import input_device, shard_with_deepspeed
 
 
 def main() -> None:
@@ -32,7 +32,7 @@ def main() -> None:
         model = merge_adapter(model, args.adapter_path)
     init_process_group(use_deepspeed=True)
     model = shard_with_deepspeed(model, dtype)
-    answer_file(model, tokenizer, args, model.device)
+    answer_file(model, tokenizer, args, input_device(model))
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from utils.generation import (
     resolve_dtype,
 )
 from utils.lora import load_adapter, merge_adapter
-from utils.placement import dispatch, shard_with_deepspeed
+from utils.placement import dispatch, input_device, shard_with_deepspeed
 
 
 def parse_max_memory(values: list[str] | None) -> dict[int | str, str] | None:
@@ -55,7 +55,7 @@ def main() -> None:
         model = dispatch(args.model_name_or_path, dtype, max_memory, args.offload_folder)
         if args.adapter_path:
             model = load_adapter(model, args.adapter_path)
-    answer_file(model, tokenizer, args, model.device)
+    answer_file(model, tokenizer, args, input_device(model))
 
 
 if __name__ == "__main__":

@@ -49,11 +49,11 @@ def parse_arguments(argv: list[str]):
     init_process_group(uses_deepspeed(values))
     values.use_cpu = values.use_cpu or not torch.cuda.is_available()  # else accelerate makes each process a world of 1
     values.remove_unused_columns = False  # the dataset has just the columns that the collator reads
-    values.report_to = values.report_to or "none"
     try:
         finetune_args, training_args = parser.parse_dict(vars(values))
     except ValueError as error:
         raise UsageError(" ".join(str(error).split())) from None
+    training_args._n_gpu = min(training_args.n_gpu, 1)  # one process, one card: never DataParallel
     return finetune_args, training_args, dtype
 
 

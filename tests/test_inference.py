@@ -158,6 +158,7 @@ def test_without_flags_offline(run_command, tmp_path, script):
         ("--input_path nowhere.jsonl", "nowhere.jsonl"),
         ("--adapter_path data", "adapter_config.json"),
         ("--max_memory 10GiB", "--max_memory"),
+        ("--max_memory cpu=1KiB", "--max_memory"),
     ],
 )
 def test_wrong_use_is_one_line(run_command, flags, words):
@@ -170,7 +171,8 @@ def test_an_adapter_of_another_shape_is_refused(run_command, workspace, tmp_path
     for file in (workspace / "adapter").iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     config = json.loads((tmp_path / "adapter_config.json").read_text())
-    for change, words in (({"r": 8}, "(4, 256), not (8, 256)"), ({"target_modules": ["dense"]}, "weights differ")):
+    changes = {"(4, 256), not (8, 256)": {"r": 8}, "too many or too few": {"target_modules": ["dense"]}}
+    for words, change in changes.items():
         (tmp_path / "adapter_config.json").write_text(json.dumps(config | change))
         result = run_command(f"{ONE_PROCESS} --model_name_or_path {TINY} --adapter_path {tmp_path}")
         assert result.code == 2 and words in result.err, result.err

@@ -138,7 +138,7 @@ def test_adapter_start_depends_on_the_seed_alone():
 @pytest.mark.parametrize(
     "spoil, words",
     [
-        (lambda weight: torch.nn.Parameter(torch.empty(0)), "shape"),
+        (lambda weight: torch.nn.Parameter(torch.empty(0)), r"is \(0,\)"),
         (lambda weight: torch.nn.Parameter(weight.detach() * float("nan")), "finite"),
     ],
 )
@@ -155,7 +155,7 @@ def test_an_adapter_with_a_missing_weight_is_not_saved(tmp_path):
     model = make_adapter()
     layer = model.base_model.model.transformer.layers[1].attention.query_key_value.lora_A["default"]
     layer.weight.requires_grad = False
-    with pytest.raises(RuntimeError, match="7 weights where 8 belong"):
+    with pytest.raises(RuntimeError, match="1 weights too many or too few"):
         save_adapter(model, tmp_path)
     assert not list(tmp_path.iterdir())
 

@@ -17,7 +17,6 @@ from peft import (
 )
 from peft.tuners.lora import LoraLayer
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
-from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
@@ -58,23 +57,49 @@ def attach_adapter(
 
 def gather_adapter(model: PeftModel) -> dict[str, torch.Tensor]:
     """
-    The adapter's weights under PEFT's names, float32, on the CPU. Every rank must call it: under ZeRO-3 it gathers
-    the partitions, from the optimizer's float32 copy where there is one.
-    """
-    trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    if any(hasattr(parameter, "ds_id") for parameter in trainable.values()):
-        import deepspeed
-        from deepspeed.utils import safe_get_full_fp32_param
+    The adapter's weights under PEFT's names, float32, on the CPU. Every rank must call it: under DeepSpeed it gathers
+    the float32 copies that the optimizer's partitions hold.
 
-        full = {name: safe_get_full_fp32_param(parameter) for name, parameter in trainable.items()}
-        if any(value is None for value in full.values()):  # before the optimizer is built
-            with deepspeed.zero.GatheredParameters(list(trainable.values())):
-                full = {name: parameter.data for name, parameter in trainable.items()}
-                full = {name: value.detach().float().cpu().clone() for name, value in full.items()}
-    else:
-        full = {name: parameter.data for name, parameter in trainable.items()}
-    state = {name: value.detach().float().cpu() for name, value in full.items()}
+    Raises:
+        RuntimeError: DeepSpeed's optimizer holds no copy of a weight.
+    """
+    state = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        value = parameter.data
+        if hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping"):
+            from deepspeed.utils import safe_get_full_fp32_param
+
+            value = safe_get_full_fp32_param(parameter)
+            if value is None:
+                raise RuntimeError(f"DeepSpeed's optimizer holds no copy of {name}: nothing is written")
+        state[name] = value.detach().float().cpu()
     return get_peft_model_state_dict(model, state_dict=state)
+
+
+def expected_shapes(model: PeftModel) -> dict[str, tuple[int, int]]:
+    """The adapter's weights, under PEFT's names, that belong to the layers `model` puts it on."""
+    lora_rank = model.active_peft_config.r
+    shapes = {}
+    for name, layer in model.named_modules():
+        if isinstance(layer, LoraLayer):
+            shapes[f"{name}.lora_A.weight"] = (lora_rank, layer.in_features)
+            shapes[f"{name}.lora_B.weight"] = (layer.out_features, lora_rank)
+    return shapes
+
+
+def find_misfit(state: dict[str, torch.Tensor], shapes: dict[str, tuple[int, int]]) -> str | None:
+    """Says in words where an adapter's weights differ from the expected ones; None where they fit."""
+    odd = sorted(state.keys() ^ shapes.keys())
+    if odd:
+        return f"{len(odd)} weights too many or too few, first {odd[0]}"
+    for name, value in state.items():
+        if tuple(value.shape) != shapes[name]:
+            return f"{name} is {tuple(value.shape)}, not {shapes[name]}"
+        if not torch.isfinite(value).all():
+            return f"{name} is not finite"
+    return None
 
 
 def save_adapter(model: PeftModel, directory: str | Path, is_main_process: bool = True) -> None:
@@ -82,33 +107,18 @@ def save_adapter(model: PeftModel, directory: str | Path, is_main_process: bool 
     Writes the adapter as a PEFT directory. Every rank must call it; the main process writes.
 
     Raises:
-        RuntimeError: a weight is missing, has lost its shape, or is not finite.
+        RuntimeError: a weight is missing, has lost its shape, or is not finite; nothing is written.
     """
     state = gather_adapter(model)
     if not is_main_process:
         return
-    _verify_state(model, state)
-    # PEFT names the state once more; handing it the model's own names avoids a second gather.
-    model.save_pretrained(directory, state_dict=state, is_main_process=True)
-    with safe_open(Path(directory) / SAFETENSORS_WEIGHTS_NAME, framework="pt") as file:
-        written = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
-    expected = {key: tuple(value.shape) for key, value in state.items()}
-    if written != expected:
-        raise RuntimeError(f"{directory} holds {len(written)} adapter weights where {len(expected)} were to be saved")
-
-
-def _verify_state(model: PeftModel, state: dict[str, torch.Tensor]) -> None:
-    config = model.active_peft_config
-    pairs = sum(1 for name, _ in model.named_parameters() if ".lora_A." in name)
-    if not state or len(state) != 2 * pairs:
-        raise RuntimeError(
-            f"the adapter to save has {len(state)} weights where {2 * pairs} belong: nothing is written"
-        )
-    for name, value in state.items():
-        if value.ndim != 2 or config.r not in value.shape or 0 in value.shape:
-            raise RuntimeError(f"{name} would be saved with shape {tuple(value.shape)}: nothing is written")
-        if not torch.isfinite(value).all():
-            raise RuntimeError(f"{name} is not finite: nothing is written")
+    misfit = find_misfit(state, expected_shapes(model)) if state else "it has no weights"
+    if misfit:
+        raise RuntimeError(f"the adapter is not saved: {misfit}")
+    model.save_pretrained(directory, state_dict=state)
+    written = load_file(Path(directory) / SAFETENSORS_WEIGHTS_NAME)
+    if written.keys() != state.keys() or not all(torch.equal(written[name], state[name]) for name in state):
+        raise RuntimeError(f"{directory} does not hold the adapter that was saved: is the disk full?")
 
 
 def load_adapter(model: PreTrainedModel, path: str | Path) -> PeftModel:
@@ -131,15 +141,9 @@ def load_adapter(model: PreTrainedModel, path: str | Path) -> PeftModel:
         raise UsageError(f"--adapter_path {directory} does not fit: {' '.join(str(error).split())}") from None
     _materialize(adapted)
     state = load_file(directory / SAFETENSORS_WEIGHTS_NAME)
-    expected = {key: value.shape for key, value in get_peft_model_state_dict(adapted).items()}
-    odd = sorted(key for key in state.keys() ^ expected.keys())
-    if odd:
-        raise UsageError(f"--adapter_path {directory} does not fit: {len(odd)} weights differ, first {odd[0]}")
-    for key, value in state.items():
-        if value.shape != expected[key]:
-            raise UsageError(
-                f"--adapter_path {directory} does not fit: {key} is {tuple(value.shape)}, not {tuple(expected[key])}"
-            )
+    misfit = find_misfit(state, expected_shapes(adapted))
+    if misfit:
+        raise UsageError(f"--adapter_path {directory} does not fit: {misfit}")
     set_peft_model_state_dict(adapted, state)
     return adapted.eval()
 

@@ -74,6 +74,14 @@ def shard_with_deepspeed(model: PreTrainedModel, dtype: torch.dtype) -> PreTrain
     return InferenceEngine(model, config=config).module
 
 
+def input_device(model: PreTrainedModel) -> torch.device:
+    """Where inputs go: of a dispatched model, whose first weights may be offloaded, the first device that computes."""
+    if not hasattr(model, "hf_device_map"):
+        return model.device
+    computing = [device for device in model.hf_device_map.values() if device not in ("cpu", "disk")]
+    return torch.device(computing[0] if computing else "cpu")
+
+
 def dispatch(
     path_or_id: str, dtype: torch.dtype, max_memory: dict[int | str, str] | None, offload_folder: str | None
 ) -> PreTrainedModel:
@@ -97,6 +105,8 @@ def dispatch(
     no_split = model._no_split_modules
     memory = max_memory or get_balanced_memory(model, dtype=dtype, no_split_module_classes=no_split)
     device_map = infer_auto_device_map(model, max_memory=memory, no_split_module_classes=no_split, dtype=dtype)
+    if set(device_map.values()) == {"disk"}:
+        raise UsageError("no device has memory for a single layer: free some, or raise --max_memory")
     if "disk" in device_map.values() and offload_folder is None:
         offload_folder = tempfile.mkdtemp(prefix="offload-")
     model = load_checkpoint_and_dispatch(
