@@ -7,7 +7,7 @@ default the sample prompts in data/), writes one JSON line a row to --output_pat
 
 import argparse
 
-from utils.checkpoint import load_model, load_tokenizer
+from utils.checkpoint import Checkpoint, load_model, load_tokenizer
 from utils.distributed import init_process_group, shut_down
 from utils.errors import run
 from utils.generation import (
@@ -31,7 +31,7 @@ def main() -> None:
     if args.adapter_path:
         model = merge_adapter(model, args.adapter_path)
     init_process_group(use_deepspeed=True)
-    model = shard_with_deepspeed(model, dtype)
+    model = shard_with_deepspeed(model, Checkpoint.open(args.model_name_or_path).generation, dtype)
     answer_file(model, tokenizer, args, input_device(model))
 
 

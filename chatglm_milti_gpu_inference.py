@@ -9,7 +9,7 @@ row to --output_path in input order.
 
 import argparse
 
-from utils.checkpoint import load_model, load_tokenizer
+from utils.checkpoint import Checkpoint, load_model, load_tokenizer
 from utils.distributed import init_process_group, shut_down, world_size
 from utils.errors import UsageError, run
 from utils.generation import (
@@ -50,7 +50,7 @@ def main() -> None:
         if args.adapter_path:
             model = merge_adapter(model, args.adapter_path)
         init_process_group(use_deepspeed=True)
-        model = shard_with_deepspeed(model, dtype)
+        model = shard_with_deepspeed(model, Checkpoint.open(args.model_name_or_path).generation, dtype)
     else:
         model = dispatch(args.model_name_or_path, dtype, max_memory, args.offload_folder)
         if args.adapter_path:

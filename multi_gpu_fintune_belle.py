@@ -14,10 +14,10 @@ import sys
 from dataclasses import dataclass, field
 
 from utils.batching import PaddingCollator
-from utils.checkpoint import DEFAULT_MODEL, load_model, load_tokenizer
+from utils.checkpoint import DEFAULT_MODEL, Checkpoint, load_model, load_tokenizer
 from utils.distributed import init_process_group, is_main_process, print_once, shut_down
 from utils.errors import UsageError, run
-from utils.lora import DEFAULT_TARGET_MODULES, attach_adapter
+from utils.lora import attach_adapter
 from utils.token_dataset import load_examples
 from utils.training import AdapterTrainer, describe_run, resolve_precision, uses_deepspeed
 
@@ -32,8 +32,8 @@ class FinetuneArguments:
     lora_rank: int = field(default=8, metadata={"help": "rank of the adapter"})
     lora_alpha: int = field(default=32, metadata={"help": "the adapter is scaled by lora_alpha / lora_rank"})
     lora_dropout: float = field(default=0.0, metadata={"help": "dropout on the adapter's input, 0 to 1"})
-    lora_target_modules: list[str] = field(
-        default_factory=lambda: list(DEFAULT_TARGET_MODULES), metadata={"help": "linear layers that get an adapter"}
+    lora_target_modules: list[str] | None = field(
+        default=None, metadata={"help": "linear layers that get an adapter (query, key and value)"}
     )
 
 
@@ -63,8 +63,9 @@ def main() -> None:
     tokenizer = load_tokenizer(args.model_name_or_path)
     model = load_model(args.model_name_or_path, dtype=dtype)
     model.config.use_cache = False
+    targets = args.lora_target_modules or Checkpoint.open(args.model_name_or_path).generation.lora_target_modules
     model = attach_adapter(
-        model, args.lora_rank, args.lora_alpha, args.lora_dropout, args.lora_target_modules, training_args.seed
+        model, args.lora_rank, args.lora_alpha, args.lora_dropout, list(targets), training_args.seed
     )
     if training_args.gradient_checkpointing:
         model.enable_input_require_grads()

@@ -2,10 +2,11 @@
 python tokenize_dataset_rows_belle.py --jsonl_path data/alpaca_data.jsonl --save_path data/alpaca \\
     --max_seq_length 200 --skip_overlength
 
-Turns rows (JSON Lines or a JSON array) into the Arrow dataset that multi_gpu_fintune_belle.py trains on: the prompt,
-[gMASK] <sop>, the target and <eop>, with the loss on the target and <eop> alone. Rows longer than --max_seq_length
-are skipped with --skip_overlength and cut without it; a cut takes text, never special tokens. A row may have the
-columns instruction/input/output, input/target, context/target or prompt/completion, or be a chat in messages.
+Turns rows (JSON Lines or a JSON array) into the Arrow dataset that multi_gpu_fintune_belle.py trains on: prompt and
+target in the template of the model's generation, with the loss on the target and its stop token alone. Rows longer
+than --max_seq_length are skipped with --skip_overlength and cut without it; a cut takes text, never special tokens.
+A row may have the columns instruction/input/output, input/target, context/target or prompt/completion, or be a chat
+in messages.
 """
 
 import argparse
@@ -15,7 +16,7 @@ from collections.abc import Iterator
 
 from utils.checkpoint import DEFAULT_MODEL, load_tokenizer
 from utils.errors import run
-from utils.prompts import MIN_SEQ_LENGTH, Example, encode_example
+from utils.prompts import Example, encode_example
 from utils.rows import Rejections, RowError, parse_row, read_rows
 from utils.token_dataset import save_examples
 
@@ -29,10 +30,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--model_name_or_path", default=DEFAULT_MODEL, help="whose tokenizer: a directory or hub id (%(default)s)"
     )
-    args = parser.parse_args()
-    if args.max_seq_length < MIN_SEQ_LENGTH:
-        parser.error(f"--max_seq_length {args.max_seq_length} leaves no room for text: give at least {MIN_SEQ_LENGTH}")
-    return args
+    return parser.parse_args()
 
 
 def tokenize_rows(args: argparse.Namespace, counts: Counter, rejections: Rejections) -> Iterator[Example]:
@@ -43,7 +41,11 @@ def tokenize_rows(args: argparse.Namespace, counts: Counter, rejections: Rejecti
         if isinstance(row, RowError):
             rejections.add(number, row)
             continue
-        example = encode_example(tokenizer, row, args.max_seq_length)
+        try:
+            example = encode_example(tokenizer, row, args.max_seq_length)
+        except RowError as error:
+            rejections.add(number, f"--max_seq_length: {error}")
+            continue
         if example.tokens_cut and args.skip_overlength:
             counts["skipped_overlength"] += 1
             continue

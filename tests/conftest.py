@@ -1,6 +1,9 @@
 """Fixtures: where things are, and how a script is run as a user runs it."""
 
+import contextlib
+import io
 import os
+import runpy
 import shlex
 import subprocess
 import sys
@@ -44,5 +47,33 @@ def run_command():
             shlex.split(command), cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout
         )
         return Result(command, process)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def run_script():
+    """
+    run_script("script.py --flags", cwd=ROOT): the script as `python script.py` runs it, but in this process, which has
+    the libraries imported already.
+    """
+
+    def run(command: str, cwd: Path = ROOT) -> Result:
+        script, *flags = shlex.split(command)
+        out, err, code = io.StringIO(), io.StringIO(), 0
+        argv, directory, environment = sys.argv, os.getcwd(), dict(os.environ)
+        try:
+            os.chdir(cwd)
+            sys.argv = [script, *flags]
+            with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+                runpy.run_path(str(ROOT / script), run_name="__main__")
+        except SystemExit as error:
+            code = error.code or 0
+        finally:
+            sys.argv = argv
+            os.chdir(directory)
+            os.environ.clear()
+            os.environ.update(environment)
+        return Result(command, subprocess.CompletedProcess(command, code, out.getvalue(), err.getvalue()))
 
     return run

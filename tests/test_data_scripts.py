@@ -5,12 +5,12 @@ import json
 from utils.checkpoint import load_tokenizer
 from utils.errors import UsageError
 from utils.jsonl import atomic_writer, read_json_rows
-from utils.prompts import IGNORE_INDEX, chat_prompt, encode_example, encode_prompt
+from utils.prompts import IGNORE_INDEX, encode_example, encode_prompt, native_template
 from utils.rows import Message, Row, RowError, parse_prompt, parse_row
 
 import datasets
 import pytest
-from conftest import ROOT, TINY
+from conftest import TINY
 
 CHAT = [{"role": "user", "content": "你好"}, {"role": "assistant", "content": "你好！"}]
 
@@ -95,10 +95,11 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_chat_prompt_is_the_released_one():
+def test_chat_prompt_is_the_released_one(tokenizer):
+    render = native_template(tokenizer).render
     messages = [Message(*pair) for pair in (("user", "你好"), ("assistant", "你好！"), ("user", "再见"))]
-    assert chat_prompt(messages[:1]) == "你好"
-    assert chat_prompt(messages) == "[Round 0]\n问：你好\n答：你好！\n[Round 1]\n问：再见\n答："
+    assert render(messages[:1]) == "你好"
+    assert render(messages) == "[Round 0]\n问：你好\n答：你好！\n[Round 1]\n问：再见\n答："
 
 
 def test_example_layout(tokenizer):
@@ -138,7 +139,7 @@ def test_truncation_takes_text_only(tokenizer, prompt_size, target_size, limit):
     assert len(kept) >= min(len(whole_target) - 1, room // 2)
 
 
-def test_process_then_cat_is_one_valid_file(run_command, tmp_path):
+def test_process_then_cat_is_one_valid_file(run_script, tmp_path):
     data = tmp_path / "data"
     data.mkdir()
     (data / "Belle.train.json").write_text('{"input": "一", "target": "二"}')  # no newline at the end
@@ -149,7 +150,7 @@ def test_process_then_cat_is_one_valid_file(run_command, tmp_path):
     ]
     write_lines(data / "belle_open_source_1M.train.json", rows)
     for _ in range(2):  # running it again replaces
-        result = run_command(f"python {ROOT / 'process_belle_1M_data.py'}", cwd=tmp_path).check()
+        result = run_script("process_belle_1M_data.py", cwd=tmp_path).check()
         assert last_json(result) == {"read": 3, "written": 2, "rejected": 1}
         assert "belle_open_source_1M.train.json:3" in result.err
         lines = (data / "Belle_1M.train.json").read_text(encoding="utf-8").splitlines()
@@ -162,13 +163,13 @@ def test_process_then_cat_is_one_valid_file(run_command, tmp_path):
     assert len([parse_row(raw) for _, raw in read_json_rows(joined)]) == 3
 
 
-def test_process_without_its_input(run_command, tmp_path):
-    result = run_command(f"python {ROOT / 'process_belle_1M_data.py'}", cwd=tmp_path)
+def test_process_without_its_input(run_script, tmp_path):
+    result = run_script("process_belle_1M_data.py", cwd=tmp_path)
     assert result.code == 2
     assert len(result.err.strip().splitlines()) == 1 and "wget" in result.err
 
 
-def test_tokenize_counts_what_it_skips_and_cuts(run_command, tmp_path, tokenizer):
+def test_tokenize_counts_what_it_skips_and_cuts(run_script, tmp_path, tokenizer):
     rows = [
         {"input": "公园", "target": "学校"},
         {"input": "公园" * 300, "target": "学校"},
@@ -176,13 +177,13 @@ def test_tokenize_counts_what_it_skips_and_cuts(run_command, tmp_path, tokenizer
     ]
     source = write_lines(tmp_path / "rows.jsonl", rows)
     command = (
-        f"python tokenize_dataset_rows_belle.py --jsonl_path {source} --save_path {tmp_path}/tokens "
+        f"tokenize_dataset_rows_belle.py --jsonl_path {source} --save_path {tmp_path}/tokens "
         f"--max_seq_length 200 --model_name_or_path {TINY}"
     )
-    summary = last_json(run_command(command + " --skip_overlength").check())
+    summary = last_json(run_script(command + " --skip_overlength").check())
     assert (summary["read"], summary["written"], summary["skipped_overlength"]) == (3, 1, 1)
     assert (summary["cut"], summary["rejected"]) == (0, 1)
-    summary = last_json(run_command(command).check())  # replaces the first
+    summary = last_json(run_script(command).check())  # replaces the first
     assert (summary["written"], summary["skipped_overlength"], summary["cut"]) == (2, 0, 1)
     dataset = datasets.load_from_disk(str(tmp_path / "tokens"))
     assert dataset.column_names == ["input_ids", "labels"] and len(dataset) == 2
@@ -195,22 +196,22 @@ def test_tokenize_counts_what_it_skips_and_cuts(run_command, tmp_path, tokenizer
     "flags, words",
     [
         ("--jsonl_path nowhere.jsonl", "nowhere.jsonl"),
-        ("--jsonl_path data/alpaca_data.jsonl --max_seq_length 4", "--max_seq_length"),
+        ("--jsonl_path data/alpaca_data.jsonl --max_seq_length 4", "no row is left"),
         ("--jsonl_path data/alpaca_data.jsonl --model_name_or_path /nowhere", "--model_name_or_path"),
         ("--jsonl_path data/alpaca_data.jsonl --model_name_or_path tests", "config.json"),
     ],
 )
-def test_tokenize_refuses_in_one_line(run_command, tmp_path, flags, words):
+def test_tokenize_refuses_in_one_line(run_script, tmp_path, flags, words):
     model = "" if "--model_name_or_path" in flags else f"--model_name_or_path {TINY}"
-    result = run_command(f"python tokenize_dataset_rows_belle.py --save_path {tmp_path}/t {flags} {model}")
+    result = run_script(f"tokenize_dataset_rows_belle.py --save_path {tmp_path}/t {flags} {model}")
     assert result.code == 2
     assert words in result.err.strip().splitlines()[-1] and "Traceback" not in result.err
 
 
-def test_tokenize_does_not_replace_what_is_no_dataset(run_command, tmp_path):
+def test_tokenize_does_not_replace_what_is_no_dataset(run_script, tmp_path):
     (tmp_path / "precious").write_text("mine")
-    result = run_command(
-        f"python tokenize_dataset_rows_belle.py --jsonl_path data/alpaca_data.jsonl --save_path {tmp_path} "
+    result = run_script(
+        f"tokenize_dataset_rows_belle.py --jsonl_path data/alpaca_data.jsonl --save_path {tmp_path} "
         f"--model_name_or_path {TINY}"
     )
     assert result.code == 2 and (tmp_path / "precious").read_text() == "mine"

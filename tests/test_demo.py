@@ -3,7 +3,7 @@
 import json
 
 from tools.tiny_corpus import BASE_TASKS, sample_files
-from utils.checkpoint import load_config
+from utils.checkpoint import Checkpoint
 
 import pytest
 from conftest import ROOT, TINY
@@ -36,5 +36,5 @@ def test_tiny_checkpoint_is_small_and_has_the_architecture():
     files = [path for path in TINY.iterdir() if path.is_file()]
     assert sum(path.stat().st_size for path in files) < 10_000_000
     assert {"model.safetensors", "config.json", "ice_text.model"} <= {path.name for path in files}
-    config = load_config(TINY)
+    config = Checkpoint.open(str(TINY)).config
     assert (config.model_type, config.num_layers, config.num_attention_heads) == ("chatglm", 4, 8)

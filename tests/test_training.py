@@ -30,10 +30,10 @@ LAUNCHERS = {
 
 
 @pytest.fixture(scope="module")
-def tokens(run_command, tmp_path_factory):
+def tokens(run_script, tmp_path_factory):
     path = tmp_path_factory.mktemp("tokens") / "tokens"
-    run_command(
-        f"python tokenize_dataset_rows_belle.py --jsonl_path data/sample.train.json --save_path {path} "
+    run_script(
+        f"tokenize_dataset_rows_belle.py --jsonl_path data/sample.train.json --save_path {path} "
         f"--model_name_or_path {TINY}"
     ).check()
     return path
@@ -101,23 +101,25 @@ def test_adapter_is_a_normal_peft_directory(reference):
     assert not torch.allclose(ours, load_model(str(TINY))(input_ids=input_ids).logits, atol=1e-2)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
-    "launcher, flags, words",
+    "flags, words",
     [
-        ("python", "--dataset_path nowhere", "nowhere"),
-        ("python", "--dataset_path data", "tokenize_dataset_rows_belle.py"),
-        ("python", "--fp16 --bf16", "--fp16"),
-        ("python", "--lora_rank 0", "--lora_rank"),
-        ("python", "--lora_target_modules q_proj", "query_key_value"),
-        ("python", "--deepspeed nowhere.json", "nowhere.json"),
-        ("python", "--deepspeed README.md", "not JSON"),
-        ("python", "--model_name_or_path /nowhere", "--model_name_or_path"),
-        ("python", "--lr_scheduler_type sideways", "sideways"),
+        ("--dataset_path nowhere", "nowhere"),
+        ("--dataset_path data", "tokenize_dataset_rows_belle.py"),
+        ("--fp16 --bf16", "--fp16"),
+        ("--lora_rank 0", "--lora_rank"),
+        ("--lora_target_modules q_proj", "query_key_value"),
+        ("--deepspeed nowhere.json", "nowhere.json"),
+        ("--deepspeed README.md", "not JSON"),
+        ("--model_name_or_path /nowhere", "--model_name_or_path"),
+        ("--lr_scheduler_type sideways", "sideways"),
     ],
 )
-def test_wrong_use_is_one_line(train, tmp_path, launcher, flags, words):
-    result = train(launcher, f"--output_dir {tmp_path} {flags}")
+def test_wrong_use_is_one_line(run_script, tokens, tmp_path, flags, words):
+    result = run_script(
+        f"multi_gpu_fintune_belle.py --dataset_path {tokens} --model_name_or_path {TINY} "
+        f"--output_dir {tmp_path} {flags}"
+    )
     assert result.code == 2, result.err
     assert words in result.err.strip().splitlines()[-1]
     assert "Traceback" not in result.err

@@ -2,19 +2,30 @@
 
 import json
 import os
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from utils.chatglm import ChatGLMConfig, ChatGLMForConditionalGeneration, ChatGLMTokenizer
+from utils.chatglm.generations import SUPPORTED, Generation, identify, model_config
+from utils.chatglm.released_glm import convert
 from utils.errors import UsageError
+from utils.weight_files import read_weights
 
 import torch
 from huggingface_hub import constants, get_session, list_repo_files, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GlmForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 DEFAULT_MODEL = "THUDM/chatglm-6b"
-SUPPORTED = "ChatGLM-6B (model_type chatglm, with inner_hidden_size in its config.json)"
-TOKENIZER_FILES = ["config.json", "tokenizer_config.json", "ice_text.model"]
+TOKENIZER_FILES = [
+    "config.json",
+    "tokenizer_config.json",
+    "ice_text.model",
+    "tokenizer.model",
+    "tokenizer.json",
+    "tokenization_chatglm.py",
+]
 HUB_TIMEOUT = 10  # seconds
 
 
@@ -55,25 +66,62 @@ def _hub_answers() -> bool:
     return True
 
 
-def load_config(directory: Path) -> ChatGLMConfig:
-    """
-    Raises:
-        UsageError: no config.json, one that is not JSON, or a model that is not supported.
-    """
-    config_file = directory / "config.json"
-    if not config_file.is_file():
-        raise UsageError(f"--model_name_or_path {directory} has no config.json: is it a checkpoint directory?")
-    try:
-        config = json.loads(config_file.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise UsageError(f"{config_file} is not JSON: {error}") from None
-    if config.get("model_type") != "chatglm" or "inner_hidden_size" not in config:
-        raise UsageError(
-            f"{directory} (model_type {config.get('model_type')}) is not supported; supported are: {SUPPORTED}"
-        )
-    if config.get("quantization_bit"):
-        raise UsageError(f"{directory} is quantised, which is not supported; supported are: {SUPPORTED}, in full")
-    return ChatGLMConfig.from_dict(config)
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint directory whose generation is known."""
+
+    directory: Path
+    generation: Generation
+    config: PretrainedConfig
+
+    @classmethod
+    def open(cls, path_or_id: str, weights: bool = True) -> "Checkpoint":
+        """
+        Raises:
+            UsageError: see `local_directory`; no config.json, one that is not JSON, or a model that is not supported.
+        """
+        directory = local_directory(path_or_id, weights)
+        config_file = directory / "config.json"
+        if not config_file.is_file():
+            raise UsageError(f"--model_name_or_path {directory} has no config.json: is it a checkpoint directory?")
+        try:
+            released = json.loads(config_file.read_text(encoding="utf-8"))
+        except json.JSONDecodeError as error:
+            raise UsageError(f"{config_file} is not JSON: {error}") from None
+        generation = identify(directory, released)
+        if generation is None:
+            model_type = released.get("model_type")
+            raise UsageError(f"{directory} (model_type {model_type}) is not supported; supported are: {SUPPORTED}")
+        if released.get("quantization_bit"):
+            raise UsageError(f"{directory} is quantised, which is not supported; supported are: {SUPPORTED}, in full")
+        try:
+            config = model_config(generation, released)
+        except (KeyError, ValueError) as error:
+            raise UsageError(f"{config_file} is no {generation.name}: {error}") from None
+        return cls(directory, generation, config)
+
+    @property
+    def converts(self) -> bool:
+        """Whether its weights have other names than those of the model class."""
+        return self.generation.model_class is GlmForCausalLM and self.generation.released_layout
+
+    def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """
+        Every weight under the name that the model class gives it, mapped from its file.
+
+        Raises:
+            UsageError: a weight that the generation does not have, or of a shape that cannot be split.
+        """
+        for key, tensor in read_weights(self.directory):
+            if not self.converts:
+                yield key, tensor
+                continue
+            try:
+                yield from convert(key, tensor, self.config).items()
+            except KeyError:
+                raise UsageError(f"{self.directory}: {key} is no weight of {self.generation.name}") from None
+            except RuntimeError:
+                raise UsageError(f"{self.directory}: {key} cannot have the shape {tuple(tensor.shape)}") from None
 
 
 def load_tokenizer(path_or_id: str) -> PreTrainedTokenizerBase:
@@ -81,14 +129,13 @@ def load_tokenizer(path_or_id: str) -> PreTrainedTokenizerBase:
     The tokenizer of a checkpoint.
 
     Raises:
-        UsageError: see `local_directory` and `load_config`; or there is no ice_text.model.
+        UsageError: see `Checkpoint.open`; or the vocabulary file is missing.
     """
-    directory = local_directory(path_or_id, weights=False)
-    load_config(directory)
-    vocab_file = directory / ChatGLMTokenizer.vocab_files_names["vocab_file"]
-    if not vocab_file.is_file():
-        raise UsageError(f"--model_name_or_path {directory} has no {vocab_file.name}, the SentencePiece model")
-    return ChatGLMTokenizer.from_pretrained(directory)
+    checkpoint = Checkpoint.open(path_or_id, weights=False)
+    generation, directory = checkpoint.generation, checkpoint.directory
+    if not (directory / generation.vocab_file).is_file():
+        raise UsageError(f"--model_name_or_path {directory} has no {generation.vocab_file}, its vocabulary")
+    return generation.tokenizer_class.from_pretrained(directory)
 
 
 def load_model(path_or_id: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
@@ -96,15 +143,24 @@ def load_model(path_or_id: str, dtype: torch.dtype = torch.float32) -> PreTraine
     The model of a checkpoint (`.bin`, read with weights_only, or safetensors; sharded or not), on the CPU and in eval
     mode, its weights in `dtype`. Under DeepSpeed ZeRO-3 each rank holds its partition.
 
+    ChatGLM2-6B, ChatGLM3-6B and GLM-4-9B become `GlmForCausalLM`.
+
     Raises:
-        UsageError: see `local_directory` and `load_config`; or the checkpoint lacks a file or a weight, or has a
-            weight too many or of another shape.
+        UsageError: see `Checkpoint.open`; or the checkpoint lacks a file or a weight, or has a weight too many or of
+            another shape.
     """
-    directory = local_directory(path_or_id)
-    config = load_config(directory)
+    checkpoint = Checkpoint.open(path_or_id)
+    directory, generation = checkpoint.directory, checkpoint.generation
+    source: dict[str, Any] = {"pretrained_model_name_or_path": directory}
+    if checkpoint.converts:
+        source = {"pretrained_model_name_or_path": None, "state_dict": dict(checkpoint.weights())}
     try:
-        model, info = ChatGLMForConditionalGeneration.from_pretrained(
-            directory, config=config, dtype=dtype, output_loading_info=True
+        model, info = generation.model_class.from_pretrained(
+            **source,
+            config=checkpoint.config,
+            dtype=dtype,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are refused below, with the others
         )
     except OSError as error:
         raise UsageError(f"{directory}: {' '.join(str(error).split())}") from None
@@ -112,4 +168,5 @@ def load_model(path_or_id: str, dtype: torch.dtype = torch.float32) -> PreTraine
         if info[kind]:
             names = sorted(str(key) for key in info[kind])
             raise UsageError(f"{directory}: {len(names)} {kind.replace('_', ' ')} in the weights, first {names[0]}")
+    model.config._name_or_path = model.name_or_path = str(directory)
     return model.eval()

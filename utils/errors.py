@@ -13,11 +13,11 @@ def run(main: Callable[[], None]) -> None:
     """
     Runs a script's `main`. Exit code 0: done; 1: the run failed (traceback); 2: the request was wrong (one line).
 
-    Under a launcher only rank 0 prints the line.
+    Under a launcher only the first process of each machine prints the line.
     """
     try:
         main()
     except UsageError as error:
-        if int(os.environ.get("RANK", "0")) == 0:
+        if int(os.environ.get("LOCAL_RANK", "0")) == 0:
             print(f"{os.path.basename(sys.argv[0])}: error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)

@@ -12,7 +12,7 @@ from utils.checkpoint import DEFAULT_MODEL
 from utils.distributed import is_main_process, print_once
 from utils.errors import UsageError
 from utils.jsonl import atomic_writer, dump_row
-from utils.prompts import chat_prompt, encode_prompt
+from utils.prompts import encode_prompt, native_template
 from utils.rows import RowError, parse_prompt, read_rows
 
 import torch
@@ -77,12 +77,12 @@ def read_requests(input_path: str, tokenizer: PreTrainedTokenizerBase) -> list[R
     Raises:
         UsageError: no such file, or no rows in it.
     """
-    requests = []
+    requests, template = [], native_template(tokenizer)
     for index, (number, row) in enumerate(read_rows(input_path, parse_prompt)):
         if isinstance(row, RowError):
             requests.append(Request(index, None, [], error=f"{input_path}:{number}: {row}"))
         else:
-            requests.append(Request(index, chat_prompt(row.messages), encode_prompt(tokenizer, row.messages)))
+            requests.append(Request(index, template.render(row.messages), encode_prompt(tokenizer, row.messages)))
     if not requests:
         raise UsageError(f"--input_path {input_path} has no rows")
     return requests
@@ -113,6 +113,8 @@ def generate_answers(
                 "finish_reason": "error",
                 "error": request.error,
             }
+    template = native_template(tokenizer)
+    stop_ids = set(template.stop_ids(tokenizer))
     waiting = sorted((request for request in requests if not request.error), key=lambda r: len(r.input_ids))
     for start in range(0, len(waiting), batch_size):
         batch = waiting[start : start + batch_size]
@@ -123,17 +125,18 @@ def generate_answers(
             max_new_tokens=max_new_tokens,
             do_sample=False,
             num_beams=1,
-            eos_token_id=tokenizer.eos_token_id,
+            eos_token_id=template.stop_ids(tokenizer),
             pad_token_id=tokenizer.pad_token_id,
         )
         new_ids = output[:, inputs["input_ids"].shape[1] :].tolist()
         for request, ids in zip(batch, new_ids, strict=True):
-            stopped = tokenizer.eos_token_id in ids
-            ids = ids[: ids.index(tokenizer.eos_token_id)] if stopped else ids
+            end = next((i for i, token in enumerate(ids) if token in stop_ids), None)
+            stopped = end is not None
+            ids = ids[:end]
             yield {
                 "index": request.index,
                 "prompt": request.prompt,
-                "answer": decode(tokenizer, ids),
+                "answer": template.clean(decode(tokenizer, ids)),
                 "finish_reason": "stop" if stopped else "length",
                 "prompt_tokens": len(request.input_ids),
                 "answer_tokens": len(ids) + stopped,

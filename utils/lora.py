@@ -2,6 +2,7 @@
 
 import json
 import warnings
+from functools import partial
 from pathlib import Path
 
 from utils.errors import UsageError
@@ -19,8 +20,6 @@ from peft.tuners.lora import LoraLayer
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
-
-DEFAULT_TARGET_MODULES = ("query_key_value",)
 
 
 def attach_adapter(
@@ -55,6 +54,10 @@ def attach_adapter(
     return get_peft_model(model, config)
 
 
+# The embedding is never trained; PEFT would read the base's config.json again to find that out.
+adapter_weights = partial(get_peft_model_state_dict, save_embedding_layers=False)
+
+
 def gather_adapter(model: PeftModel) -> dict[str, torch.Tensor]:
     """
     The adapter's weights under PEFT's names, float32, on the CPU. Every rank must call it: under DeepSpeed it gathers
@@ -75,7 +78,7 @@ def gather_adapter(model: PeftModel) -> dict[str, torch.Tensor]:
             if value is None:
                 raise RuntimeError(f"DeepSpeed's optimizer holds no copy of {name}: nothing is written")
         state[name] = value.detach().float().cpu()
-    return get_peft_model_state_dict(model, state_dict=state)
+    return adapter_weights(model, state_dict=state)
 
 
 def expected_shapes(model: PeftModel) -> dict[str, tuple[int, int]]:
@@ -115,7 +118,7 @@ def save_adapter(model: PeftModel, directory: str | Path, is_main_process: bool 
     misfit = find_misfit(state, expected_shapes(model)) if state else "it has no weights"
     if misfit:
         raise RuntimeError(f"the adapter is not saved: {misfit}")
-    model.save_pretrained(directory, state_dict=state)
+    model.save_pretrained(directory, state_dict=state, save_embedding_layers=False)
     written = load_file(Path(directory) / SAFETENSORS_WEIGHTS_NAME)
     if written.keys() != state.keys() or not all(torch.equal(written[name], state[name]) for name in state):
         raise RuntimeError(f"{directory} does not hold the adapter that was saved: is the disk full?")

@@ -1,34 +1,35 @@
 """Where a model's weights lie for inference: sharded over processes by DeepSpeed, or over devices by accelerate."""
 
-import json
 import re
 import tempfile
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 
-from utils.chatglm import ChatGLMForConditionalGeneration
-from utils.checkpoint import load_config, local_directory
+from utils.chatglm.generations import Generation
+from utils.checkpoint import Checkpoint
 from utils.distributed import print_once, world_size
 from utils.errors import UsageError
 
 import torch
-from accelerate import init_empty_weights, load_checkpoint_and_dispatch
-from accelerate.utils import get_balanced_memory, infer_auto_device_map
-from safetensors import safe_open
+from accelerate import dispatch_model, init_empty_weights
+from accelerate.utils import (
+    get_balanced_memory,
+    infer_auto_device_map,
+    offload_weight,
+    save_offload_index,
+    set_module_tensor_to_device,
+)
 from transformers import PreTrainedModel
 
-SAFETENSORS = "model.safetensors"
-PYTORCH = "pytorch_model.bin"
 
-
-def shard_with_deepspeed(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+def shard_with_deepspeed(model: PreTrainedModel, generation: Generation, dtype: torch.dtype) -> PreTrainedModel:
     """
     Splits the attention heads and the MLPs over all processes (tensor parallelism) with DeepSpeed's inference engine
     and moves this process's part to its device. Every process must give the same inputs and gets the same logits.
 
-    DeepSpeed's own guess would take `query_key_value` as [Q; K; V] where it goes head by head, and the MLP as gated;
-    both compute something else without an error. The model's class says how it is split instead.
+    DeepSpeed's own guess would take ChatGLM-6B's `query_key_value` as [Q; K; V] where it goes head by head, and its
+    MLP as gated; both compute something else without an error. The generation says how its layers are split instead.
 
     Raises:
         UsageError: the heads cannot be shared out evenly.
@@ -43,17 +44,17 @@ def shard_with_deepspeed(model: PreTrainedModel, dtype: torch.dtype) -> PreTrain
         raise UsageError(
             f"{heads} attention heads cannot be split over {world_size()} processes: use {', '.join(fitting)}"
         )
+    repeat_key_value_heads(model, world_size())
 
+    plan = generation.tensor_parallel
     partition = AutoTPConfig(
         tp_size=world_size(),
         layer_specs=[
-            TPLayerSpec(
-                patterns=[rf".*\b{name}\.weight$" for name in names],
-                partition_type=partition_type,
-            )
-            for names, partition_type in (
-                (model.tensor_parallel_columns, PartitionType.COLUMN),
-                (model.tensor_parallel_rows, PartitionType.ROW),
+            TPLayerSpec(patterns=[rf".*\b{name}\.weight$" for name in names], partition_type=kind, shape=shape)
+            for names, kind, shape in (
+                (plan.columns, PartitionType.COLUMN, None),
+                (plan.packed_columns, PartitionType.COLUMN, (2, -1)),
+                (plan.rows, PartitionType.ROW, None),
             )
         ],
         use_default_specs=False,
@@ -65,13 +66,40 @@ def shard_with_deepspeed(model: PreTrainedModel, dtype: torch.dtype) -> PreTrain
         def get_partition_config_object(self) -> AutoTPConfig:
             return partition
 
+    # DeepSpeed shares the MLP out in grains of 64, the last rank taking the rest, which may leave a rank none.
+    grain = 64 if model.config.intermediate_size % (64 * world_size()) == 0 else 1
     # This pair is what `deepspeed.init_inference` makes of its arguments, with the stock configuration.
     config = PartitionedInferenceConfig(
         dtype=dtype,
-        tensor_parallel={"tp_size": world_size()},
-        injection_policy={model.tensor_parallel_block: model.tensor_parallel_rows} if world_size() > 1 else None,
+        tensor_parallel={"tp_size": world_size(), "tp_grain_size": grain},
+        injection_policy={plan.block: plan.rows} if world_size() > 1 else None,
     )
     return InferenceEngine(model, config=config).module
+
+
+def repeat_key_value_heads(model: PreTrainedModel, processes: int) -> None:
+    """
+    Grouped-query attention with fewer key/value heads than processes: repeats each, so that every process holds one.
+
+    The repeated heads serve fewer query heads each; the attention computes the same.
+    """
+    groups = getattr(model.config, "num_key_value_heads", processes)
+    if groups % processes == 0:
+        return
+    if processes % groups:
+        raise UsageError(f"{groups} key/value heads cannot be repeated evenly over {processes} processes")
+    times = processes // groups
+    for module in model.modules():
+        if not hasattr(module, "num_key_value_groups"):
+            continue
+        for projection in (module.k_proj, module.v_proj):
+            for name, parameter in list(projection.named_parameters()):
+                by_head = parameter.data.view(groups, module.head_dim, *parameter.shape[1:])
+                repeated = by_head.repeat_interleave(times, dim=0).flatten(0, 1)
+                setattr(projection, name, torch.nn.Parameter(repeated, requires_grad=False))
+            projection.out_features *= times
+        module.num_key_value_groups //= times
+    model.config.num_key_value_heads *= times
 
 
 def input_device(model: PreTrainedModel) -> torch.device:
@@ -88,97 +116,65 @@ def dispatch(
     """
     Loads a checkpoint spread over the visible cards, then CPU memory, then files in `offload_folder`, layer by layer.
 
+    This is what `accelerate.load_checkpoint_and_dispatch` does, of its parts: that function cannot read a checkpoint
+    whose weights have other names than the model's, nor tell that one is missing.
+
     Args:
         max_memory: what each device may take, like {0: "10GiB", "cpu": "30GiB"}; None is what is free.
         offload_folder: for what fits nowhere else; None is a temporary directory.
 
     Raises:
-        UsageError: see `local_directory` and `load_config`; or the weights are missing, incomplete or untied.
+        UsageError: see `Checkpoint.open`; weights missing or too many; or no memory for a single layer.
     """
-    directory = local_directory(path_or_id)
-    config = load_config(directory)
-    files = WeightFiles.find(directory)
+    checkpoint = Checkpoint.open(path_or_id)
     with init_empty_weights():
-        model = ChatGLMForConditionalGeneration(config)
+        model = checkpoint.generation.model_class(checkpoint.config)
+    model.to(dtype)  # an offloaded weight is brought back in the dtype of its place holder
     model.tie_weights()
-    _check_weights(model, files)
     no_split = model._no_split_modules
     memory = max_memory or get_balanced_memory(model, dtype=dtype, no_split_module_classes=no_split)
     device_map = infer_auto_device_map(model, max_memory=memory, no_split_module_classes=no_split, dtype=dtype)
     if set(device_map.values()) == {"disk"}:
         raise UsageError("no device has memory for a single layer: free some, or raise --max_memory")
-    if "disk" in device_map.values() and offload_folder is None:
-        offload_folder = tempfile.mkdtemp(prefix="offload-")
-    model = load_checkpoint_and_dispatch(
-        model,
-        str(files.entry),
-        device_map=device_map,
-        no_split_module_classes=no_split,
-        offload_folder=offload_folder,
-        dtype=dtype,
-    )
-    layers = Counter(str(device) for name, device in device_map.items())
+    if "disk" in device_map.values():
+        offload_folder = offload_folder or tempfile.mkdtemp(prefix="offload-")
+        Path(offload_folder).mkdir(parents=True, exist_ok=True)
+    _place_weights(model, checkpoint, device_map, dtype, offload_folder)
+    model.tie_weights()
+    model = dispatch_model(model, device_map=device_map, offload_dir=offload_folder)
+    layers = Counter(str(device) for device in device_map.values())
     print_once("placed " + ", ".join(f"{count} parts on {device}" for device, count in layers.items()))
     return model.eval()
 
 
-@dataclass(frozen=True)
-class WeightFiles:
-    """The weight files of a checkpoint directory."""
-
-    entry: Path  # the index, or the only file
-    weight_map: dict[str, Path]  # weight -> the file that holds it
-
-    @classmethod
-    def find(cls, directory: Path) -> "WeightFiles":
-        """
-        Raises:
-            UsageError: no weights, or a file that the index names is missing.
-        """
-        for kind in (SAFETENSORS, PYTORCH):
-            index = directory / f"{kind}.index.json"
-            if index.is_file():
-                names = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-                missing = sorted({name for name in names.values() if not (directory / name).is_file()})
-                if missing:
-                    raise UsageError(f"{directory} lacks {len(missing)} of its weight files, first {missing[0]}")
-                return cls(index, {key: directory / name for key, name in names.items()})
-            single = directory / kind
-            if single.is_file():
-                return cls(single, dict.fromkeys(cls._keys(single), single))
-        raise UsageError(f"{directory} has neither {SAFETENSORS} nor {PYTORCH} nor an index of such files")
-
-    @staticmethod
-    def _keys(file: Path) -> list[str]:
-        if file.suffix == ".safetensors":
-            with safe_open(file, framework="pt") as opened:
-                return list(opened.keys())
-        return list(torch.load(file, map_location="cpu", weights_only=True, mmap=True))
-
-    def read(self, key: str) -> torch.Tensor:
-        """One weight, mapped from its file."""
-        file = self.weight_map[key]
-        if file.suffix == ".safetensors":
-            with safe_open(file, framework="pt") as opened:
-                return opened.get_tensor(key)
-        return torch.load(file, map_location="cpu", weights_only=True, mmap=True)[key]
+def _place_weights(
+    model: PreTrainedModel, checkpoint: Checkpoint, device_map: dict, dtype: torch.dtype, offload_folder: str | None
+) -> None:
+    """Moves each weight from its file to its device, or to a file of its own in `offload_folder`."""
+    tied = {source: target for target, source in model.all_tied_weights_keys.items()}
+    missing = set(model.state_dict()) - set(tied.values())
+    ignored = model._keys_to_ignore_on_load_unexpected or ()
+    offload_index: dict[str, dict] = {}
+    for key, tensor in checkpoint.weights():
+        if key in tied.values() or any(re.search(pattern, key) for pattern in ignored):
+            continue  # a tied copy gives way to its source, as in `load_model`
+        if key not in missing:
+            raise UsageError(f"{checkpoint.directory}: {key} is no weight of {checkpoint.generation.name}")
+        missing.remove(key)
+        device = next(device_map[name] for name in _enclosing(key) if name in device_map)
+        if device == "disk":
+            for name in (key, tied[key]) if key in tied else (key,):
+                offload_index = offload_weight(tensor.to(dtype), name, offload_folder, index=offload_index)
+        else:
+            set_module_tensor_to_device(model, key, device, value=tensor, dtype=dtype)
+    if missing:
+        raise UsageError(f"{checkpoint.directory}: {len(missing)} weights are missing, first {min(missing)}")
+    save_offload_index(offload_index, offload_folder)
 
 
-def _check_weights(model: PreTrainedModel, files: WeightFiles) -> None:
-    """accelerate loads what it finds and is silent about the rest, so what must be there is checked before."""
-    expected = set(model.state_dict())
-    tied = {key: source for key, source in model.all_tied_weights_keys.items() if key in files.weight_map}
-    missing = sorted(expected - set(files.weight_map) - set(model.all_tied_weights_keys))
-    ignored = model._keys_to_ignore_on_load_unexpected
-    unknown = sorted(
-        key for key in set(files.weight_map) - expected if not any(re.search(pattern, key) for pattern in ignored)
-    )
-    for kind, keys in (("missing", missing), ("unexpected", unknown)):
-        if keys:
-            raise UsageError(f"{files.entry.parent}: {len(keys)} {kind} keys in the weights, first {keys[0]}")
-    for key, source in tied.items():
-        if not torch.equal(files.read(key), files.read(source)):
-            raise UsageError(
-                f"{files.entry.parent}: {key} differs from {source}, which ties it, and dispatching cannot tell them "
-                "apart: save the model once with transformers' save_pretrained, which leaves out the tied copy"
-            )
+def _enclosing(key: str) -> Iterator[str]:
+    """a.b.c -> a.b.c, a.b, a, and the whole model, which goes by the empty name."""
+    while key:
+        yield key
+        key = key.rpartition(".")[0]
+    yield ""

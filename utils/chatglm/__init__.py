@@ -1,4 +1,4 @@
-"""ChatGLM-6B without remote code. Importing this package registers it with transformers' Auto classes."""
+"""The ChatGLM family without remote code. Importing it registers ChatGLM-6B with transformers' Auto classes."""
 
 from utils.chatglm.configuration_chatglm import ChatGLMConfig
 from utils.chatglm.modeling_chatglm import ChatGLMForConditionalGeneration, ChatGLMModel

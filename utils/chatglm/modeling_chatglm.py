@@ -263,10 +263,6 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
     follows from the positions.
     """
 
-    # How the weights are split over tensor-parallel ranks: output rows, head by head, or input columns.
-    tensor_parallel_block = ChatGLMBlock
-    tensor_parallel_columns = ("query_key_value", "dense_h_to_4h")
-    tensor_parallel_rows = ("attention.dense", "mlp.dense_4h_to_h")
     _tied_weights_keys = {"lm_head.weight": "transformer.word_embeddings.weight"}
 
     def __init__(self, config: ChatGLMConfig):

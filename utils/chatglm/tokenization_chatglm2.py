@@ -1,0 +1,163 @@
+"""The SentencePiece tokenizers of ChatGLM2-6B and ChatGLM3-6B (`tokenizer.model`), as the released ones behave."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import sentencepiece
+from transformers import PreTrainedTokenizer
+
+PREFIX = ("[gMASK]", "sop")
+SPECIAL_TOKENS = ("[MASK]", "[gMASK]", "[sMASK]", "sop", "eop")
+ROLE_TOKENS = ("<|system|>", "<|user|>", "<|assistant|>", "<|observation|>")
+EOS_ID = 2  # </s>
+
+
+class ChatGLM2Tokenizer(PreTrainedTokenizer):
+    """
+    Tokenizer of ChatGLM2-6B. `tokenizer(text)` prepends `[gMASK] sop`, a pair ends with `</s>`; padding is on the
+    left. The special tokens follow the SentencePiece vocabulary and are never found in text.
+
+    Args:
+        vocab_file: the SentencePiece model.
+        pad_with_unk: pad with `<unk>` (0) and leave the spaces of decoded text alone, as later releases of the
+            tokenizer do; the first pads with `</s>` (2) and cleans them up.
+    """
+
+    vocab_files_names = {"vocab_file": "tokenizer.model"}
+    model_input_names = ["input_ids", "attention_mask"]
+    padding_side = "left"
+    special_pieces: tuple[str, ...] = SPECIAL_TOKENS
+
+    def __init__(self, vocab_file: str, pad_with_unk: bool = False, **kwargs):
+        self.vocab_file = vocab_file
+        self.pad_with_unk = pad_with_unk
+        self.sp_model = sentencepiece.SentencePieceProcessor(model_file=str(vocab_file))
+        self.special_ids = {piece: self.sp_model.vocab_size() + i for i, piece in enumerate(self.special_pieces)}
+        self._special_by_id = {index: piece for piece, index in self.special_ids.items()}
+        # None of these is a special token to transformers: nothing in a text is ever split off as one.
+        for name in (
+            "bos_token",
+            "eos_token",
+            "pad_token",
+            "unk_token",
+            "added_tokens_decoder",
+            "extra_special_tokens",
+        ):
+            kwargs.pop(name, None)
+        kwargs.setdefault("clean_up_tokenization_spaces", not pad_with_unk)
+        super().__init__(pad_with_unk=pad_with_unk, **kwargs)
+
+    @property
+    def vocab_size(self) -> int:
+        return self.sp_model.vocab_size() + len(self.special_ids)
+
+    @property
+    def pad_token_id(self) -> int:
+        return 0 if self.pad_with_unk else EOS_ID
+
+    @property
+    def pad_token(self) -> str:
+        return self.sp_model.id_to_piece(self.pad_token_id)
+
+    @property
+    def eos_token_id(self) -> int:
+        return EOS_ID
+
+    @property
+    def eos_token(self) -> str:
+        return self.sp_model.id_to_piece(EOS_ID)
+
+    def get_vocab(self) -> dict[str, int]:
+        vocab = {self.sp_model.id_to_piece(i): i for i in range(self.sp_model.vocab_size())}
+        return vocab | self.special_ids
+
+    def _tokenize(self, text: str, **kwargs) -> list[str]:
+        return self.sp_model.encode(text, out_type=str)
+
+    def _convert_token_to_id(self, token: str) -> int:
+        return self.special_ids.get(token, self.sp_model.piece_to_id(token))
+
+    def _convert_id_to_token(self, index: int) -> str:
+        return "" if index in self._special_by_id else self.sp_model.id_to_piece(index)
+
+    def convert_tokens_to_string(self, tokens: list[str]) -> str:
+        return self.sp_model.decode([token for token in tokens if token])
+
+    def get_prefix_tokens(self) -> list[int]:
+        return [self.special_ids[piece] for piece in PREFIX]
+
+    def build_inputs_with_special_tokens(self, token_ids_0: list[int], token_ids_1: list[int] | None = None):
+        ids = self.get_prefix_tokens() + token_ids_0
+        return ids if token_ids_1 is None else ids + token_ids_1 + [EOS_ID]
+
+    def save_vocabulary(self, save_directory: str, filename_prefix: str | None = None) -> tuple[str]:
+        name = (f"{filename_prefix}-" if filename_prefix else "") + self.vocab_files_names["vocab_file"]
+        target = Path(save_directory) / name
+        if Path(self.vocab_file).resolve() != target.resolve():
+            shutil.copyfile(self.vocab_file, target)
+        return (str(target),)
+
+
+class ChatGLM3Tokenizer(ChatGLM2Tokenizer):
+    """
+    Tokenizer of ChatGLM3-6B: four role tokens more, decoded text shows special tokens, padding with `<unk>` (0).
+
+    Args:
+        vocab_file: the SentencePiece model.
+        encode_special_tokens: find the role tokens in a text; off in the release.
+    """
+
+    special_pieces = SPECIAL_TOKENS + ROLE_TOKENS
+
+    def __init__(self, vocab_file: str, encode_special_tokens: bool = False, **kwargs):
+        self.encode_special_tokens = encode_special_tokens
+        kwargs["pad_with_unk"] = True
+        super().__init__(vocab_file, encode_special_tokens=encode_special_tokens, **kwargs)
+
+    @property
+    def unk_token(self) -> str:
+        return self.sp_model.id_to_piece(0)
+
+    @property
+    def unk_token_id(self) -> None:
+        return None  # as the released class answers
+
+    def _tokenize(self, text: str, **kwargs) -> list[str]:
+        if not self.encode_special_tokens:
+            return super()._tokenize(text)
+        parts = re.split("(" + "|".join(map(re.escape, ROLE_TOKENS)) + ")", text)
+        return [
+            token
+            for part in parts
+            if part
+            for token in ([part] if part in ROLE_TOKENS else self.sp_model.encode(part, out_type=str))
+        ]
+
+    def _convert_id_to_token(self, index: int) -> str:
+        if index in self._special_by_id:
+            return self._special_by_id[index]
+        return "" if index <= EOS_ID else self.sp_model.id_to_piece(index)
+
+    def build_single_message(self, role: str, metadata: str, message: str) -> list[int]:
+        """`<|role|>`, then the metadata and a newline, then the message, the two encoded apart."""
+        return [
+            self.special_ids[f"<|{role}|>"],
+            *self.sp_model.encode(f"{metadata}\n"),
+            *self.sp_model.encode(message),
+        ]
+
+    def build_chat_input(
+        self, query: str, history: list[dict[str, Any]] | None = None, role: str = "user"
+    ) -> list[int]:
+        """The ids of a chat as the released `build_chat_input` makes them, ready for the assistant's answer."""
+        ids = self.get_prefix_tokens()
+        for item in history or []:
+            content = item["content"]
+            if item["role"] == "system" and "tools" in item:
+                content += "\n" + json.dumps(item["tools"], indent=4, ensure_ascii=False)
+            ids += self.build_single_message(item["role"], item.get("metadata", ""), content)
+        ids += self.build_single_message(role, "", query)
+        return [*ids, self.special_ids["<|assistant|>"]]
