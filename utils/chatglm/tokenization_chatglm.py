@@ -1,11 +1,11 @@
 """ChatGLM-6B's SentencePiece tokenizer (`ice_text.model`), as the released `tokenization_chatglm.py` behaves."""
 
 import re
-import shutil
-from pathlib import Path
+
+from utils.chatglm.vocab_file import VocabFileTokenizer
 
 import sentencepiece
-from transformers import AddedToken, PreTrainedTokenizer
+from transformers import AddedToken
 
 NEWLINE_PIECE = "<n>"
 TAB_PIECE = "<|tab|>"
@@ -28,7 +28,7 @@ def decode_whitespace(text: str) -> str:
     )
 
 
-class ChatGLMTokenizer(PreTrainedTokenizer):
+class ChatGLMTokenizer(VocabFileTokenizer):
     """
     Tokenizer of ChatGLM-6B.
 
@@ -42,8 +42,6 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
     """
 
     vocab_files_names = {"vocab_file": "ice_text.model"}
-    model_input_names = ["input_ids", "attention_mask"]
-    padding_side = "left"
 
     def __init__(
         self,
@@ -130,10 +128,3 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
     def build_inputs_with_special_tokens(self, token_ids_0: list[int], token_ids_1: list[int] | None = None):
         ids = token_ids_0 + [self.gmask_token_id, self.bos_token_id]
         return ids if token_ids_1 is None else ids + token_ids_1 + [self.eos_token_id]
-
-    def save_vocabulary(self, save_directory: str, filename_prefix: str | None = None) -> tuple[str]:
-        name = (f"{filename_prefix}-" if filename_prefix else "") + self.vocab_files_names["vocab_file"]
-        target = Path(save_directory) / name
-        if Path(self.vocab_file).resolve() != target.resolve():
-            shutil.copyfile(self.vocab_file, target)
-        return (str(target),)

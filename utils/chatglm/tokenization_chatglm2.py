@@ -2,12 +2,11 @@
 
 import json
 import re
-import shutil
-from pathlib import Path
 from typing import Any
 
+from utils.chatglm.vocab_file import VocabFileTokenizer
+
 import sentencepiece
-from transformers import PreTrainedTokenizer
 
 PREFIX = ("[gMASK]", "sop")
 SPECIAL_TOKENS = ("[MASK]", "[gMASK]", "[sMASK]", "sop", "eop")
@@ -15,7 +14,7 @@ ROLE_TOKENS = ("<|system|>", "<|user|>", "<|assistant|>", "<|observation|>")
 EOS_ID = 2  # </s>
 
 
-class ChatGLM2Tokenizer(PreTrainedTokenizer):
+class ChatGLM2Tokenizer(VocabFileTokenizer):
     """
     Tokenizer of ChatGLM2-6B. `tokenizer(text)` prepends `[gMASK] sop`, a pair ends with `</s>`; padding is on the
     left. The special tokens follow the SentencePiece vocabulary and are never found in text.
@@ -27,8 +26,6 @@ class ChatGLM2Tokenizer(PreTrainedTokenizer):
     """
 
     vocab_files_names = {"vocab_file": "tokenizer.model"}
-    model_input_names = ["input_ids", "attention_mask"]
-    padding_side = "left"
     special_pieces: tuple[str, ...] = SPECIAL_TOKENS
 
     def __init__(self, vocab_file: str, pad_with_unk: bool = False, **kwargs):
@@ -92,13 +89,6 @@ class ChatGLM2Tokenizer(PreTrainedTokenizer):
     def build_inputs_with_special_tokens(self, token_ids_0: list[int], token_ids_1: list[int] | None = None):
         ids = self.get_prefix_tokens() + token_ids_0
         return ids if token_ids_1 is None else ids + token_ids_1 + [EOS_ID]
-
-    def save_vocabulary(self, save_directory: str, filename_prefix: str | None = None) -> tuple[str]:
-        name = (f"{filename_prefix}-" if filename_prefix else "") + self.vocab_files_names["vocab_file"]
-        target = Path(save_directory) / name
-        if Path(self.vocab_file).resolve() != target.resolve():
-            shutil.copyfile(self.vocab_file, target)
-        return (str(target),)
 
 
 class ChatGLM3Tokenizer(ChatGLM2Tokenizer):

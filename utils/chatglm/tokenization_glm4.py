@@ -3,14 +3,15 @@
 import base64
 import binascii
 import json
-import shutil
 from pathlib import Path
 from typing import Any
+
+from utils.chatglm.vocab_file import VocabFileTokenizer
 
 from tokenizers import Regex, Tokenizer
 from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel, Sequence, Split
-from transformers import AddedToken, PreTrainedTokenizer
+from transformers import AddedToken
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 PATTERN = (
@@ -64,7 +65,7 @@ def merges_of(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
     return merges
 
 
-class ChatGLM4Tokenizer(PreTrainedTokenizer):
+class ChatGLM4Tokenizer(VocabFileTokenizer):
     """
     Tokenizer of GLM-4-9B. `tokenizer(text)` prepends `[gMASK] <sop>` and parses special tokens in the text; padding,
     with `<|endoftext|>`, is on the left.
@@ -74,8 +75,6 @@ class ChatGLM4Tokenizer(PreTrainedTokenizer):
     """
 
     vocab_files_names = {"vocab_file": "tokenizer.model"}
-    model_input_names = ["input_ids", "attention_mask"]
-    padding_side = "left"
 
     def __init__(
         self, vocab_file: str, padding_side: str = "left", clean_up_tokenization_spaces: bool = False, **kwargs
@@ -185,13 +184,6 @@ class ChatGLM4Tokenizer(PreTrainedTokenizer):
             if message["content"]:
                 ids += self.build_single_message(message["role"], message.get("metadata", ""), message["content"])
         return [*ids, self.convert_tokens_to_ids("<|assistant|>")] if add_generation_prompt else ids
-
-    def save_vocabulary(self, save_directory: str, filename_prefix: str | None = None) -> tuple[str]:
-        name = (f"{filename_prefix}-" if filename_prefix else "") + self.vocab_files_names["vocab_file"]
-        target = Path(save_directory) / name
-        if Path(self.vocab_file).resolve() != target.resolve():
-            shutil.copyfile(self.vocab_file, target)
-        return (str(target),)
 
 
 def tools_text(tools: list[dict[str, Any]]) -> str:
