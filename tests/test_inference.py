@@ -130,7 +130,7 @@ def test_random_checkpoints_answer(run_script, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("processes", (1, 2, 4))
+@pytest.mark.parametrize("processes", (2, 4))
 def test_deepspeed_shards_give_the_answers_of_one_process(answer, workspace, adapted, processes):
     script = f"deepspeed --num_gpus {processes} chatglm_deepspeed_inference.py"
     assert answer(script, f"--adapter_path {workspace}/adapter")[0] == adapted
@@ -144,8 +144,7 @@ def test_the_dispatching_script_under_deepspeed(answer, plain):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "name, processes",
-    [("chatglm-6b-tiny", 2), ("chatglm-6b-tiny", 4), ("chatglm2-6b-tiny", 2), ("chatglm3-6b-tiny", 4)]
-    + [("glm-4-9b-chat-tiny", 2), ("glm-4-9b-chat-tiny", 4)],
+    [("chatglm-6b-tiny", 2), ("chatglm2-6b-tiny", 2), ("chatglm3-6b-tiny", 4), ("glm-4-9b-chat-tiny", 4)],
 )
 def test_shards_are_shards_and_logits_agree(run_command, name, processes):
     """With 2 key/value heads and 4 processes the heads are repeated."""

@@ -32,7 +32,7 @@ def commands(work: str) -> dict[str, str]:
         f"--max_seq_length 200 --skip_overlength --model_name_or_path {MODEL}",
         "answers before": f"{answer} --output_path {work}/before.jsonl",
         "train": f"torchrun --nproc_per_node=2 multi_gpu_fintune_belle.py --dataset_path {work}/tokens --lora_rank 8 "
-        f"--per_device_train_batch_size 8 --num_train_epochs 12 --learning_rate 3e-3 --save_steps 1000 "
+        f"--per_device_train_batch_size 8 --num_train_epochs 8 --learning_rate 3e-3 --save_steps 1000 "
         f"--save_total_limit 2 --logging_steps 20 --fp16 --output_dir {work}/adapter "
         f"--deepspeed ds_config_zero3.json --model_name_or_path {MODEL}",
         "answers after": f"{answer} --adapter_path {work}/adapter --output_path {work}/after.jsonl",
