@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 
 from utils.batching import PaddingCollator
 from utils.checkpoint import DEFAULT_MODEL, Checkpoint, load_model, load_tokenizer
-from utils.distributed import init_process_group, is_main_process, print_once, shut_down
+from utils.distributed import init_process_group, is_main_process, mean_over_processes, print_once, shut_down
 from utils.errors import UsageError, run
 from utils.lora import attach_adapter
 from utils.token_dataset import load_examples
@@ -78,6 +78,8 @@ def main() -> None:
     )
     result = trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
     trainer.save_model()
+    # Trainer counts the steps since the last log by this process's rows alone.
+    result.metrics["train_loss"] = mean_over_processes(result.metrics["train_loss"])
     if is_main_process():
         print(json.dumps({"output_dir": training_args.output_dir, "steps": result.global_step, **result.metrics}))
 

@@ -64,6 +64,15 @@ def init_process_group(use_deepspeed: bool) -> None:
         torch.distributed.init_process_group(backend)
 
 
+def mean_over_processes(value: float) -> float:
+    """The mean of every process's value; all must call it."""
+    if world_size() == 1:
+        return value
+    total = torch.tensor(value, dtype=torch.float64, device="cuda" if torch.cuda.is_available() else "cpu")
+    torch.distributed.all_reduce(total)
+    return total.item() / world_size()
+
+
 def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
