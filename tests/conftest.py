@@ -18,6 +18,16 @@ GOLDEN = ROOT / "tests" / "golden"
 sys.path.insert(0, str(ROOT))
 
 
+def check_text_case(tokenizer, case: dict) -> None:
+    """One text of a golden.json, there and back."""
+    text, ids = case["text"], case["ids"]
+    assert tokenizer.encode(text) == ids
+    assert tokenizer.encode(text, add_special_tokens=False) == case["ids_nospecial"]
+    assert tokenizer.decode(ids) == case["decode"]
+    assert tokenizer.decode(case["ids_nospecial"]) == case["decode_nospecial"]
+    assert tokenizer.decode(ids, skip_special_tokens=True) == case["decode_skip_special"]
+
+
 class Result:
     """What a command left: its exit code and its output."""
 

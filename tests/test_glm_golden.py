@@ -14,7 +14,7 @@ from utils.rows import Message, Row
 
 import pytest
 import torch
-from conftest import GOLDEN
+from conftest import GOLDEN, check_text_case
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from tokenizers.decoders import ByteLevel
@@ -101,11 +101,7 @@ def test_text_cases(golden):
     assert golden.values["texts"]
     for case in golden.values["texts"]:
         text, ids = case["text"], case["ids"]
-        assert tokenizer.encode(text) == ids
-        assert tokenizer.encode(text, add_special_tokens=False) == case["ids_nospecial"]
-        assert tokenizer.decode(ids) == case["decode"]
-        assert tokenizer.decode(case["ids_nospecial"]) == case["decode_nospecial"]
-        assert tokenizer.decode(ids, skip_special_tokens=True) == case["decode_skip_special"]
+        check_text_case(tokenizer, case)
         plain = tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
         if "bpe_ids" in case:
             assert plain == tokenizer.encode_ordinary(text) == case["bpe_ids"]

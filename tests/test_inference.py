@@ -121,6 +121,14 @@ def test_offloaded_in_half_precision(answer, workspace):
     assert answer(ONE_PROCESS, f"{flags} --max_memory cpu=3MiB")[0] == whole
 
 
+def test_temporary_offload_folder_is_removed(run_command, tmp_path):
+    paths = f"--model_name_or_path {TINY} --output_path {tmp_path}/answers"
+    (tmp_path / "tmp").mkdir()
+    command = f"python {ONE_PROCESS} {paths} --max_new_tokens 2 --max_memory cpu=6MiB"
+    assert "on disk" in run_command(command, TMPDIR=str(tmp_path / "tmp")).check().out
+    assert not list((tmp_path / "tmp").glob("offload-*"))
+
+
 def test_random_checkpoints_answer(run_script, tmp_path):
     run_script(f"tools/random_checkpoint.py --shape tiny --output_dir {tmp_path}/random").check()
     command = (

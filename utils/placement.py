@@ -121,7 +121,7 @@ def dispatch(
 
     Args:
         max_memory: what each device may take, like {0: "10GiB", "cpu": "30GiB"}; None is what is free.
-        offload_folder: for what fits nowhere else; None is a temporary directory.
+        offload_folder: for what fits nowhere else; None is a temporary directory, removed with the model.
 
     Raises:
         UsageError: see `Checkpoint.open`; weights missing or too many; or no memory for a single layer.
@@ -137,7 +137,9 @@ def dispatch(
     if set(device_map.values()) == {"disk"}:
         raise UsageError("no device has memory for a single layer: free some, or raise --max_memory")
     if "disk" in device_map.values():
-        offload_folder = offload_folder or tempfile.mkdtemp(prefix="offload-")
+        if offload_folder is None:
+            model.offload_directory = tempfile.TemporaryDirectory(prefix="offload-")  # removed with the model
+            offload_folder = model.offload_directory.name
         Path(offload_folder).mkdir(parents=True, exist_ok=True)
     _place_weights(model, checkpoint, device_map, dtype, offload_folder)
     model.tie_weights()

@@ -38,7 +38,8 @@ def read_weights(directory: Path) -> Iterator[tuple[str, torch.Tensor]]:
     for file in weight_files(directory):
         if file.suffix == ".safetensors":
             with safe_open(file, framework="pt") as opened:
-                yield from ((key, opened.get_tensor(key)) for key in opened.keys())  # noqa: SIM118
+                keys = opened.keys()
+                yield from ((key, opened.get_tensor(key)) for key in keys)
         else:
             mappable = zipfile.is_zipfile(file)  # not what torch wrote before 1.6
             yield from torch.load(file, map_location="cpu", weights_only=True, mmap=mappable).items()
