@@ -5,6 +5,7 @@ import io
 import os
 import runpy
 import shlex
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -53,10 +54,21 @@ def run_command():
             "OMP_NUM_THREADS": "1",
             **variables,
         }
-        process = subprocess.run(
-            shlex.split(command), cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout
+        process = subprocess.Popen(
+            shlex.split(command),
+            cwd=cwd,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
         )
-        return Result(command, process)
+        try:
+            out, err = process.communicate(timeout=timeout)
+        except BaseException:  # a launcher's workers would live on
+            os.killpg(process.pid, signal.SIGKILL)
+            raise
+        return Result(command, subprocess.CompletedProcess(command, process.returncode, out, err))
 
     return run
 

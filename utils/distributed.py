@@ -3,6 +3,8 @@
 import os
 import socket
 
+from utils.extension_builds import remove_stale_build_locks
+
 import torch
 
 if not torch.cuda.is_available():
@@ -58,7 +60,10 @@ def init_process_group(use_deepspeed: bool) -> None:
         import deepspeed
 
         # DeepSpeed's shared-memory reduction reads the name that its own launcher gives this, and crashes without it.
-        os.environ.setdefault("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        processes_here = os.environ.setdefault("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        if local_rank() == 0:
+            for lock in remove_stale_build_locks(several_machines=int(processes_here) < world_size()):
+                print(f"removed {lock}, left behind by a build that was killed", flush=True)
         deepspeed.init_distributed(dist_backend=backend)
     elif not torch.distributed.is_initialized():
         torch.distributed.init_process_group(backend)
