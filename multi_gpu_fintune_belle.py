@@ -17,8 +17,8 @@ from utils.batching import PaddingCollator
 from utils.checkpoint import DEFAULT_MODEL, Checkpoint, load_model, load_tokenizer
 from utils.distributed import init_process_group, is_main_process, mean_over_processes, print_once, shut_down
 from utils.errors import UsageError, run
-from utils.lora import attach_adapter
-from utils.token_dataset import load_examples
+from utils.lora import AdapterOrigin, attach_adapter
+from utils.token_dataset import check_origin, load_examples
 from utils.training import AdapterTrainer, describe_run, resolve_precision, uses_deepspeed
 
 import torch
@@ -61,6 +61,7 @@ def main() -> None:
     args, training_args, dtype = parse_arguments(sys.argv[1:])
     dataset = load_examples(args.dataset_path)
     tokenizer = load_tokenizer(args.model_name_or_path)
+    template = check_origin(args.dataset_path, tokenizer, args.model_name_or_path)
     model = load_model(args.model_name_or_path, dtype=dtype)
     model.config.use_cache = False
     targets = args.lora_target_modules or Checkpoint.open(args.model_name_or_path).generation.lora_target_modules
@@ -75,6 +76,7 @@ def main() -> None:
         args=training_args,
         train_dataset=dataset,
         data_collator=PaddingCollator(tokenizer.pad_token_id),
+        origin=AdapterOrigin(template),
     )
     result = trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
     trainer.save_model()

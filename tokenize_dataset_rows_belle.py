@@ -16,9 +16,11 @@ from collections.abc import Iterator
 
 from utils.checkpoint import DEFAULT_MODEL, load_tokenizer
 from utils.errors import run
-from utils.prompts import Example, encode_example
+from utils.prompts import TEMPLATES, ChatGLMTemplate, Example, encode_example, fingerprint, template_for
 from utils.rows import Rejections, RowError, parse_row, read_rows
-from utils.token_dataset import save_examples
+from utils.token_dataset import Origin, save_examples
+
+from transformers import PreTrainedTokenizerBase
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -30,19 +32,30 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--model_name_or_path", default=DEFAULT_MODEL, help="whose tokenizer: a directory or hub id (%(default)s)"
     )
+    parser.add_argument(
+        "--template",
+        choices=TEMPLATES,
+        default="native",
+        help="prompts as the model's own chat has them (native), or not",
+    )
     return parser.parse_args()
 
 
-def tokenize_rows(args: argparse.Namespace, counts: Counter, rejections: Rejections) -> Iterator[Example]:
+def tokenize_rows(
+    args: argparse.Namespace,
+    tokenizer: PreTrainedTokenizerBase,
+    template: ChatGLMTemplate,
+    counts: Counter,
+    rejections: Rejections,
+) -> Iterator[Example]:
     """Yields the examples to write, and counts what became of every row."""
-    tokenizer = load_tokenizer(args.model_name_or_path)
     for number, row in read_rows(args.jsonl_path, parse_row):
         counts["read"] += 1
         if isinstance(row, RowError):
             rejections.add(number, row)
             continue
         try:
-            example = encode_example(tokenizer, row, args.max_seq_length)
+            example = encode_example(tokenizer, row, args.max_seq_length, template)
         except RowError as error:
             rejections.add(number, f"--max_seq_length: {error}")
             continue
@@ -58,10 +71,14 @@ def tokenize_rows(args: argparse.Namespace, counts: Counter, rejections: Rejecti
 
 def main() -> None:
     args = parse_arguments()
+    tokenizer = load_tokenizer(args.model_name_or_path)
+    template = template_for(tokenizer, args.template)
     rejections = Rejections(args.jsonl_path)
     counts = Counter(dict.fromkeys(("read", "written", "skipped_overlength", "cut", "tokens", "trained_tokens"), 0))
     try:
-        save_examples(tokenize_rows(args, counts, rejections), args.save_path)
+        examples = tokenize_rows(args, tokenizer, template, counts, rejections)
+        origin = Origin(args.template, fingerprint(tokenizer, template), args.model_name_or_path)
+        save_examples(examples, args.save_path, origin)
     finally:
         rejections.report()
         if counts["read"]:

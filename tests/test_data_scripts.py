@@ -5,7 +5,7 @@ import json
 from utils.checkpoint import load_tokenizer
 from utils.errors import UsageError
 from utils.jsonl import atomic_writer, read_json_rows
-from utils.prompts import IGNORE_INDEX, encode_example, encode_prompt, native_template
+from utils.prompts import IGNORE_INDEX, encode_example, encode_prompt, template_for
 from utils.rows import Message, Row, RowError, parse_prompt, parse_row
 
 import datasets
@@ -96,7 +96,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
 
 
 def test_chat_prompt_is_the_released_one(tokenizer):
-    render = native_template(tokenizer).render
+    render = template_for(tokenizer).render
     messages = [Message(*pair) for pair in (("user", "你好"), ("assistant", "你好！"), ("user", "再见"))]
     assert render(messages[:1]) == "你好"
     assert render(messages) == "[Round 0]\n问：你好\n答：你好！\n[Round 1]\n问：再见\n答："

@@ -9,7 +9,7 @@ from utils.chatglm.released_glm import glm_config, target_keys
 from utils.chatglm.tokenization_chatglm2 import ChatGLM2Tokenizer, ChatGLM3Tokenizer
 from utils.checkpoint import Checkpoint, load_model, load_tokenizer
 from utils.errors import UsageError
-from utils.prompts import encode_example, encode_prompt, native_template
+from utils.prompts import encode_example, encode_prompt, template_for
 from utils.rows import Message, Row
 
 import pytest
@@ -176,7 +176,7 @@ def test_training_rows_are_those_of_the_reference(golden):
     example = encode_example(golden.tokenizer, row)
     assert example.input_ids == golden.tensors["train.single.input_ids"][0].tolist()
     assert example.labels == golden.tensors["train.single.labels"][0].tolist()
-    assert example.labels[-1] == native_template(golden.tokenizer).stop_ids(golden.tokenizer)[0]
+    assert example.labels[-1] == template_for(golden.tokenizer).stop_ids(golden.tokenizer)[0]
 
 
 @pytest.mark.parametrize("cut", (1, 3, 10))
@@ -185,7 +185,7 @@ def test_truncation_keeps_the_template(golden, cut):
     whole = encode_example(golden.tokenizer, row)
     example = encode_example(golden.tokenizer, row, len(whole.input_ids) - cut)
     assert len(example.input_ids) == len(whole.input_ids) - cut and example.tokens_cut == cut
-    template = native_template(golden.tokenizer)
+    template = template_for(golden.tokenizer)
     closing = template.prompt(golden.tokenizer, row.prompt).closing
     prompt = example.input_ids[: example.labels.count(-100)]
     assert closing and prompt[-len(closing) :] == closing
@@ -245,7 +245,7 @@ def test_hf_tokenizer(tmp_path):
     assert encode_prompt(tokenizer, messages) == encode_prompt(golden.tokenizer, messages)
     row = Row((messages[0], messages[1]))
     assert encode_example(tokenizer, row) == encode_example(golden.tokenizer, row)
-    stops = native_template(tokenizer).stop_ids(tokenizer)
+    stops = template_for(tokenizer).stop_ids(tokenizer)
     assert sorted(stops) == golden.values["special"]["config_eos_token_id"]
 
 

@@ -6,7 +6,8 @@ import utils.distributed
 import utils.placement
 from utils.checkpoint import load_model, load_tokenizer
 from utils.generation import decode, generate_answers, read_requests
-from utils.lora import attach_adapter, save_adapter
+from utils.lora import AdapterOrigin, attach_adapter, save_adapter
+from utils.prompts import template_for
 
 import pytest
 import torch
@@ -34,7 +35,7 @@ def workspace(tmp_path_factory):
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.3)
-    save_adapter(model, path / "adapter")
+    save_adapter(model, path / "adapter", AdapterOrigin("native"))
     return path
 
 
@@ -214,7 +215,8 @@ def test_tokens_outside_the_vocabulary_have_no_text():
 def test_engine_batches_prompts_of_like_length(workspace):
     """The engine yields as batches end: short prompts first, whatever their place in the file."""
     model, tokenizer = load_model(str(TINY)), load_tokenizer(str(TINY))
-    requests = read_requests(f"{workspace}/rows.jsonl", tokenizer)
-    done = list(generate_answers(model, tokenizer, requests, 2, 4, torch.device("cpu")))
+    template = template_for(tokenizer)
+    requests = read_requests(f"{workspace}/rows.jsonl", tokenizer, template)
+    done = list(generate_answers(model, tokenizer, template, requests, 2, 4, torch.device("cpu")))
     lengths = [row["prompt_tokens"] for row in done if "prompt_tokens" in row]
     assert lengths == sorted(lengths) and len(done) == len(ROWS)

@@ -12,7 +12,8 @@ from utils.checkpoint import DEFAULT_MODEL
 from utils.distributed import is_main_process, print_once
 from utils.errors import UsageError
 from utils.jsonl import atomic_writer, dump_row
-from utils.prompts import encode_prompt, native_template
+from utils.lora import read_origin
+from utils.prompts import TEMPLATES, ChatGLMTemplate, encode_prompt, template_for
 from utils.rows import RowError, parse_prompt, read_rows
 
 import torch
@@ -32,6 +33,9 @@ def add_inference_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output_path", default=DEFAULT_ANSWERS, help="JSON Lines, one a row (%(default)s)")
     parser.add_argument("--batch_size", type=int, default=8, help="prompts answered at once (%(default)s)")
     parser.add_argument("--max_new_tokens", type=int, default=512, help="tokens of an answer (%(default)s)")
+    parser.add_argument(
+        "--template", choices=TEMPLATES, help="form of the prompts (the one the adapter was trained with, else native)"
+    )
     precision = parser.add_mutually_exclusive_group()
     precision.add_argument("--fp16", action="store_true", help="float16 weights: the default on a GPU")
     precision.add_argument("--bf16", action="store_true", help="bfloat16 weights")
@@ -62,6 +66,16 @@ def resolve_dtype(args: argparse.Namespace) -> torch.dtype:
     return dtype
 
 
+def resolve_template(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> ChatGLMTemplate:
+    """The flag decides; without it, what the adapter was trained with; without an adapter, the model's own."""
+    name, why = args.template, "flag"
+    if name is None:
+        origin = read_origin(args.adapter_path) if args.adapter_path else None
+        name, why = (origin.template, "the adapter's") if origin else ("native", "default")
+    print_once(f"template {name} ({why})")
+    return template_for(tokenizer, name)
+
+
 @dataclass(frozen=True)
 class Request:
     """One input row: its prompt as text and tokens, or why it has none."""
@@ -72,17 +86,18 @@ class Request:
     error: str | None = None
 
 
-def read_requests(input_path: str, tokenizer: PreTrainedTokenizerBase) -> list[Request]:
+def read_requests(input_path: str, tokenizer: PreTrainedTokenizerBase, template: ChatGLMTemplate) -> list[Request]:
     """
     Raises:
         UsageError: no such file, or no rows in it.
     """
-    requests, template = [], native_template(tokenizer)
+    requests = []
     for index, (number, row) in enumerate(read_rows(input_path, parse_prompt)):
         if isinstance(row, RowError):
             requests.append(Request(index, None, [], error=f"{input_path}:{number}: {row}"))
         else:
-            requests.append(Request(index, template.render(row.messages), encode_prompt(tokenizer, row.messages)))
+            input_ids = encode_prompt(tokenizer, row.messages, template)
+            requests.append(Request(index, template.render(row.messages), input_ids))
     if not requests:
         raise UsageError(f"--input_path {input_path} has no rows")
     return requests
@@ -92,6 +107,7 @@ def read_requests(input_path: str, tokenizer: PreTrainedTokenizerBase) -> list[R
 def generate_answers(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
+    template: ChatGLMTemplate,
     requests: list[Request],
     batch_size: int,
     max_new_tokens: int,
@@ -113,7 +129,6 @@ def generate_answers(
                 "finish_reason": "error",
                 "error": request.error,
             }
-    template = native_template(tokenizer)
     stop_ids = set(template.stop_ids(tokenizer))
     waiting = sorted((request for request in requests if not request.error), key=lambda r: len(r.input_ids))
     for start in range(0, len(waiting), batch_size):
@@ -155,10 +170,11 @@ def answer_file(
     Answers the rows of `args.input_path` into `args.output_path`, one line a row in input order, and prints a summary
     whose last line is JSON. Every process takes part; the main process writes.
     """
-    requests = read_requests(args.input_path, tokenizer)
+    template = resolve_template(args, tokenizer)
+    requests = read_requests(args.input_path, tokenizer, template)
     started = time.perf_counter()
     answers: list[dict[str, Any] | None] = [None] * len(requests)
-    done = generate_answers(model, tokenizer, requests, args.batch_size, args.max_new_tokens, device)
+    done = generate_answers(model, tokenizer, template, requests, args.batch_size, args.max_new_tokens, device)
     for count, answer in enumerate(done, start=1):
         answers[answer["index"]] = answer
         if count % args.batch_size == 0 or count == len(requests):

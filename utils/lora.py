@@ -2,6 +2,7 @@
 
 import json
 import warnings
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
@@ -105,9 +106,27 @@ def find_misfit(state: dict[str, torch.Tensor], shapes: dict[str, tuple[int, int
     return None
 
 
-def save_adapter(model: PeftModel, directory: str | Path, is_main_process: bool = True) -> None:
+ORIGIN_FILE = "adapter_origin.json"
+
+
+@dataclass(frozen=True)
+class AdapterOrigin:
+    """What an adapter was trained with; a file in its directory."""
+
+    template: str  # one of utils.prompts.TEMPLATES
+
+
+def read_origin(path: str | Path) -> AdapterOrigin | None:
+    """The origin recorded in an adapter's directory; None for an adapter that another tool made."""
+    file = Path(path) / ORIGIN_FILE
+    return AdapterOrigin(**json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else None
+
+
+def save_adapter(
+    model: PeftModel, directory: str | Path, origin: AdapterOrigin | None = None, is_main_process: bool = True
+) -> None:
     """
-    Writes the adapter as a PEFT directory. Every rank must call it; the main process writes.
+    Writes the adapter as a PEFT directory, with its origin. Every rank must call it; the main process writes.
 
     Raises:
         RuntimeError: a weight is missing, has lost its shape, or is not finite; nothing is written.
@@ -119,6 +138,8 @@ def save_adapter(model: PeftModel, directory: str | Path, is_main_process: bool 
     if misfit:
         raise RuntimeError(f"the adapter is not saved: {misfit}")
     model.save_pretrained(directory, state_dict=state, save_embedding_layers=False)
+    if origin:
+        (Path(directory) / ORIGIN_FILE).write_text(json.dumps(asdict(origin), indent=2), encoding="utf-8")
     written = load_file(Path(directory) / SAFETENSORS_WEIGHTS_NAME)
     if written.keys() != state.keys() or not all(torch.equal(written[name], state[name]) for name in state):
         raise RuntimeError(f"{directory} does not hold the adapter that was saved: is the disk full?")

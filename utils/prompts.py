@@ -1,5 +1,7 @@
 """Row or chat -> input_ids and labels. The only place that knows prompt templates, for training and inference."""
 
+import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -62,6 +64,7 @@ class ChatGLMTemplate:
     Source: `ChatGLMForConditionalGeneration.chat` of THUDM/chatglm-6b.
     """
 
+    name = "native"
     round_form = "[Round {i}]\n问：{question}\n答：{answer}\n"
     first_round = 0
     answer_mark = "\n答："
@@ -145,6 +148,9 @@ class ChatGLM3Template(ChatGLMTemplate):
         opening += [*token_ids(tokenizer, f"<|{messages[-1].role}|>"), *newline]
         return Parts(opening, encode_text(tokenizer, messages[-1].content), token_ids(tokenizer, "<|assistant|>"))
 
+    def prompt_parts(self, tokenizer: PreTrainedTokenizerBase, ids: list[int], mark: list[int]) -> Parts:
+        return Parts(token_ids(tokenizer, *self.prefix), ids, mark)
+
     def target(self, tokenizer: PreTrainedTokenizerBase, text: str) -> Parts:
         return Parts(encode_text(tokenizer, "\n"), encode_text(tokenizer, text), self.stop_ids(tokenizer)[:1])
 
@@ -168,26 +174,74 @@ class GLM4Template(ChatGLM3Template):
         return token_ids(tokenizer, "<|user|>", "<|endoftext|>", "<|observation|>")
 
 
-def native_template(tokenizer: PreTrainedTokenizerBase) -> ChatGLMTemplate:
-    """The template of the tokenizer's own generation."""
+class AlpacaTemplate(ChatGLMTemplate):
+    """
+    The English frame that the first BELLE training script of this toolkit put round a row, between the special tokens
+    of the tokenizer's own generation: its "paired with an input" form, which a row with a prompt got, and which has no
+    instruction of its own. An earlier turn stands before the last one in the same form.
+    """
+
+    name = "alpaca"
+    opening = (
+        "Below is an instruction that describes a task, paired with an input that provides further context. "
+        "Write a response that appropriately completes the request.\n\n"
+    )
+    turn_form = "### Input:\n{question}\n\n### Response:"
+    answer_mark = "\n\n### Response:"
+
+    def __init__(self, native: ChatGLMTemplate):
+        self.native = native
+
+    def render(self, messages: Sequence[Message]) -> str:
+        turns = [
+            self.turn_form.format(question=message.content) if message.role == "user" else f"{message.content}\n\n"
+            for message in messages
+        ]
+        return self.opening + "".join(turns)
+
+    def prompt_parts(self, tokenizer: PreTrainedTokenizerBase, ids: list[int], mark: list[int]) -> Parts:
+        return self.native.prompt_parts(tokenizer, ids, mark)
+
+    def stop_ids(self, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+        return self.native.stop_ids(tokenizer)
+
+    def clean(self, answer: str) -> str:
+        return answer.strip()
+
+
+TEMPLATES = (ChatGLMTemplate.name, AlpacaTemplate.name)
+
+
+def template_for(tokenizer: PreTrainedTokenizerBase, name: str = ChatGLMTemplate.name) -> ChatGLMTemplate:
+    """The template `name`, one of TEMPLATES, in the form that the tokenizer's generation gives it."""
+    native = GLM4Template()
     for tokenizer_class, template in (
         (ChatGLMTokenizer, ChatGLMTemplate),
         (ChatGLM3Tokenizer, ChatGLM3Template),
         (ChatGLM2Tokenizer, ChatGLM2Template),
     ):
         if isinstance(tokenizer, tokenizer_class):
-            return template()
-    return GLM4Template()
+            native = template()
+            break
+    return AlpacaTemplate(native) if name == AlpacaTemplate.name else native
 
 
-def encode_prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> list[int]:
-    """The input of generation."""
-    return native_template(tokenizer).prompt(tokenizer, messages).ids()
+def encode_prompt(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], template: ChatGLMTemplate | None = None
+) -> list[int]:
+    """The input of generation; without a template, in that of the tokenizer's generation."""
+    return (template or template_for(tokenizer)).prompt(tokenizer, messages).ids()
 
 
-def encode_example(tokenizer: PreTrainedTokenizerBase, row: Row, max_seq_length: int | None = None) -> Example:
+def encode_example(
+    tokenizer: PreTrainedTokenizerBase,
+    row: Row,
+    max_seq_length: int | None = None,
+    template: ChatGLMTemplate | None = None,
+) -> Example:
     """
-    Prompt and target as the generation's own template joins them, with the loss on the target and its stop token.
+    Prompt and target as a template joins them (that of the tokenizer's generation unless another is given), with the
+    loss on the target and its stop token.
 
     With `max_seq_length` (tokens) the texts are cut at their ends, the template's tokens never: the longer text gives
     first, and neither goes below half of the room unless it is shorter than that.
@@ -195,7 +249,7 @@ def encode_example(tokenizer: PreTrainedTokenizerBase, row: Row, max_seq_length:
     Raises:
         RowError: `max_seq_length` leaves no room for text, because of the template or of a history before the prompt.
     """
-    template = native_template(tokenizer)
+    template = template or template_for(tokenizer)
     prompt, target = template.prompt(tokenizer, row.prompt), template.target(tokenizer, row.target)
     prompt_tokens, target_tokens = len(prompt.text), len(target.text)
     if max_seq_length is not None:
@@ -210,3 +264,28 @@ def encode_example(tokenizer: PreTrainedTokenizerBase, row: Row, max_seq_length:
         labels=[IGNORE_INDEX] * len(prompt_ids) + target_ids,
         tokens_cut=len(prompt.text) + len(target.text) - prompt_tokens - target_tokens,
     )
+
+
+PROBES = (
+    Row((Message("user", "你好，今天天气怎么样？"), Message("assistant", "晴，28.5 °C。\n\n\t出门走走吧！"))),
+    Row(
+        (
+            Message("user", "Translate: 龘靐  café naïve"),
+            Message("assistant", "<eop> is text, 3.14159 × 2 = 6.28318"),
+            Message("user", "😀 def f(x):\r\n    return x**2  # 注释"),
+            Message("assistant", "ok"),
+        )
+    ),
+)
+
+
+def fingerprint(tokenizer: PreTrainedTokenizerBase, template: ChatGLMTemplate) -> str:
+    """
+    What tokenizer and template make of fixed conversations, as a hash: equal where rows tokenised with the one serve
+    the other, whatever files the tokenizers were read from.
+    """
+    made = [
+        (example.input_ids, example.labels)
+        for example in (encode_example(tokenizer, p, None, template) for p in PROBES)
+    ]
+    return hashlib.sha256(json.dumps([len(tokenizer), made]).encode()).hexdigest()[:16]

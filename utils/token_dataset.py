@@ -1,15 +1,18 @@
 """The Arrow dataset between tokenising and training: columns `input_ids` and `labels`, lists of int32."""
 
+import json
 import shutil
 import tempfile
 from collections.abc import Iterable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from utils.errors import UsageError
-from utils.prompts import IGNORE_INDEX, Example
+from utils.prompts import IGNORE_INDEX, Example, fingerprint, template_for
 
 import datasets
 from datasets.arrow_writer import ArrowWriter
+from transformers import PreTrainedTokenizerBase
 
 FEATURES = datasets.Features(
     {
@@ -19,7 +22,19 @@ FEATURES = datasets.Features(
 )
 
 
-def save_examples(examples: Iterable[Example], save_path: str) -> int:
+ORIGIN_FILE = "origin.json"
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What made a dataset's tokens; a file beside them."""
+
+    template: str  # one of utils.prompts.TEMPLATES
+    tokenizer: str  # utils.prompts.fingerprint
+    model_name_or_path: str
+
+
+def save_examples(examples: Iterable[Example], save_path: str, origin: Origin) -> int:
     """
     Streams examples into a dataset that `datasets.load_from_disk(save_path)` opens, and returns how many there are.
 
@@ -42,6 +57,7 @@ def save_examples(examples: Iterable[Example], save_path: str) -> int:
             raise UsageError("no row is left to write: see the counts above, and mend the file or the length limit")
         complete = Path(directory) / "dataset"
         datasets.Dataset.from_file(arrow_file).save_to_disk(complete)
+        (complete / ORIGIN_FILE).write_text(json.dumps(asdict(origin), ensure_ascii=False), encoding="utf-8")
         if target.exists():
             shutil.rmtree(target)
         complete.rename(target)
@@ -73,3 +89,23 @@ def load_examples(dataset_path: str) -> datasets.Dataset:
     if all(label == IGNORE_INDEX for label in dataset[0]["labels"]):
         raise UsageError(f"--dataset_path {path}: the first row has no token to train on; {make_one}")
     return dataset.select_columns(list(FEATURES))
+
+
+def check_origin(dataset_path: str, tokenizer: PreTrainedTokenizerBase, model_name_or_path: str) -> str:
+    """
+    The name of the template that the dataset was made with; "native" for a dataset that another tool made, of which
+    nothing is known.
+
+    Raises:
+        UsageError: another tokenizer or another version of the template made it.
+    """
+    path = Path(dataset_path) / ORIGIN_FILE
+    if not path.is_file():
+        return "native"
+    origin = Origin(**json.loads(path.read_text(encoding="utf-8")))
+    if origin.tokenizer != fingerprint(tokenizer, template_for(tokenizer, origin.template)):
+        raise UsageError(
+            f"--dataset_path {dataset_path} was made with another tokenizer, that of {origin.model_name_or_path}: "
+            f"tokenise the rows again with --model_name_or_path {model_name_or_path}"
+        )
+    return origin.template

@@ -6,7 +6,7 @@ from argparse import Namespace
 
 from utils.distributed import launched_by_accelerate_with_deepspeed, print_once
 from utils.errors import UsageError
-from utils.lora import save_adapter
+from utils.lora import AdapterOrigin, save_adapter
 
 import torch
 from transformers import Trainer, TrainingArguments
@@ -62,8 +62,12 @@ def uses_deepspeed(arguments: Namespace) -> bool:
 class AdapterTrainer(Trainer):
     """Saves the adapter, gathered and verified, where Trainer would save a model; the same under every launcher."""
 
+    def __init__(self, *args, origin: AdapterOrigin, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.origin = origin
+
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        save_adapter(self.model, output_dir or self.args.output_dir, is_main_process=self.args.should_save)
+        save_adapter(self.model, output_dir or self.args.output_dir, self.origin, self.args.should_save)
 
 
 def describe_run(args: TrainingArguments, dtype: torch.dtype, rows: int, trainable: int, total: int) -> str:
