@@ -3,17 +3,18 @@
 import argparse
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from utils.batching import left_pad
-from utils.checkpoint import DEFAULT_MODEL
-from utils.distributed import is_main_process, print_once
+from utils.checkpoint import DEFAULT_MODEL, Checkpoint
+from utils.distributed import gather_lists, is_main_process, print_once, process_rank
 from utils.errors import UsageError
 from utils.jsonl import atomic_writer, dump_row
-from utils.lora import read_origin
+from utils.lora import check_base, load_adapter, merge_adapter, read_origin
 from utils.prompts import TEMPLATES, ChatGLMTemplate, encode_prompt, template_for
+from utils.quantization import BITS
 from utils.rows import RowError, parse_prompt, read_rows
 
 import torch
@@ -28,7 +29,15 @@ def add_inference_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model_name_or_path", default=DEFAULT_MODEL, help="checkpoint directory or hub id (%(default)s)"
     )
-    parser.add_argument("--adapter_path", help="PEFT directory saved by the training")
+    parser.add_argument(
+        "--adapter_path",
+        help="adapter: a PEFT directory, of this training or of the remote code, or a chatglm-lora.pt",
+    )
+    parser.add_argument("--lora_alpha", type=int, help="of a chatglm-lora.pt, which does not record it (32)")
+    parser.add_argument(
+        "--any_base", action="store_true", help="apply the adapter although it was trained on other weights"
+    )
+    parser.add_argument("--quantize", choices=BITS, help="hold the weights in 8 or 4 bits")
     parser.add_argument("--input_path", default=DEFAULT_PROMPTS, help="JSON Lines or JSON array of rows (%(default)s)")
     parser.add_argument("--output_path", default=DEFAULT_ANSWERS, help="JSON Lines, one a row (%(default)s)")
     parser.add_argument("--batch_size", type=int, default=8, help="prompts answered at once (%(default)s)")
@@ -46,11 +55,13 @@ def add_inference_arguments(parser: argparse.ArgumentParser) -> None:
 def check_inference_arguments(args: argparse.Namespace) -> None:
     """
     Raises:
-        UsageError: a size is below 1.
+        UsageError: a size is below 1, or a flag needs another that is not there.
     """
     for name in ("batch_size", "max_new_tokens"):
         if getattr(args, name) < 1:
             raise UsageError(f"--{name} {getattr(args, name)} must be at least 1")
+    if args.lora_alpha is not None and not args.adapter_path:
+        raise UsageError(f"--lora_alpha {args.lora_alpha} is an adapter's: give --adapter_path too")
 
 
 def resolve_dtype(args: argparse.Namespace) -> torch.dtype:
@@ -64,6 +75,20 @@ def resolve_dtype(args: argparse.Namespace) -> torch.dtype:
         dtype, why = torch.float32, "--fp16 needs a GPU and there is none" if args.fp16 else "default without a GPU"
     print_once(f"weights {str(dtype).removeprefix('torch.')} ({why})")
     return dtype
+
+
+def adapter_of(args: argparse.Namespace, merge: bool) -> Callable[[PreTrainedModel], PreTrainedModel]:
+    """
+    What puts the adapter of `args` on a model: into its weights with `merge`, which an offloaded model cannot take.
+
+    Raises:
+        UsageError: see `check_base`; and, from what is returned, `load_adapter`.
+    """
+    if not args.adapter_path:
+        return lambda model: model
+    if not args.any_base:
+        check_base(args.adapter_path, Checkpoint.open(args.model_name_or_path))
+    return lambda model: (merge_adapter if merge else load_adapter)(model, args.adapter_path, args.lora_alpha)
 
 
 def resolve_template(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> ChatGLMTemplate:
@@ -164,24 +189,33 @@ def decode(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
 
 
 def answer_file(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, args: argparse.Namespace, device: torch.device
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    args: argparse.Namespace,
+    device: torch.device,
+    replicas: int = 1,
 ) -> None:
     """
     Answers the rows of `args.input_path` into `args.output_path`, one line a row in input order, and prints a summary
-    whose last line is JSON. Every process takes part; the main process writes.
+    whose last line is JSON. Every process takes part, and with `replicas` answers its share; the main process writes.
     """
     template = resolve_template(args, tokenizer)
     requests = read_requests(args.input_path, tokenizer, template)
+    if replicas > 1:  # of each length as many to every process
+        requests = sorted(requests, key=lambda request: len(request.input_ids))[process_rank() :: replicas]
     started = time.perf_counter()
-    answers: list[dict[str, Any] | None] = [None] * len(requests)
+    answers: list[dict[str, Any]] = []
     done = generate_answers(model, tokenizer, template, requests, args.batch_size, args.max_new_tokens, device)
-    for count, answer in enumerate(done, start=1):
-        answers[answer["index"]] = answer
-        if count % args.batch_size == 0 or count == len(requests):
-            print_once(f"{count}/{len(requests)} rows")
+    for answer in done:
+        answers.append(answer)
+        if len(answers) % args.batch_size == 0 or len(answers) == len(requests):
+            print_once(f"{len(answers)}/{len(requests)} rows" + (" of this process" if replicas > 1 else ""))
+    if replicas > 1:
+        answers = gather_lists(answers)
     seconds = time.perf_counter() - started
     if not is_main_process():
         return
+    answers.sort(key=lambda answer: answer["index"])
     with atomic_writer(args.output_path) as output:
         output.writelines(dump_row(answer) for answer in answers)
     new_tokens = sum(answer.get("answer_tokens", 0) for answer in answers)

@@ -5,8 +5,10 @@ import warnings
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from utils.adapter_files import read_adapter
+from utils.checkpoint import Checkpoint
 from utils.errors import UsageError
 from utils.quantization import is_quantized
 
@@ -119,12 +121,33 @@ class AdapterOrigin:
     """What an adapter was trained with; a file in its directory."""
 
     template: str  # one of utils.prompts.TEMPLATES
+    base: dict[str, Any]  # Checkpoint.fingerprint of the base model
+    model_name_or_path: str
 
 
 def read_origin(path: str | Path) -> AdapterOrigin | None:
     """The origin recorded in an adapter's directory; None for an adapter that another tool made."""
     file = Path(path) / ORIGIN_FILE
     return AdapterOrigin(**json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else None
+
+
+def check_base(path: str | Path, checkpoint: Checkpoint) -> None:
+    """
+    Nothing is known, and nothing checked, of an adapter that another tool made.
+
+    Raises:
+        UsageError: the adapter was trained on other weights than the checkpoint's.
+    """
+    origin = read_origin(path)
+    if origin is None:
+        return
+    found = checkpoint.fingerprint()
+    parts = ("norms", "matrices") if found["bits"] == origin.base["bits"] else ("norms",)
+    if any(found[part] != origin.base[part] for part in parts):
+        raise UsageError(
+            f"--adapter_path {path} was trained on other weights than those in {checkpoint.directory}, on "
+            f"{origin.model_name_or_path}: pass that with --model_name_or_path, or --any_base to use it all the same"
+        )
 
 
 def save_adapter(

@@ -2,17 +2,46 @@
 
 import tempfile
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 from utils.chatglm.generations import Generation
-from utils.checkpoint import Checkpoint
-from utils.distributed import print_once, world_size
+from utils.checkpoint import Checkpoint, load_model
+from utils.distributed import init_process_group, local_rank, print_once, world_size
 from utils.errors import UsageError
 
 import torch
 from accelerate import dispatch_model
 from accelerate.utils import get_balanced_memory, infer_auto_device_map
 from transformers import PreTrainedModel
+
+
+def load_on_processes(
+    path_or_id: str, dtype: torch.dtype, quantize: str | None, adapt: Callable[[PreTrainedModel], PreTrainedModel]
+) -> tuple[PreTrainedModel, int]:
+    """
+    Loads a checkpoint for all processes together, each on its device: sharded by tensor parallelism, or, quantised,
+    whole on each, since the integers of a row cannot be shared out.
+
+    Args:
+        quantize: see `load_model`.
+        adapt: what puts the adapter on, called with the whole model on the CPU.
+
+    Returns:
+        The model, and over how many processes the rows must be shared out (1 where every process needs every row).
+
+    Raises:
+        UsageError: see `Checkpoint.open` and `shard_with_deepspeed`.
+    """
+    checkpoint = Checkpoint.open(path_or_id, quantize=quantize)
+    model = adapt(load_model(path_or_id, dtype=dtype, quantize=quantize))
+    init_process_group(use_deepspeed=True)
+    if checkpoint.quantization and world_size() > 1:
+        print_once(
+            f"int{checkpoint.quantization.bits} weights are not sharded: each process has all and its share of rows"
+        )
+        return model.to(f"cuda:{local_rank()}" if torch.cuda.is_available() else "cpu"), world_size()
+    return shard_with_deepspeed(model, checkpoint.generation, dtype), 1
 
 
 def shard_with_deepspeed(model: PreTrainedModel, generation: Generation, dtype: torch.dtype) -> PreTrainedModel:

@@ -4,9 +4,11 @@ import json
 import os
 from argparse import Namespace
 
+from utils.checkpoint import Checkpoint
 from utils.distributed import launched_by_accelerate_with_deepspeed, print_once
 from utils.errors import UsageError
 from utils.lora import AdapterOrigin, save_adapter
+from utils.quantization import Quantization
 
 import torch
 from transformers import Trainer, TrainingArguments
@@ -59,6 +61,18 @@ def uses_deepspeed(arguments: Namespace) -> bool:
     return True
 
 
+def check_quantization(checkpoint: Checkpoint, args: TrainingArguments) -> None:
+    """
+    Raises:
+        UsageError: a quantised base under ZeRO-3, which partitions floating-point weights alone.
+    """
+    if checkpoint.quantization and args.deepspeed_plugin is not None and args.deepspeed_plugin.zero_stage == 3:
+        raise UsageError(
+            "a quantised base cannot be partitioned by ZeRO-3: run it under DDP (no --deepspeed) or ZeRO-2, or train "
+            "on the checkpoint in full precision without --quantize"
+        )
+
+
 class AdapterTrainer(Trainer):
     """Saves the adapter, gathered and verified, where Trainer would save a model; the same under every launcher."""
 
@@ -70,16 +84,26 @@ class AdapterTrainer(Trainer):
         save_adapter(self.model, output_dir or self.args.output_dir, self.origin, self.args.should_save)
 
 
-def describe_run(args: TrainingArguments, dtype: torch.dtype, rows: int, trainable: int, total: int) -> str:
+def describe_run(
+    args: TrainingArguments,
+    dtype: torch.dtype,
+    quantization: Quantization | None,
+    rows: int,
+    trainable: int,
+    total: int,
+) -> str:
     """What the run resolved, one value a line, each with what decided it."""
     rows_a_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     if args.deepspeed_plugin is not None:
         launcher = f"DeepSpeed ZeRO-{args.deepspeed_plugin.zero_stage}"
     else:
         launcher = "DDP" if args.world_size > 1 else "one process"
+    weights = str(dtype).removeprefix("torch.")
+    if quantization:
+        weights = f"int{quantization.bits}, computing in {weights}"
     return (
         f"processes {args.world_size} ({launcher}, {args.device.type})\n"
-        f"weights {str(dtype).removeprefix('torch.')}\n"
+        f"weights {weights}\n"
         f"rows {rows}, global batch {rows_a_step} = {args.per_device_train_batch_size} a device "
         f"x {args.gradient_accumulation_steps} accumulated x {args.world_size} processes\n"
         f"trainable parameters {trainable:,} of {total:,}"
