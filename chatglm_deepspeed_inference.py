@@ -15,6 +15,7 @@ from utils.generation import (
     add_inference_arguments,
     answer_file,
     check_inference_arguments,
+    export_or_answer,
     resolve_dtype,
 )
 from utils.placement import input_device, load_on_processes
@@ -27,6 +28,8 @@ def main() -> None:
     check_inference_arguments(args)
     tokenizer = load_tokenizer(args.model_name_or_path)
     dtype = resolve_dtype(args)
+    if not export_or_answer(args, dtype):
+        return
     model, replicas = load_on_processes(args.model_name_or_path, dtype, args.quantize, adapter_of(args, merge=True))
     answer_file(model, tokenizer, args, input_device(model), replicas)
 

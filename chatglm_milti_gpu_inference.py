@@ -17,6 +17,7 @@ from utils.generation import (
     add_inference_arguments,
     answer_file,
     check_inference_arguments,
+    export_or_answer,
     resolve_dtype,
 )
 from utils.placement import dispatch, input_device, load_on_processes
@@ -45,6 +46,8 @@ def main() -> None:
     max_memory = parse_max_memory(args.max_memory)
     tokenizer = load_tokenizer(args.model_name_or_path)
     dtype = resolve_dtype(args)
+    if not export_or_answer(args, dtype):
+        return
     replicas = 1
     if world_size() > 1:
         adapt = adapter_of(args, merge=True)

@@ -11,6 +11,7 @@ from utils.batching import left_pad
 from utils.checkpoint import DEFAULT_MODEL, Checkpoint
 from utils.distributed import gather_lists, is_main_process, print_once, process_rank
 from utils.errors import UsageError
+from utils.export import merge_and_save, read_template
 from utils.jsonl import atomic_writer, dump_row
 from utils.lora import check_base, load_adapter, merge_adapter, read_origin
 from utils.prompts import TEMPLATES, ChatGLMTemplate, encode_prompt, template_for
@@ -38,7 +39,12 @@ def add_inference_arguments(parser: argparse.ArgumentParser) -> None:
         "--any_base", action="store_true", help="apply the adapter although it was trained on other weights"
     )
     parser.add_argument("--quantize", choices=BITS, help="hold the weights in 8 or 4 bits")
-    parser.add_argument("--input_path", default=DEFAULT_PROMPTS, help="JSON Lines or JSON array of rows (%(default)s)")
+    parser.add_argument(
+        "--merge_and_save",
+        metavar="DIR",
+        help="write the model with the adapter in its weights to DIR; answers rows only if --input_path is given too",
+    )
+    parser.add_argument("--input_path", help=f"JSON Lines or JSON array of rows ({DEFAULT_PROMPTS})")
     parser.add_argument("--output_path", default=DEFAULT_ANSWERS, help="JSON Lines, one a row (%(default)s)")
     parser.add_argument("--batch_size", type=int, default=8, help="prompts answered at once (%(default)s)")
     parser.add_argument("--max_new_tokens", type=int, default=512, help="tokens of an answer (%(default)s)")
@@ -60,6 +66,10 @@ def check_inference_arguments(args: argparse.Namespace) -> None:
     for name in ("batch_size", "max_new_tokens"):
         if getattr(args, name) < 1:
             raise UsageError(f"--{name} {getattr(args, name)} must be at least 1")
+    if args.merge_and_save and not args.adapter_path:
+        raise UsageError(f"--merge_and_save {args.merge_and_save} needs an adapter to merge: give --adapter_path too")
+    if args.merge_and_save and args.quantize:
+        raise UsageError("--merge_and_save writes full weights: give it without --quantize")
     if args.lora_alpha is not None and not args.adapter_path:
         raise UsageError(f"--lora_alpha {args.lora_alpha} is an adapter's: give --adapter_path too")
 
@@ -75,6 +85,18 @@ def resolve_dtype(args: argparse.Namespace) -> torch.dtype:
         dtype, why = torch.float32, "--fp16 needs a GPU and there is none" if args.fp16 else "default without a GPU"
     print_once(f"weights {str(dtype).removeprefix('torch.')} ({why})")
     return dtype
+
+
+def export_or_answer(args: argparse.Namespace, dtype: torch.dtype) -> bool:
+    """Writes the merged checkpoint if `args` ask for it, and says whether there are rows to answer."""
+    if not args.merge_and_save:
+        return True
+    if is_main_process():
+        if not args.any_base:
+            check_base(args.adapter_path, Checkpoint.open(args.model_name_or_path))
+        merge_and_save(args.model_name_or_path, args.adapter_path, args.merge_and_save, dtype, args.lora_alpha)
+        print(json.dumps({"merged_checkpoint": args.merge_and_save}, ensure_ascii=False), flush=True)
+    return args.input_path is not None
 
 
 def adapter_of(args: argparse.Namespace, merge: bool) -> Callable[[PreTrainedModel], PreTrainedModel]:
@@ -96,7 +118,10 @@ def resolve_template(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBas
     name, why = args.template, "flag"
     if name is None:
         origin = read_origin(args.adapter_path) if args.adapter_path else None
+        merged = read_template(args.model_name_or_path)
         name, why = (origin.template, "the adapter's") if origin else ("native", "default")
+        if merged and not origin:
+            name, why = merged, "the merged adapter's"
     print_once(f"template {name} ({why})")
     return template_for(tokenizer, name)
 
@@ -200,7 +225,7 @@ def answer_file(
     whose last line is JSON. Every process takes part, and with `replicas` answers its share; the main process writes.
     """
     template = resolve_template(args, tokenizer)
-    requests = read_requests(args.input_path, tokenizer, template)
+    requests = read_requests(args.input_path or DEFAULT_PROMPTS, tokenizer, template)
     if replicas > 1:  # of each length as many to every process
         requests = sorted(requests, key=lambda request: len(request.input_ids))[process_rank() :: replicas]
     started = time.perf_counter()

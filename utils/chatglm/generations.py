@@ -1,7 +1,7 @@
 """The generations of the family: how each is recognised, and what differs between them beyond the model class."""
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +68,9 @@ CHATGLM2 = Generation("ChatGLM2-6B", GlmForCausalLM, ChatGLM2Tokenizer, "tokeniz
 CHATGLM3 = Generation("ChatGLM3-6B", GlmForCausalLM, ChatGLM3Tokenizer, "tokenizer.model", *GLM)
 GLM4 = Generation("GLM-4-9B", GlmForCausalLM, ChatGLM4Tokenizer, "tokenizer.model", *GLM)
 GLM4_HF = Generation("GLM-4-9B-hf", GlmForCausalLM, AutoTokenizer, "tokenizer.json", *GLM, released_layout=False)
+# What a merged checkpoint of theirs becomes: saved by transformers, with the tokenizer of the release beside it.
+MERGED = {generation.name: replace(generation, released_layout=False) for generation in (CHATGLM2, CHATGLM3)}
+MERGED_FROM = "chatglm_generation"  # the key of `config.json` that says which it was
 SUPPORTED = (
     "ChatGLM-6B (-int4, -int8), ChatGLM2-6B (-32k, -int4), ChatGLM3-6B (-base, -32k, -128k), GLM-4-9B (-chat, -hf)"
 )
@@ -81,7 +84,7 @@ def identify(directory: Path, config: dict[str, Any]) -> Generation | None:
     say of themselves: the name they were released under, or the role tokens that only ChatGLM3 has.
     """
     if config.get("model_type") == "glm":
-        return GLM4_HF
+        return MERGED.get(config.get(MERGED_FROM), GLM4_HF)
     if config.get("model_type") != "chatglm":
         return None
     if "inner_hidden_size" in config:
