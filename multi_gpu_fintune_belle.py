@@ -14,13 +14,21 @@ import sys
 from dataclasses import dataclass, field
 from typing import Literal
 
-from utils.batching import PaddingCollator
+from utils.batching import PackingCollator, PaddingCollator
 from utils.checkpoint import DEFAULT_MODEL, Checkpoint, load_model, load_tokenizer
 from utils.distributed import init_process_group, is_main_process, mean_over_processes, print_once, shut_down
 from utils.errors import UsageError, run
 from utils.lora import AdapterOrigin, attach_adapter
+from utils.target_loss import use_target_loss
 from utils.token_dataset import check_origin, load_examples
-from utils.training import AdapterTrainer, check_quantization, describe_run, resolve_precision, uses_deepspeed
+from utils.training import (
+    AdapterTrainer,
+    check_quantization,
+    describe_run,
+    pack_dataset,
+    resolve_precision,
+    uses_deepspeed,
+)
 
 import torch
 from transformers import HfArgumentParser, TrainingArguments
@@ -33,6 +41,11 @@ class FinetuneArguments:
     quantize: Literal["int8", "int4"] | None = field(
         default=None, metadata={"help": "hold the frozen base in 8 or 4 bits (a quantised checkpoint says so itself)"}
     )
+    packing: bool = field(
+        default=False,
+        metadata={"help": "lay rows end to end: a batch then counts sequences of --pack_tokens, not rows"},
+    )
+    pack_tokens: int = field(default=8192, metadata={"help": "tokens of a packed sequence, at most"})
     lora_rank: int = field(default=8, metadata={"help": "rank of the adapter"})
     lora_alpha: int = field(default=32, metadata={"help": "the adapter is scaled by lora_alpha / lora_rank"})
     lora_dropout: float = field(default=0.0, metadata={"help": "dropout on the adapter's input, 0 to 1"})
@@ -77,13 +90,18 @@ def main() -> None:
     )
     if training_args.gradient_checkpointing:
         model.enable_input_require_grads()
+    use_target_loss(model.get_base_model())
+    collator = PaddingCollator(tokenizer.pad_token_id)
+    if args.packing:
+        dataset = pack_dataset(dataset, args.pack_tokens, training_args.data_seed or training_args.seed)
+        collator = PackingCollator(checkpoint.row_positions)
     parameters = model.get_nb_trainable_parameters()
-    print_once(describe_run(training_args, dtype, checkpoint.quantization, len(dataset), *parameters))
+    print_once(describe_run(training_args, dtype, checkpoint.quantization, len(dataset), args.packing, *parameters))
     trainer = AdapterTrainer(
         model=model,
         args=training_args,
         train_dataset=dataset,
-        data_collator=PaddingCollator(tokenizer.pad_token_id),
+        data_collator=collator,
         origin=AdapterOrigin(template, checkpoint.fingerprint(), args.model_name_or_path),
     )
     result = trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)

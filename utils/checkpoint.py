@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from utils.chatglm.generations import SUPPORTED, Generation, identify, model_config
+from utils.chatglm.generations import CHATGLM, SUPPORTED, Generation, identify, model_config
+from utils.chatglm.modeling_chatglm import derive_position_ids
 from utils.chatglm.released_glm import convert
 from utils.errors import UsageError
 from utils.hub import local_directory
@@ -70,6 +71,12 @@ class Checkpoint:
     def converts(self) -> bool:
         """Whether its weights have other names than those of the model class."""
         return self.generation.model_class is GlmForCausalLM and self.generation.released_layout
+
+    def row_positions(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """(1, T) int64 tokens of one row -> its position_ids: (1, 2, T) for ChatGLM-6B, (1, T) for the others."""
+        if self.generation is CHATGLM:
+            return derive_position_ids(input_ids, None, self.config)
+        return torch.arange(input_ids.shape[1])[None]
 
     def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         """

@@ -42,7 +42,9 @@ def attach_adapter(
     Raises:
         UsageError: `target_modules` match no linear layer.
     """
-    linear = sorted({n.rsplit(".", 1)[-1] for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)})
+    head = model.get_output_embeddings()  # frozen: its loss is computed apart, see utils/target_loss.py
+    modules = [(n, m) for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and m is not head]
+    linear = sorted({name.rsplit(".", 1)[-1] for name, _ in modules})
     unknown = sorted(set(target_modules) - set(linear))
     if unknown:
         raise UsageError(

@@ -8,8 +8,11 @@ from utils.checkpoint import Checkpoint
 from utils.distributed import launched_by_accelerate_with_deepspeed, print_once
 from utils.errors import UsageError
 from utils.lora import AdapterOrigin, save_adapter
+from utils.packing import PackedRows, pack_rows
 from utils.quantization import Quantization
+from utils.token_dataset import row_lengths
 
+import datasets
 import torch
 from transformers import Trainer, TrainingArguments
 
@@ -84,11 +87,29 @@ class AdapterTrainer(Trainer):
         save_adapter(self.model, output_dir or self.args.output_dir, self.origin, self.args.should_save)
 
 
+def pack_dataset(dataset: datasets.Dataset, pack_tokens: int, seed: int) -> PackedRows:
+    """
+    Raises:
+        UsageError: a row is longer than a pack.
+    """
+    lengths = row_lengths(dataset)
+    if max(lengths) > pack_tokens:
+        raise UsageError(
+            f"--pack_tokens {pack_tokens}: the longest row has {max(lengths)} tokens; give at least that many, or "
+            f"tokenise with a smaller --max_seq_length"
+        )
+    packs = pack_rows(lengths, pack_tokens, seed)
+    filled = sum(lengths) / (len(packs) * pack_tokens)
+    print_once(f"{len(lengths)} rows in {len(packs)} packs of at most {pack_tokens} tokens, {filled:.1%} filled")
+    return PackedRows(dataset, packs)
+
+
 def describe_run(
     args: TrainingArguments,
     dtype: torch.dtype,
     quantization: Quantization | None,
     rows: int,
+    packed: bool,
     trainable: int,
     total: int,
 ) -> str:
@@ -104,7 +125,8 @@ def describe_run(
     return (
         f"processes {args.world_size} ({launcher}, {args.device.type})\n"
         f"weights {weights}\n"
-        f"rows {rows}, global batch {rows_a_step} = {args.per_device_train_batch_size} a device "
-        f"x {args.gradient_accumulation_steps} accumulated x {args.world_size} processes\n"
+        f"{'packs' if packed else 'rows'} {rows}, global batch {rows_a_step} = "
+        f"{args.per_device_train_batch_size} a device x {args.gradient_accumulation_steps} accumulated "
+        f"x {args.world_size} processes\n"
         f"trainable parameters {trainable:,} of {total:,}"
     )
