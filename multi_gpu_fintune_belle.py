@@ -19,12 +19,15 @@ from utils.checkpoint import DEFAULT_MODEL, Checkpoint, load_model, load_tokeniz
 from utils.distributed import init_process_group, is_main_process, mean_over_processes, print_once, shut_down
 from utils.errors import UsageError, run
 from utils.lora import AdapterOrigin, attach_adapter
+from utils.run_checkpoints import claim, find_resumable, start_afresh
 from utils.target_loss import use_target_loss
-from utils.token_dataset import check_origin, load_examples
+from utils.token_dataset import check_origin, fingerprint_rows, load_examples
 from utils.training import (
     AdapterTrainer,
+    StopOnSignal,
     check_quantization,
     describe_run,
+    describe_settings,
     pack_dataset,
     resolve_precision,
     uses_deepspeed,
@@ -66,6 +69,7 @@ def parse_arguments(argv: list[str]):
     init_process_group(uses_deepspeed(values))
     values.use_cpu = values.use_cpu or not torch.cuda.is_available()  # else accelerate makes each process a world of 1
     values.ddp_broadcast_buffers = False  # none changes in training
+    values.ddp_find_unused_parameters = False  # every part of an adapter is used in every step
     values.remove_unused_columns = False  # the dataset has just the columns that the collator reads
     try:
         finetune_args, training_args = parser.parse_dict(vars(values))
@@ -82,16 +86,29 @@ def main() -> None:
     template = check_origin(args.dataset_path, tokenizer, args.model_name_or_path)
     checkpoint = Checkpoint.open(args.model_name_or_path, quantize=args.quantize)
     check_quantization(checkpoint, training_args)
+    origin = AdapterOrigin(template, checkpoint.fingerprint(), args.model_name_or_path)
+    args.lora_target_modules = args.lora_target_modules or list(checkpoint.generation.lora_target_modules)
+    trains = {name: value for name, value in vars(args).items() if name.startswith("lora_")}
+    trains |= {"base": origin.base, "template": template, "rows": fingerprint_rows(dataset), "quantize": args.quantize}
+    settings = describe_settings(training_args, dtype, trains, args.pack_tokens if args.packing else None)
+    resume_from = None
+    if training_args.resume_from_checkpoint:
+        resume_from = find_resumable(training_args.resume_from_checkpoint, training_args.output_dir, settings)
+    with claim(training_args.output_dir):
+        if resume_from is None:
+            start_afresh(training_args.output_dir, settings)
+        train(args, training_args, dtype, dataset, checkpoint, origin, settings, resume_from)
+
+
+def train(args, training_args, dtype, dataset, checkpoint, origin, settings, resume_from) -> None:
     model = load_model(args.model_name_or_path, dtype=dtype, quantize=args.quantize)
     model.config.use_cache = False
-    targets = args.lora_target_modules or checkpoint.generation.lora_target_modules
-    model = attach_adapter(
-        model, args.lora_rank, args.lora_alpha, args.lora_dropout, list(targets), training_args.seed
-    )
+    lora = (args.lora_rank, args.lora_alpha, args.lora_dropout, args.lora_target_modules)
+    model = attach_adapter(model, *lora, seed=training_args.seed)
     if training_args.gradient_checkpointing:
         model.enable_input_require_grads()
     use_target_loss(model.get_base_model())
-    collator = PaddingCollator(tokenizer.pad_token_id)
+    collator = PaddingCollator(load_tokenizer(args.model_name_or_path).pad_token_id)
     if args.packing:
         dataset = pack_dataset(dataset, args.pack_tokens, training_args.data_seed or training_args.seed)
         collator = PackingCollator(checkpoint.row_positions)
@@ -102,9 +119,14 @@ def main() -> None:
         args=training_args,
         train_dataset=dataset,
         data_collator=collator,
-        origin=AdapterOrigin(template, checkpoint.fingerprint(), args.model_name_or_path),
+        callbacks=[stop := StopOnSignal()],
+        origin=origin,
+        settings=settings,
     )
-    result = trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    result = trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
+    if stop.stopped:
+        print_once(f"stopped by SIGTERM after step {result.global_step}: go on with --resume_from_checkpoint latest")
+        return
     trainer.save_model()
     # Trainer counts the steps since the last log by this process's rows alone.
     result.metrics["train_loss"] = mean_over_processes(result.metrics["train_loss"])

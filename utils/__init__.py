@@ -13,4 +13,4 @@ if os.environ.get("RANK", "0") != "0" or not sys.stderr.isatty():
     for variable in ("TQDM_DISABLE", "HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS"):
         os.environ.setdefault(variable, "1")
 os.environ.setdefault("DS_LOG_LEVEL", "error")
-warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.|transformers\.|deepspeed\.")
+warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.|transformers\.|deepspeed\.|accelerate\.")

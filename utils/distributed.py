@@ -1,8 +1,12 @@
 """Which launcher, which rank, which backend; on GPUs and without."""
 
+import ctypes
 import os
+import signal
 import socket
 from datetime import timedelta
+from functools import cache
+from typing import Any
 
 from utils.extension_builds import remove_stale_build_locks
 
@@ -46,6 +50,8 @@ def init_process_group(use_deepspeed: bool) -> None:
     On the CPU this must come before `TrainingArguments`, which leaves the group to be made later than `zero.Init`
     needs it.
     """
+    if "LOCAL_RANK" in os.environ:
+        _end_with_the_launcher()
     if world_size() == 1:
         if not use_deepspeed:
             return
@@ -79,12 +85,45 @@ def mean_over_processes(value: float) -> float:
     return total.item() / world_size()
 
 
+def _end_with_the_launcher() -> None:
+    """Has SIGTERM sent here when the launcher dies; the process would go on unseen, beside what replaces it."""
+    PR_SET_PDEATHSIG = 1  # of Linux's prctl
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+@cache
+def _cpu_group() -> torch.distributed.ProcessGroup:
+    """Over gloo, which needs no device, and with a timeout that outlasts any difference in work."""
+    return torch.distributed.new_group(backend="gloo", timeout=timedelta(days=7))
+
+
+def barrier() -> None:
+    if world_size() > 1:
+        torch.distributed.barrier(group=_cpu_group())
+
+
+def gather_from_all(value: Any) -> list:
+    """Every process's value, in the order of ranks, on every process; all must call it."""
+    if world_size() == 1:
+        return [value]
+    gathered = [None] * world_size()
+    torch.distributed.all_gather_object(gathered, value, group=_cpu_group())
+    return gathered
+
+
+def any_process(flag: bool) -> bool:
+    """Whether the flag is set on any process; all must call it. Does not wait for a GPU."""
+    if world_size() == 1:
+        return flag
+    flags = torch.tensor(int(flag))
+    torch.distributed.all_reduce(flags, group=_cpu_group())
+    return bool(flags)
+
+
 def gather_lists(values: list) -> list:
     """Every process's list, one after the other, on the main process; all must call it, at any distance in time."""
-    # NCCL would give up on the slower ones after ten minutes.
-    group = torch.distributed.new_group(backend="gloo", timeout=timedelta(days=7))
     gathered = [None] * world_size() if is_main_process() else None
-    torch.distributed.gather_object(values, gathered, group=group)
+    torch.distributed.gather_object(values, gathered, group=_cpu_group())
     return [value for part in gathered for value in part] if is_main_process() else []
 
 

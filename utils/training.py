@@ -2,19 +2,45 @@
 
 import json
 import os
+import shutil
+import signal
 from argparse import Namespace
+from pathlib import Path
+from typing import Any
 
 from utils.checkpoint import Checkpoint
-from utils.distributed import launched_by_accelerate_with_deepspeed, print_once
+from utils.distributed import any_process, barrier, launched_by_accelerate_with_deepspeed, local_rank, print_once
 from utils.errors import UsageError
 from utils.lora import AdapterOrigin, save_adapter
 from utils.packing import PackedRows, pack_rows
 from utils.quantization import Quantization
+from utils.run_checkpoints import (
+    RUN_FILE,
+    STAGING,
+    Settings,
+    rotate,
+    save_sealed,
+)
 from utils.token_dataset import row_lengths
 
 import datasets
 import torch
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
+
+STEP_SETTINGS = (
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "learning_rate",
+    "weight_decay",
+    "adam_beta1",
+    "adam_beta2",
+    "adam_epsilon",
+    "max_grad_norm",
+    "warmup_steps",
+    "seed",
+    "data_seed",
+)
 
 
 def resolve_precision(arguments: Namespace) -> torch.dtype:
@@ -76,15 +102,83 @@ def check_quantization(checkpoint: Checkpoint, args: TrainingArguments) -> None:
         )
 
 
-class AdapterTrainer(Trainer):
-    """Saves the adapter, gathered and verified, where Trainer would save a model; the same under every launcher."""
+def describe_settings(
+    args: TrainingArguments, dtype: torch.dtype, trains: dict[str, Any], pack_tokens: int | None
+) -> Settings:
+    """
+    What a run must share with the checkpoint that it resumes from, for the two together to be one uninterrupted run:
+    what it trains (on), and what decides each step. The number of steps may grow.
+    """
+    plugin = args.deepspeed_plugin
+    return {
+        "trains": trains,
+        "steps": {name: getattr(args, name) for name in STEP_SETTINGS}
+        | {
+            "pack_tokens": pack_tokens,
+            "lr_scheduler_type": str(args.lr_scheduler_type.value),
+            "optim": str(args.optim.value),
+            "processes": args.world_size,
+            "zero_stage": plugin.zero_stage if plugin is not None else None,
+            "weights": str(dtype).removeprefix("torch."),
+        },
+    }
 
-    def __init__(self, *args, origin: AdapterOrigin, **kwargs):
+
+class StopOnSignal(TrainerCallback):
+    """At SIGTERM, which a cluster sends before it takes a machine away, ends the step, saves and stops."""
+
+    def __init__(self):
+        self.received = False
+        self.stopped = False
+        signal.signal(signal.SIGTERM, self._receive)
+
+    def _receive(self, number, frame) -> None:
+        self.received = True
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        if any_process(self.received):
+            self.stopped = True
+            control.should_save = control.should_training_stop = True
+
+
+class AdapterTrainer(Trainer):
+    """
+    Saves the adapter, gathered and verified, where Trainer would save a model, the same under every launcher; and
+    checkpoints that appear whole, with the settings of the run.
+    """
+
+    def __init__(self, *args, origin: AdapterOrigin, settings: Settings, **kwargs):
         super().__init__(*args, **kwargs)
-        self.origin = origin
+        self.origin, self.settings = origin, settings
+        self.staging = Path(self.args.output_dir) / STAGING
+        self.is_staging = False
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         save_adapter(self.model, output_dir or self.args.output_dir, self.origin, self.args.should_save)
+
+    def _get_output_dir(self, trial) -> str:
+        return str(self.staging) if self.is_staging else super()._get_output_dir(trial)
+
+    def _save_checkpoint(self, model, trial) -> None:
+        """Lets Trainer write its checkpoint apart, and moves it to its place when it is complete."""
+        if local_rank() == 0:  # what a killed run left
+            shutil.rmtree(self.staging, ignore_errors=True)
+        barrier()
+        self.is_staging = True
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self.is_staging = False
+        staged = self.staging / f"checkpoint-{self.state.global_step}"
+        final = Path(self.args.output_dir) / staged.name
+        if self.state.best_model_checkpoint == str(staged):
+            self.state.best_model_checkpoint = str(final)
+        if self.args.should_save:
+            self.state.save_to_json(str(staged / TRAINER_STATE_NAME))
+            (staged / RUN_FILE).write_text(json.dumps(self.settings, indent=1), encoding="utf-8")
+        save_sealed(staged, final)
+        if self.args.should_save:
+            rotate(final.parent, self.args.save_total_limit, self.state.best_model_checkpoint)
 
 
 def pack_dataset(dataset: datasets.Dataset, pack_tokens: int, seed: int) -> PackedRows:

@@ -1,0 +1,144 @@
+"""
+python tests/faults/kill_training.py --kills 50
+
+Kills training, launcher and workers, with SIGKILL at random moments, in steps and in the writing of checkpoints, and
+starts it again with --resume_from_checkpoint latest until it ends: the adapter must be, bit for bit, that of the run
+that nobody killed. Goes through the launchers in turn. Prints one line a round; the last line is JSON.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import random
+import shlex
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+LAUNCHERS = {
+    "one process": ("python", ""),
+    "ddp": ("torchrun --nproc_per_node=2", ""),
+    "zero3": ("torchrun --nproc_per_node=2", "--deepspeed ds_config_zero3.json"),
+    "zero3 offload": ("accelerate launch --config_file accelerate_ds_zero3_cpu_offload_config.yaml", ""),
+    "zero3 one process": ("python", "--deepspeed ds_config_zero3.json"),
+}
+STEPS = 12
+
+
+def command(launcher: str, work: Path, output_dir: Path) -> list[str]:
+    start, flags = LAUNCHERS[launcher]
+    return shlex.split(
+        f"{start} multi_gpu_fintune_belle.py --dataset_path {work}/tokens --model_name_or_path data/chatglm-tiny "
+        f"--lora_rank 4 --lora_dropout 0.1 --learning_rate 2e-3 --max_steps {STEPS} --save_steps 1 "
+        f"--save_total_limit 2 --per_device_train_batch_size 2 --logging_steps 1 --packing --pack_tokens 256 "
+        f"--output_dir {output_dir} {flags} --resume_from_checkpoint latest"
+    )
+
+
+def start(words: list[str], log: Path) -> subprocess.Popen:
+    environment = os.environ | {
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONUNBUFFERED": "1",
+    }
+    with log.open("w") as file:
+        return subprocess.Popen(
+            words, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+        )
+
+
+def descendants(pid: int) -> list[int]:
+    """A process and all below it; a launcher's workers are in sessions of their own."""
+    found = [pid]
+    for parent in found:
+        for task in Path(f"/proc/{parent}/task").glob("*/children"):
+            found += [int(child) for child in task.read_text().split()]
+    return found
+
+
+def kill_once(words: list[str], log: Path, moment: random.Random) -> bool:
+    """Starts training and kills all of it some time after its first step; whether it was still running then."""
+    process = start(words, log)
+    while process.poll() is None and "'loss'" not in log.read_text():
+        time.sleep(0.02)
+    time.sleep(moment.uniform(0, 1))
+    killed = process.poll() is None
+    if killed:
+        for pid in descendants(process.pid):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+    process.wait()
+    if not killed and process.returncode:
+        raise RuntimeError(f"{shlex.join(words)} failed by itself:\n{log.read_text()}")
+    return killed
+
+
+def finish(words: list[str], log: Path) -> None:
+    process = start(words, log)
+    if process.wait(timeout=600):
+        raise RuntimeError(f"{shlex.join(words)} failed:\n{log.read_text()}")
+
+
+def same_adapter(first: Path, second: Path) -> bool:
+    a, b = (load_file(path / "adapter_model.safetensors") for path in (first, second))
+    return a.keys() == b.keys() and all(a[key].equal(b[key]) for key in a)
+
+
+def reference(launcher: str, work: Path) -> Path:
+    """The adapter of the run that nobody kills."""
+    path = work / f"reference {launcher}".replace(" ", "-")
+    if not path.exists():
+        finish(command(launcher, work, path), work / "log")
+    return path
+
+
+def run_round(launcher: str, work: Path, kills: int, moment: random.Random) -> int:
+    """One run killed up to `kills` times; how often it was. Raises RuntimeError where its adapter is another one."""
+    expected, output_dir, log = reference(launcher, work), work / "killed", work / "log"
+    subprocess.run(["rm", "-rf", output_dir], check=True)
+    words, count = command(launcher, work, output_dir), 0
+    for _ in range(kills):
+        if not kill_once(words, log, moment):
+            break
+        count += 1
+    finish(words, log)
+    if not same_adapter(expected, output_dir):
+        raise RuntimeError(f"{launcher}: after {count} kills the adapter is another one")
+    return count
+
+
+def prepare(work: Path) -> None:
+    words = shlex.split(
+        f"{sys.executable} tokenize_dataset_rows_belle.py --jsonl_path data/sample.train.json "
+        f"--save_path {work}/tokens --model_name_or_path data/chatglm-tiny"
+    )
+    subprocess.run(words, cwd=ROOT, check=True, capture_output=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=50)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--launchers", nargs="+", choices=LAUNCHERS, default=list(LAUNCHERS))
+    args = parser.parse_args()
+    moment, done = random.Random(args.seed), dict.fromkeys(args.launchers, 0)
+    with tempfile.TemporaryDirectory() as directory:
+        work = Path(directory)
+        prepare(work)
+        while sum(done.values()) < args.kills:
+            launcher = min(done, key=done.get)
+            count = run_round(launcher, work, min(5, args.kills - sum(done.values())), moment)
+            done[launcher] += count
+            print(f"{launcher}: killed {count} times, the same adapter", flush=True)
+    print(json.dumps({"kills": sum(done.values()), "by_launcher": done, "different_adapters": 0}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,218 @@
+"""Training that was killed, stopped or spoiled goes on as if nothing had happened, or says why it cannot."""
+
+import fcntl
+import json
+import os
+import random
+import shutil
+import signal
+import sys
+import time
+
+from utils.run_checkpoints import MANIFEST_FILE, compare, find_damage, list_checkpoints, rotate, seal
+
+import pytest
+from conftest import ROOT, TINY
+from safetensors.torch import load_file
+
+sys.path.insert(0, str(ROOT / "tests" / "faults"))
+import kill_training
+
+FLAGS = "--lora_rank 4 --lora_dropout 0.1 --learning_rate 2e-3 --save_steps 2 --per_device_train_batch_size 2"
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory):
+    path = tmp_path_factory.mktemp("resume")
+    kill_training.prepare(path)
+    return path
+
+
+@pytest.fixture
+def train(run_script, workspace):
+    def run(output_dir, flags="", settings=FLAGS):
+        return run_script(
+            f"multi_gpu_fintune_belle.py --dataset_path {workspace}/tokens --model_name_or_path {TINY} {settings} "
+            f"--max_steps 6 --output_dir {output_dir} {flags}"
+        )
+
+    return run
+
+
+def names(directory):
+    return [path.name for path in list_checkpoints(directory)]
+
+
+def test_resumed_from_the_last_whole_checkpoint(train, tmp_path):
+    """One truncated, one with a flipped byte, one without a manifest: each is named, and the one before is used."""
+    train(tmp_path / "whole").check()
+    assert names(tmp_path / "whole") == ["checkpoint-2", "checkpoint-4", "checkpoint-6"]
+    assert not (tmp_path / "whole" / ".writing").exists()
+
+    def truncate(checkpoint):
+        data = (checkpoint / "optimizer.pt").read_bytes()
+        (checkpoint / "optimizer.pt").write_bytes(data[:-10])
+        return "optimizer.pt has"
+
+    def flip(checkpoint):
+        data = bytearray((checkpoint / "adapter_model.safetensors").read_bytes())
+        data[-1] ^= 1
+        (checkpoint / "adapter_model.safetensors").write_bytes(data)
+        return "adapter_model.safetensors has other content"
+
+    def unseal(checkpoint):
+        (checkpoint / MANIFEST_FILE).unlink()
+        return f"it has no readable {MANIFEST_FILE}"
+
+    for spoil in (truncate, flip, unseal):
+        damaged = tmp_path / spoil.__name__
+        for step in (2, 4):
+            shutil.copytree(tmp_path / "whole" / f"checkpoint-{step}", damaged / f"checkpoint-{step}")
+        words = spoil(damaged / "checkpoint-4")
+        out = train(damaged, "--resume_from_checkpoint latest").check().out
+        assert f"{damaged}/checkpoint-4 is skipped: {words}" in out
+        assert f"resuming from {damaged}/checkpoint-2" in out
+        assert kill_training.same_adapter(tmp_path / "whole", damaged)
+        assert names(damaged) == ["checkpoint-2", "checkpoint-4", "checkpoint-6"] and not find_damage(
+            damaged / "checkpoint-4"
+        )
+
+
+def test_a_named_checkpoint(train, tmp_path):
+    train(tmp_path / "whole", "--save_total_limit 2").check()
+    assert names(tmp_path / "whole") == ["checkpoint-4", "checkpoint-6"]
+    train(tmp_path / "other", f"--resume_from_checkpoint {tmp_path}/whole/checkpoint-4").check()
+    assert kill_training.same_adapter(tmp_path / "whole", tmp_path / "other")
+    (tmp_path / "whole" / "checkpoint-4" / "scheduler.pt").unlink()
+    for path, words in (("whole/checkpoint-4", "no checkpoint up to it is whole"), ("nowhere", "is no checkpoint")):
+        result = train(tmp_path / "new", f"--resume_from_checkpoint {tmp_path}/{path}")
+        assert result.code == 2 and words in result.err and not (tmp_path / "new").exists()
+
+
+def test_latest_without_a_checkpoint_starts_afresh(train, tmp_path):
+    assert "no checkpoint to resume from: starting afresh" in train(tmp_path, "--resume_from_checkpoint latest").out
+    assert names(tmp_path)[-1] == "checkpoint-6"
+
+
+def test_starting_again_loses_nothing(train, tmp_path):
+    train(tmp_path).check()
+    before = (tmp_path / "checkpoint-6" / "trainer_state.json").read_text()
+    out = train(tmp_path).check().out
+    assert "holds checkpoint-6 of this run" in out and "--resume_from_checkpoint latest" in out
+    assert (tmp_path / "previous-1" / "checkpoint-6" / "trainer_state.json").read_text() == before
+    assert names(tmp_path) == names(tmp_path / "previous-1")
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"--lora_rank 4": "--lora_rank 8"}, "lora_rank 4 (now 8)"),
+        ({"--learning_rate 2e-3": "--learning_rate 1e-3"}, "learning_rate 0.002 (now 0.001)"),
+        ({"--lora_rank 4": "--packing --pack_tokens 256 --lora_rank 4"}, "pack_tokens None (now 256)"),
+    ],
+)
+def test_another_run_is_not_resumed(train, tmp_path, changes, words):
+    train(tmp_path).check()
+    settings = FLAGS
+    for old, new in changes.items():
+        settings = settings.replace(old, new)
+    result = train(tmp_path, "--resume_from_checkpoint latest", settings)
+    assert result.code == 2 and words in result.err and "Traceback" not in result.err
+    fresh = train(tmp_path, "", settings)  # in the same directory only what trains the same adapter
+    assert fresh.code == (2 if "lora_rank" in words else 0)
+
+
+def test_more_steps_go_on(train, tmp_path):
+    train(tmp_path).check()
+    out = train(tmp_path, "--resume_from_checkpoint latest --max_steps 8").check().out
+    assert '"steps": 8' in out
+
+
+def test_seal_and_rotate(tmp_path):
+    for step in (1, 2, 10):
+        staged = tmp_path / "staged"
+        (staged / "part").mkdir(parents=True)
+        (staged / "part" / "a").write_text("x" * step)
+        seal(staged, tmp_path / f"checkpoint-{step}")
+    assert not any(find_damage(path) for path in list_checkpoints(tmp_path))
+    (tmp_path / "checkpoint-10" / "part" / "a").unlink()
+    assert find_damage(tmp_path / "checkpoint-10") == "part/a is missing"
+    rotate(tmp_path, None, None)
+    rotate(tmp_path, 1, str(tmp_path / "checkpoint-1"))
+    assert names(tmp_path) == ["checkpoint-1", "checkpoint-10"]
+    assert compare({"trains": {"a": 1}}, {"trains": {"a": (1,)}}, ("trains",)) == "a 1 (now [1])"
+
+
+@pytest.mark.slow
+def test_sigterm_saves_and_ends_well(workspace, tmp_path):
+    words = kill_training.command("one process", workspace, tmp_path / "stopped")
+    process = kill_training.start(words, tmp_path / "log")
+    while "'loss'" not in (tmp_path / "log").read_text():
+        time.sleep(0.02)
+        assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=30) == 0
+    said = (tmp_path / "log").read_text()
+    step = int(said.split("stopped by SIGTERM after step ")[1].split(":")[0])
+    assert names(tmp_path / "stopped")[-1] == f"checkpoint-{step}" and step < kill_training.STEPS
+    kill_training.finish(words, tmp_path / "log")
+    assert kill_training.same_adapter(kill_training.reference("one process", workspace), tmp_path / "stopped")
+
+
+@pytest.mark.slow
+def test_killed_and_resumed(workspace):
+    """A short form of tests/faults/kill_training.py."""
+    assert kill_training.run_round("one process", workspace, 1, random.Random(1)) == 1
+
+
+@pytest.mark.slow
+def test_resumed_under_zero3(workspace, tmp_path):
+    """From the checkpoint that the whole run left before its last."""
+    whole = kill_training.reference("zero3", workspace)
+    before_last = list_checkpoints(whole)[-2]
+    shutil.copytree(before_last, tmp_path / before_last.name)
+    kill_training.finish(kill_training.command("zero3", workspace, tmp_path), workspace / "log")
+    assert f"resuming from {tmp_path}/{before_last.name}" in (workspace / "log").read_text()
+    assert kill_training.same_adapter(whole, tmp_path)
+
+
+@pytest.mark.slow
+def test_workers_end_with_their_launcher(workspace, tmp_path):
+    words = kill_training.command("ddp", workspace, tmp_path / "orphaned")
+    process = kill_training.start(words, tmp_path / "log")
+    while "'loss'" not in (tmp_path / "log").read_text():
+        time.sleep(0.02)
+        assert process.poll() is None
+    workers = kill_training.descendants(process.pid)[1:]
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    deadline = time.time() + 30
+    while any(os.path.exists(f"/proc/{pid}") for pid in workers):
+        assert time.time() < deadline
+        time.sleep(0.1)
+    assert "stopped by SIGTERM after step" in (tmp_path / "log").read_text()
+
+
+def test_a_directory_in_use_is_refused(train, tmp_path):
+    with (tmp_path / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        result = train(tmp_path)
+    assert result.code == 2 and "is in use by a run that has not ended" in result.err
+
+
+@pytest.mark.slow
+def test_sigterm_on_two_processes(workspace, tmp_path):
+    """Whichever process the signal reaches first, all stop after the same step."""
+    words = kill_training.command("ddp", workspace, tmp_path / "stopped")
+    process = kill_training.start(words, tmp_path / "log")
+    while "'loss'" not in (tmp_path / "log").read_text():
+        time.sleep(0.02)
+        assert process.poll() is None
+    os.kill(kill_training.descendants(process.pid)[-1], signal.SIGTERM)
+    assert process.wait(timeout=60) == 0
+    said = (tmp_path / "log").read_text()
+    assert said.count("stopped by SIGTERM after step") == 1
+    newest = list_checkpoints(tmp_path / "stopped")[-1]
+    assert not find_damage(newest) and (newest / "rng_state_1.pth").is_file()
+    assert json.loads((newest / "run.json").read_text())["steps"]["processes"] == 2
+    assert load_file(newest / "adapter_model.safetensors")
