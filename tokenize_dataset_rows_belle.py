@@ -17,7 +17,8 @@ from collections.abc import Iterator
 from utils.checkpoint import DEFAULT_MODEL, load_tokenizer
 from utils.errors import run
 from utils.prompts import TEMPLATES, ChatGLMTemplate, Example, encode_example, fingerprint, template_for
-from utils.rows import Rejections, RowError, parse_row, read_rows
+from utils.rejections import Rejections
+from utils.rows import RowError, parse_row, read_rows
 from utils.token_dataset import Origin, save_examples
 
 from transformers import PreTrainedTokenizerBase
@@ -49,15 +50,15 @@ def tokenize_rows(
     rejections: Rejections,
 ) -> Iterator[Example]:
     """Yields the examples to write, and counts what became of every row."""
-    for number, row in read_rows(args.jsonl_path, parse_row):
+    for path, number, row in read_rows(args.jsonl_path, parse_row):
         counts["read"] += 1
         if isinstance(row, RowError):
-            rejections.add(number, row)
+            rejections.add(path, number, row)
             continue
         try:
             example = encode_example(tokenizer, row, args.max_seq_length, template)
         except RowError as error:
-            rejections.add(number, f"--max_seq_length: {error}")
+            rejections.add(path, number, f"--max_seq_length: {error}")
             continue
         if example.tokens_cut and args.skip_overlength:
             counts["skipped_overlength"] += 1
@@ -73,7 +74,7 @@ def main() -> None:
     args = parse_arguments()
     tokenizer = load_tokenizer(args.model_name_or_path)
     template = template_for(tokenizer, args.template)
-    rejections = Rejections(args.jsonl_path)
+    rejections = Rejections(args.save_path)
     counts = Counter(dict.fromkeys(("read", "written", "skipped_overlength", "cut", "tokens", "trained_tokens"), 0))
     try:
         examples = tokenize_rows(args, tokenizer, template, counts, rejections)
