@@ -2,33 +2,57 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+import weakref
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from utils.chatglm.tokenization_chatglm import ChatGLMTokenizer
-from utils.chatglm.tokenization_chatglm2 import ChatGLM2Tokenizer, ChatGLM3Tokenizer
-from utils.rows import Message, Row, RowError
+from utils.chatglm.tokenization_chatglm2 import PREFIX, ChatGLM2Tokenizer, ChatGLM3Tokenizer
+from utils.chatglm.vocab_file import VocabFileTokenizer
+from utils.errors import RowError
+from utils.rows import Message, Row
 
+import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 IGNORE_INDEX = -100  # labels where there is no loss
 MIN_TEXT = 2  # tokens of text, one of the prompt and one of the target, below which a row teaches nothing
 
 
-@dataclass(frozen=True)
-class Parts:
-    """A prompt or a target as tokens; truncation takes from the end of `text` alone."""
+class Span(NamedTuple):
+    """A stretch of a conversation: token ids, or a text that is yet to be encoded, apart from its neighbours."""
 
-    opening: list[int]
-    text: list[int]
+    content: Sequence[int] | str
+    trained: bool = False  # whether training on every turn takes its loss there
+
+
+class Draft(NamedTuple):
+    """A prompt or a target before its texts are encoded; `Parts` is what comes of it."""
+
+    opening: list[Span]
+    text: str
+    mark: str  # how `text` ends where the template ends it; its tokens belong to the closing
     closing: list[int]
 
+
+@dataclass(frozen=True)
+class Parts:
+    """A prompt or a target as tokens (int32); truncation takes from the end of `text` alone."""
+
+    opening: list[Span]
+    text: np.ndarray
+    closing: list[int]
+
+    def spans(self, text_tokens: int | None = None) -> list[Span]:
+        return [*self.opening, Span(self.text[:text_tokens]), Span(self.closing)]
+
     def ids(self, text_tokens: int | None = None) -> list[int]:
-        return [*self.opening, *self.text[:text_tokens], *self.closing]
+        return [int(token) for span in self.spans(text_tokens) for token in span.content]
 
     @property
     def fixed(self) -> int:
-        return len(self.opening) + len(self.closing)
+        return sum(len(span.content) for span in self.opening) + len(self.closing)
 
 
 @dataclass(frozen=True)
@@ -40,21 +64,79 @@ class Example:
     tokens_cut: int  # how many tokens of text truncation took
 
 
-def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Tokens of a text in which nothing is special: a row that spells out "<eop>" does not end the answer."""
-    return tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+class EncodedRow(NamedTuple):
+    """An example as it is made: spans of token ids, trained or not, one behind the other."""
+
+    spans: list[Span]
+    tokens_cut: int
+
+    def __len__(self) -> int:
+        return sum(len(span.content) for span in self.spans)
+
+    def example(self) -> Example:
+        input_ids = [int(token) for span in self.spans for token in span.content]
+        trained = [span.trained for span in self.spans for _ in span.content]
+        labels = [token if loss else IGNORE_INDEX for token, loss in zip(input_ids, trained, strict=True)]
+        return Example(input_ids, labels, self.tokens_cut)
+
+
+def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[np.ndarray]:
+    """Tokens, int32, of texts in which nothing is special: a row that spells out "<eop>" does not end the answer."""
+    if isinstance(tokenizer, VocabFileTokenizer):
+        return tokenizer.encode_texts(texts)
+    if not texts:
+        return []
+    encoded = tokenizer(list(texts), add_special_tokens=False, split_special_tokens=True, return_attention_mask=False)
+    return [np.array(ids, np.int32) for ids in encoded["input_ids"]]
+
+
+_CONSTANTS: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # tokenizer -> {tokens or text: ids}
+
+
+def _constant(
+    tokenizer: PreTrainedTokenizerBase, key: str | tuple[str, ...], make: Callable[[], list[int]]
+) -> list[int]:
+    known = _CONSTANTS.setdefault(tokenizer, {})
+    if key not in known:
+        known[key] = make()
+    return known[key]
+
+
+def encode_constant(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Tokens of a text that the templates repeat."""
+    return _constant(tokenizer, text, lambda: encode_texts(tokenizer, [text])[0].tolist())
 
 
 def token_ids(tokenizer: PreTrainedTokenizerBase, *tokens: str) -> list[int]:
-    return tokenizer.convert_tokens_to_ids(list(tokens))
+    return _constant(tokenizer, tokens, lambda: tokenizer.convert_tokens_to_ids(list(tokens)))
 
 
-def split_closing(ids: list[int], closing: list[int]) -> tuple[list[int], list[int]]:
+def encode_drafts(tokenizer: PreTrainedTokenizerBase, drafts: Sequence[Draft]) -> list[Parts]:
+    """Encodes the texts of all drafts at once."""
+    texts = []
+    for draft in drafts:
+        texts += [span.content for span in draft.opening if isinstance(span.content, str)]
+        texts.append(draft.text)
+    encoded = iter(encode_texts(tokenizer, texts))
+    made = []
+    for draft in drafts:
+        opening = [
+            span._replace(content=next(encoded)) if isinstance(span.content, str) else span for span in draft.opening
+        ]
+        text, closing = next(encoded), draft.closing
+        if draft.mark:
+            text, mark = split_closing(text, encode_constant(tokenizer, draft.mark))
+            closing = [*mark, *closing]
+        made.append(Parts(opening, text, closing))
+    return made
+
+
+def split_closing(ids: np.ndarray, closing: list[int]) -> tuple[np.ndarray, list[int]]:
     """Cuts off the end that `ids` has in common with `closing`."""
     common = 0
     while common < min(len(ids), len(closing)) and ids[-1 - common] == closing[-1 - common]:
         common += 1
-    return ids[: len(ids) - common], ids[len(ids) - common :]
+    return ids[: len(ids) - common], ids[len(ids) - common :].tolist()
 
 
 class ChatGLMTemplate:
@@ -84,17 +166,27 @@ class ChatGLMTemplate:
         return history + final.rstrip("\n")
 
     def prompt(self, tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> Parts:
+        return encode_drafts(tokenizer, [self.prompt_draft(tokenizer, messages)])[0]
+
+    def prompt_draft(self, tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> Draft:
         text = self.render(messages)
-        ids, mark = encode_text(tokenizer, text), []
-        if text.endswith(self.answer_mark):
-            ids, mark = split_closing(ids, encode_text(tokenizer, self.answer_mark))
-        return self.prompt_parts(tokenizer, ids, mark)
+        opening, closing = self.frame(tokenizer)
+        return Draft(opening, text, self.answer_mark if text.endswith(self.answer_mark) else "", closing)
 
-    def prompt_parts(self, tokenizer: PreTrainedTokenizerBase, ids: list[int], mark: list[int]) -> Parts:
-        return Parts([], ids, [*mark, tokenizer.gmask_token_id, tokenizer.bos_token_id])
+    def frame(self, tokenizer: PreTrainedTokenizerBase) -> tuple[list[Span], list[int]]:
+        """The special tokens before and after a prompt that is one text."""
+        return [], [tokenizer.gmask_token_id, tokenizer.bos_token_id]
 
-    def target(self, tokenizer: PreTrainedTokenizerBase, text: str) -> Parts:
-        return Parts([], encode_text(tokenizer, text), self.stop_ids(tokenizer)[:1])
+    def target_draft(self, tokenizer: PreTrainedTokenizerBase, text: str) -> Draft:
+        return Draft([], text, "", self.stop_ids(tokenizer)[:1])
+
+    def unfold(self, row: Row) -> list[Row]:
+        """
+        The rows whose examples together have every assistant turn as a target: here one a turn. The prompt of
+        ChatGLM-6B sees itself in both directions, so nothing can be learnt inside it; and that of ChatGLM2 and of
+        alpaca is one text, in which an answer's tokens and those round it may be one.
+        """
+        return [Row(row.messages[:end]) for end in range(2, len(row.messages) + 1, 2)]
 
     def stop_ids(self, tokenizer: PreTrainedTokenizerBase) -> list[int]:
         """Tokens that end an answer; a target ends with the first."""
@@ -118,8 +210,8 @@ class ChatGLM2Template(ChatGLMTemplate):
     def render(self, messages: Sequence[Message]) -> str:
         return self.rounds(messages)
 
-    def prompt_parts(self, tokenizer: PreTrainedTokenizerBase, ids: list[int], mark: list[int]) -> Parts:
-        return Parts(tokenizer.get_prefix_tokens(), ids, mark)
+    def frame(self, tokenizer: PreTrainedTokenizerBase) -> tuple[list[Span], list[int]]:
+        return [Span(token_ids(tokenizer, *PREFIX))], []
 
 
 class ChatGLM3Template(ChatGLMTemplate):
@@ -136,23 +228,25 @@ class ChatGLM3Template(ChatGLMTemplate):
             return messages[0].content
         return "".join(f"<|{message.role}|>\n{message.content}" for message in messages) + "<|assistant|>"
 
-    def prompt(self, tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> Parts:
-        newline = encode_text(tokenizer, "\n")
-        opening = token_ids(tokenizer, *self.prefix)
-        for message in messages[:-1]:
-            opening += [
-                *token_ids(tokenizer, f"<|{message.role}|>"),
-                *newline,
-                *encode_text(tokenizer, message.content),
-            ]
-        opening += [*token_ids(tokenizer, f"<|{messages[-1].role}|>"), *newline]
-        return Parts(opening, encode_text(tokenizer, messages[-1].content), token_ids(tokenizer, "<|assistant|>"))
+    def prompt_draft(self, tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> Draft:
+        newline = encode_constant(tokenizer, "\n")
+        spans, answered = [Span(token_ids(tokenizer, *self.prefix))], False
+        for message in messages:
+            answers = message.role == "assistant"
+            # The role token of the user's next turn is what ends an answer.
+            spans.append(Span(token_ids(tokenizer, f"<|{message.role}|>"), answered))
+            spans += [Span(newline, answers), Span(message.content, answers)]
+            answered = answers
+        return Draft(spans[:-1], messages[-1].content, "", token_ids(tokenizer, "<|assistant|>"))
 
-    def prompt_parts(self, tokenizer: PreTrainedTokenizerBase, ids: list[int], mark: list[int]) -> Parts:
-        return Parts(token_ids(tokenizer, *self.prefix), ids, mark)
+    def frame(self, tokenizer: PreTrainedTokenizerBase) -> tuple[list[Span], list[int]]:
+        return [Span(token_ids(tokenizer, *self.prefix))], []
 
-    def target(self, tokenizer: PreTrainedTokenizerBase, text: str) -> Parts:
-        return Parts(encode_text(tokenizer, "\n"), encode_text(tokenizer, text), self.stop_ids(tokenizer)[:1])
+    def target_draft(self, tokenizer: PreTrainedTokenizerBase, text: str) -> Draft:
+        return Draft([Span(encode_constant(tokenizer, "\n"))], text, "", self.stop_ids(tokenizer)[:1])
+
+    def unfold(self, row: Row) -> list[Row]:
+        return [row]  # turns are encoded apart, and a token sees what is before it alone: one example has them all
 
     def stop_ids(self, tokenizer: PreTrainedTokenizerBase) -> list[int]:
         return [tokenizer.eos_token_id, *token_ids(tokenizer, "<|user|>", "<|observation|>")]
@@ -199,8 +293,8 @@ class AlpacaTemplate(ChatGLMTemplate):
         ]
         return self.opening + "".join(turns)
 
-    def prompt_parts(self, tokenizer: PreTrainedTokenizerBase, ids: list[int], mark: list[int]) -> Parts:
-        return self.native.prompt_parts(tokenizer, ids, mark)
+    def frame(self, tokenizer: PreTrainedTokenizerBase) -> tuple[list[Span], list[int]]:
+        return self.native.frame(tokenizer)
 
     def stop_ids(self, tokenizer: PreTrainedTokenizerBase) -> list[int]:
         return self.native.stop_ids(tokenizer)
@@ -241,29 +335,57 @@ def encode_example(
 ) -> Example:
     """
     Prompt and target as a template joins them (that of the tokenizer's generation unless another is given), with the
-    loss on the target and its stop token.
-
-    With `max_seq_length` (tokens) the texts are cut at their ends, the template's tokens never: the longer text gives
-    first, and neither goes below half of the room unless it is shorter than that.
+    loss on the target and its stop token; truncation is that of `encode_rows`.
 
     Raises:
         RowError: `max_seq_length` leaves no room for text, because of the template or of a history before the prompt.
     """
+    encoded = encode_rows(tokenizer, [row], max_seq_length, template)[0]
+    if isinstance(encoded, RowError):
+        raise encoded
+    return encoded.example()
+
+
+LOSS_ON = ("last", "every")
+
+
+def encode_rows(
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Row],
+    max_seq_length: int | None = None,
+    template: ChatGLMTemplate | None = None,
+    loss_on: str = "last",
+) -> list[EncodedRow | RowError]:
+    """
+    Rows -> examples, or why a row has none, in the rows' order; their texts are encoded together.
+
+    With `max_seq_length` (tokens) the texts are cut at their ends, the template's tokens never: the longer text gives
+    first, and neither goes below half of the room unless it is shorter than that.
+
+    `loss_on` "last" trains on the last answer; "every" also on the earlier ones that stand in the row's prompt as
+    tokens of their own: `template.unfold` makes rows of which that is true.
+    """
     template = template or template_for(tokenizer)
-    prompt, target = template.prompt(tokenizer, row.prompt), template.target(tokenizer, row.target)
+    drafts = []
+    for row in rows:
+        drafts += (template.prompt_draft(tokenizer, row.prompt), template.target_draft(tokenizer, row.target))
+    parts = encode_drafts(tokenizer, drafts)
+    return [_join(parts[i], parts[i + 1], max_seq_length, loss_on) for i in range(0, len(parts), 2)]
+
+
+def _join(prompt: Parts, target: Parts, max_seq_length: int | None, loss_on: str) -> EncodedRow | RowError:
     prompt_tokens, target_tokens = len(prompt.text), len(target.text)
     if max_seq_length is not None:
         room = max_seq_length - prompt.fixed - target.fixed
         if room < MIN_TEXT:
-            raise RowError(f"{max_seq_length} tokens leave no room beside the template's {max_seq_length - room}")
+            return RowError(f"{max_seq_length} tokens leave no room beside the template's {max_seq_length - room}")
         target_tokens = min(target_tokens, max(room - prompt_tokens, room // 2))
         prompt_tokens = min(prompt_tokens, room - target_tokens)
-    prompt_ids, target_ids = prompt.ids(prompt_tokens), target.ids(target_tokens)
-    return Example(
-        input_ids=prompt_ids + target_ids,
-        labels=[IGNORE_INDEX] * len(prompt_ids) + target_ids,
-        tokens_cut=len(prompt.text) + len(target.text) - prompt_tokens - target_tokens,
-    )
+    spans = prompt.spans(prompt_tokens)
+    if loss_on == "last":
+        spans = [Span(content) for content, _ in spans]
+    spans += [Span(content, True) for content, _ in target.spans(target_tokens)]
+    return EncodedRow(spans, len(prompt.text) + len(target.text) - prompt_tokens - target_tokens)
 
 
 PROBES = (

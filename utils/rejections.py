@@ -1,11 +1,13 @@
 """What became of the rows that could not be used: counted, shown, and listed in a file."""
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import NamedTuple
 
 from utils.errors import RowError, RunError
+from utils.jsonl import remove_leftovers
 
 
 class Rejection(NamedTuple):
@@ -23,7 +25,8 @@ class Rejection(NamedTuple):
 
 class Rejections:
     """
-    Lists rejected rows in `<output>.rejected.jsonl`, one `{"file", "line", "reason"}` a line; no row, no file.
+    Lists rejected rows in `<output>.rejected.jsonl`, one `{"file", "line", "reason"}` a line; no row, no file. The
+    list of an earlier run stays until `report`.
 
     Args:
         output: the file or directory that the other rows go to.
@@ -34,6 +37,7 @@ class Rejections:
 
     def __init__(self, output: str, strict: bool = False):
         self.path = Path(f"{str(output).rstrip('/')}.rejected.jsonl")
+        self.temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
         self.strict = strict
         self.count = 0
         self._first: list[Rejection] = []
@@ -47,7 +51,8 @@ class Rejections:
         rejection = Rejection(path, line, str(reason).encode("utf-8", "backslashreplace").decode())
         if self._file is None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = self.path.open("w", encoding="utf-8")
+            remove_leftovers(self.path)
+            self._file = self.temporary.open("w", encoding="utf-8")
         self._file.write(rejection.dump())
         self.count += 1
         if len(self._first) < self.shown:
@@ -61,6 +66,7 @@ class Rejections:
             self.path.unlink(missing_ok=True)
             return
         self._file.close()
+        os.replace(self.temporary, self.path)
         for rejection in self._first:
             print(rejection, file=sys.stderr)
         more = f"... and {self.count - self.shown} more; " if self.count > self.shown else ""
