@@ -5,7 +5,7 @@ import json
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from utils.chatglm.tokenization_chatglm import ChatGLMTokenizer
 from utils.chatglm.tokenization_chatglm2 import PREFIX, ChatGLM2Tokenizer, ChatGLM3Tokenizer
@@ -36,23 +36,24 @@ class Draft(NamedTuple):
     closing: list[int]
 
 
-@dataclass(frozen=True)
-class Parts:
+class Parts(NamedTuple):
     """A prompt or a target as tokens (int32); truncation takes from the end of `text` alone."""
 
     opening: list[Span]
     text: np.ndarray
     closing: list[int]
 
-    def spans(self, text_tokens: int | None = None) -> list[Span]:
-        return [*self.opening, Span(self.text[:text_tokens]), Span(self.closing)]
-
-    def ids(self, text_tokens: int | None = None) -> list[int]:
-        return [int(token) for span in self.spans(text_tokens) for token in span.content]
+    def ids(self) -> list[int]:
+        return [
+            int(token) for ids in (*[span.content for span in self.opening], self.text, self.closing) for token in ids
+        ]
 
     @property
     def fixed(self) -> int:
-        return sum(len(span.content) for span in self.opening) + len(self.closing)
+        size = len(self.closing)
+        for span in self.opening:
+            size += len(span.content)
+        return size
 
 
 @dataclass(frozen=True)
@@ -68,10 +69,8 @@ class EncodedRow(NamedTuple):
     """An example as it is made: spans of token ids, trained or not, one behind the other."""
 
     spans: list[Span]
+    length: int  # tokens of all spans
     tokens_cut: int
-
-    def __len__(self) -> int:
-        return sum(len(span.content) for span in self.spans)
 
     def example(self) -> Example:
         input_ids = [int(token) for span in self.spans for token in span.content]
@@ -90,25 +89,28 @@ def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> li
     return [np.array(ids, np.int32) for ids in encoded["input_ids"]]
 
 
-_CONSTANTS: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # tokenizer -> {tokens or text: ids}
+_CONSTANTS: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # tokenizer -> {key: what was made of it}
 
 
-def _constant(
-    tokenizer: PreTrainedTokenizerBase, key: str | tuple[str, ...], make: Callable[[], list[int]]
-) -> list[int]:
+def _constant(tokenizer: PreTrainedTokenizerBase, key: Any, make: Callable[[], Any]) -> Any:
+    """What depends on the tokenizer alone: transformers takes microseconds to look up a token, for each row anew."""
     known = _CONSTANTS.setdefault(tokenizer, {})
     if key not in known:
         known[key] = make()
     return known[key]
 
 
-def encode_constant(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+def encode_constant(tokenizer: PreTrainedTokenizerBase, text: str) -> np.ndarray:
     """Tokens of a text that the templates repeat."""
-    return _constant(tokenizer, text, lambda: encode_texts(tokenizer, [text])[0].tolist())
+    return _constant(tokenizer, text, lambda: encode_texts(tokenizer, [text])[0])
 
 
 def token_ids(tokenizer: PreTrainedTokenizerBase, *tokens: str) -> list[int]:
-    return _constant(tokenizer, tokens, lambda: tokenizer.convert_tokens_to_ids(list(tokens)))
+    return list(_constant(tokenizer, tokens, lambda: tokenizer.convert_tokens_to_ids(list(tokens))))
+
+
+def token_span(tokenizer: PreTrainedTokenizerBase, *tokens: str) -> Span:
+    return _constant(tokenizer, (*tokens, Span), lambda: Span(np.array(token_ids(tokenizer, *tokens), np.int32)))
 
 
 def encode_drafts(tokenizer: PreTrainedTokenizerBase, drafts: Sequence[Draft]) -> list[Parts]:
@@ -119,19 +121,20 @@ def encode_drafts(tokenizer: PreTrainedTokenizerBase, drafts: Sequence[Draft]) -
         texts.append(draft.text)
     encoded = iter(encode_texts(tokenizer, texts))
     made = []
-    for draft in drafts:
-        opening = [
-            span._replace(content=next(encoded)) if isinstance(span.content, str) else span for span in draft.opening
-        ]
-        text, closing = next(encoded), draft.closing
-        if draft.mark:
-            text, mark = split_closing(text, encode_constant(tokenizer, draft.mark))
-            closing = [*mark, *closing]
+    for opening, _, mark, closing in drafts:
+        if opening:
+            opening = [
+                Span(next(encoded), span.trained) if isinstance(span.content, str) else span for span in opening
+            ]
+        text = next(encoded)
+        if mark:
+            text, marked = split_closing(text, encode_constant(tokenizer, mark))
+            closing = [*marked, *closing]
         made.append(Parts(opening, text, closing))
     return made
 
 
-def split_closing(ids: np.ndarray, closing: list[int]) -> tuple[np.ndarray, list[int]]:
+def split_closing(ids: np.ndarray, closing: np.ndarray) -> tuple[np.ndarray, list[int]]:
     """Cuts off the end that `ids` has in common with `closing`."""
     common = 0
     while common < min(len(ids), len(closing)) and ids[-1 - common] == closing[-1 - common]:
@@ -175,7 +178,7 @@ class ChatGLMTemplate:
 
     def frame(self, tokenizer: PreTrainedTokenizerBase) -> tuple[list[Span], list[int]]:
         """The special tokens before and after a prompt that is one text."""
-        return [], [tokenizer.gmask_token_id, tokenizer.bos_token_id]
+        return [], _constant(tokenizer, "frame", lambda: [tokenizer.gmask_token_id, tokenizer.bos_token_id])
 
     def target_draft(self, tokenizer: PreTrainedTokenizerBase, text: str) -> Draft:
         return Draft([], text, "", self.stop_ids(tokenizer)[:1])
@@ -190,7 +193,7 @@ class ChatGLMTemplate:
 
     def stop_ids(self, tokenizer: PreTrainedTokenizerBase) -> list[int]:
         """Tokens that end an answer; a target ends with the first."""
-        return [tokenizer.eos_token_id]
+        return _constant(tokenizer, "stop", lambda: [tokenizer.eos_token_id])
 
     def clean(self, answer: str) -> str:
         return answer
@@ -211,7 +214,7 @@ class ChatGLM2Template(ChatGLMTemplate):
         return self.rounds(messages)
 
     def frame(self, tokenizer: PreTrainedTokenizerBase) -> tuple[list[Span], list[int]]:
-        return [Span(token_ids(tokenizer, *PREFIX))], []
+        return [token_span(tokenizer, *PREFIX)], []
 
 
 class ChatGLM3Template(ChatGLMTemplate):
@@ -230,26 +233,27 @@ class ChatGLM3Template(ChatGLMTemplate):
 
     def prompt_draft(self, tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> Draft:
         newline = encode_constant(tokenizer, "\n")
-        spans, answered = [Span(token_ids(tokenizer, *self.prefix))], False
+        spans, answered = [token_span(tokenizer, *self.prefix)], False
         for message in messages:
             answers = message.role == "assistant"
             # The role token of the user's next turn is what ends an answer.
-            spans.append(Span(token_ids(tokenizer, f"<|{message.role}|>"), answered))
-            spans += [Span(newline, answers), Span(message.content, answers)]
+            role = token_span(tokenizer, f"<|{message.role}|>")
+            spans += (Span(role.content, answered), Span(newline, answers), Span(message.content, answers))
             answered = answers
         return Draft(spans[:-1], messages[-1].content, "", token_ids(tokenizer, "<|assistant|>"))
 
     def frame(self, tokenizer: PreTrainedTokenizerBase) -> tuple[list[Span], list[int]]:
-        return [Span(token_ids(tokenizer, *self.prefix))], []
+        return [token_span(tokenizer, *self.prefix)], []
 
     def target_draft(self, tokenizer: PreTrainedTokenizerBase, text: str) -> Draft:
-        return Draft([Span(encode_constant(tokenizer, "\n"))], text, "", self.stop_ids(tokenizer)[:1])
+        return Draft([Span(encode_constant(tokenizer, "\n"), True)], text, "", self.stop_ids(tokenizer)[:1])
 
     def unfold(self, row: Row) -> list[Row]:
         return [row]  # turns are encoded apart, and a token sees what is before it alone: one example has them all
 
     def stop_ids(self, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-        return [tokenizer.eos_token_id, *token_ids(tokenizer, "<|user|>", "<|observation|>")]
+        more = token_ids(tokenizer, "<|user|>", "<|observation|>")
+        return _constant(tokenizer, "stop", lambda: [tokenizer.eos_token_id, *more])
 
     def clean(self, answer: str) -> str:
         return answer.strip()  # the newline after <|assistant|> is the model's to write
@@ -374,18 +378,23 @@ def encode_rows(
 
 
 def _join(prompt: Parts, target: Parts, max_seq_length: int | None, loss_on: str) -> EncodedRow | RowError:
-    prompt_tokens, target_tokens = len(prompt.text), len(target.text)
-    if max_seq_length is not None:
-        room = max_seq_length - prompt.fixed - target.fixed
+    prompt_text, target_text = prompt.text, target.text
+    fixed = prompt.fixed + target.fixed
+    length = fixed + len(prompt_text) + len(target_text)
+    cut = 0
+    if max_seq_length is not None and length > max_seq_length:
+        room = max_seq_length - fixed
         if room < MIN_TEXT:
-            return RowError(f"{max_seq_length} tokens leave no room beside the template's {max_seq_length - room}")
-        target_tokens = min(target_tokens, max(room - prompt_tokens, room // 2))
-        prompt_tokens = min(prompt_tokens, room - target_tokens)
-    spans = prompt.spans(prompt_tokens)
+            return RowError(f"{max_seq_length} tokens leave no room beside the template's {fixed}")
+        cut = length - max_seq_length
+        target_text = target_text[: max(room - len(prompt_text), room // 2)]
+        prompt_text = prompt_text[: room - len(target_text)]
+    opening = prompt.opening
     if loss_on == "last":
-        spans = [Span(content) for content, _ in spans]
-    spans += [Span(content, True) for content, _ in target.spans(target_tokens)]
-    return EncodedRow(spans, len(prompt.text) + len(target.text) - prompt_tokens - target_tokens)
+        opening = [Span(content) for content, _ in opening]
+    spans = [*opening, Span(prompt_text), Span(prompt.closing)]
+    spans += (*target.opening, Span(target_text, True), Span(target.closing, True))
+    return EncodedRow(spans, length - cut, cut)
 
 
 PROBES = (

@@ -40,13 +40,13 @@ class Origin:
 
 def record_batch(rows: Sequence[EncodedRow]) -> pa.RecordBatch:
     """Rows as Arrow columns of `FEATURES`."""
-    contents = [np.asarray(span.content, np.int32) for row in rows for span in row.spans]
-    sizes = np.fromiter(map(len, contents), np.int64, len(contents))
-    trained = np.fromiter((span.trained for row in rows for span in row.spans), bool, len(contents))
+    spans = [span for row in rows for span in row.spans]
+    contents = [np.asarray(content, np.int32) for content, _ in spans]
+    sizes = np.fromiter(map(len, contents), np.int64, len(spans))
+    trained = np.fromiter([trained for _, trained in spans], bool, len(spans))
     ids = np.concatenate(contents)
     labels = np.where(np.repeat(trained, sizes), ids, np.int32(IGNORE_INDEX))
-    last_spans = np.cumsum([len(row.spans) for row in rows])
-    offsets = np.concatenate([[0], np.cumsum(sizes)[last_spans - 1]]).astype(np.int32)
+    offsets = np.cumsum([0, *[row.length for row in rows]], dtype=np.int32)
     columns = [pa.ListArray.from_arrays(offsets, values) for values in (ids, labels)]
     return pa.RecordBatch.from_arrays(columns, schema=FEATURES.arrow_schema)
 
