@@ -27,13 +27,13 @@ def scan_value(text: str, position: int) -> tuple[Any, int]:
     lines of the first BELLE processing script are such. Nothing but literals is read.
 
     Raises:
-        RowError: neither stands there, or its text holds half a surrogate pair, which no encoding can write.
-        json.JSONDecodeError: a JSON value starts there and breaks off or goes wrong.
+        RowError: it cannot be a row, or its text holds half a surrogate pair, which no encoding can write.
+        json.JSONDecodeError: it is not JSON, or breaks off.
     """
     try:
         value, end = _scan(text, position)
-    except StopIteration:
-        raise RowError(f"not JSON: {text[position : position + 40]!r}") from None
+    except StopIteration as stop:  # json.loads does the same
+        raise json.JSONDecodeError("Expecting value", text, stop.value) from None
     except json.JSONDecodeError:
         if not text.startswith("{'", position):
             raise
