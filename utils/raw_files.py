@@ -21,6 +21,10 @@ LONGEST_LINE = 64 << 20  # bytes; what has no newline for longer is no row
 LONGEST_ELEMENT = 16 << 20  # characters of a row in an array
 LEAST_EVIDENCE = 8  # bytes that are not ASCII, below which nothing is taken for GB18030
 _ASCII = bytes(range(128))
+_CHINESE_UTF8 = re.compile(rb"[\xe3-\xe9\xef][\x80-\xbf]{2}")
+# Not once in 2,000,000 random characters of GB2312, as measured.
+_UTF8_RUN = re.compile(rb"(?:[\xe3-\xe9\xef][\x80-\xbf]{2}){3}")
+_TWO_BYTES = re.compile("[\x80-\u07ff]")
 
 
 @dataclass(frozen=True)
@@ -255,9 +259,19 @@ class _ArrayReader:
             key = json.dumps(next(iter(value)), ensure_ascii=False)
             self.opening = re.compile(r"\{\s*" + re.escape(key))
         length = end - self.position
-        if _strict_text(self.text[self.position : end]):
+        if self._is_text(self.text[self.position : end]):
             return value, length
         return RowError(f"bytes that are not {self.encoding.upper()}"), length
+
+    def _is_text(self, element: str) -> bool:
+        """Whether no lone surrogate stands for a byte, and no GB18030 for UTF-8."""
+        if element.isascii():
+            return True
+        try:
+            data = element.encode(self.encoding)
+        except UnicodeEncodeError:
+            return False
+        return self.encoding == "utf-8" or not _UTF8_RUN.search(data)
 
     def _resume(self) -> bool:
         """Goes to the next object like the first; False where none follows."""
@@ -273,28 +287,22 @@ class _ArrayReader:
         return False
 
 
-def _strict_text(text: str) -> bool:
-    """Whether no lone surrogate stands for a byte."""
-    try:
-        return text.isascii() or bool(text.encode())
-    except UnicodeEncodeError:
-        return False
-
-
 def _decode_line(line: bytes, encoding: str, path: str) -> str | RowError:
     """
     A line in its file's encoding, or in the other where all of it speaks for that: `cat` joins files of both. A UTF-8
     line of which bytes are lost would often pass for GB18030 in other characters; most of it is UTF-8 still.
     """
-    other = "utf-8" if encoding == "gb18030" else "gb18030"
-    size = len(line.translate(None, _ASCII))
-    if encoding == "gb18030" and size >= LEAST_EVIDENCE and (text := _strict(line, other)) is not None:
-        return text
-    if (text := _strict(line, encoding)) is not None:
-        return text
-    if encoding == "utf-8" and _is_gb18030(line) and (text := _strict(line, other)) is not None:
-        _say(f"{path}: some lines are GB18030, read as such; what is written is UTF-8")
-        return text
+    if encoding == "utf-8":
+        if (text := _strict(line, encoding)) is not None:
+            return text
+        if _is_gb18030(line) and (text := _strict(line, "gb18030")) is not None:
+            _say(f"{path}: some lines are GB18030, read as such; what is written is UTF-8")
+            return text
+    else:
+        if len(_CHINESE_UTF8.findall(line)) >= 2 and (text := _strict(line, "utf-8")) is not None:
+            return text
+        if (text := _strict(line, encoding)) is not None:
+            return text
     return RowError(f"bytes that are not {encoding.upper()}")
 
 
@@ -304,21 +312,25 @@ def _say(message: str) -> None:
 
 
 def _strict(data: bytes, encoding: str) -> str | None:
+    """The text, or None where it is not in that encoding."""
     try:
-        return data.decode(encoding)
+        text = data.decode(encoding)
     except UnicodeDecodeError:
         return None
+    return None if encoding == "gb18030" and _UTF8_RUN.search(data) else text
 
 
 def _is_gb18030(data: bytes) -> bool:
     """
-    Whether bytes are GB18030 rather than UTF-8: hardly any of those that are not ASCII form UTF-8 characters, and
-    nearly all form GB18030 ones.
+    Whether bytes are GB18030 rather than UTF-8 with bytes lost: nearly all of those that are not ASCII form GB18030
+    characters. Few of them then form UTF-8 characters of three bytes; of two bytes they form many by chance, but a
+    text in such letters that lost a byte consists of little else.
     """
     foreign = len(data.translate(None, _ASCII))
     if foreign < LEAST_EVIDENCE:
         return False
-    ascii_bytes = len(data) - foreign
-    as_utf8 = len(data.decode("utf-8", "ignore").encode()) - ascii_bytes
+    text = data.decode("utf-8", "ignore")
+    two_bytes = 2 * len(_TWO_BYTES.findall(text))
+    more_bytes = len(text.encode()) - (len(data) - foreign) - two_bytes
     lost = data.decode("gb18030", "replace").count("\ufffd")
-    return as_utf8 < foreign / 2 and lost <= foreign / 20 + 1
+    return more_bytes < 0.4 * foreign and two_bytes + more_bytes < 0.8 * foreign and lost <= foreign / 20 + 1
