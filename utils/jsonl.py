@@ -75,6 +75,12 @@ def values_of(line: str) -> list[Any | RowError]:
     The values of one line: none of a blank one, several where `cat` joined files without a last newline or where the
     line is a JSON array. What follows the first thing that cannot be read is lost with it, as one RowError.
     """
+    try:  # nearly every line is one object and nothing else
+        value, end = _scan(line, 0)
+        if end >= len(line) - 1 and isinstance(value, dict) and line[end:] in ("", "\r") and "\\u" not in line:
+            return [value]
+    except (StopIteration, ValueError, RecursionError):
+        pass
     values, position = [], 0
     line = line.strip(BLANKS)
     while position < len(line):

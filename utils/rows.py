@@ -61,13 +61,11 @@ def parse_prompt(raw: Any) -> Row:
     Raises:
         RowError: no schema fits, or the prompt is blank.
     """
-    if not isinstance(raw, dict):
-        raise RowError(f"a row must be a JSON object, not {type(raw).__name__}")
-    for column in CHATS:
-        if column in raw:
-            messages = _parse_chat(raw[column], column)
-            return Row(messages[:-1] if messages[-1].role == "assistant" else messages)
-    return Row(_parse_columns(raw)[0])
+    schema = _schema_of(raw)
+    if schema.chat:
+        messages = _parse_chat(raw[schema.chat], schema.chat)
+        return Row(messages[:-1] if messages[-1].role == "assistant" else messages)
+    return Row(_parse_columns(raw, schema))
 
 
 def parse_row(raw: Any) -> Row:
@@ -77,45 +75,58 @@ def parse_row(raw: Any) -> Row:
     Raises:
         RowError: no schema fits, or the prompt or the target is blank.
     """
-    if not isinstance(raw, dict):
-        raise RowError(f"a row must be a JSON object, not {type(raw).__name__}")
-    for column in CHATS:
-        if column in raw:
-            messages = _parse_chat(raw[column], column)
-            if messages[-1].role != "assistant" or len(messages) < 2:
-                raise RowError("a training conversation must end with the assistant's answer to a user's message")
-            return Row(messages)
-    prompt, column = _parse_columns(raw)
-    if column is None:
+    schema = _schema_of(raw)
+    if schema.chat:
+        messages = _parse_chat(raw[schema.chat], schema.chat)
+        if messages[-1].role != "assistant" or len(messages) < 2:
+            raise RowError("a training conversation must end with the assistant's answer to a user's message")
+        return Row(messages)
+    prompt = _parse_columns(raw, schema)
+    if schema.target is None:
         raise RowError(f"no target among {sorted(map(str, raw))}; known are {describe_schemas()}")
-    target = _text(raw, column)
+    target = _text(raw, schema.target)
     if not target or target.isspace():
-        raise RowError(f'the target ("{column}") is blank')
+        raise RowError(f'the target ("{schema.target}") is blank')
     return Row((*prompt, Message("assistant", target)))
 
 
+class _Schema(NamedTuple):
+    chat: str | None  # the column of a conversation
+    prompt: tuple[str, ...]
+    target: str | None
+
+
+def _schema_of(raw: Any) -> _Schema:
+    if not isinstance(raw, dict):
+        raise RowError(f"a row must be a JSON object, not {type(raw).__name__}")
+    return _find_schema(tuple(raw))
+
+
 @functools.lru_cache(maxsize=4096)
-def _schema(columns: tuple[str, ...]) -> tuple[tuple[str, ...], str | None]:
-    """Of a row's columns, those of its prompt and that of its target."""
+def _find_schema(columns: tuple[str, ...]) -> _Schema:
+    """Which of a row's columns hold what."""
+    for column in CHATS:
+        if column in columns:
+            return _Schema(column, (), None)
     found = [(prompt, target) for prompt, target in SCHEMAS if prompt[0] in columns]
     if not found:
         known = f"known are {describe_schemas()}"
         raise RowError(f"no known columns among {sorted(map(str, columns))}; {known}")
     targets = [target for _, target in found if target in columns]
-    return tuple(column for column in found[0][0] if column in columns), targets[0] if targets else None
+    return _Schema(None, tuple(column for column in found[0][0] if column in columns), targets[0] if targets else None)
 
 
-def _parse_columns(raw: dict[str, Any]) -> tuple[tuple[Message, ...], str | None]:
-    """The prompt, and the column in which its target stands."""
-    columns, target = _schema(tuple(raw))
+def _parse_columns(raw: dict[str, Any], schema: _Schema) -> tuple[Message, ...]:
+    """The prompt."""
+    columns = schema.prompt
     prompt = _text(raw, columns[0])
     if len(columns) > 1 and (more := _text(raw, columns[1])):
         prompt = f"{prompt}\n{more}" if prompt else more
     if not prompt or prompt.isspace():
         raise RowError(f"the prompt ({' + '.join(columns)}) is blank")
     if "Human" in prompt and columns[0] == "instruction" and (turns := _parse_tagged(prompt)):
-        return turns, target
-    return (Message("user", prompt),), target
+        return turns
+    return (Message("user", prompt),)
 
 
 def _text(raw: dict[str, Any], column: str) -> str:
@@ -183,16 +194,6 @@ def _either(item: dict[str, Any], *keys: str) -> Any:
     return value if isinstance(value, str) else None
 
 
-def unfold(raw: Any) -> list[Any]:
-    """A seed task, `{"instruction", "instances": [{"input", "output"}]}`, as one raw row an instance."""
-    if not isinstance(raw, dict) or "instances" not in raw:
-        return [raw]
-    instances = raw["instances"]
-    if not isinstance(instances, list) or not instances or not all(isinstance(item, dict) for item in instances):
-        raise RowError('"instances" must be a list with at least one object')
-    return [{"instruction": raw.get("instruction"), **instance} for instance in instances]
-
-
 class NumberedRow(NamedTuple):
     path: str
     line: int  # from 1; of a JSON array the line that a row starts on
@@ -205,19 +206,28 @@ def rows_of(block: Block, parse: Callable[[Any], Row]) -> Iterator[NumberedRow]:
     for line, raw in block.values():
         if isinstance(raw, RowError):
             yield NumberedRow(path, line, raw)
-            continue
+        elif isinstance(raw, dict) and "instances" in raw:
+            yield from (NumberedRow(path, line, row) for row in _parse_instances(raw, parse))
+        else:
+            try:
+                row = parse(raw)
+            except RowError as error:
+                row = error
+            yield NumberedRow(path, line, row)
+
+
+def _parse_instances(raw: dict[str, Any], parse: Callable[[Any], Row]) -> list[Row | RowError]:
+    """The rows of a seed task, `{"instruction", "instances": [{"input", "output"}]}`: one an instance."""
+    instances = raw["instances"]
+    if not isinstance(instances, list) or not instances or not all(isinstance(item, dict) for item in instances):
+        return [RowError('"instances" must be a list with at least one object')]
+    rows = []
+    for instance in instances:
         try:
-            for item in (raw,) if type(raw) is dict and "instances" not in raw else unfold(raw):
-                yield NumberedRow(path, line, _parsed(item, parse))
+            rows.append(parse({"instruction": raw.get("instruction"), **instance}))
         except RowError as error:
-            yield NumberedRow(path, line, error)
-
-
-def _parsed(raw: Any, parse: Callable[[Any], Row]) -> Row | RowError:
-    try:
-        return parse(raw)
-    except RowError as error:
-        return error
+            rows.append(error)
+    return rows
 
 
 def read_rows(paths: str | Iterable[str], parse: Callable[[Any], Row]) -> Iterator[NumberedRow]:
