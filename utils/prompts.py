@@ -27,13 +27,16 @@ class Span(NamedTuple):
     trained: bool = False  # whether training on every turn takes its loss there
 
 
+NO_TOKENS = Span(np.array([], np.int32))
+
+
 class Draft(NamedTuple):
     """A prompt or a target before its texts are encoded; `Parts` is what comes of it."""
 
     opening: list[Span]
     text: str
     mark: str  # how `text` ends where the template ends it; its tokens belong to the closing
-    closing: list[int]
+    end: Span
 
 
 class Parts(NamedTuple):
@@ -41,19 +44,15 @@ class Parts(NamedTuple):
 
     opening: list[Span]
     text: np.ndarray
-    closing: list[int]
-
-    def ids(self) -> list[int]:
-        return [
-            int(token) for ids in (*[span.content for span in self.opening], self.text, self.closing) for token in ids
-        ]
+    end: Span
 
     @property
-    def fixed(self) -> int:
-        size = len(self.closing)
-        for span in self.opening:
-            size += len(span.content)
-        return size
+    def closing(self) -> list[int]:
+        return [int(token) for token in self.end.content]
+
+    def ids(self) -> list[int]:
+        opening = [int(token) for span in self.opening for token in span.content]
+        return [*opening, *self.text.tolist(), *self.closing]
 
 
 @dataclass(frozen=True)
@@ -89,15 +88,27 @@ def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> li
     return [np.array(ids, np.int32) for ids in encoded["input_ids"]]
 
 
-_CONSTANTS: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # tokenizer -> {key: what was made of it}
+class _Constants:
+    """
+    What the templates need of one tokenizer again and again: to look up a token takes transformers microseconds, which
+    every row would pay.
+    """
+
+    def __init__(self):
+        self._of: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # tokenizer -> {key: what was made of it}
+        self._last = (lambda: None, {})  # the tokenizer last asked about and its values
+
+    def __call__(self, tokenizer: PreTrainedTokenizerBase, key: Any, make: Callable[[], Any]) -> Any:
+        last, known = self._last
+        if last() is not tokenizer:
+            known = self._of.setdefault(tokenizer, {})
+            self._last = (weakref.ref(tokenizer), known)
+        if key not in known:
+            known[key] = make()
+        return known[key]
 
 
-def _constant(tokenizer: PreTrainedTokenizerBase, key: Any, make: Callable[[], Any]) -> Any:
-    """What depends on the tokenizer alone: transformers takes microseconds to look up a token, for each row anew."""
-    known = _CONSTANTS.setdefault(tokenizer, {})
-    if key not in known:
-        known[key] = make()
-    return known[key]
+_constant = _Constants()
 
 
 def encode_constant(tokenizer: PreTrainedTokenizerBase, text: str) -> np.ndarray:
@@ -106,22 +117,23 @@ def encode_constant(tokenizer: PreTrainedTokenizerBase, text: str) -> np.ndarray
 
 
 def token_ids(tokenizer: PreTrainedTokenizerBase, *tokens: str) -> list[int]:
-    return list(_constant(tokenizer, tokens, lambda: tokenizer.convert_tokens_to_ids(list(tokens))))
+    return tokenizer.convert_tokens_to_ids(list(tokens))
 
 
 def token_span(tokenizer: PreTrainedTokenizerBase, *tokens: str) -> Span:
-    return _constant(tokenizer, (*tokens, Span), lambda: Span(np.array(token_ids(tokenizer, *tokens), np.int32)))
+    return _constant(tokenizer, tokens, lambda: Span(np.array(token_ids(tokenizer, *tokens), np.int32)))
 
 
 def encode_drafts(tokenizer: PreTrainedTokenizerBase, drafts: Sequence[Draft]) -> list[Parts]:
     """Encodes the texts of all drafts at once."""
     texts = []
-    for draft in drafts:
-        texts += [span.content for span in draft.opening if isinstance(span.content, str)]
-        texts.append(draft.text)
+    for opening, text, _, _ in drafts:
+        if opening:
+            texts += [span.content for span in opening if isinstance(span.content, str)]
+        texts.append(text)
     encoded = iter(encode_texts(tokenizer, texts))
     made = []
-    for opening, _, mark, closing in drafts:
+    for opening, _, mark, end in drafts:
         if opening:
             opening = [
                 Span(next(encoded), span.trained) if isinstance(span.content, str) else span for span in opening
@@ -129,17 +141,17 @@ def encode_drafts(tokenizer: PreTrainedTokenizerBase, drafts: Sequence[Draft]) -
         text = next(encoded)
         if mark:
             text, marked = split_closing(text, encode_constant(tokenizer, mark))
-            closing = [*marked, *closing]
-        made.append(Parts(opening, text, closing))
+            end = Span(np.concatenate([marked, end.content]), end.trained)
+        made.append(Parts(opening, text, end))
     return made
 
 
-def split_closing(ids: np.ndarray, closing: np.ndarray) -> tuple[np.ndarray, list[int]]:
+def split_closing(ids: np.ndarray, closing: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Cuts off the end that `ids` has in common with `closing`."""
     common = 0
     while common < min(len(ids), len(closing)) and ids[-1 - common] == closing[-1 - common]:
         common += 1
-    return ids[: len(ids) - common], ids[len(ids) - common :].tolist()
+    return ids[: len(ids) - common], ids[len(ids) - common :]
 
 
 class ChatGLMTemplate:
@@ -173,15 +185,20 @@ class ChatGLMTemplate:
 
     def prompt_draft(self, tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> Draft:
         text = self.render(messages)
-        opening, closing = self.frame(tokenizer)
-        return Draft(opening, text, self.answer_mark if text.endswith(self.answer_mark) else "", closing)
+        opening, end = _constant(tokenizer, "frame", lambda: self.frame(tokenizer))
+        return Draft(opening, text, self.answer_mark if text.endswith(self.answer_mark) else "", end)
 
-    def frame(self, tokenizer: PreTrainedTokenizerBase) -> tuple[list[Span], list[int]]:
+    def frame(self, tokenizer: PreTrainedTokenizerBase) -> tuple[list[Span], Span]:
         """The special tokens before and after a prompt that is one text."""
-        return [], _constant(tokenizer, "frame", lambda: [tokenizer.gmask_token_id, tokenizer.bos_token_id])
+        ids = [tokenizer.gmask_token_id, tokenizer.bos_token_id]
+        return [], Span(np.array(ids, np.int32))
 
     def target_draft(self, tokenizer: PreTrainedTokenizerBase, text: str) -> Draft:
-        return Draft([], text, "", self.stop_ids(tokenizer)[:1])
+        return Draft([], text, "", self.stop_span(tokenizer))
+
+    def stop_span(self, tokenizer: PreTrainedTokenizerBase) -> Span:
+        """The token that ends a target."""
+        return _constant(tokenizer, "stop", lambda: Span(np.array(self.stop_ids(tokenizer)[:1], np.int32), True))
 
     def unfold(self, row: Row) -> list[Row]:
         """
@@ -193,7 +210,7 @@ class ChatGLMTemplate:
 
     def stop_ids(self, tokenizer: PreTrainedTokenizerBase) -> list[int]:
         """Tokens that end an answer; a target ends with the first."""
-        return _constant(tokenizer, "stop", lambda: [tokenizer.eos_token_id])
+        return [tokenizer.eos_token_id]
 
     def clean(self, answer: str) -> str:
         return answer
@@ -213,8 +230,8 @@ class ChatGLM2Template(ChatGLMTemplate):
     def render(self, messages: Sequence[Message]) -> str:
         return self.rounds(messages)
 
-    def frame(self, tokenizer: PreTrainedTokenizerBase) -> tuple[list[Span], list[int]]:
-        return [token_span(tokenizer, *PREFIX)], []
+    def frame(self, tokenizer: PreTrainedTokenizerBase) -> tuple[list[Span], Span]:
+        return [token_span(tokenizer, *PREFIX)], NO_TOKENS
 
 
 class ChatGLM3Template(ChatGLMTemplate):
@@ -240,20 +257,20 @@ class ChatGLM3Template(ChatGLMTemplate):
             role = token_span(tokenizer, f"<|{message.role}|>")
             spans += (Span(role.content, answered), Span(newline, answers), Span(message.content, answers))
             answered = answers
-        return Draft(spans[:-1], messages[-1].content, "", token_ids(tokenizer, "<|assistant|>"))
+        return Draft(spans[:-1], messages[-1].content, "", token_span(tokenizer, "<|assistant|>"))
 
-    def frame(self, tokenizer: PreTrainedTokenizerBase) -> tuple[list[Span], list[int]]:
-        return [token_span(tokenizer, *self.prefix)], []
+    def frame(self, tokenizer: PreTrainedTokenizerBase) -> tuple[list[Span], Span]:
+        return [token_span(tokenizer, *self.prefix)], NO_TOKENS
 
     def target_draft(self, tokenizer: PreTrainedTokenizerBase, text: str) -> Draft:
-        return Draft([Span(encode_constant(tokenizer, "\n"), True)], text, "", self.stop_ids(tokenizer)[:1])
+        newline = _constant(tokenizer, "newline", lambda: Span(encode_constant(tokenizer, "\n"), True))
+        return Draft([newline], text, "", self.stop_span(tokenizer))
 
     def unfold(self, row: Row) -> list[Row]:
         return [row]  # turns are encoded apart, and a token sees what is before it alone: one example has them all
 
     def stop_ids(self, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-        more = token_ids(tokenizer, "<|user|>", "<|observation|>")
-        return _constant(tokenizer, "stop", lambda: [tokenizer.eos_token_id, *more])
+        return [tokenizer.eos_token_id, *token_ids(tokenizer, "<|user|>", "<|observation|>")]
 
     def clean(self, answer: str) -> str:
         return answer.strip()  # the newline after <|assistant|> is the model's to write
@@ -297,7 +314,7 @@ class AlpacaTemplate(ChatGLMTemplate):
         ]
         return self.opening + "".join(turns)
 
-    def frame(self, tokenizer: PreTrainedTokenizerBase) -> tuple[list[Span], list[int]]:
+    def frame(self, tokenizer: PreTrainedTokenizerBase) -> tuple[list[Span], Span]:
         return self.native.frame(tokenizer)
 
     def stop_ids(self, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -378,8 +395,11 @@ def encode_rows(
 
 
 def _join(prompt: Parts, target: Parts, max_seq_length: int | None, loss_on: str) -> EncodedRow | RowError:
-    prompt_text, target_text = prompt.text, target.text
-    fixed = prompt.fixed + target.fixed
+    opening, prompt_text, prompt_end = prompt
+    target_opening, target_text, target_end = target
+    fixed = len(prompt_end.content) + len(target_end.content)
+    for span in (*opening, *target_opening):
+        fixed += len(span.content)
     length = fixed + len(prompt_text) + len(target_text)
     cut = 0
     if max_seq_length is not None and length > max_seq_length:
@@ -389,11 +409,9 @@ def _join(prompt: Parts, target: Parts, max_seq_length: int | None, loss_on: str
         cut = length - max_seq_length
         target_text = target_text[: max(room - len(prompt_text), room // 2)]
         prompt_text = prompt_text[: room - len(target_text)]
-    opening = prompt.opening
-    if loss_on == "last":
+    if loss_on == "last" and len(opening) > 1:
         opening = [Span(content) for content, _ in opening]
-    spans = [*opening, Span(prompt_text), Span(prompt.closing)]
-    spans += (*target.opening, Span(target_text, True), Span(target.closing, True))
+    spans = [*opening, Span(prompt_text), prompt_end, *target_opening, Span(target_text, True), target_end]
     return EncodedRow(spans, length - cut, cut)
 
 

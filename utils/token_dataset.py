@@ -41,7 +41,7 @@ class Origin:
 def record_batch(rows: Sequence[EncodedRow]) -> pa.RecordBatch:
     """Rows as Arrow columns of `FEATURES`."""
     spans = [span for row in rows for span in row.spans]
-    contents = [np.asarray(content, np.int32) for content, _ in spans]
+    contents = [content for content, _ in spans]
     sizes = np.fromiter(map(len, contents), np.int64, len(spans))
     trained = np.fromiter([trained for _, trained in spans], bool, len(spans))
     ids = np.concatenate(contents)
