@@ -9,7 +9,7 @@ How fast rows are processed and tokenised, beside what bounds them, in one run o
 
 Rows are synthesised (--rows, 200 tokens each in the mean). Rates of a command count everything from its start to its
 end; those of a loop leave out imports and, for the encoders, reading the texts. Peak memory is the sum over a
-command's processes (proportional set size, sampled ten times a second). The last line is one JSON object.
+command's processes (proportional set size, sampled twice a second). The last line is one JSON object.
 """
 
 import argparse
@@ -112,7 +112,7 @@ class MemoryWatch(threading.Thread):
     def run(self) -> None:
         while self.process.poll() is None:
             self.peak = max(self.peak, sum(map(self._memory, self._family(self.process.pid))))
-            time.sleep(0.1)
+            time.sleep(0.5)
 
     def _family(self, process_id: int) -> list[int]:
         family = [process_id]
