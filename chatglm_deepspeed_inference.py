@@ -7,17 +7,18 @@ default the sample prompts in data/), writes one JSON line a row to --output_pat
 
 import argparse
 
-from utils.checkpoint import Checkpoint, load_model, load_tokenizer
-from utils.distributed import init_process_group, shut_down
+from utils.checkpoint import load_tokenizer
+from utils.distributed import shut_down
 from utils.errors import run
 from utils.generation import (
+    adapter_of,
     add_inference_arguments,
     answer_file,
     check_inference_arguments,
+    export_or_answer,
     resolve_dtype,
 )
-from utils.lora import merge_adapter
-from utils.placement import input_device, shard_with_deepspeed
+from utils.placement import input_device, load_on_processes
 
 
 def main() -> None:
@@ -27,12 +28,10 @@ def main() -> None:
     check_inference_arguments(args)
     tokenizer = load_tokenizer(args.model_name_or_path)
     dtype = resolve_dtype(args)
-    model = load_model(args.model_name_or_path, dtype=dtype)
-    if args.adapter_path:
-        model = merge_adapter(model, args.adapter_path)
-    init_process_group(use_deepspeed=True)
-    model = shard_with_deepspeed(model, Checkpoint.open(args.model_name_or_path).generation, dtype)
-    answer_file(model, tokenizer, args, input_device(model))
+    if not export_or_answer(args, dtype):
+        return
+    model, replicas = load_on_processes(args.model_name_or_path, dtype, args.quantize, adapter_of(args, merge=True))
+    answer_file(model, tokenizer, args, input_device(model), replicas)
 
 
 if __name__ == "__main__":

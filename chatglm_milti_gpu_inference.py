@@ -9,17 +9,18 @@ row to --output_path in input order.
 
 import argparse
 
-from utils.checkpoint import Checkpoint, load_model, load_tokenizer
-from utils.distributed import init_process_group, shut_down, world_size
+from utils.checkpoint import load_tokenizer
+from utils.distributed import shut_down, world_size
 from utils.errors import UsageError, run
 from utils.generation import (
+    adapter_of,
     add_inference_arguments,
     answer_file,
     check_inference_arguments,
+    export_or_answer,
     resolve_dtype,
 )
-from utils.lora import load_adapter, merge_adapter
-from utils.placement import dispatch, input_device, shard_with_deepspeed
+from utils.placement import dispatch, input_device, load_on_processes
 
 
 def parse_max_memory(values: list[str] | None) -> dict[int | str, str] | None:
@@ -45,17 +46,16 @@ def main() -> None:
     max_memory = parse_max_memory(args.max_memory)
     tokenizer = load_tokenizer(args.model_name_or_path)
     dtype = resolve_dtype(args)
+    if not export_or_answer(args, dtype):
+        return
+    replicas = 1
     if world_size() > 1:
-        model = load_model(args.model_name_or_path, dtype=dtype)
-        if args.adapter_path:
-            model = merge_adapter(model, args.adapter_path)
-        init_process_group(use_deepspeed=True)
-        model = shard_with_deepspeed(model, Checkpoint.open(args.model_name_or_path).generation, dtype)
+        adapt = adapter_of(args, merge=True)
+        model, replicas = load_on_processes(args.model_name_or_path, dtype, args.quantize, adapt)
     else:
-        model = dispatch(args.model_name_or_path, dtype, max_memory, args.offload_folder)
-        if args.adapter_path:
-            model = load_adapter(model, args.adapter_path)
-    answer_file(model, tokenizer, args, input_device(model))
+        adapt = adapter_of(args, merge=False)
+        model = adapt(dispatch(args.model_name_or_path, dtype, max_memory, args.offload_folder, args.quantize))
+    answer_file(model, tokenizer, args, input_device(model), replicas)
 
 
 if __name__ == "__main__":

@@ -12,14 +12,23 @@ directory, lands in --output_dir.
 import json
 import sys
 from dataclasses import dataclass, field
+from typing import Literal
 
-from utils.batching import PaddingCollator
+from utils.batching import PackingCollator, PaddingCollator
 from utils.checkpoint import DEFAULT_MODEL, Checkpoint, load_model, load_tokenizer
 from utils.distributed import init_process_group, is_main_process, mean_over_processes, print_once, shut_down
 from utils.errors import UsageError, run
 from utils.lora import AdapterOrigin, attach_adapter
+from utils.target_loss import use_target_loss
 from utils.token_dataset import check_origin, load_examples
-from utils.training import AdapterTrainer, describe_run, resolve_precision, uses_deepspeed
+from utils.training import (
+    AdapterTrainer,
+    check_quantization,
+    describe_run,
+    pack_dataset,
+    resolve_precision,
+    uses_deepspeed,
+)
 
 import torch
 from transformers import HfArgumentParser, TrainingArguments
@@ -29,6 +38,14 @@ from transformers import HfArgumentParser, TrainingArguments
 class FinetuneArguments:
     dataset_path: str = field(metadata={"help": "dataset made by tokenize_dataset_rows_belle.py"})
     model_name_or_path: str = field(default=DEFAULT_MODEL, metadata={"help": "checkpoint directory or hub id"})
+    quantize: Literal["int8", "int4"] | None = field(
+        default=None, metadata={"help": "hold the frozen base in 8 or 4 bits (a quantised checkpoint says so itself)"}
+    )
+    packing: bool = field(
+        default=False,
+        metadata={"help": "lay rows end to end: a batch then counts sequences of --pack_tokens, not rows"},
+    )
+    pack_tokens: int = field(default=8192, metadata={"help": "tokens of a packed sequence, at most"})
     lora_rank: int = field(default=8, metadata={"help": "rank of the adapter"})
     lora_alpha: int = field(default=32, metadata={"help": "the adapter is scaled by lora_alpha / lora_rank"})
     lora_dropout: float = field(default=0.0, metadata={"help": "dropout on the adapter's input, 0 to 1"})
@@ -48,6 +65,7 @@ def parse_arguments(argv: list[str]):
     dtype = resolve_precision(values)
     init_process_group(uses_deepspeed(values))
     values.use_cpu = values.use_cpu or not torch.cuda.is_available()  # else accelerate makes each process a world of 1
+    values.ddp_broadcast_buffers = False  # none changes in training
     values.remove_unused_columns = False  # the dataset has just the columns that the collator reads
     try:
         finetune_args, training_args = parser.parse_dict(vars(values))
@@ -62,21 +80,29 @@ def main() -> None:
     dataset = load_examples(args.dataset_path)
     tokenizer = load_tokenizer(args.model_name_or_path)
     template = check_origin(args.dataset_path, tokenizer, args.model_name_or_path)
-    model = load_model(args.model_name_or_path, dtype=dtype)
+    checkpoint = Checkpoint.open(args.model_name_or_path, quantize=args.quantize)
+    check_quantization(checkpoint, training_args)
+    model = load_model(args.model_name_or_path, dtype=dtype, quantize=args.quantize)
     model.config.use_cache = False
-    targets = args.lora_target_modules or Checkpoint.open(args.model_name_or_path).generation.lora_target_modules
+    targets = args.lora_target_modules or checkpoint.generation.lora_target_modules
     model = attach_adapter(
         model, args.lora_rank, args.lora_alpha, args.lora_dropout, list(targets), training_args.seed
     )
     if training_args.gradient_checkpointing:
         model.enable_input_require_grads()
-    print_once(describe_run(training_args, dtype, len(dataset), *model.get_nb_trainable_parameters()))
+    use_target_loss(model.get_base_model())
+    collator = PaddingCollator(tokenizer.pad_token_id)
+    if args.packing:
+        dataset = pack_dataset(dataset, args.pack_tokens, training_args.data_seed or training_args.seed)
+        collator = PackingCollator(checkpoint.row_positions)
+    parameters = model.get_nb_trainable_parameters()
+    print_once(describe_run(training_args, dtype, checkpoint.quantization, len(dataset), args.packing, *parameters))
     trainer = AdapterTrainer(
         model=model,
         args=training_args,
         train_dataset=dataset,
-        data_collator=PaddingCollator(tokenizer.pad_token_id),
-        origin=AdapterOrigin(template),
+        data_collator=collator,
+        origin=AdapterOrigin(template, checkpoint.fingerprint(), args.model_name_or_path),
     )
     result = trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
     trainer.save_model()

@@ -29,6 +29,14 @@ def check_text_case(tokenizer, case: dict) -> None:
     assert tokenizer.decode(ids, skip_special_tokens=True) == case["decode_skip_special"]
 
 
+def check_generation(model, tensors: dict, case: dict) -> None:
+    """One greedy generation of a golden.json."""
+    input_ids = tensors[f"generate.{case['name']}.input_ids"]
+    settings = {"max_new_tokens": 24, "do_sample": False} | case.get("kwargs", {})
+    output = model.generate(input_ids=input_ids, attention_mask=input_ids.new_ones(input_ids.shape), **settings)
+    assert output.equal(tensors[f"generate.{case['name']}.output_ids"]), case["name"]
+
+
 class Result:
     """What a command left: its exit code and its output."""
 

@@ -4,7 +4,7 @@ import json
 
 import utils.distributed
 import utils.placement
-from utils.checkpoint import load_model, load_tokenizer
+from utils.checkpoint import Checkpoint, load_model, load_tokenizer
 from utils.generation import decode, generate_answers, read_requests
 from utils.lora import AdapterOrigin, attach_adapter, save_adapter
 from utils.prompts import template_for
@@ -35,7 +35,7 @@ def workspace(tmp_path_factory):
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.3)
-    save_adapter(model, path / "adapter", AdapterOrigin("native"))
+    save_adapter(model, path / "adapter", AdapterOrigin("native", Checkpoint.open(str(TINY)).fingerprint(), str(TINY)))
     return path
 
 
@@ -199,7 +199,7 @@ def test_an_adapter_of_another_shape_is_refused(run_script, workspace, tmp_path)
     for file in (workspace / "adapter").iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     config = json.loads((tmp_path / "adapter_config.json").read_text())
-    changes = {"(4, 256), not (8, 256)": {"r": 8}, "too many or too few": {"target_modules": ["dense"]}}
+    changes = {"(4, 256), not (8, 256)": {"r": 8}, "match nothing": {"target_modules": ["dense"]}}
     for words, change in changes.items():
         (tmp_path / "adapter_config.json").write_text(json.dumps(config | change))
         result = run_script(f"{ONE_PROCESS} --model_name_or_path {TINY} --adapter_path {tmp_path}")

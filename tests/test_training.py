@@ -159,7 +159,7 @@ def test_an_adapter_with_a_missing_weight_is_not_saved(tmp_path):
     model = make_adapter()
     layer = model.base_model.model.transformer.layers[1].attention.query_key_value.lora_A["default"]
     layer.weight.requires_grad = False
-    with pytest.raises(RuntimeError, match="1 weights too many or too few"):
+    with pytest.raises(RuntimeError, match="1 weights are missing"):
         save_adapter(model, tmp_path)
     assert not list(tmp_path.iterdir())
 
@@ -170,6 +170,7 @@ def test_collator_pads_on_the_right():
     assert batch["input_ids"].tolist() == [[7, 8, 9], [7, 8, 3]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 1, 0]]
     assert batch["labels"].tolist() == [[-100, 8, 9], [-100, 8, -100]]
+    assert (batch["target_positions"].tolist(), batch["target_ids"].tolist()) == ([0, 1, 3], [8, 9, 8])
     assert {value.dtype for value in batch.values()} == {torch.int64}
 
 

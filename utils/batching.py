@@ -1,11 +1,27 @@
 """Rows of tokens -> batches of tensors."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 from utils.prompts import IGNORE_INDEX
 
 import torch
+
+
+def find_targets(labels: torch.Tensor) -> dict[str, torch.Tensor]:
+    """
+    Where in a flattened batch hidden states predict a token that is trained on, and which.
+
+    Args:
+        labels: (B, T) int64, IGNORE_INDEX where there is no loss.
+
+    Returns:
+        `target_positions` and `target_ids`, each (N,) int64: the label at t is predicted at t - 1.
+    """
+    shifted = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX).flatten()
+    positions = (shifted != IGNORE_INDEX).nonzero().squeeze(1)
+    return {"target_positions": positions, "target_ids": shifted[positions]}
 
 
 @dataclass(frozen=True)
@@ -20,22 +36,62 @@ class PaddingCollator:
     {'input_ids': tensor([[7, 8, 9],
             [7, 8, 3]]), 'attention_mask': tensor([[1, 1, 1],
             [1, 1, 0]]), 'labels': tensor([[-100,    8,    9],
-            [-100,    8, -100]])}
+            [-100,    8, -100]]), 'target_positions': tensor([0, 1, 3]), 'target_ids': tensor([8, 9, 8])}
     """
 
     pad_token_id: int
 
     def __call__(self, rows: Sequence[dict[str, Sequence[int]]]) -> dict[str, torch.Tensor]:
-        """Each value is (B, T) int64."""
+        """`input_ids`, `attention_mask` and `labels` are (B, T) int64; see `find_targets` for the others."""
         width = max(len(row["input_ids"]) for row in rows)
 
         def pad(values: Sequence[int], filler: int) -> list[int]:
             return [*values, *[filler] * (width - len(values))]
 
+        labels = torch.tensor([pad(row["labels"], IGNORE_INDEX) for row in rows])
         return {
             "input_ids": torch.tensor([pad(row["input_ids"], self.pad_token_id) for row in rows]),
             "attention_mask": torch.tensor([pad([1] * len(row["input_ids"]), 0) for row in rows]),
-            "labels": torch.tensor([pad(row["labels"], IGNORE_INDEX) for row in rows]),
+            "labels": labels,
+            **find_targets(labels),
+        }
+
+
+@dataclass(frozen=True)
+class PackingCollator:
+    """
+    Lays the rows of packs end to end in one sequence, each with its own positions.
+
+    >>> PackingCollator(lambda ids: torch.arange(ids.shape[1])[None])([
+    ...     [{"input_ids": [7, 8, 9], "labels": [-100, 8, 9]}, {"input_ids": [5, 6], "labels": [-100, 6]}],
+    ... ])
+    {'input_ids': tensor([[7, 8, 9, 5, 6]]), 'position_ids': tensor([[0, 1, 2, 0, 1]]), \
+'labels': tensor([[-100,    8,    9, -100,    6]]), 'target_positions': tensor([0, 1, 3]), \
+'target_ids': tensor([8, 9, 6]), 'cu_seq_lens_q': tensor([0, 3, 5], dtype=torch.int32), \
+'cu_seq_lens_k': tensor([0, 3, 5], dtype=torch.int32), 'max_length_q': 3, 'max_length_k': 3}
+    """
+
+    positions_of: Callable[[torch.Tensor], torch.Tensor]  # (1, T) input_ids of a row -> its position_ids (1, ..., T)
+
+    def __call__(self, packs: Sequence[Sequence[dict[str, Sequence[int]]]]) -> dict[str, torch.Tensor | int]:
+        """
+        `input_ids` and `labels` are (1, T) int64 over all rows of all packs, `position_ids` (1, ..., T);
+        `cu_seq_lens_*` (rows + 1,) int32 are where rows begin and `max_length_*` the longest, under the names that
+        transformers gives them for attention over sequences of unequal length.
+        """
+        rows = [row for pack in packs for row in pack]
+        ids = [torch.tensor([row["input_ids"]]) for row in rows]
+        # A row's first label has nothing before it to be predicted from, least of all the row before.
+        labels = torch.tensor([[label for row in rows for label in (IGNORE_INDEX, *row["labels"][1:])]])
+        lengths = [len(row["input_ids"]) for row in rows]
+        starts = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
+        return {
+            "input_ids": torch.cat(ids, dim=-1),
+            "position_ids": torch.cat([self.positions_of(row) for row in ids], dim=-1),
+            "labels": labels,
+            **find_targets(labels),
+            **{f"cu_seq_lens_{side}": starts for side in "qk"},
+            **{f"max_length_{side}": max(lengths) for side in "qk"},
         }
 
 

@@ -1,69 +1,27 @@
 """`load_tokenizer` and `load_model`: a member of the ChatGLM family from a directory or a hub id."""
 
+import hashlib
 import json
-import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from utils.chatglm.generations import SUPPORTED, Generation, identify, model_config
+from utils.chatglm.generations import CHATGLM, SUPPORTED, Generation, identify, model_config
+from utils.chatglm.modeling_chatglm import derive_position_ids
 from utils.chatglm.released_glm import convert
 from utils.errors import UsageError
+from utils.hub import local_directory
+from utils.quantization import BITS, SCALE, Quantization, quantize, quantize_modules
 from utils.weight_files import read_weights
 
 import torch
-from huggingface_hub import constants, get_session, list_repo_files, snapshot_download
-from huggingface_hub.errors import HfHubHTTPError
+from accelerate import init_empty_weights
+from accelerate.utils import offload_weight, save_offload_index, set_module_tensor_to_device
 from transformers import GlmForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 DEFAULT_MODEL = "THUDM/chatglm-6b"
-TOKENIZER_FILES = [
-    "config.json",
-    "tokenizer_config.json",
-    "ice_text.model",
-    "tokenizer.model",
-    "tokenizer.json",
-    "tokenization_chatglm.py",
-]
-HUB_TIMEOUT = 10  # seconds
-
-
-def local_directory(path_or_id: str, weights: bool = True) -> Path:
-    """
-    A checkpoint's directory on this machine: the given one, or the hub repository's files in the cache, downloaded
-    if need be (with `weights` false, those of the tokenizer alone).
-
-    Raises:
-        UsageError: no such directory, and the hub cannot serve it.
-    """
-    if os.path.isdir(path_or_id):
-        return Path(path_or_id)
-    pass_another = "pass --model_name_or_path with a checkpoint directory"
-    if os.path.isabs(path_or_id) or path_or_id.startswith((".", "~")) or path_or_id.count("/") != 1:
-        raise UsageError(f"--model_name_or_path {path_or_id} is not a directory: {pass_another}")
-    offline = not _hub_answers()
-    patterns = list(TOKENIZER_FILES)
-    try:
-        if weights:
-            safetensors = not offline and any(name.endswith(".safetensors") for name in list_repo_files(path_or_id))
-            patterns += ["*.json", "*.safetensors"] if safetensors else ["*.json", "*.safetensors", "*.bin"]
-        directory = snapshot_download(path_or_id, allow_patterns=patterns, local_files_only=offline)
-    except (OSError, HfHubHTTPError, ValueError) as error:
-        reason = "the hub cannot be reached" if offline else f"the hub refused it ({type(error).__name__})"
-        raise UsageError(f"{path_or_id} is not on this machine and {reason}: {pass_another}") from None
-    return Path(directory)
-
-
-def _hub_answers() -> bool:
-    """One short question in place of the hub client's minute of retries."""
-    if constants.HF_HUB_OFFLINE:
-        return False
-    try:
-        get_session().head(constants.ENDPOINT, timeout=HUB_TIMEOUT)
-    except Exception:  # whatever its transport raises (httpx or httpx2, by version) means the same here
-        return False
-    return True
 
 
 @dataclass(frozen=True)
@@ -73,12 +31,19 @@ class Checkpoint:
     directory: Path
     generation: Generation
     config: PretrainedConfig
+    quantization: Quantization | None = None
+    quantizes: bool = False  # the files hold full weights, which are quantised as they are read
 
     @classmethod
-    def open(cls, path_or_id: str, weights: bool = True) -> "Checkpoint":
+    def open(cls, path_or_id: str, weights: bool = True, quantize: str | None = None) -> "Checkpoint":
         """
+        Args:
+            weights: whether the weights are needed, or the tokenizer alone.
+            quantize: "int8" or "int4" for a checkpoint in full precision; a quantised one says so itself.
+
         Raises:
-            UsageError: see `local_directory`; no config.json, one that is not JSON, or a model that is not supported.
+            UsageError: see `local_directory`; no config.json, one that is not JSON, a model that is not supported, or
+                one that is quantised already, to other bits.
         """
         directory = local_directory(path_or_id, weights)
         config_file = directory / "config.json"
@@ -92,26 +57,44 @@ class Checkpoint:
         if generation is None:
             model_type = released.get("model_type")
             raise UsageError(f"{directory} (model_type {model_type}) is not supported; supported are: {SUPPORTED}")
-        if released.get("quantization_bit"):
-            raise UsageError(f"{directory} is quantised, which is not supported; supported are: {SUPPORTED}, in full")
         try:
             config = model_config(generation, released)
+            stored = Quantization.of(released)
         except (KeyError, ValueError) as error:
             raise UsageError(f"{config_file} is no {generation.name}: {error}") from None
-        return cls(directory, generation, config)
+        if stored and quantize and BITS[quantize] != stored.bits:
+            raise UsageError(f"--quantize {quantize}: {directory} is quantised to {stored.bits} bits already")
+        wanted = Quantization(BITS[quantize]) if quantize else None
+        return cls(directory, generation, config, stored or wanted, quantizes=bool(wanted and not stored))
 
     @property
     def converts(self) -> bool:
         """Whether its weights have other names than those of the model class."""
         return self.generation.model_class is GlmForCausalLM and self.generation.released_layout
 
+    def row_positions(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """(1, T) int64 tokens of one row -> its position_ids: (1, 2, T) for ChatGLM-6B, (1, T) for the others."""
+        if self.generation is CHATGLM:
+            return derive_position_ids(input_ids, None, self.config)
+        return torch.arange(input_ids.shape[1])[None]
+
     def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         """
-        Every weight under the name that the model class gives it, mapped from its file.
+        Every weight under the name that the model class gives it, mapped from its file, or quantised from there.
 
         Raises:
             UsageError: a weight that the generation does not have, or of a shape that cannot be split.
         """
+        for key, tensor in self._named_weights():
+            module, _, kind = key.rpartition(".")
+            if self.quantizes and kind == "weight" and module.rpartition(".")[2] in self.generation.linear_layers:
+                integers, scale = quantize(tensor, self.quantization.bits)
+                yield key, integers
+                yield f"{module}.{SCALE}", scale
+            else:
+                yield key, tensor
+
+    def _named_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         for key, tensor in read_weights(self.directory):
             if not self.converts:
                 yield key, tensor
@@ -122,6 +105,87 @@ class Checkpoint:
                 raise UsageError(f"{self.directory}: {key} is no weight of {self.generation.name}") from None
             except RuntimeError:
                 raise UsageError(f"{self.directory}: {key} cannot have the shape {tuple(tensor.shape)}") from None
+
+    def fingerprint(self) -> dict[str, Any]:
+        """
+        What tells its weights from others', whatever kind of file holds them: a hash of the norms, which quantising
+        leaves alone, and one of the ends of every matrix in the blocks. Reads little of the files.
+        """
+        hashes = {"norms": {}, "matrices": {}}
+        for key, tensor in self._named_weights():
+            if tensor.ndim == 1 and "norm" in key:
+                hashes["norms"][key] = _digest(tensor)
+            elif tensor.ndim == 2 and "layers." in key:
+                hashes["matrices"][key] = _digest(torch.cat((tensor[0, :256], tensor[-1, -256:])))
+        bits = self.quantization.bits if self.quantization and not self.quantizes else None
+        return {"bits": bits} | {name: _digest_of(found) for name, found in hashes.items()}
+
+    def empty_model(self, dtype: torch.dtype) -> PreTrainedModel:
+        """The model without memory for its weights, in eval mode."""
+        with init_empty_weights():
+            model = self.generation.model_class(self.config)
+            if self.quantization:
+                quantize_modules(model, self.quantization, self.generation.linear_layers)
+        model.to(dtype)  # an offloaded weight is brought back in the dtype of its place holder
+        model.tie_weights()
+        model.config._name_or_path = model.name_or_path = str(self.directory)
+        return model.eval()
+
+    def fill(self, model: PreTrainedModel, device_map: dict, offload_folder: str | None = None) -> None:
+        """
+        Moves each weight from its file to its device, or to a file of its own in `offload_folder`.
+
+        Args:
+            model: what `empty_model` made.
+            device_map: module -> device or "disk", as accelerate's `infer_auto_device_map` makes it.
+
+        Raises:
+            UsageError: see `weights`; or weights are missing, too many or of another shape.
+        """
+        tied = {source: target for target, source in model.all_tied_weights_keys.items()}
+        expected = model.state_dict()
+        buffers = {name for name, _ in model.named_buffers()}
+        missing = set(expected) - set(tied.values())
+        ignored = model._keys_to_ignore_on_load_unexpected or ()
+        offload_index: dict[str, dict] = {}
+        for key, tensor in self.weights():
+            if key in tied.values() or any(re.search(pattern, key) for pattern in ignored):
+                continue  # a tied copy gives way to its source, as in `load_model`
+            if key not in missing:
+                raise UsageError(f"{self.directory}: {key} is no weight of {self.generation.name}")
+            if tensor.shape != expected[key].shape:
+                shapes = f"{tuple(tensor.shape)}, not {tuple(expected[key].shape)}"
+                raise UsageError(f"{self.directory}: {key} has the shape {shapes}")
+            missing.remove(key)
+            device = next(device_map[name] for name in _enclosing(key) if name in device_map)
+            if device == "disk" and key not in buffers:
+                for name in (key, tied[key]) if key in tied else (key,):
+                    value = tensor.to(expected[key].dtype)
+                    offload_index = offload_weight(value, name, offload_folder, index=offload_index)
+            else:  # accelerate leaves the buffers of an offloaded module in memory
+                set_module_tensor_to_device(model, key, "cpu" if device == "disk" else device, value=tensor)
+        if missing:
+            raise UsageError(f"{self.directory}: {len(missing)} weights are missing, first {min(missing)}")
+        if offload_index:
+            save_offload_index(offload_index, offload_folder)
+        model.tie_weights()
+
+
+def _digest(tensor: torch.Tensor) -> str:
+    values = tensor if tensor.dtype == torch.int8 else tensor.float()  # float32 holds the others exactly
+    return hashlib.sha256(values.contiguous().numpy().tobytes()).hexdigest()
+
+
+def _digest_of(hashes: dict[str, str]) -> str:
+    return hashlib.sha256(json.dumps(sorted(hashes.items())).encode()).hexdigest()[:16]
+
+
+def _enclosing(key: str) -> Iterator[str]:
+    """a.b.c -> a.b.c, a.b, a, and the whole model, which goes by the empty name."""
+    while key:
+        yield key
+        key = key.rpartition(".")[0]
+    yield ""
 
 
 def load_tokenizer(path_or_id: str) -> PreTrainedTokenizerBase:
@@ -138,18 +202,24 @@ def load_tokenizer(path_or_id: str) -> PreTrainedTokenizerBase:
     return generation.tokenizer_class.from_pretrained(directory)
 
 
-def load_model(path_or_id: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+def load_model(path_or_id: str, dtype: torch.dtype = torch.float32, quantize: str | None = None) -> PreTrainedModel:
     """
     The model of a checkpoint (`.bin`, read with weights_only, or safetensors; sharded or not), on the CPU and in eval
     mode, its weights in `dtype`. Under DeepSpeed ZeRO-3 each rank holds its partition.
 
-    ChatGLM2-6B, ChatGLM3-6B and GLM-4-9B become `GlmForCausalLM`.
+    ChatGLM2-6B, ChatGLM3-6B and GLM-4-9B become `GlmForCausalLM`. A quantised checkpoint keeps its integers; with
+    `quantize`, "int8" or "int4", one in full precision gets them, weight by weight as it is read. Both compute in
+    `dtype` with the rounding of the released GPU kernels (utils/quantization.py).
 
     Raises:
         UsageError: see `Checkpoint.open`; or the checkpoint lacks a file or a weight, or has a weight too many or of
             another shape.
     """
-    checkpoint = Checkpoint.open(path_or_id)
+    checkpoint = Checkpoint.open(path_or_id, quantize=quantize)
+    if checkpoint.quantization:
+        model = checkpoint.empty_model(dtype)
+        checkpoint.fill(model, {"": "cpu"})
+        return model
     directory, generation = checkpoint.directory, checkpoint.generation
     source: dict[str, Any] = {"pretrained_model_name_or_path": directory}
     if checkpoint.converts:

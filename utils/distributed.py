@@ -2,6 +2,7 @@
 
 import os
 import socket
+from datetime import timedelta
 
 from utils.extension_builds import remove_stale_build_locks
 
@@ -76,6 +77,15 @@ def mean_over_processes(value: float) -> float:
     total = torch.tensor(value, dtype=torch.float64, device="cuda" if torch.cuda.is_available() else "cpu")
     torch.distributed.all_reduce(total)
     return total.item() / world_size()
+
+
+def gather_lists(values: list) -> list:
+    """Every process's list, one after the other, on the main process; all must call it, at any distance in time."""
+    # NCCL would give up on the slower ones after ten minutes.
+    group = torch.distributed.new_group(backend="gloo", timeout=timedelta(days=7))
+    gathered = [None] * world_size() if is_main_process() else None
+    torch.distributed.gather_object(values, gathered, group=group)
+    return [value for part in gathered for value in part] if is_main_process() else []
 
 
 def _free_port() -> int:

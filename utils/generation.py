@@ -3,17 +3,19 @@
 import argparse
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from utils.batching import left_pad
-from utils.checkpoint import DEFAULT_MODEL
-from utils.distributed import is_main_process, print_once
+from utils.checkpoint import DEFAULT_MODEL, Checkpoint
+from utils.distributed import gather_lists, is_main_process, print_once, process_rank
 from utils.errors import UsageError
+from utils.export import merge_and_save, read_template
 from utils.jsonl import atomic_writer, dump_row
-from utils.lora import read_origin
+from utils.lora import check_base, load_adapter, merge_adapter, read_origin
 from utils.prompts import TEMPLATES, ChatGLMTemplate, encode_prompt, template_for
+from utils.quantization import BITS
 from utils.rows import RowError, parse_prompt, read_rows
 
 import torch
@@ -28,8 +30,21 @@ def add_inference_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model_name_or_path", default=DEFAULT_MODEL, help="checkpoint directory or hub id (%(default)s)"
     )
-    parser.add_argument("--adapter_path", help="PEFT directory saved by the training")
-    parser.add_argument("--input_path", default=DEFAULT_PROMPTS, help="JSON Lines or JSON array of rows (%(default)s)")
+    parser.add_argument(
+        "--adapter_path",
+        help="adapter: a PEFT directory, of this training or of the remote code, or a chatglm-lora.pt",
+    )
+    parser.add_argument("--lora_alpha", type=int, help="of a chatglm-lora.pt, which does not record it (32)")
+    parser.add_argument(
+        "--any_base", action="store_true", help="apply the adapter although it was trained on other weights"
+    )
+    parser.add_argument("--quantize", choices=BITS, help="hold the weights in 8 or 4 bits")
+    parser.add_argument(
+        "--merge_and_save",
+        metavar="DIR",
+        help="write the model with the adapter in its weights to DIR; answers rows only if --input_path is given too",
+    )
+    parser.add_argument("--input_path", help=f"JSON Lines or JSON array of rows ({DEFAULT_PROMPTS})")
     parser.add_argument("--output_path", default=DEFAULT_ANSWERS, help="JSON Lines, one a row (%(default)s)")
     parser.add_argument("--batch_size", type=int, default=8, help="prompts answered at once (%(default)s)")
     parser.add_argument("--max_new_tokens", type=int, default=512, help="tokens of an answer (%(default)s)")
@@ -46,11 +61,17 @@ def add_inference_arguments(parser: argparse.ArgumentParser) -> None:
 def check_inference_arguments(args: argparse.Namespace) -> None:
     """
     Raises:
-        UsageError: a size is below 1.
+        UsageError: a size is below 1, or a flag needs another that is not there.
     """
     for name in ("batch_size", "max_new_tokens"):
         if getattr(args, name) < 1:
             raise UsageError(f"--{name} {getattr(args, name)} must be at least 1")
+    if args.merge_and_save and not args.adapter_path:
+        raise UsageError(f"--merge_and_save {args.merge_and_save} needs an adapter to merge: give --adapter_path too")
+    if args.merge_and_save and args.quantize:
+        raise UsageError("--merge_and_save writes full weights: give it without --quantize")
+    if args.lora_alpha is not None and not args.adapter_path:
+        raise UsageError(f"--lora_alpha {args.lora_alpha} is an adapter's: give --adapter_path too")
 
 
 def resolve_dtype(args: argparse.Namespace) -> torch.dtype:
@@ -66,12 +87,41 @@ def resolve_dtype(args: argparse.Namespace) -> torch.dtype:
     return dtype
 
 
+def export_or_answer(args: argparse.Namespace, dtype: torch.dtype) -> bool:
+    """Writes the merged checkpoint if `args` ask for it, and says whether there are rows to answer."""
+    if not args.merge_and_save:
+        return True
+    if is_main_process():
+        if not args.any_base:
+            check_base(args.adapter_path, Checkpoint.open(args.model_name_or_path))
+        merge_and_save(args.model_name_or_path, args.adapter_path, args.merge_and_save, dtype, args.lora_alpha)
+        print(json.dumps({"merged_checkpoint": args.merge_and_save}, ensure_ascii=False), flush=True)
+    return args.input_path is not None
+
+
+def adapter_of(args: argparse.Namespace, merge: bool) -> Callable[[PreTrainedModel], PreTrainedModel]:
+    """
+    What puts the adapter of `args` on a model: into its weights with `merge`, which an offloaded model cannot take.
+
+    Raises:
+        UsageError: see `check_base`; and, from what is returned, `load_adapter`.
+    """
+    if not args.adapter_path:
+        return lambda model: model
+    if not args.any_base:
+        check_base(args.adapter_path, Checkpoint.open(args.model_name_or_path))
+    return lambda model: (merge_adapter if merge else load_adapter)(model, args.adapter_path, args.lora_alpha)
+
+
 def resolve_template(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> ChatGLMTemplate:
     """The flag decides; without it, what the adapter was trained with; without an adapter, the model's own."""
     name, why = args.template, "flag"
     if name is None:
         origin = read_origin(args.adapter_path) if args.adapter_path else None
+        merged = read_template(args.model_name_or_path)
         name, why = (origin.template, "the adapter's") if origin else ("native", "default")
+        if merged and not origin:
+            name, why = merged, "the merged adapter's"
     print_once(f"template {name} ({why})")
     return template_for(tokenizer, name)
 
@@ -164,24 +214,33 @@ def decode(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
 
 
 def answer_file(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, args: argparse.Namespace, device: torch.device
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    args: argparse.Namespace,
+    device: torch.device,
+    replicas: int = 1,
 ) -> None:
     """
     Answers the rows of `args.input_path` into `args.output_path`, one line a row in input order, and prints a summary
-    whose last line is JSON. Every process takes part; the main process writes.
+    whose last line is JSON. Every process takes part, and with `replicas` answers its share; the main process writes.
     """
     template = resolve_template(args, tokenizer)
-    requests = read_requests(args.input_path, tokenizer, template)
+    requests = read_requests(args.input_path or DEFAULT_PROMPTS, tokenizer, template)
+    if replicas > 1:  # of each length as many to every process
+        requests = sorted(requests, key=lambda request: len(request.input_ids))[process_rank() :: replicas]
     started = time.perf_counter()
-    answers: list[dict[str, Any] | None] = [None] * len(requests)
+    answers: list[dict[str, Any]] = []
     done = generate_answers(model, tokenizer, template, requests, args.batch_size, args.max_new_tokens, device)
-    for count, answer in enumerate(done, start=1):
-        answers[answer["index"]] = answer
-        if count % args.batch_size == 0 or count == len(requests):
-            print_once(f"{count}/{len(requests)} rows")
+    for answer in done:
+        answers.append(answer)
+        if len(answers) % args.batch_size == 0 or len(answers) == len(requests):
+            print_once(f"{len(answers)}/{len(requests)} rows" + (" of this process" if replicas > 1 else ""))
+    if replicas > 1:
+        answers = gather_lists(answers)
     seconds = time.perf_counter() - started
     if not is_main_process():
         return
+    answers.sort(key=lambda answer: answer["index"])
     with atomic_writer(args.output_path) as output:
         output.writelines(dump_row(answer) for answer in answers)
     new_tokens = sum(answer.get("answer_tokens", 0) for answer in answers)

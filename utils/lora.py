@@ -5,8 +5,12 @@ import warnings
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
+from utils.adapter_files import read_adapter
+from utils.checkpoint import Checkpoint
 from utils.errors import UsageError
+from utils.quantization import is_quantized
 
 import torch
 from peft import (
@@ -18,7 +22,7 @@ from peft import (
     set_peft_model_state_dict,
 )
 from peft.tuners.lora import LoraLayer
-from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
@@ -38,7 +42,9 @@ def attach_adapter(
     Raises:
         UsageError: `target_modules` match no linear layer.
     """
-    linear = sorted({n.rsplit(".", 1)[-1] for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)})
+    head = model.get_output_embeddings()  # frozen: its loss is computed apart, see utils/target_loss.py
+    modules = [(n, m) for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and m is not head]
+    linear = sorted({name.rsplit(".", 1)[-1] for name, _ in modules})
     unknown = sorted(set(target_modules) - set(linear))
     if unknown:
         raise UsageError(
@@ -95,9 +101,12 @@ def expected_shapes(model: PeftModel) -> dict[str, tuple[int, int]]:
 
 def find_misfit(state: dict[str, torch.Tensor], shapes: dict[str, tuple[int, int]]) -> str | None:
     """Says in words where an adapter's weights differ from the expected ones; None where they fit."""
-    odd = sorted(state.keys() ^ shapes.keys())
-    if odd:
-        return f"{len(odd)} weights too many or too few, first {odd[0]}"
+    for names, fault in (
+        (state.keys() - shapes.keys(), "match nothing"),
+        (shapes.keys() - state.keys(), "are missing"),
+    ):
+        if names:
+            return f"{len(names)} weights {fault}, first {min(names)}"
     for name, value in state.items():
         if tuple(value.shape) != shapes[name]:
             return f"{name} is {tuple(value.shape)}, not {shapes[name]}"
@@ -114,12 +123,33 @@ class AdapterOrigin:
     """What an adapter was trained with; a file in its directory."""
 
     template: str  # one of utils.prompts.TEMPLATES
+    base: dict[str, Any]  # Checkpoint.fingerprint of the base model
+    model_name_or_path: str
 
 
 def read_origin(path: str | Path) -> AdapterOrigin | None:
     """The origin recorded in an adapter's directory; None for an adapter that another tool made."""
     file = Path(path) / ORIGIN_FILE
     return AdapterOrigin(**json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else None
+
+
+def check_base(path: str | Path, checkpoint: Checkpoint) -> None:
+    """
+    Nothing is known, and nothing checked, of an adapter that another tool made.
+
+    Raises:
+        UsageError: the adapter was trained on other weights than the checkpoint's.
+    """
+    origin = read_origin(path)
+    if origin is None:
+        return
+    found = checkpoint.fingerprint()
+    parts = ("norms", "matrices") if found["bits"] == origin.base["bits"] else ("norms",)
+    if any(found[part] != origin.base[part] for part in parts):
+        raise UsageError(
+            f"--adapter_path {path} was trained on other weights than those in {checkpoint.directory}, on "
+            f"{origin.model_name_or_path}: pass that with --model_name_or_path, or --any_base to use it all the same"
+        )
 
 
 def save_adapter(
@@ -145,16 +175,16 @@ def save_adapter(
         raise RuntimeError(f"{directory} does not hold the adapter that was saved: is the disk full?")
 
 
-def load_adapter(model: PreTrainedModel, path: str | Path) -> PeftModel:
+def load_adapter(model: PreTrainedModel, path: str | Path, lora_alpha: int | None = None) -> PeftModel:
     """
-    Puts the adapter of a PEFT directory on `model`, frozen. The model may lie anywhere, also dispatched over devices
-    and offloaded by accelerate.
+    Puts an adapter on `model`, frozen: any that `read_adapter` can read. The model may lie anywhere, also dispatched
+    over devices and offloaded by accelerate, and be quantised.
 
     Raises:
-        UsageError: no adapter there, or its weights are not those that its configuration makes on this model.
+        UsageError: see `read_adapter`; or the weights are not those that the configuration makes on this model.
     """
-    directory = Path(path)
-    config = _read_config(directory)
+    config, state = read_adapter(path, model, lora_alpha)
+    config.inference_mode = True
     # Which base this is gets checked by shape below; PEFT would only warn, also where the path alone differs.
     config.base_model_name_or_path = model.name_or_path
     try:
@@ -162,29 +192,13 @@ def load_adapter(model: PreTrainedModel, path: str | Path) -> PeftModel:
             warnings.filterwarnings("ignore", message=".*base_model_name_or_path")
             adapted = get_peft_model(model, config)
     except ValueError as error:  # its targets match no layer
-        raise UsageError(f"--adapter_path {directory} does not fit: {' '.join(str(error).split())}") from None
+        raise UsageError(f"--adapter_path {path} does not fit: {' '.join(str(error).split())}") from None
     _materialize(adapted)
-    state = load_file(directory / SAFETENSORS_WEIGHTS_NAME)
     misfit = find_misfit(state, expected_shapes(adapted))
     if misfit:
-        raise UsageError(f"--adapter_path {directory} does not fit: {misfit}")
+        raise UsageError(f"--adapter_path {path} does not fit: {misfit}")
     set_peft_model_state_dict(adapted, state)
     return adapted.eval()
-
-
-def _read_config(directory: Path) -> LoraConfig:
-    for name in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME):
-        if not (directory / name).is_file():
-            raise UsageError(f"--adapter_path {directory} has no {name}: it must be a directory saved by the training")
-    try:
-        values = json.loads((directory / CONFIG_NAME).read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise UsageError(f"{directory / CONFIG_NAME} is not JSON: {error}") from None
-    if values.get("peft_type") != "LORA":
-        raise UsageError(f"--adapter_path {directory} is a {values.get('peft_type')} adapter; only LORA is supported")
-    config = LoraConfig.from_pretrained(directory)
-    config.inference_mode = True
-    return config
 
 
 def _materialize(model: PeftModel) -> None:
@@ -199,6 +213,10 @@ def _materialize(model: PeftModel) -> None:
                     linear.to_empty(device=hook.execution_device)
 
 
-def merge_adapter(model: PreTrainedModel, path: str | Path) -> PreTrainedModel:
-    """The model with the adapter added into its weights: no cost in decoding. Raises as `load_adapter`."""
-    return load_adapter(model, path).merge_and_unload()
+def merge_adapter(model: PreTrainedModel, path: str | Path, lora_alpha: int | None = None) -> PreTrainedModel:
+    """
+    The model with the adapter added into its weights: no cost in decoding. To a quantised model, whose integers cannot
+    take it, the adapter stays beside the weights. Raises as `load_adapter`.
+    """
+    adapted = load_adapter(model, path, lora_alpha)
+    return adapted if is_quantized(model) else adapted.merge_and_unload()

@@ -1,26 +1,47 @@
 """Where a model's weights lie for inference: sharded over processes by DeepSpeed, or over devices by accelerate."""
 
-import re
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 from utils.chatglm.generations import Generation
-from utils.checkpoint import Checkpoint
-from utils.distributed import print_once, world_size
+from utils.checkpoint import Checkpoint, load_model
+from utils.distributed import init_process_group, local_rank, print_once, world_size
 from utils.errors import UsageError
 
 import torch
-from accelerate import dispatch_model, init_empty_weights
-from accelerate.utils import (
-    get_balanced_memory,
-    infer_auto_device_map,
-    offload_weight,
-    save_offload_index,
-    set_module_tensor_to_device,
-)
+from accelerate import dispatch_model
+from accelerate.utils import get_balanced_memory, infer_auto_device_map
 from transformers import PreTrainedModel
+
+
+def load_on_processes(
+    path_or_id: str, dtype: torch.dtype, quantize: str | None, adapt: Callable[[PreTrainedModel], PreTrainedModel]
+) -> tuple[PreTrainedModel, int]:
+    """
+    Loads a checkpoint for all processes together, each on its device: sharded by tensor parallelism, or, quantised,
+    whole on each, since the integers of a row cannot be shared out.
+
+    Args:
+        quantize: see `load_model`.
+        adapt: what puts the adapter on, called with the whole model on the CPU.
+
+    Returns:
+        The model, and over how many processes the rows must be shared out (1 where every process needs every row).
+
+    Raises:
+        UsageError: see `Checkpoint.open` and `shard_with_deepspeed`.
+    """
+    checkpoint = Checkpoint.open(path_or_id, quantize=quantize)
+    model = adapt(load_model(path_or_id, dtype=dtype, quantize=quantize))
+    init_process_group(use_deepspeed=True)
+    if checkpoint.quantization and world_size() > 1:
+        print_once(
+            f"int{checkpoint.quantization.bits} weights are not sharded: each process has all and its share of rows"
+        )
+        return model.to(f"cuda:{local_rank()}" if torch.cuda.is_available() else "cpu"), world_size()
+    return shard_with_deepspeed(model, checkpoint.generation, dtype), 1
 
 
 def shard_with_deepspeed(model: PreTrainedModel, generation: Generation, dtype: torch.dtype) -> PreTrainedModel:
@@ -111,7 +132,11 @@ def input_device(model: PreTrainedModel) -> torch.device:
 
 
 def dispatch(
-    path_or_id: str, dtype: torch.dtype, max_memory: dict[int | str, str] | None, offload_folder: str | None
+    path_or_id: str,
+    dtype: torch.dtype,
+    max_memory: dict[int | str, str] | None,
+    offload_folder: str | None,
+    quantize: str | None = None,
 ) -> PreTrainedModel:
     """
     Loads a checkpoint spread over the visible cards, then CPU memory, then files in `offload_folder`, layer by layer.
@@ -122,15 +147,13 @@ def dispatch(
     Args:
         max_memory: what each device may take, like {0: "10GiB", "cpu": "30GiB"}; None is what is free.
         offload_folder: for what fits nowhere else; None is a temporary directory, removed with the model.
+        quantize: see `load_model`.
 
     Raises:
-        UsageError: see `Checkpoint.open`; weights missing or too many; or no memory for a single layer.
+        UsageError: see `Checkpoint.open` and `.fill`; or no memory for a single layer.
     """
-    checkpoint = Checkpoint.open(path_or_id)
-    with init_empty_weights():
-        model = checkpoint.generation.model_class(checkpoint.config)
-    model.to(dtype)  # an offloaded weight is brought back in the dtype of its place holder
-    model.tie_weights()
+    checkpoint = Checkpoint.open(path_or_id, quantize=quantize)
+    model = checkpoint.empty_model(dtype)
     no_split = model._no_split_modules
     memory = max_memory or get_balanced_memory(model, dtype=dtype, no_split_module_classes=no_split)
     device_map = infer_auto_device_map(model, max_memory=memory, no_split_module_classes=no_split, dtype=dtype)
@@ -141,42 +164,8 @@ def dispatch(
             model.offload_directory = tempfile.TemporaryDirectory(prefix="offload-")  # removed with the model
             offload_folder = model.offload_directory.name
         Path(offload_folder).mkdir(parents=True, exist_ok=True)
-    _place_weights(model, checkpoint, device_map, dtype, offload_folder)
-    model.tie_weights()
+    checkpoint.fill(model, device_map, offload_folder)
     model = dispatch_model(model, device_map=device_map, offload_dir=offload_folder)
     layers = Counter(str(device) for device in device_map.values())
     print_once("placed " + ", ".join(f"{count} parts on {device}" for device, count in layers.items()))
     return model.eval()
-
-
-def _place_weights(
-    model: PreTrainedModel, checkpoint: Checkpoint, device_map: dict, dtype: torch.dtype, offload_folder: str | None
-) -> None:
-    """Moves each weight from its file to its device, or to a file of its own in `offload_folder`."""
-    tied = {source: target for target, source in model.all_tied_weights_keys.items()}
-    missing = set(model.state_dict()) - set(tied.values())
-    ignored = model._keys_to_ignore_on_load_unexpected or ()
-    offload_index: dict[str, dict] = {}
-    for key, tensor in checkpoint.weights():
-        if key in tied.values() or any(re.search(pattern, key) for pattern in ignored):
-            continue  # a tied copy gives way to its source, as in `load_model`
-        if key not in missing:
-            raise UsageError(f"{checkpoint.directory}: {key} is no weight of {checkpoint.generation.name}")
-        missing.remove(key)
-        device = next(device_map[name] for name in _enclosing(key) if name in device_map)
-        if device == "disk":
-            for name in (key, tied[key]) if key in tied else (key,):
-                offload_index = offload_weight(tensor.to(dtype), name, offload_folder, index=offload_index)
-        else:
-            set_module_tensor_to_device(model, key, device, value=tensor, dtype=dtype)
-    if missing:
-        raise UsageError(f"{checkpoint.directory}: {len(missing)} weights are missing, first {min(missing)}")
-    save_offload_index(offload_index, offload_folder)
-
-
-def _enclosing(key: str) -> Iterator[str]:
-    """a.b.c -> a.b.c, a.b, a, and the whole model, which goes by the empty name."""
-    while key:
-        yield key
-        key = key.rpartition(".")[0]
-    yield ""

@@ -1,7 +1,7 @@
 """The generations of the family: how each is recognised, and what differs between them beyond the model class."""
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,7 @@ class Generation:
     tokenizer_class: Any  # AutoTokenizer for -hf checkpoints, whose tokenizer.json transformers reads itself
     vocab_file: str
     lora_target_modules: tuple[str, ...]
+    linear_layers: tuple[str, ...]  # of a block; what is quantised
     tensor_parallel: TensorParallelPlan = field(repr=False)
     released_layout: bool = True  # of a GlmForCausalLM: keys and config are those of the release
 
@@ -54,6 +55,7 @@ CHATGLM = Generation(
     tokenizer_class=ChatGLMTokenizer,
     vocab_file="ice_text.model",
     lora_target_modules=("query_key_value",),
+    linear_layers=("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"),
     tensor_parallel=TensorParallelPlan(
         block=ChatGLMBlock,
         columns=("query_key_value", "dense_h_to_4h"),
@@ -61,11 +63,17 @@ CHATGLM = Generation(
     ),
 )
 QKV = ("q_proj", "k_proj", "v_proj")
-CHATGLM2 = Generation("ChatGLM2-6B", GlmForCausalLM, ChatGLM2Tokenizer, "tokenizer.model", QKV, GLM_PLAN)
-CHATGLM3 = Generation("ChatGLM3-6B", GlmForCausalLM, ChatGLM3Tokenizer, "tokenizer.model", QKV, GLM_PLAN)
-GLM4 = Generation("GLM-4-9B", GlmForCausalLM, ChatGLM4Tokenizer, "tokenizer.model", QKV, GLM_PLAN)
-GLM4_HF = Generation("GLM-4-9B-hf", GlmForCausalLM, AutoTokenizer, "tokenizer.json", QKV, GLM_PLAN, False)
-SUPPORTED = "ChatGLM-6B, ChatGLM2-6B (-32k), ChatGLM3-6B (-base, -32k, -128k), GLM-4-9B (-chat, -hf)"
+GLM = (QKV, (*QKV, "o_proj", "gate_up_proj", "down_proj"), GLM_PLAN)
+CHATGLM2 = Generation("ChatGLM2-6B", GlmForCausalLM, ChatGLM2Tokenizer, "tokenizer.model", *GLM)
+CHATGLM3 = Generation("ChatGLM3-6B", GlmForCausalLM, ChatGLM3Tokenizer, "tokenizer.model", *GLM)
+GLM4 = Generation("GLM-4-9B", GlmForCausalLM, ChatGLM4Tokenizer, "tokenizer.model", *GLM)
+GLM4_HF = Generation("GLM-4-9B-hf", GlmForCausalLM, AutoTokenizer, "tokenizer.json", *GLM, released_layout=False)
+# What a merged checkpoint of theirs becomes: saved by transformers, with the tokenizer of the release beside it.
+MERGED = {generation.name: replace(generation, released_layout=False) for generation in (CHATGLM2, CHATGLM3)}
+MERGED_FROM = "chatglm_generation"  # the key of `config.json` that says which it was
+SUPPORTED = (
+    "ChatGLM-6B (-int4, -int8), ChatGLM2-6B (-32k, -int4), ChatGLM3-6B (-base, -32k, -128k), GLM-4-9B (-chat, -hf)"
+)
 
 
 def identify(directory: Path, config: dict[str, Any]) -> Generation | None:
@@ -76,7 +84,7 @@ def identify(directory: Path, config: dict[str, Any]) -> Generation | None:
     say of themselves: the name they were released under, or the role tokens that only ChatGLM3 has.
     """
     if config.get("model_type") == "glm":
-        return GLM4_HF
+        return MERGED.get(config.get(MERGED_FROM), GLM4_HF)
     if config.get("model_type") != "chatglm":
         return None
     if "inner_hidden_size" in config:

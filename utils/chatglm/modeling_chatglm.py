@@ -233,6 +233,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
             cache,
             None,
             or_mask_function=None if past_length else prefix_mask_function(position_ids),
+            and_mask_function=same_row_mask_function(inputs_embeds, kwargs.get("cu_seq_lens_q")),
         )
         position_embeddings = self.rotary_emb(inputs_embeds, position_ids)
         hidden_states = inputs_embeds  # (B, T, E)
@@ -250,6 +251,19 @@ def prefix_mask_function(position_ids: torch.Tensor):
     def mask_function(batch_idx, head_idx, q_idx, kv_idx):
         # A static cache has more columns than the prompt has tokens.
         return in_prefix[batch_idx, kv_idx.clamp(max=last)] & (kv_idx <= last)
+
+    return mask_function
+
+
+def same_row_mask_function(inputs_embeds: torch.Tensor, cu_seq_lens: torch.Tensor | None):
+    """Mask function that keeps rows laid end to end, from `cu_seq_lens` (rows + 1,) on, from seeing each other."""
+    if cu_seq_lens is None:
+        return None
+    tokens = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)
+    row = torch.bucketize(tokens, cu_seq_lens[1:], right=True)  # (T,)
+
+    def mask_function(batch_idx, head_idx, q_idx, kv_idx):
+        return row[q_idx] == row[kv_idx]
 
     return mask_function
 

@@ -17,13 +17,13 @@ KEY_MAP: tuple[tuple[str, tuple[str, ...]], ...] = (
     (r"transformer\.embedding\.word_embeddings\.weight", ("model.embed_tokens.weight",)),
     (LAYER + r"input_layernorm\.weight", (r"model.layers.\1.input_layernorm.weight",)),
     (
-        LAYER + r"self_attention\.query_key_value\.(weight|bias)",
+        LAYER + r"self_attention\.query_key_value\.(weight|weight_scale|bias)",
         tuple(rf"model.layers.\1.self_attn.{name}_proj.\2" for name in "qkv"),
     ),
-    (LAYER + r"self_attention\.dense\.weight", (r"model.layers.\1.self_attn.o_proj.weight",)),
+    (LAYER + r"self_attention\.dense\.(weight|weight_scale)", (r"model.layers.\1.self_attn.o_proj.\2",)),
     (LAYER + r"post_attention_layernorm\.weight", (r"model.layers.\1.post_attention_layernorm.weight",)),
-    (LAYER + r"mlp\.dense_h_to_4h\.weight", (r"model.layers.\1.mlp.gate_up_proj.weight",)),
-    (LAYER + r"mlp\.dense_4h_to_h\.weight", (r"model.layers.\1.mlp.down_proj.weight",)),
+    (LAYER + r"mlp\.dense_h_to_4h\.(weight|weight_scale)", (r"model.layers.\1.mlp.gate_up_proj.\2",)),
+    (LAYER + r"mlp\.dense_4h_to_h\.(weight|weight_scale)", (r"model.layers.\1.mlp.down_proj.\2",)),
     (r"transformer\.encoder\.final_layernorm\.weight", ("model.norm.weight",)),
     (r"transformer\.output_layer\.weight", ("lm_head.weight",)),
     # Never used in the released forward beyond its dtype and device.
