@@ -88,6 +88,11 @@ def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> li
     return [np.array(ids, np.int32) for ids in encoded["input_ids"]]
 
 
+def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Tokens of one text in which nothing is special."""
+    return encode_texts(tokenizer, [text])[0].tolist()
+
+
 class _Constants:
     """
     What the templates need of one tokenizer again and again: to look up a token takes transformers microseconds, which
@@ -113,7 +118,7 @@ _constant = _Constants()
 
 def encode_constant(tokenizer: PreTrainedTokenizerBase, text: str) -> np.ndarray:
     """Tokens of a text that the templates repeat."""
-    return _constant(tokenizer, text, lambda: encode_texts(tokenizer, [text])[0])
+    return _constant(tokenizer, text, lambda: np.array(encode_text(tokenizer, text), np.int32))
 
 
 def token_ids(tokenizer: PreTrainedTokenizerBase, *tokens: str) -> list[int]:
