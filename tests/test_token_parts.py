@@ -9,11 +9,13 @@ from utils.checkpoint import load_tokenizer
 from utils.errors import UsageError
 from utils.prompts import IGNORE_INDEX, encode_example, encode_rows, encode_texts, template_for
 from utils.rows import Message, Row, RowError
+from utils.token_batch import encode_batch
 from utils.token_dataset import add_labels, check_origin, load_examples
 from utils.token_parts import PartMaker, TokenizeOptions, cache_key
 from utils.token_report import TokenReport, preview
 
 import datasets
+import numpy as np
 import pytest
 from conftest import GOLDEN, TINY
 from hypothesis import HealthCheck, given, settings
@@ -79,6 +81,33 @@ def test_rows_at_once_are_rows_one_by_one(tokenizer, name):
                 example = encode_example(tokenizer, row, limit, template)
                 assert encoded.example() == example
                 assert encoded.length == len(example.input_ids) == len(example.labels) <= (limit or 10**6)
+
+
+@pytest.mark.parametrize("name", ["native", "alpaca"])
+@pytest.mark.parametrize("loss_on", ["last", "every"])
+def test_flat_arrays_are_the_rows(tokenizer, name, loss_on):
+    """The rows laid out by columns, and mixed with what has another layout, are those of `encode_rows`."""
+    template = template_for(tokenizer, name)
+    single = [Row((Message("user", "问" * n), Message("assistant", "答  \n" * (n % 7 + 1)))) for n in range(1, 40)]
+    odd = Row((Message("user", f"问{template.answer_mark}"), Message("assistant", "答")))
+    for rows in (single, [*single, odd], [CHAT, *single], [single[0]], []):
+        for limit in (None, 90, 60, 20, 5):
+            batch = encode_batch(tokenizer, rows, limit, template, loss_on)
+            expected = encode_rows(tokenizer, rows, limit, template, loss_on)
+            examples = [None if isinstance(row, RowError) else row.example() for row in expected]
+            assert {n: str(error) for n, error in batch.errors.items()} == {
+                n: str(row) for n, row in enumerate(expected) if isinstance(row, RowError)
+            }
+            ends = np.cumsum(batch.lengths)
+            assert len(batch.lengths) == len(rows) and (ends[-1] if rows else 0) == len(batch.input_ids)
+            for example, start, end, cut in zip(examples, ends - batch.lengths, ends, batch.tokens_cut, strict=True):
+                if example:
+                    assert batch.input_ids[start:end].tolist() == example.input_ids
+                    assert batch.labels[start:end].tolist() == example.labels and cut == example.tokens_cut
+                else:
+                    assert start == end
+            odd_rows = batch.lengths % 2 == 1
+            assert batch.select(odd_rows).lengths.tolist() == batch.lengths[odd_rows].tolist()
 
 
 def test_loss_on_every_turn(tokenizer):

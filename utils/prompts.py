@@ -38,6 +38,9 @@ class Draft(NamedTuple):
     mark: str  # how `text` ends where the template ends it; its tokens belong to the closing
     end: Span
 
+    def mark_ids(self, tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
+        return encode_constant(tokenizer, self.mark)
+
 
 class Parts(NamedTuple):
     """A prompt or a target as tokens (int32); truncation takes from the end of `text` alone."""
@@ -200,6 +203,18 @@ class ChatGLMTemplate:
 
     def target_draft(self, tokenizer: PreTrainedTokenizerBase, text: str) -> Draft:
         return Draft([], text, "", self.stop_span(tokenizer))
+
+    def single_turn(self, tokenizer: PreTrainedTokenizerBase) -> tuple[Draft, Draft]:
+        """
+        What stands round the texts of any row of one turn: the drafts of an empty prompt and target. The prompt's text
+        is `render` of it, and every span of the openings is tokens.
+        """
+        empty = (Message("user", ""),)
+        return _constant(
+            tokenizer,
+            (type(self), "single turn"),
+            lambda: (self.prompt_draft(tokenizer, empty), self.target_draft(tokenizer, "")),
+        )
 
     def stop_span(self, tokenizer: PreTrainedTokenizerBase) -> Span:
         """The token that ends a target."""
@@ -399,6 +414,16 @@ def encode_rows(
     return [_join(parts[i], parts[i + 1], max_seq_length, loss_on) for i in range(0, len(parts), 2)]
 
 
+def no_room(max_seq_length: int, fixed: int) -> RowError:
+    return RowError(f"{max_seq_length} tokens leave no room beside the template's {fixed}")
+
+
+def cut_texts(prompt: np.ndarray, target: np.ndarray, room: int) -> tuple[np.ndarray, np.ndarray]:
+    """The two texts' beginnings that fill `room` tokens, which they exceed."""
+    target = target[: max(room - len(prompt), room // 2)]
+    return prompt[: room - len(target)], target
+
+
 def _join(prompt: Parts, target: Parts, max_seq_length: int | None, loss_on: str) -> EncodedRow | RowError:
     opening, prompt_text, prompt_end = prompt
     target_opening, target_text, target_end = target
@@ -410,10 +435,9 @@ def _join(prompt: Parts, target: Parts, max_seq_length: int | None, loss_on: str
     if max_seq_length is not None and length > max_seq_length:
         room = max_seq_length - fixed
         if room < MIN_TEXT:
-            return RowError(f"{max_seq_length} tokens leave no room beside the template's {fixed}")
+            return no_room(max_seq_length, fixed)
         cut = length - max_seq_length
-        target_text = target_text[: max(room - len(prompt_text), room // 2)]
-        prompt_text = prompt_text[: room - len(target_text)]
+        prompt_text, target_text = cut_texts(prompt_text, target_text, room)
     if loss_on == "last" and len(opening) > 1:
         opening = [Span(content) for content, _ in opening]
     spans = [*opening, Span(prompt_text), prompt_end, *target_opening, Span(target_text, True), target_end]

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from utils.errors import UsageError
-from utils.prompts import IGNORE_INDEX, EncodedRow, encode_prompt, fingerprint, template_for
+from utils.prompts import IGNORE_INDEX, encode_prompt, fingerprint, template_for
 from utils.rows import Message
+from utils.token_batch import TokenBatch
 
 import datasets
 import numpy as np
@@ -39,16 +40,10 @@ class Origin:
     loss_on: str = "last"  # one of utils.prompts.LOSS_ON
 
 
-def record_batch(rows: Sequence[EncodedRow]) -> pa.RecordBatch:
+def record_batch(batch: TokenBatch) -> pa.RecordBatch:
     """Rows as Arrow columns of `FEATURES`."""
-    spans = [span for row in rows for span in row.spans]
-    contents = [content for content, _ in spans]
-    sizes = np.fromiter(map(len, contents), np.int64, len(spans))
-    trained = np.fromiter([trained for _, trained in spans], bool, len(spans))
-    ids = np.concatenate(contents)
-    labels = np.where(np.repeat(trained, sizes), ids, np.int32(IGNORE_INDEX))
-    offsets = np.cumsum([0, *[row.length for row in rows]], dtype=np.int32)
-    columns = [pa.ListArray.from_arrays(offsets, values) for values in (ids, labels)]
+    offsets = np.concatenate([[0], np.cumsum(batch.lengths)]).astype(np.int32)
+    columns = [pa.ListArray.from_arrays(offsets, values) for values in (batch.input_ids, batch.labels)]
     return pa.RecordBatch.from_arrays(columns, schema=FEATURES.arrow_schema)
 
 

@@ -20,13 +20,15 @@ from pathlib import Path
 
 from utils.chatglm.vocab_file import VocabFileTokenizer
 from utils.errors import RowError, RunError, UsageError
-from utils.prompts import IGNORE_INDEX, ChatGLMTemplate, EncodedRow, encode_rows, fingerprint
+from utils.prompts import IGNORE_INDEX, ChatGLMTemplate, fingerprint
 from utils.raw_files import Block, read_blocks
 from utils.rejections import Rejection
 from utils.rows import NumberedRow, parse_row, rows_of
+from utils.token_batch import TokenBatch, encode_batch
 from utils.token_dataset import FEATURES, record_batch
 from utils.token_report import TokenReport
 
+import numpy as np
 import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
@@ -94,13 +96,9 @@ class PartMaker:
         with no_garbage_collection(), open(self.directory / name, "wb") as file:
             with pa.ipc.new_stream(file, FEATURES.arrow_schema) as writer:
                 for block in blocks:
-                    if rows := self._encode(block, report, rejections):
-                        batch = record_batch(rows)
-                        labels = batch.column(1).values.to_numpy()
-                        report.tokens += len(labels)
-                        report.trained_tokens += int((labels != IGNORE_INDEX).sum())
-                        report.written += len(rows)
-                        writer.write_batch(batch)
+                    batch = self._encode(block, report, rejections)
+                    if len(batch.lengths):
+                        writer.write_batch(record_batch(batch))
             file.flush()
             os.fsync(file.fileno())
         if not report.written:
@@ -109,7 +107,7 @@ class PartMaker:
         part.save(self.directory)
         return part
 
-    def _encode(self, block: Block, report: TokenReport, rejections: list[Rejection]) -> list[EncodedRow]:
+    def _encode(self, block: Block, report: TokenReport, rejections: list[Rejection]) -> TokenBatch:
         """The rows to write; `report` and `rejections` gain what became of all."""
         usable: list[NumberedRow] = []
         for numbered in rows_of(block, parse_row):
@@ -120,21 +118,23 @@ class PartMaker:
             else:
                 usable.append(numbered)
         report.read += len(usable) + len(rejections) - report.rejected
-        rows, limit = [row for _, _, row in usable], self.options.max_seq_length
-        encoded = encode_rows(self.tokenizer, rows, limit, self.template, self.options.loss_on)
-        kept = []
-        for (path, line, _), row in zip(usable, encoded, strict=True):
-            if isinstance(row, RowError):
-                rejections.append(Rejection(path, line, f"--max_seq_length: {row}"))
-                continue
-            report.lengths[row.length + row.tokens_cut] += 1
-            if row.tokens_cut and self.options.skip_overlength:
-                report.skipped_overlength += 1
-                continue
-            report.cut += row.tokens_cut > 0
-            kept.append(row)
+        options, rows = self.options, [row for _, _, row in usable]
+        batch = encode_batch(self.tokenizer, rows, options.max_seq_length, self.template, options.loss_on)
+        for number, error in batch.errors.items():
+            rejections.append(Rejection(usable[number].path, usable[number].line, f"--max_seq_length: {error}"))
         report.rejected = len(rejections)
-        return kept
+        encoded, cut = batch.lengths > 0, batch.tokens_cut > 0
+        lengths, counts = np.unique((batch.lengths + batch.tokens_cut)[encoded], return_counts=True)
+        report.lengths.update(dict(zip(lengths.tolist(), counts.tolist(), strict=True)))
+        if options.skip_overlength:
+            report.skipped_overlength += int(cut.sum())
+            encoded &= ~cut
+        batch = batch.select(encoded)
+        report.cut += int((batch.tokens_cut > 0).sum())
+        report.written += len(batch.lengths)
+        report.tokens += len(batch.labels)
+        report.trained_tokens += int((batch.labels != IGNORE_INDEX).sum())
+        return batch
 
 
 @contextlib.contextmanager
