@@ -6,8 +6,9 @@ import signal
 from collections import Counter
 
 from utils.checkpoint import load_tokenizer
+from utils.drafts import encode_texts
 from utils.errors import UsageError
-from utils.prompts import IGNORE_INDEX, encode_example, encode_rows, encode_texts, template_for
+from utils.prompts import IGNORE_INDEX, encode_example, encode_rows, template_for
 from utils.rows import Message, Row, RowError
 from utils.token_batch import encode_batch
 from utils.token_dataset import add_labels, check_origin, load_examples

@@ -2,14 +2,13 @@
 
 import hashlib
 import json
-import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from utils.chatglm.tokenization_chatglm import ChatGLMTokenizer
 from utils.chatglm.tokenization_chatglm2 import PREFIX, ChatGLM2Tokenizer, ChatGLM3Tokenizer
-from utils.chatglm.vocab_file import VocabFileTokenizer
+from utils.drafts import NO_TOKENS, Draft, Parts, Span, constant, encode_constant, encode_drafts, token_ids, token_span
 from utils.errors import RowError
 from utils.rows import Message, Row
 
@@ -18,44 +17,6 @@ from transformers import PreTrainedTokenizerBase
 
 IGNORE_INDEX = -100  # labels where there is no loss
 MIN_TEXT = 2  # tokens of text, one of the prompt and one of the target, below which a row teaches nothing
-
-
-class Span(NamedTuple):
-    """A stretch of a conversation: token ids, or a text that is yet to be encoded, apart from its neighbours."""
-
-    content: Sequence[int] | str
-    trained: bool = False  # whether training on every turn takes its loss there
-
-
-NO_TOKENS = Span(np.array([], np.int32))
-
-
-class Draft(NamedTuple):
-    """A prompt or a target before its texts are encoded; `Parts` is what comes of it."""
-
-    opening: list[Span]
-    text: str
-    mark: str  # how `text` ends where the template ends it; its tokens belong to the closing
-    end: Span
-
-    def mark_ids(self, tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
-        return encode_constant(tokenizer, self.mark)
-
-
-class Parts(NamedTuple):
-    """A prompt or a target as tokens (int32); truncation takes from the end of `text` alone."""
-
-    opening: list[Span]
-    text: np.ndarray
-    end: Span
-
-    @property
-    def closing(self) -> list[int]:
-        return [int(token) for token in self.end.content]
-
-    def ids(self) -> list[int]:
-        opening = [int(token) for span in self.opening for token in span.content]
-        return [*opening, *self.text.tolist(), *self.closing]
 
 
 @dataclass(frozen=True)
@@ -79,87 +40,6 @@ class EncodedRow(NamedTuple):
         trained = [span.trained for span in self.spans for _ in span.content]
         labels = [token if loss else IGNORE_INDEX for token, loss in zip(input_ids, trained, strict=True)]
         return Example(input_ids, labels, self.tokens_cut)
-
-
-def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[np.ndarray]:
-    """Tokens, int32, of texts in which nothing is special: a row that spells out "<eop>" does not end the answer."""
-    if isinstance(tokenizer, VocabFileTokenizer):
-        return tokenizer.encode_texts(texts)
-    if not texts:
-        return []
-    encoded = tokenizer(list(texts), add_special_tokens=False, split_special_tokens=True, return_attention_mask=False)
-    return [np.array(ids, np.int32) for ids in encoded["input_ids"]]
-
-
-def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Tokens of one text in which nothing is special."""
-    return encode_texts(tokenizer, [text])[0].tolist()
-
-
-class _Constants:
-    """
-    What the templates need of one tokenizer again and again: to look up a token takes transformers microseconds, which
-    every row would pay.
-    """
-
-    def __init__(self):
-        self._of: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # tokenizer -> {key: what was made of it}
-        self._last = (lambda: None, {})  # the tokenizer last asked about and its values
-
-    def __call__(self, tokenizer: PreTrainedTokenizerBase, key: Any, make: Callable[[], Any]) -> Any:
-        last, known = self._last
-        if last() is not tokenizer:
-            known = self._of.setdefault(tokenizer, {})
-            self._last = (weakref.ref(tokenizer), known)
-        if key not in known:
-            known[key] = make()
-        return known[key]
-
-
-_constant = _Constants()
-
-
-def encode_constant(tokenizer: PreTrainedTokenizerBase, text: str) -> np.ndarray:
-    """Tokens of a text that the templates repeat."""
-    return _constant(tokenizer, text, lambda: np.array(encode_text(tokenizer, text), np.int32))
-
-
-def token_ids(tokenizer: PreTrainedTokenizerBase, *tokens: str) -> list[int]:
-    return tokenizer.convert_tokens_to_ids(list(tokens))
-
-
-def token_span(tokenizer: PreTrainedTokenizerBase, *tokens: str) -> Span:
-    return _constant(tokenizer, tokens, lambda: Span(np.array(token_ids(tokenizer, *tokens), np.int32)))
-
-
-def encode_drafts(tokenizer: PreTrainedTokenizerBase, drafts: Sequence[Draft]) -> list[Parts]:
-    """Encodes the texts of all drafts at once."""
-    texts = []
-    for opening, text, _, _ in drafts:
-        if opening:
-            texts += [span.content for span in opening if isinstance(span.content, str)]
-        texts.append(text)
-    encoded = iter(encode_texts(tokenizer, texts))
-    made = []
-    for opening, _, mark, end in drafts:
-        if opening:
-            opening = [
-                Span(next(encoded), span.trained) if isinstance(span.content, str) else span for span in opening
-            ]
-        text = next(encoded)
-        if mark:
-            text, marked = split_closing(text, encode_constant(tokenizer, mark))
-            end = Span(np.concatenate([marked, end.content]), end.trained)
-        made.append(Parts(opening, text, end))
-    return made
-
-
-def split_closing(ids: np.ndarray, closing: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Cuts off the end that `ids` has in common with `closing`."""
-    common = 0
-    while common < min(len(ids), len(closing)) and ids[-1 - common] == closing[-1 - common]:
-        common += 1
-    return ids[: len(ids) - common], ids[len(ids) - common :]
 
 
 class ChatGLMTemplate:
@@ -193,7 +73,7 @@ class ChatGLMTemplate:
 
     def prompt_draft(self, tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> Draft:
         text = self.render(messages)
-        opening, end = _constant(tokenizer, "frame", lambda: self.frame(tokenizer))
+        opening, end = constant(tokenizer, "frame", lambda: self.frame(tokenizer))
         return Draft(opening, text, self.answer_mark if text.endswith(self.answer_mark) else "", end)
 
     def frame(self, tokenizer: PreTrainedTokenizerBase) -> tuple[list[Span], Span]:
@@ -210,7 +90,7 @@ class ChatGLMTemplate:
         is `render` of it, and every span of the openings is tokens.
         """
         empty = (Message("user", ""),)
-        return _constant(
+        return constant(
             tokenizer,
             (type(self), "single turn"),
             lambda: (self.prompt_draft(tokenizer, empty), self.target_draft(tokenizer, "")),
@@ -218,7 +98,7 @@ class ChatGLMTemplate:
 
     def stop_span(self, tokenizer: PreTrainedTokenizerBase) -> Span:
         """The token that ends a target."""
-        return _constant(tokenizer, "stop", lambda: Span(np.array(self.stop_ids(tokenizer)[:1], np.int32), True))
+        return constant(tokenizer, "stop", lambda: Span(np.array(self.stop_ids(tokenizer)[:1], np.int32), True))
 
     def unfold(self, row: Row) -> list[Row]:
         """
@@ -283,7 +163,7 @@ class ChatGLM3Template(ChatGLMTemplate):
         return [token_span(tokenizer, *self.prefix)], NO_TOKENS
 
     def target_draft(self, tokenizer: PreTrainedTokenizerBase, text: str) -> Draft:
-        newline = _constant(tokenizer, "newline", lambda: Span(encode_constant(tokenizer, "\n"), True))
+        newline = constant(tokenizer, "newline", lambda: Span(encode_constant(tokenizer, "\n"), True))
         return Draft([newline], text, "", self.stop_span(tokenizer))
 
     def unfold(self, row: Row) -> list[Row]:

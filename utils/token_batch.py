@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from utils.drafts import encode_texts, split_closing
 from utils.errors import RowError
 from utils.prompts import (
     IGNORE_INDEX,
@@ -10,9 +11,7 @@ from utils.prompts import (
     ChatGLMTemplate,
     cut_texts,
     encode_rows,
-    encode_texts,
     no_room,
-    split_closing,
 )
 from utils.rows import Row
 
