@@ -57,12 +57,17 @@ class Part:
     report: TokenReport
     rejections: list[Rejection]
 
-    def save(self, directory: Path) -> None:
+    def save(self, directory: Path) -> "Part":
+        """Says in `directory` that the part is finished, once its file is on the disk."""
+        if self.arrow_file:
+            with open(directory / self.arrow_file, "rb") as file:
+                os.fsync(file.fileno())
         content = {**asdict(self), "rejections": self.rejections}
         content["report"]["lengths"] = list(self.report.lengths.items())
         path = directory / REPORTS / f"{self.number}.json"
         path.with_suffix(".tmp").write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
         path.with_suffix(".tmp").rename(path)
+        return self
 
     @classmethod
     def load(cls, directory: Path, number: int) -> "Part | None":
@@ -93,19 +98,18 @@ class PartMaker:
     def __call__(self, number: int, blocks: Sequence[Block]) -> Part:
         name = f"part-{number:05d}.arrow"
         report, rejections = TokenReport(), []
-        with no_garbage_collection(), open(self.directory / name, "wb") as file:
-            with pa.ipc.new_stream(file, FEATURES.arrow_schema) as writer:
-                for block in blocks:
-                    batch = self._encode(block, report, rejections)
-                    if len(batch.lengths):
-                        writer.write_batch(record_batch(batch))
-            file.flush()
-            os.fsync(file.fileno())
+        with (
+            no_garbage_collection(),
+            open(self.directory / name, "wb") as file,
+            pa.ipc.new_stream(file, FEATURES.arrow_schema) as writer,
+        ):
+            for block in blocks:
+                batch = self._encode(block, report, rejections)
+                if len(batch.lengths):
+                    writer.write_batch(record_batch(batch))
         if not report.written:
             (self.directory / name).unlink()
-        part = Part(number, name if report.written else None, report, rejections)
-        part.save(self.directory)
-        return part
+        return Part(number, name if report.written else None, report, rejections)
 
     def _encode(self, block: Block, report: TokenReport, rejections: list[Rejection]) -> TokenBatch:
         """The rows to write; `report` and `rejections` gain what became of all."""
@@ -215,7 +219,7 @@ def make_parts(maker: PartMaker, paths: Sequence[str], num_proc: int) -> Iterato
     batches = itertools.chain(first, batches)
     if num_proc == 1 or len(first) < 2:
         for number, batch in batches:
-            yield Part.load(maker.directory, number) or maker(number, batch)
+            yield Part.load(maker.directory, number) or maker(number, batch).save(maker.directory)
         return
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # each process encodes for itself
     with concurrent.futures.ProcessPoolExecutor(
@@ -226,9 +230,9 @@ def make_parts(maker: PartMaker, paths: Sequence[str], num_proc: int) -> Iterato
             for number, batch in batches:
                 waiting.append(Part.load(maker.directory, number) or pool.submit(_make_part, number, batch))
                 if len(waiting) > num_proc + 1:
-                    yield _result(waiting.popleft())
+                    yield _result(waiting.popleft(), maker.directory)
             while waiting:
-                yield _result(waiting.popleft())
+                yield _result(waiting.popleft(), maker.directory)
         except BrokenProcessPool:
             raise RunError(
                 "a worker process was killed, perhaps for want of memory: run the command again, with a lower "
@@ -252,5 +256,5 @@ def _make_part(number: int, blocks: Sequence[Block]) -> Part:
     return _maker(number, blocks)
 
 
-def _result(part: "Part | concurrent.futures.Future[Part]") -> Part:
-    return part if isinstance(part, Part) else part.result()
+def _result(part: "Part | concurrent.futures.Future[Part]", directory: Path) -> Part:
+    return part if isinstance(part, Part) else part.result().save(directory)
