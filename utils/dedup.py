@@ -31,7 +31,7 @@ class Deduplicator:
 
     Candidates come from MinHash with banding (Broder 1997; Leskovec, Rajaraman, Ullman, Mining of Massive Datasets,
     chapter 3), and each is compared as text before it is dropped. Everything that grows with the number of rows lies
-    in files: the lines, and 57 bytes a row. Texts are equal where 64-bit hashes are.
+    in files: the lines, and 65 bytes a row. Texts are equal where 64-bit hashes are.
 
     Args:
         directory: for those files.
