@@ -1,53 +1,126 @@
 """
 python process_belle_1M_data.py
 
-Turns BELLE's 1M file, data/belle_open_source_1M.train.json, into data/Belle_1M.train.json: JSON Lines of
-{"input", "target"}, the columns of the 0.5M file, so that
+Turns raw rows into JSON Lines of {"input", "target"}, the columns of BELLE's 0.5M file; without flags BELLE's 1M file,
+data/belle_open_source_1M.train.json, into data/Belle_1M.train.json, so that
 
     cat data/Belle.train.json data/Belle_1M.train.json > data/Belle_0_1.train.json
 
-is one valid file. Rows may be instruction/input/output or input/target. Running it again replaces the output.
+is one valid file. Conversations of several turns become {"messages"}. Or everything in one go:
+
+    python process_belle_1M_data.py --input data/Belle.train.json data/belle_*.json --output data/rows.json \\
+        --dedup --shuffle --seed 0 --split 0.98,0.01,0.01
+
+Rows may have any schema that utils/rows.py knows, in JSON Lines, JSON arrays or Python dicts, gzip or not, UTF-8 or
+GB18030. What cannot be read is listed in OUTPUT.rejected.jsonl. An output is replaced once the new one is complete.
 """
 
 import argparse
+import contextlib
+import itertools
 import json
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
-from utils.errors import UsageError, run
-from utils.jsonl import atomic_writer, dump_row
-from utils.rows import Rejections, RowError, parse_row, read_rows
+from utils.dedup import Deduplicator
+from utils.errors import RowError, UsageError, run
+from utils.jsonl import atomic_writer, dump_pair, dump_row, scratch_directory
+from utils.line_order import parse_split, shuffle_lines, side_of, side_paths
+from utils.raw_files import input_paths
+from utils.rejections import Rejections
+from utils.rows import Row, parse_row, read_rows
 
-DOWNLOAD = (
-    "wget -P data https://huggingface.co/datasets/BelleGroup/generated_train_1M_CN/resolve/main/"
-    "belle_open_source_1M.train.json"
-)
+BELLE_1M = "data/belle_open_source_1M.train.json"
+DOWNLOAD = f"wget -P data https://huggingface.co/datasets/BelleGroup/generated_train_1M_CN/resolve/main/{BELLE_1M[5:]}"
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--input", default="data/belle_open_source_1M.train.json", help="default: %(default)s")
-    parser.add_argument("--output", default="data/Belle_1M.train.json", help="default: %(default)s")
-    return parser.parse_args()
+    add = parser.add_argument
+    add("--input", nargs="+", default=[BELLE_1M], help="files or quoted patterns (default: %(default)s)")
+    add("--output", default="data/Belle_1M.train.json", help="default: %(default)s")
+    add(
+        "--dedup",
+        nargs="?",
+        const="near",
+        choices=("exact", "near"),
+        help="drop rows whose prompt came before, or (near, also without a value) a prompt almost like it",
+    )
+    add("--shuffle", action="store_true", help="write the rows in a random order")
+    add("--seed", type=int, default=0, help="of --shuffle (default: %(default)s)")
+    add("--max_rows", type=int, help="write so many at most: the first, or with --shuffle any")
+    add("--split", help="shares such as 0.98,0.01,0.01: OUTPUT's name gets .train, .valid and .test")
+    add("--strict", action="store_true", help="stop with exit code 1 at the first row that cannot be used")
+    args = parser.parse_args()
+    if args.max_rows is not None and args.max_rows < 1:
+        raise UsageError(f"--max_rows {args.max_rows} must be at least 1")
+    return args
+
+
+def dump_conversation(row: Row) -> str:
+    """A row as a line of the output."""
+    if len(row.messages) == 2:
+        return dump_pair(row.messages[0].content, row.messages[1].content)
+    return dump_row({"messages": [message._asdict() for message in row.messages]})
+
+
+def prompt_of(line: str) -> str:
+    """The prompt of a line that `dump_conversation` made."""
+    raw = json.loads(line)
+    return raw["input"] if "input" in raw else "\x1e".join(message["content"] for message in raw["messages"][:-1])
+
+
+def read_lines(paths: list[str], counts: Counter, rejections: Rejections) -> Iterator[str]:
+    """The usable rows as lines of the output; counts what is read."""
+    for path, line, row in read_rows(paths, parse_row):
+        counts["read"] += 1
+        if isinstance(row, RowError):
+            rejections.add(path, line, row)
+        else:
+            yield dump_conversation(row)
+
+
+def write_lines(lines: Iterator[str], args: argparse.Namespace) -> int:
+    """Writes the output, or one output a side, all of them at the end; returns how many rows went in."""
+    written = 0
+    ends = parse_split(args.split) if args.split else [1.0]
+    paths = side_paths(args.output, ends) if args.split else [args.output]
+    with contextlib.ExitStack() as stack:
+        files = [stack.enter_context(atomic_writer(path)) for path in paths]
+        for line in lines:
+            files[side_of(prompt_of(line), ends) if args.split else 0].write(line)
+            written += 1
+        if not written:
+            raise UsageError(f"{' '.join(args.input)}: no usable row; {' '.join(paths)} stays as it was")
+    return written
 
 
 def main() -> None:
     args = parse_arguments()
-    if not Path(args.input).is_file():
-        raise UsageError(f"{args.input} is not a file: download it with `{DOWNLOAD}`, or name another with --input")
-    written, rejections = 0, Rejections(args.input)
-    with atomic_writer(args.output) as output:
-        for number, row in read_rows(args.input, parse_row):
-            if isinstance(row, RowError):
-                rejections.add(number, row)
-            elif len(row.prompt) > 1:
-                rejections.add(number, "a conversation of several turns has no input/target form")
-            else:
-                output.write(dump_row({"input": row.prompt[0].content, "target": row.target}))
-                written += 1
-        rejections.report()
-        if not written:
-            raise UsageError(f"{args.input} holds no usable row; {args.output} is left as it was")
-    print(json.dumps({"read": written + rejections.count, "written": written, "rejected": rejections.count}))
+    if args.input == [BELLE_1M] and not Path(BELLE_1M).is_file():
+        raise UsageError(f"{BELLE_1M} is not a file: download it with `{DOWNLOAD}`, or name another with --input")
+    paths = input_paths(args.input)
+    if args.split:
+        parse_split(args.split)
+    counts, rejections = Counter(read=0), Rejections(args.output, args.strict)
+    with scratch_directory(f"{args.output}.scratch") as scratch:
+        lines = read_lines(paths, counts, rejections)
+        dedup = Deduplicator(scratch, prompt_of, args.dedup == "near")
+        if args.dedup:
+            lines = dedup(lines)
+        if args.shuffle:
+            lines = shuffle_lines(lines, scratch / "shuffle", args.seed)
+        try:
+            written = write_lines(itertools.islice(lines, args.max_rows), args)
+            beyond = sum(1 for _ in lines) if args.dedup or args.shuffle else 0
+        finally:
+            rejections.report()
+    skipped = {"duplicate": dedup.exact_dropped, "near_duplicate": dedup.near_dropped, "beyond_max_rows": beyond}
+    total = sum(skipped.values())
+    print(f"read {counts['read']} = written {written} + rejected {rejections.count} + skipped {total}")
+    summary = {"read": counts["read"], "written": written, "rejected": rejections.count, "skipped": total}
+    print(json.dumps({**summary, **{name: count for name, count in skipped.items() if count}}))
 
 
 if __name__ == "__main__":

@@ -2,87 +2,134 @@
 python tokenize_dataset_rows_belle.py --jsonl_path data/alpaca_data.jsonl --save_path data/alpaca \\
     --max_seq_length 200 --skip_overlength
 
-Turns rows (JSON Lines or a JSON array) into the Arrow dataset that multi_gpu_fintune_belle.py trains on: prompt and
-target in the template of the model's generation, with the loss on the target and its stop token alone. Rows longer
-than --max_seq_length are skipped with --skip_overlength and cut without it; a cut takes text, never special tokens.
-A row may have the columns instruction/input/output, input/target, context/target or prompt/completion, or be a chat
-in messages.
+Turns rows (any file that process_belle_1M_data.py reads) into the Arrow dataset that multi_gpu_fintune_belle.py trains
+on: prompt and target in the template of the model's generation, with the loss on the target and its stop token alone.
+Rows longer than --max_seq_length are skipped with --skip_overlength and cut without it; a cut takes text, never
+special tokens. Run again with nothing changed it keeps the dataset; killed, it goes on where it was. What cannot be
+used is listed in SAVE_PATH.rejected.jsonl, and what became of the rows in SAVE_PATH/report.json and report.png.
 """
 
 import argparse
+import itertools
 import json
-from collections import Counter
-from collections.abc import Iterator
+import os
+import shutil
+from pathlib import Path
 
 from utils.checkpoint import DEFAULT_MODEL, load_tokenizer
-from utils.errors import run
-from utils.prompts import TEMPLATES, ChatGLMTemplate, Example, encode_example, fingerprint, template_for
-from utils.rows import Rejections, RowError, parse_row, read_rows
-from utils.token_dataset import Origin, save_examples
+from utils.errors import RowError, UsageError, run
+from utils.prompts import LOSS_ON, TEMPLATES, ChatGLMTemplate, encode_rows, fingerprint, template_for
+from utils.raw_files import input_paths
+from utils.rejections import Rejections
+from utils.rows import Row, parse_row, read_rows
+from utils.token_dataset import Origin, check_target, complete_dataset, is_dataset, replace_dataset
+from utils.token_parts import REPORTS, PartMaker, TokenizeOptions, cache_key, make_parts, parts_directory
+from utils.token_report import REPORT_FILE, TokenReport, preview
 
 from transformers import PreTrainedTokenizerBase
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--jsonl_path", required=True, help="rows to tokenise")
-    parser.add_argument("--save_path", required=True, help="directory of the dataset; an older one is replaced")
-    parser.add_argument("--max_seq_length", type=int, default=384, help="tokens of a whole row (default: %(default)s)")
-    parser.add_argument("--skip_overlength", action="store_true", help="skip longer rows rather than cut them")
-    parser.add_argument(
-        "--model_name_or_path", default=DEFAULT_MODEL, help="whose tokenizer: a directory or hub id (%(default)s)"
-    )
-    parser.add_argument(
+    add = parser.add_argument
+    add("--jsonl_path", nargs="+", required=True, help="files of rows, or quoted patterns")
+    add("--save_path", required=True, help="directory of the dataset; an older one is replaced")
+    add("--max_seq_length", type=int, default=384, help="tokens of a whole row (default: %(default)s)")
+    add("--skip_overlength", action="store_true", help="skip longer rows rather than cut them")
+    add("--model_name_or_path", default=DEFAULT_MODEL, help="whose tokenizer: a directory or hub id (%(default)s)")
+    add(
         "--template",
         choices=TEMPLATES,
         default="native",
         help="prompts as the model's own chat has them (native), or not",
     )
-    return parser.parse_args()
+    add("--loss_on", choices=LOSS_ON, default="last", help="assistant turns that are trained on (%(default)s)")
+    add("--num_proc", type=int, default=len(os.sched_getaffinity(0)), help="processes (all cores: %(default)s)")
+    add("--preview", type=int, default=0, metavar="N", help="show N rows, the trained tokens marked, and go on")
+    add("--strict", action="store_true", help="stop with exit code 1 at the first row that cannot be used")
+    args = parser.parse_args()
+    for name in ("max_seq_length", "num_proc"):
+        if getattr(args, name) < 1:
+            raise UsageError(f"--{name} {getattr(args, name)} must be at least 1")
+    return args
 
 
-def tokenize_rows(
-    args: argparse.Namespace,
-    tokenizer: PreTrainedTokenizerBase,
-    template: ChatGLMTemplate,
-    counts: Counter,
-    rejections: Rejections,
-) -> Iterator[Example]:
-    """Yields the examples to write, and counts what became of every row."""
-    for number, row in read_rows(args.jsonl_path, parse_row):
-        counts["read"] += 1
-        if isinstance(row, RowError):
-            rejections.add(number, row)
-            continue
-        try:
-            example = encode_example(tokenizer, row, args.max_seq_length, template)
-        except RowError as error:
-            rejections.add(number, f"--max_seq_length: {error}")
-            continue
-        if example.tokens_cut and args.skip_overlength:
-            counts["skipped_overlength"] += 1
-            continue
-        counts["cut"] += bool(example.tokens_cut)
-        counts["tokens"] += len(example.input_ids)
-        counts["trained_tokens"] += sum(label >= 0 for label in example.labels)
-        counts["written"] += 1
-        yield example
+def show_preview(
+    tokenizer: PreTrainedTokenizerBase, template: ChatGLMTemplate, options: TokenizeOptions, paths: list[str], n: int
+) -> None:
+    """Prints the first rows of the files as they are trained on."""
+    usable = (row for _, _, row in read_rows(paths, parse_row) if isinstance(row, Row))
+    unfolded = itertools.chain.from_iterable(map(template.unfold, usable)) if options.loss_on == "every" else usable
+    rows = list(itertools.islice(unfolded, n))
+    encoded = encode_rows(tokenizer, rows, options.max_seq_length, template, options.loss_on)
+    for line in preview(tokenizer, (row.example() for row in encoded if not isinstance(row, RowError))):
+        print(line)
+
+
+def kept_report(target: Path, key: str, rejections: Rejections) -> TokenReport | None:
+    """The report of the dataset at `target`, if all that decides it is as it was when it was made."""
+    path = target / REPORT_FILE
+    if not (is_dataset(target) and path.is_file()):
+        return None
+    content = json.loads(path.read_text(encoding="utf-8"))
+    if content["key"] != key or (content["rejected"] > 0) != rejections.path.is_file():
+        return None
+    return TokenReport.load(content)
+
+
+def make_dataset(
+    maker: PartMaker, args: argparse.Namespace, paths: list[str], origin: Origin, key: str, rejections: Rejections
+) -> TokenReport:
+    """Writes the dataset and its report beside `--save_path` and puts them in its place."""
+    report, arrow_files, directory = TokenReport(), [], maker.directory
+    if done := len(list((directory / REPORTS).glob("*.json"))):
+        print(f"going on after an interrupted run, which finished {done} part{'s' * (done > 1)}")
+    try:
+        for part in make_parts(maker, paths, args.num_proc):
+            report.add(part.report)
+            for rejection in part.rejections:
+                rejections.add(*rejection)
+            if part.arrow_file:
+                arrow_files.append(part.arrow_file)
+    finally:
+        rejections.report()
+    if not report.written:
+        for line in report.lines(args.max_seq_length):
+            print(line)
+        shutil.rmtree(directory)
+        raise UsageError("no row is left to write: see the counts above, and mend the file or the length limit")
+    complete_dataset(directory, arrow_files, origin, key)
+    report.save(directory, args.max_seq_length, key)
+    target = Path(args.save_path)
+    replace_dataset(directory, target)
+    (target / "lock").unlink()
+    shutil.rmtree(target / REPORTS)
+    return report
 
 
 def main() -> None:
     args = parse_arguments()
+    target = Path(args.save_path)
+    check_target(target)
+    paths = input_paths(args.jsonl_path)
     tokenizer = load_tokenizer(args.model_name_or_path)
     template = template_for(tokenizer, args.template)
-    rejections = Rejections(args.jsonl_path)
-    counts = Counter(dict.fromkeys(("read", "written", "skipped_overlength", "cut", "tokens", "trained_tokens"), 0))
-    try:
-        examples = tokenize_rows(args, tokenizer, template, counts, rejections)
-        origin = Origin(args.template, fingerprint(tokenizer, template), args.model_name_or_path)
-        save_examples(examples, args.save_path, origin)
-    finally:
-        rejections.report()
-        if counts["read"]:
-            print(json.dumps({**counts, "rejected": rejections.count}))
+    options = TokenizeOptions(args.template, args.max_seq_length, args.skip_overlength, args.loss_on)
+    rejections = Rejections(args.save_path, args.strict)
+    if args.preview:
+        show_preview(tokenizer, template, options, paths, args.preview)
+    key = cache_key(tokenizer, template, options, paths)
+    report = kept_report(target, key, rejections)
+    if report and not (args.strict and report.rejected):
+        print(f"{target} was made from these rows in this way: it is kept")
+    else:
+        with parts_directory(target, key) as directory:
+            maker = PartMaker(tokenizer, template, options, directory)
+            origin = Origin(args.template, fingerprint(tokenizer, template), args.model_name_or_path, args.loss_on)
+            report = make_dataset(maker, args, paths, origin, key, rejections)
+    for line in report.lines(args.max_seq_length):
+        print(line)
+    print(json.dumps(report.counts()))
 
 
 if __name__ == "__main__":

@@ -4,8 +4,9 @@ import json
 
 from utils.checkpoint import load_tokenizer
 from utils.errors import UsageError
-from utils.jsonl import atomic_writer, read_json_rows
+from utils.jsonl import atomic_writer
 from utils.prompts import IGNORE_INDEX, encode_example, encode_prompt, template_for
+from utils.raw_files import read_json_rows
 from utils.rows import Message, Row, RowError, parse_prompt, parse_row
 
 import datasets
@@ -77,12 +78,11 @@ def test_reading_lines_arrays_and_joined_values(tmp_path):
     path.write_bytes('\ufeff{"a": 1}\r\n\n{"a": 2}{"a": 3}\nbroken\n'.encode())
     rows = list(read_json_rows(path))
     assert rows[:3] == [(1, {"a": 1}), (3, {"a": 2}), (3, {"a": 3})]
-    assert rows[3][0] == 4 and isinstance(rows[3][1], json.JSONDecodeError)
-    path.write_text('\n [{"a": 1}, {"a": 2}]')
-    assert list(read_json_rows(path)) == [(1, {"a": 1}), (2, {"a": 2})]
-    path.write_bytes("你好".encode("gb18030"))
-    with pytest.raises(UsageError, match="UTF-8"):
-        list(read_json_rows(path))
+    assert rows[3][0] == 4 and isinstance(rows[3][1], RowError) and len(rows) == 4
+    path.write_text('\n [{"a": 1},\n {"a": 2}]')
+    assert list(read_json_rows(path)) == [(2, {"a": 1}), (3, {"a": 2})]
+    with pytest.raises(UsageError, match="is not a file"):
+        list(read_json_rows(tmp_path / "nowhere"))
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path):
@@ -151,7 +151,7 @@ def test_process_then_cat_is_one_valid_file(run_script, tmp_path):
     write_lines(data / "belle_open_source_1M.train.json", rows)
     for _ in range(2):  # running it again replaces
         result = run_script("process_belle_1M_data.py", cwd=tmp_path).check()
-        assert last_json(result) == {"read": 3, "written": 2, "rejected": 1}
+        assert last_json(result) == {"read": 3, "written": 2, "rejected": 1, "skipped": 0}
         assert "belle_open_source_1M.train.json:3" in result.err
         lines = (data / "Belle_1M.train.json").read_text(encoding="utf-8").splitlines()
         assert [json.loads(line) for line in lines] == [
@@ -189,7 +189,7 @@ def test_tokenize_counts_what_it_skips_and_cuts(run_script, tmp_path, tokenizer)
     assert dataset.column_names == ["input_ids", "labels"] and len(dataset) == 2
     assert [len(ids) for ids in dataset["input_ids"]][1] == 200
     assert all(ids[-1] == tokenizer.eos_token_id for ids in dataset["input_ids"])
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["rows.jsonl", "tokens"]  # nothing temporary is left
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["rows.jsonl", "tokens", "tokens.rejected.jsonl"]
 
 
 @pytest.mark.parametrize(

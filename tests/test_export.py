@@ -8,8 +8,9 @@ import utils.export
 from utils.chatglm.fast_tokenizer import fast_tokenizer
 from utils.chatglm.generations import CHATGLM, GLM4_HF
 from utils.checkpoint import Checkpoint, load_model, load_tokenizer
+from utils.drafts import encode_text
 from utils.lora import AdapterOrigin, attach_adapter, merge_adapter, save_adapter
-from utils.prompts import encode_prompt, encode_text, template_for
+from utils.prompts import encode_prompt, template_for
 from utils.rows import Message
 
 import pytest

@@ -87,7 +87,7 @@ def test_commands_in_order(run_command, workspace):
 
 def test_requirements_are_what_runs_here():
     pins = re.findall(r"^(\S+)==(\S+)", (ROOT / "requirements.txt").read_text(), flags=re.MULTILINE)
-    assert len(pins) == 9
+    assert len(pins) == 10
     for name, pinned in pins:
         assert version(name).split("+")[0] == pinned, name
     assert importlib.util.find_spec("pkg_resources")  # cpm_kernels imports it, hence setuptools<81

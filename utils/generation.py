@@ -142,7 +142,7 @@ def read_requests(input_path: str, tokenizer: PreTrainedTokenizerBase, template:
         UsageError: no such file, or no rows in it.
     """
     requests = []
-    for index, (number, row) in enumerate(read_rows(input_path, parse_prompt)):
+    for index, (_, number, row) in enumerate(read_rows(input_path, parse_prompt)):
         if isinstance(row, RowError):
             requests.append(Request(index, None, [], error=f"{input_path}:{number}: {row}"))
         else:

@@ -4,31 +4,19 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from utils.chatglm.tokenization_chatglm import ChatGLMTokenizer
-from utils.chatglm.tokenization_chatglm2 import ChatGLM2Tokenizer, ChatGLM3Tokenizer
-from utils.rows import Message, Row, RowError
+from utils.chatglm.tokenization_chatglm2 import PREFIX, ChatGLM2Tokenizer, ChatGLM3Tokenizer
+from utils.drafts import NO_TOKENS, Draft, Parts, Span, constant, encode_constant, encode_drafts, token_ids, token_span
+from utils.errors import RowError
+from utils.rows import Message, Row
 
+import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 IGNORE_INDEX = -100  # labels where there is no loss
 MIN_TEXT = 2  # tokens of text, one of the prompt and one of the target, below which a row teaches nothing
-
-
-@dataclass(frozen=True)
-class Parts:
-    """A prompt or a target as tokens; truncation takes from the end of `text` alone."""
-
-    opening: list[int]
-    text: list[int]
-    closing: list[int]
-
-    def ids(self, text_tokens: int | None = None) -> list[int]:
-        return [*self.opening, *self.text[:text_tokens], *self.closing]
-
-    @property
-    def fixed(self) -> int:
-        return len(self.opening) + len(self.closing)
 
 
 @dataclass(frozen=True)
@@ -40,21 +28,18 @@ class Example:
     tokens_cut: int  # how many tokens of text truncation took
 
 
-def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Tokens of a text in which nothing is special: a row that spells out "<eop>" does not end the answer."""
-    return tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+class EncodedRow(NamedTuple):
+    """An example as it is made: spans of token ids, trained or not, one behind the other."""
 
+    spans: list[Span]
+    length: int  # tokens of all spans
+    tokens_cut: int
 
-def token_ids(tokenizer: PreTrainedTokenizerBase, *tokens: str) -> list[int]:
-    return tokenizer.convert_tokens_to_ids(list(tokens))
-
-
-def split_closing(ids: list[int], closing: list[int]) -> tuple[list[int], list[int]]:
-    """Cuts off the end that `ids` has in common with `closing`."""
-    common = 0
-    while common < min(len(ids), len(closing)) and ids[-1 - common] == closing[-1 - common]:
-        common += 1
-    return ids[: len(ids) - common], ids[len(ids) - common :]
+    def example(self) -> Example:
+        input_ids = [int(token) for span in self.spans for token in span.content]
+        trained = [span.trained for span in self.spans for _ in span.content]
+        labels = [token if loss else IGNORE_INDEX for token, loss in zip(input_ids, trained, strict=True)]
+        return Example(input_ids, labels, self.tokens_cut)
 
 
 class ChatGLMTemplate:
@@ -84,17 +69,44 @@ class ChatGLMTemplate:
         return history + final.rstrip("\n")
 
     def prompt(self, tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> Parts:
+        return encode_drafts(tokenizer, [self.prompt_draft(tokenizer, messages)])[0]
+
+    def prompt_draft(self, tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> Draft:
         text = self.render(messages)
-        ids, mark = encode_text(tokenizer, text), []
-        if text.endswith(self.answer_mark):
-            ids, mark = split_closing(ids, encode_text(tokenizer, self.answer_mark))
-        return self.prompt_parts(tokenizer, ids, mark)
+        opening, end = constant(tokenizer, "frame", lambda: self.frame(tokenizer))
+        return Draft(opening, text, self.answer_mark if text.endswith(self.answer_mark) else "", end)
 
-    def prompt_parts(self, tokenizer: PreTrainedTokenizerBase, ids: list[int], mark: list[int]) -> Parts:
-        return Parts([], ids, [*mark, tokenizer.gmask_token_id, tokenizer.bos_token_id])
+    def frame(self, tokenizer: PreTrainedTokenizerBase) -> tuple[list[Span], Span]:
+        """The special tokens before and after a prompt that is one text."""
+        ids = [tokenizer.gmask_token_id, tokenizer.bos_token_id]
+        return [], Span(np.array(ids, np.int32))
 
-    def target(self, tokenizer: PreTrainedTokenizerBase, text: str) -> Parts:
-        return Parts([], encode_text(tokenizer, text), self.stop_ids(tokenizer)[:1])
+    def target_draft(self, tokenizer: PreTrainedTokenizerBase, text: str) -> Draft:
+        return Draft([], text, "", self.stop_span(tokenizer))
+
+    def single_turn(self, tokenizer: PreTrainedTokenizerBase) -> tuple[Draft, Draft]:
+        """
+        What stands round the texts of any row of one turn: the drafts of an empty prompt and target. The prompt's text
+        is `render` of it, and every span of the openings is tokens.
+        """
+        empty = (Message("user", ""),)
+        return constant(
+            tokenizer,
+            (type(self), "single turn"),
+            lambda: (self.prompt_draft(tokenizer, empty), self.target_draft(tokenizer, "")),
+        )
+
+    def stop_span(self, tokenizer: PreTrainedTokenizerBase) -> Span:
+        """The token that ends a target."""
+        return constant(tokenizer, "stop", lambda: Span(np.array(self.stop_ids(tokenizer)[:1], np.int32), True))
+
+    def unfold(self, row: Row) -> list[Row]:
+        """
+        The rows whose examples together have every assistant turn as a target: here one a turn. The prompt of
+        ChatGLM-6B sees itself in both directions, so nothing can be learnt inside it; and that of ChatGLM2 and of
+        alpaca is one text, in which an answer's tokens and those round it may be one.
+        """
+        return [Row(row.messages[:end]) for end in range(2, len(row.messages) + 1, 2)]
 
     def stop_ids(self, tokenizer: PreTrainedTokenizerBase) -> list[int]:
         """Tokens that end an answer; a target ends with the first."""
@@ -118,8 +130,8 @@ class ChatGLM2Template(ChatGLMTemplate):
     def render(self, messages: Sequence[Message]) -> str:
         return self.rounds(messages)
 
-    def prompt_parts(self, tokenizer: PreTrainedTokenizerBase, ids: list[int], mark: list[int]) -> Parts:
-        return Parts(tokenizer.get_prefix_tokens(), ids, mark)
+    def frame(self, tokenizer: PreTrainedTokenizerBase) -> tuple[list[Span], Span]:
+        return [token_span(tokenizer, *PREFIX)], NO_TOKENS
 
 
 class ChatGLM3Template(ChatGLMTemplate):
@@ -136,23 +148,26 @@ class ChatGLM3Template(ChatGLMTemplate):
             return messages[0].content
         return "".join(f"<|{message.role}|>\n{message.content}" for message in messages) + "<|assistant|>"
 
-    def prompt(self, tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> Parts:
-        newline = encode_text(tokenizer, "\n")
-        opening = token_ids(tokenizer, *self.prefix)
-        for message in messages[:-1]:
-            opening += [
-                *token_ids(tokenizer, f"<|{message.role}|>"),
-                *newline,
-                *encode_text(tokenizer, message.content),
-            ]
-        opening += [*token_ids(tokenizer, f"<|{messages[-1].role}|>"), *newline]
-        return Parts(opening, encode_text(tokenizer, messages[-1].content), token_ids(tokenizer, "<|assistant|>"))
+    def prompt_draft(self, tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> Draft:
+        newline = encode_constant(tokenizer, "\n")
+        spans, answered = [token_span(tokenizer, *self.prefix)], False
+        for message in messages:
+            answers = message.role == "assistant"
+            # The role token of the user's next turn is what ends an answer.
+            role = token_span(tokenizer, f"<|{message.role}|>")
+            spans += (Span(role.content, answered), Span(newline, answers), Span(message.content, answers))
+            answered = answers
+        return Draft(spans[:-1], messages[-1].content, "", token_span(tokenizer, "<|assistant|>"))
 
-    def prompt_parts(self, tokenizer: PreTrainedTokenizerBase, ids: list[int], mark: list[int]) -> Parts:
-        return Parts(token_ids(tokenizer, *self.prefix), ids, mark)
+    def frame(self, tokenizer: PreTrainedTokenizerBase) -> tuple[list[Span], Span]:
+        return [token_span(tokenizer, *self.prefix)], NO_TOKENS
 
-    def target(self, tokenizer: PreTrainedTokenizerBase, text: str) -> Parts:
-        return Parts(encode_text(tokenizer, "\n"), encode_text(tokenizer, text), self.stop_ids(tokenizer)[:1])
+    def target_draft(self, tokenizer: PreTrainedTokenizerBase, text: str) -> Draft:
+        newline = constant(tokenizer, "newline", lambda: Span(encode_constant(tokenizer, "\n"), True))
+        return Draft([newline], text, "", self.stop_span(tokenizer))
+
+    def unfold(self, row: Row) -> list[Row]:
+        return [row]  # turns are encoded apart, and a token sees what is before it alone: one example has them all
 
     def stop_ids(self, tokenizer: PreTrainedTokenizerBase) -> list[int]:
         return [tokenizer.eos_token_id, *token_ids(tokenizer, "<|user|>", "<|observation|>")]
@@ -199,8 +214,8 @@ class AlpacaTemplate(ChatGLMTemplate):
         ]
         return self.opening + "".join(turns)
 
-    def prompt_parts(self, tokenizer: PreTrainedTokenizerBase, ids: list[int], mark: list[int]) -> Parts:
-        return self.native.prompt_parts(tokenizer, ids, mark)
+    def frame(self, tokenizer: PreTrainedTokenizerBase) -> tuple[list[Span], Span]:
+        return self.native.frame(tokenizer)
 
     def stop_ids(self, tokenizer: PreTrainedTokenizerBase) -> list[int]:
         return self.native.stop_ids(tokenizer)
@@ -241,29 +256,72 @@ def encode_example(
 ) -> Example:
     """
     Prompt and target as a template joins them (that of the tokenizer's generation unless another is given), with the
-    loss on the target and its stop token.
-
-    With `max_seq_length` (tokens) the texts are cut at their ends, the template's tokens never: the longer text gives
-    first, and neither goes below half of the room unless it is shorter than that.
+    loss on the target and its stop token; truncation is that of `encode_rows`.
 
     Raises:
         RowError: `max_seq_length` leaves no room for text, because of the template or of a history before the prompt.
     """
+    encoded = encode_rows(tokenizer, [row], max_seq_length, template)[0]
+    if isinstance(encoded, RowError):
+        raise encoded
+    return encoded.example()
+
+
+LOSS_ON = ("last", "every")
+
+
+def encode_rows(
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Row],
+    max_seq_length: int | None = None,
+    template: ChatGLMTemplate | None = None,
+    loss_on: str = "last",
+) -> list[EncodedRow | RowError]:
+    """
+    Rows -> examples, or why a row has none, in the rows' order; their texts are encoded together.
+
+    With `max_seq_length` (tokens) the texts are cut at their ends, the template's tokens never: the longer text gives
+    first, and neither goes below half of the room unless it is shorter than that.
+
+    `loss_on` "last" trains on the last answer; "every" also on the earlier ones that stand in the row's prompt as
+    tokens of their own: `template.unfold` makes rows of which that is true.
+    """
     template = template or template_for(tokenizer)
-    prompt, target = template.prompt(tokenizer, row.prompt), template.target(tokenizer, row.target)
-    prompt_tokens, target_tokens = len(prompt.text), len(target.text)
-    if max_seq_length is not None:
-        room = max_seq_length - prompt.fixed - target.fixed
+    drafts = []
+    for row in rows:
+        drafts += (template.prompt_draft(tokenizer, row.prompt), template.target_draft(tokenizer, row.target))
+    parts = encode_drafts(tokenizer, drafts)
+    return [_join(parts[i], parts[i + 1], max_seq_length, loss_on) for i in range(0, len(parts), 2)]
+
+
+def no_room(max_seq_length: int, fixed: int) -> RowError:
+    return RowError(f"{max_seq_length} tokens leave no room beside the template's {fixed}")
+
+
+def cut_texts(prompt: np.ndarray, target: np.ndarray, room: int) -> tuple[np.ndarray, np.ndarray]:
+    """The two texts' beginnings that fill `room` tokens, which they exceed."""
+    target = target[: max(room - len(prompt), room // 2)]
+    return prompt[: room - len(target)], target
+
+
+def _join(prompt: Parts, target: Parts, max_seq_length: int | None, loss_on: str) -> EncodedRow | RowError:
+    opening, prompt_text, prompt_end = prompt
+    target_opening, target_text, target_end = target
+    fixed = len(prompt_end.content) + len(target_end.content)
+    for span in (*opening, *target_opening):
+        fixed += len(span.content)
+    length = fixed + len(prompt_text) + len(target_text)
+    cut = 0
+    if max_seq_length is not None and length > max_seq_length:
+        room = max_seq_length - fixed
         if room < MIN_TEXT:
-            raise RowError(f"{max_seq_length} tokens leave no room beside the template's {max_seq_length - room}")
-        target_tokens = min(target_tokens, max(room - prompt_tokens, room // 2))
-        prompt_tokens = min(prompt_tokens, room - target_tokens)
-    prompt_ids, target_ids = prompt.ids(prompt_tokens), target.ids(target_tokens)
-    return Example(
-        input_ids=prompt_ids + target_ids,
-        labels=[IGNORE_INDEX] * len(prompt_ids) + target_ids,
-        tokens_cut=len(prompt.text) + len(target.text) - prompt_tokens - target_tokens,
-    )
+            return no_room(max_seq_length, fixed)
+        cut = length - max_seq_length
+        prompt_text, target_text = cut_texts(prompt_text, target_text, room)
+    if loss_on == "last" and len(opening) > 1:
+        opening = [Span(content) for content, _ in opening]
+    spans = [*opening, Span(prompt_text), prompt_end, *target_opening, Span(target_text, True), target_end]
+    return EncodedRow(spans, length - cut, cut)
 
 
 PROBES = (

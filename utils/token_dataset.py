@@ -3,17 +3,20 @@
 import hashlib
 import json
 import shutil
-import tempfile
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from utils.errors import UsageError
-from utils.prompts import IGNORE_INDEX, Example, fingerprint, template_for
+from utils.prompts import IGNORE_INDEX, encode_prompt, fingerprint, template_for
+from utils.rows import Message
+from utils.token_batch import TokenBatch
 
 import datasets
+import numpy as np
+import pyarrow as pa
 import pyarrow.compute
-from datasets.arrow_writer import ArrowWriter
 from transformers import PreTrainedTokenizerBase
 
 FEATURES = datasets.Features(
@@ -22,8 +25,9 @@ FEATURES = datasets.Features(
         "labels": datasets.Sequence(datasets.Value("int32")),
     }
 )
-
-
+# What ChatGLM-Tuning's tokenize_dataset_rows.py writes: the prompt with its special tokens, the target and the end
+# token in input_ids, and in seq_len how many tokens of them are the prompt's.
+CHATGLM_TUNING_COLUMNS = ("input_ids", "seq_len")
 ORIGIN_FILE = "origin.json"
 
 
@@ -34,36 +38,50 @@ class Origin:
     template: str  # one of utils.prompts.TEMPLATES
     tokenizer: str  # utils.prompts.fingerprint
     model_name_or_path: str
+    loss_on: str = "last"  # one of utils.prompts.LOSS_ON
 
 
-def save_examples(examples: Iterable[Example], save_path: str, origin: Origin) -> int:
+def record_batch(batch: TokenBatch) -> pa.RecordBatch:
+    """Rows as Arrow columns of `FEATURES`."""
+    offsets = np.concatenate([[0], np.cumsum(batch.lengths)]).astype(np.int32)
+    columns = [pa.ListArray.from_arrays(offsets, values) for values in (batch.input_ids, batch.labels)]
+    return pa.RecordBatch.from_arrays(columns, schema=FEATURES.arrow_schema)
+
+
+def complete_dataset(directory: Path, arrow_files: Sequence[str], origin: Origin, fingerprint: str) -> None:
     """
-    Streams examples into a dataset that `datasets.load_from_disk(save_path)` opens, and returns how many there are.
+    Makes a directory with Arrow files of `FEATURES` one that `datasets.load_from_disk` opens.
 
-    An older dataset at `save_path` is replaced once the new one is complete.
+    Format: what `datasets.Dataset.save_to_disk` of datasets 5.2 writes beside the Arrow files.
+    """
+    state = {
+        "_data_files": [{"filename": name} for name in arrow_files],
+        "_fingerprint": fingerprint,
+        "_format_columns": None,
+        "_format_kwargs": {},
+        "_format_type": None,
+        "_output_all_columns": False,
+        "_split": None,
+    }
+    datasets.DatasetInfo(features=FEATURES).write_to_directory(str(directory))
+    (directory / ORIGIN_FILE).write_text(json.dumps(asdict(origin), ensure_ascii=False), encoding="utf-8")
+    (directory / "state.json").write_text(json.dumps(state), encoding="utf-8")
 
+
+def replace_dataset(new: Path, target: Path) -> None:
+    """Moves a complete dataset to where an older one may stand."""
+    if target.exists():
+        shutil.rmtree(target)
+    new.rename(target)
+
+
+def check_target(target: Path) -> None:
+    """
     Raises:
-        UsageError: there is no example, or something that is not a dataset stands at `save_path`.
+        UsageError: something that is not a dataset stands where one is to be written.
     """
-    target = Path(save_path)
     if target.exists() and not is_dataset(target):
         raise UsageError(f"--save_path {target} exists and is not a dataset: remove it or choose another path")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as directory:
-        arrow_file = f"{directory}/rows.arrow"
-        writer = ArrowWriter(path=arrow_file, features=FEATURES)
-        for example in examples:
-            writer.write({"input_ids": example.input_ids, "labels": example.labels})
-        count, _ = writer.finalize()
-        if count == 0:
-            raise UsageError("no row is left to write: see the counts above, and mend the file or the length limit")
-        complete = Path(directory) / "dataset"
-        datasets.Dataset.from_file(arrow_file).save_to_disk(complete)
-        (complete / ORIGIN_FILE).write_text(json.dumps(asdict(origin), ensure_ascii=False), encoding="utf-8")
-        if target.exists():
-            shutil.rmtree(target)
-        complete.rename(target)
-    return count
 
 
 def is_dataset(path: Path) -> bool:
@@ -72,7 +90,7 @@ def is_dataset(path: Path) -> bool:
 
 def load_examples(dataset_path: str) -> datasets.Dataset:
     """
-    Opens a dataset written by `save_examples`.
+    Opens a dataset that tokenize_dataset_rows_belle.py wrote, or ChatGLM-Tuning's script.
 
     Raises:
         UsageError: nothing there, no dataset, other columns, no rows, or no trained token in the first row.
@@ -84,6 +102,10 @@ def load_examples(dataset_path: str) -> datasets.Dataset:
     if not path.is_dir() or not is_dataset(path):
         raise UsageError(f"--dataset_path {path} is not a tokenised dataset; {make_one}")
     dataset = datasets.load_from_disk(str(path))
+    if isinstance(dataset, datasets.Dataset) and is_chatglm_tuning(dataset.column_names):
+        dataset = dataset.select_columns(list(CHATGLM_TUNING_COLUMNS)).map(
+            add_labels, batched=True, remove_columns=["seq_len"], features=FEATURES
+        )
     if not isinstance(dataset, datasets.Dataset) or not set(FEATURES) <= set(dataset.column_names):
         raise UsageError(f"--dataset_path {path} lacks the columns input_ids and labels; {make_one}")
     if len(dataset) == 0:
@@ -91,6 +113,25 @@ def load_examples(dataset_path: str) -> datasets.Dataset:
     if all(label == IGNORE_INDEX for label in dataset[0]["labels"]):
         raise UsageError(f"--dataset_path {path}: the first row has no token to train on; {make_one}")
     return dataset.select_columns(list(FEATURES))
+
+
+def is_chatglm_tuning(columns: Sequence[str]) -> bool:
+    return set(CHATGLM_TUNING_COLUMNS) <= set(columns) and "labels" not in columns
+
+
+def add_labels(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
+    """
+    Labels of rows of `input_ids` and `seq_len`: IGNORE_INDEX on the first `seq_len` tokens, the ids themselves after.
+
+    The loss is shifted inside the model, so the target's first token is learnt from the prompt's last, `<sop>`.
+    Source: mymusise/ChatGLM-Tuning, tokenize_dataset_rows.py and the collator in finetune.py. That collator labels one
+    token more, `<sop>` after `[gMASK]`, which every prompt brings along and no answer needs.
+    """
+    rows = zip(batch["input_ids"], batch["seq_len"], strict=True)
+    return {
+        "input_ids": batch["input_ids"],
+        "labels": [[IGNORE_INDEX] * prompt_tokens + ids[prompt_tokens:] for ids, prompt_tokens in rows],
+    }
 
 
 def row_lengths(dataset: datasets.Dataset) -> list[int]:
@@ -110,18 +151,32 @@ def fingerprint_rows(dataset: datasets.Dataset) -> str:
 def check_origin(dataset_path: str, tokenizer: PreTrainedTokenizerBase, model_name_or_path: str) -> str:
     """
     The name of the template that the dataset was made with; "native" for a dataset that another tool made, of which
-    nothing is known.
+    nothing is known but what its first row looks like.
 
     Raises:
         UsageError: another tokenizer or another version of the template made it.
     """
     path = Path(dataset_path) / ORIGIN_FILE
+    again = f"tokenise the rows again with --model_name_or_path {model_name_or_path}"
     if not path.is_file():
+        dataset = datasets.load_from_disk(dataset_path)
+        if is_chatglm_tuning(dataset.column_names) and not _is_pair_of(tokenizer, dataset[0]):
+            raise UsageError(
+                f"--dataset_path {dataset_path}: its rows do not have the special tokens that the tokenizer of "
+                f"{model_name_or_path} puts round a prompt and a target: {again}"
+            )
         return "native"
     origin = Origin(**json.loads(path.read_text(encoding="utf-8")))
     if origin.tokenizer != fingerprint(tokenizer, template_for(tokenizer, origin.template)):
         raise UsageError(
             f"--dataset_path {dataset_path} was made with another tokenizer, that of {origin.model_name_or_path}: "
-            f"tokenise the rows again with --model_name_or_path {model_name_or_path}"
+            f"{again}"
         )
     return origin.template
+
+
+def _is_pair_of(tokenizer: PreTrainedTokenizerBase, row: dict[str, Any]) -> bool:
+    """Whether a row of `input_ids` and `seq_len` looks like ChatGLM-6B's `prompt [gMASK] <sop> target <eop>`."""
+    closing = encode_prompt(tokenizer, [Message("user", "")])[-2:]
+    ids, prompt_tokens = row["input_ids"], row["seq_len"]
+    return ids[max(prompt_tokens - 2, 0) : prompt_tokens] == closing and ids[-1] == tokenizer.eos_token_id

@@ -1,9 +1,11 @@
 """ChatGLM-6B's SentencePiece tokenizer (`ice_text.model`), as the released `tokenization_chatglm.py` behaves."""
 
 import re
+from collections.abc import Sequence
 
 from utils.chatglm.vocab_file import VocabFileTokenizer
 
+import numpy as np
 import sentencepiece
 from transformers import AddedToken
 
@@ -17,7 +19,10 @@ _BLANK_PIECE = re.compile(r"<\|blank_(\d+)\|>")
 def encode_whitespace(text: str) -> str:
     """Newlines, tabs and runs of 2 to 80 spaces become the pieces that stand for them; longer runs are cut at 80."""
     text = text.replace("\n", NEWLINE_PIECE).replace("\t", TAB_PIECE)
-    return _BLANKS.sub(lambda run: f"<|blank_{len(run[0])}|>", text)
+    # The longest first, each length in one pass of C: a text may be that of many rows.
+    for run in sorted(set(_BLANKS.findall(text)), key=len, reverse=True):
+        text = text.replace(run, f"<|blank_{len(run)}|>")
+    return text
 
 
 def decode_whitespace(text: str) -> str:
@@ -113,6 +118,15 @@ class ChatGLMTokenizer(VocabFileTokenizer):
 
     def _tokenize(self, text: str, **kwargs) -> list[str]:
         return self.sp_model.encode(self._normalize(text), out_type=str)
+
+    def encode_texts(self, texts: Sequence[str]) -> list[np.ndarray]:
+        joined = "\0".join(texts)
+        if joined.count("\0") == len(texts) - 1 and not (self.remove_space or self.do_lower_case):
+            normalized = encode_whitespace(joined).split("\0")  # the pieces do not reach over a "\0"
+        else:
+            normalized = [self._normalize(text) for text in texts]
+        encoded = self.sp_model.encode_as_numpy(normalized, num_threads=1)
+        return [ids + self.num_image_tokens for ids in encoded] if self.num_image_tokens else encoded
 
     def _convert_token_to_id(self, token: str) -> int:
         return self.sp_model.piece_to_id(token) + self.num_image_tokens

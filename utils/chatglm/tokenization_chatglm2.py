@@ -2,10 +2,12 @@
 
 import json
 import re
+from collections.abc import Sequence
 from typing import Any
 
 from utils.chatglm.vocab_file import VocabFileTokenizer
 
+import numpy as np
 import sentencepiece
 
 PREFIX = ("[gMASK]", "sop")
@@ -33,6 +35,12 @@ class ChatGLM2Tokenizer(VocabFileTokenizer):
         self.pad_with_unk = pad_with_unk
         self.sp_model = sentencepiece.SentencePieceProcessor(model_file=str(vocab_file))
         self.special_ids = {piece: self.sp_model.vocab_size() + i for i, piece in enumerate(self.special_pieces)}
+        # A piece of the vocabulary that is spelled like a special token becomes it, as in the released class.
+        self._special_by_piece_id = {
+            self.sp_model.piece_to_id(piece): index
+            for piece, index in self.special_ids.items()
+            if self.sp_model.piece_to_id(piece) != self.sp_model.unk_id()
+        }
         self._special_by_id = {index: piece for piece, index in self.special_ids.items()}
         # None of these is a special token to transformers: nothing in a text is ever split off as one.
         for name in (
@@ -73,6 +81,13 @@ class ChatGLM2Tokenizer(VocabFileTokenizer):
 
     def _tokenize(self, text: str, **kwargs) -> list[str]:
         return self.sp_model.encode(text, out_type=str)
+
+    def encode_texts(self, texts: Sequence[str]) -> list[np.ndarray]:
+        encoded = self.sp_model.encode_as_numpy(list(texts), num_threads=1)
+        for piece_id, index in self._special_by_piece_id.items():
+            for ids in encoded:
+                ids[ids == piece_id] = index
+        return encoded
 
     def _convert_token_to_id(self, token: str) -> int:
         return self.special_ids.get(token, self.sp_model.piece_to_id(token))

@@ -3,14 +3,15 @@
 import base64
 import binascii
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from utils.chatglm.vocab_file import VocabFileTokenizer
 
-from tokenizers import Regex, Tokenizer
+import numpy as np
+from tokenizers import Regex, Tokenizer, pre_tokenizers
 from tokenizers.models import BPE
-from tokenizers.pre_tokenizers import ByteLevel, Sequence, Split
 from transformers import AddedToken
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
@@ -92,8 +93,11 @@ class ChatGLM4Tokenizer(VocabFileTokenizer):
         self._pieces = {rank: piece for piece, rank in self._ids.items()}
         merges = [(spell(left), spell(right)) for left, right in merges_of(ranks)]
         self.bpe = Tokenizer(BPE(vocab=self._ids, merges=merges, ignore_merges=True))
-        self.bpe.pre_tokenizer = Sequence(
-            [Split(Regex(PATTERN), "isolated"), ByteLevel(add_prefix_space=False, use_regex=False)]
+        self.bpe.pre_tokenizer = pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Split(Regex(PATTERN), "isolated"),
+                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+            ]
         )
         specials = SPECIAL_TOKENS.split()
         kwargs["added_tokens_decoder"] = {
@@ -119,6 +123,10 @@ class ChatGLM4Tokenizer(VocabFileTokenizer):
     def encode_ordinary(self, text: str) -> list[int]:
         """Ids of a text in which nothing is special."""
         return self.bpe.encode(text, add_special_tokens=False).ids
+
+    def encode_texts(self, texts: Sequence[str]) -> list[np.ndarray]:
+        encoded = self.bpe.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [np.array(encoding.ids, np.int32) for encoding in encoded]
 
     def _tokenize(self, text: str, **kwargs) -> list[str]:
         return self.bpe.encode(text, add_special_tokens=False).tokens

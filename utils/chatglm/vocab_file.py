@@ -1,8 +1,10 @@
 """What the family's tokenizers do alike: each has one vocabulary file and saves itself by copying it."""
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 from transformers import PreTrainedTokenizer
 
 
@@ -18,3 +20,10 @@ class VocabFileTokenizer(PreTrainedTokenizer):
         if Path(self.vocab_file).resolve() != target.resolve():
             shutil.copyfile(self.vocab_file, target)
         return (str(target),)
+
+    def encode_texts(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """
+        Of each text the ids, int32, that `encode(text, add_special_tokens=False, split_special_tokens=True)` gives,
+        many texts in one call of the library that encodes them.
+        """
+        raise NotImplementedError
