@@ -1,6 +1,5 @@
 """Which launcher, which rank, which backend; on GPUs and without."""
 
-import ctypes
 import os
 import signal
 import socket
@@ -9,6 +8,7 @@ from functools import cache
 from typing import Any
 
 from utils.extension_builds import remove_stale_build_locks
+from utils.processes import end_with_parent
 
 import torch
 
@@ -51,7 +51,7 @@ def init_process_group(use_deepspeed: bool) -> None:
     needs it.
     """
     if "LOCAL_RANK" in os.environ:
-        _end_with_the_launcher()
+        end_with_parent(signal.SIGTERM)  # the launcher
     if world_size() == 1:
         if not use_deepspeed:
             return
@@ -83,12 +83,6 @@ def mean_over_processes(value: float) -> float:
     total = torch.tensor(value, dtype=torch.float64, device="cuda" if torch.cuda.is_available() else "cpu")
     torch.distributed.all_reduce(total)
     return total.item() / world_size()
-
-
-def _end_with_the_launcher() -> None:
-    """Has SIGTERM sent here when the launcher dies; the process would go on unseen, beside what replaces it."""
-    PR_SET_PDEATHSIG = 1  # of Linux's prctl
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 @cache

@@ -3,7 +3,6 @@
 import collections
 import concurrent.futures
 import contextlib
-import ctypes
 import fcntl
 import gc
 import hashlib
@@ -20,6 +19,7 @@ from pathlib import Path
 
 from utils.chatglm.vocab_file import VocabFileTokenizer
 from utils.errors import RowError, RunError, UsageError
+from utils.processes import end_with_parent
 from utils.prompts import IGNORE_INDEX, ChatGLMTemplate, fingerprint
 from utils.raw_files import Block, read_blocks
 from utils.rejections import Rejection
@@ -35,7 +35,6 @@ from transformers import PreTrainedTokenizerBase
 PART_BLOCKS = 8  # of a part, which is one Arrow file: about 8 MiB of raw rows
 VERSION = 1  # of what is made of a row; a new one makes every dataset anew
 REPORTS = "reports"  # directory of the finished parts' reports
-PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 @dataclass(frozen=True)
@@ -248,7 +247,7 @@ _maker: PartMaker | None = None  # of a worker process
 def _start_worker(maker: PartMaker) -> None:
     global _maker
     _maker = maker
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # a killed run leaves no workers behind
+    end_with_parent(signal.SIGKILL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent answers Ctrl-C
 
 
