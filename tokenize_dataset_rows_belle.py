@@ -16,7 +16,6 @@ import os
 import shutil
 from pathlib import Path
 
-from utils.checkpoint import DEFAULT_MODEL, load_tokenizer
 from utils.errors import RowError, UsageError, run
 from utils.prompts import LOSS_ON, TEMPLATES, ChatGLMTemplate, encode_rows, fingerprint, template_for
 from utils.raw_files import input_paths
@@ -25,6 +24,7 @@ from utils.rows import Row, parse_row, read_rows
 from utils.token_dataset import Origin, check_target, complete_dataset, is_dataset, replace_dataset
 from utils.token_parts import REPORTS, PartMaker, TokenizeOptions, cache_key, make_parts, parts_directory
 from utils.token_report import REPORT_FILE, TokenReport, preview
+from utils.tokenizer_files import DEFAULT_MODEL, load_tokenizer
 
 from transformers import PreTrainedTokenizerBase
 

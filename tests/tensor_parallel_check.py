@@ -13,7 +13,7 @@ path = sys.argv[1]
 generation = Checkpoint.open(path).generation
 whole = load_model(path)
 sharded = shard_with_deepspeed(load_model(path), generation, torch.float32)
-plan, split = generation.tensor_parallel, 0
+plan, split = generation.architecture.tensor_parallel, 0
 parts = dict(sharded.named_modules())
 for name, module in whole.named_modules():
     columns = any(name.endswith(column) for column in (*plan.columns, *plan.packed_columns))

@@ -8,20 +8,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from utils.chatglm.generations import CHATGLM, SUPPORTED, Generation, identify, model_config
+from utils.chatglm.architectures import model_config
+from utils.chatglm.generations import Generation
 from utils.chatglm.modeling_chatglm import derive_position_ids
 from utils.chatglm.released_glm import convert
 from utils.errors import UsageError
-from utils.hub import local_directory
 from utils.quantization import BITS, SCALE, Quantization, quantize, quantize_modules
+from utils.tokenizer_files import DEFAULT_MODEL, load_tokenizer, open_directory
 from utils.weight_files import read_weights
 
 import torch
 from accelerate import init_empty_weights
 from accelerate.utils import offload_weight, save_offload_index, set_module_tensor_to_device
-from transformers import GlmForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel
 
-DEFAULT_MODEL = "THUDM/chatglm-6b"
+__all__ = ["DEFAULT_MODEL", "Checkpoint", "load_model", "load_tokenizer"]
 
 
 @dataclass(frozen=True)
@@ -42,26 +43,15 @@ class Checkpoint:
             quantize: "int8" or "int4" for a checkpoint in full precision; a quantised one says so itself.
 
         Raises:
-            UsageError: see `local_directory`; no config.json, one that is not JSON, a model that is not supported, or
-                one that is quantised already, to other bits.
+            UsageError: see `open_directory`; values under which the model is another one; or it is quantised
+                already, to other bits.
         """
-        directory = local_directory(path_or_id, weights)
-        config_file = directory / "config.json"
-        if not config_file.is_file():
-            raise UsageError(f"--model_name_or_path {directory} has no config.json: is it a checkpoint directory?")
-        try:
-            released = json.loads(config_file.read_text(encoding="utf-8"))
-        except json.JSONDecodeError as error:
-            raise UsageError(f"{config_file} is not JSON: {error}") from None
-        generation = identify(directory, released)
-        if generation is None:
-            model_type = released.get("model_type")
-            raise UsageError(f"{directory} (model_type {model_type}) is not supported; supported are: {SUPPORTED}")
+        directory, generation, released = open_directory(path_or_id, weights)
         try:
             config = model_config(generation, released)
             stored = Quantization.of(released)
         except (KeyError, ValueError) as error:
-            raise UsageError(f"{config_file} is no {generation.name}: {error}") from None
+            raise UsageError(f"{directory / 'config.json'} is no {generation.name}: {error}") from None
         if stored and quantize and BITS[quantize] != stored.bits:
             raise UsageError(f"--quantize {quantize}: {directory} is quantised to {stored.bits} bits already")
         wanted = Quantization(BITS[quantize]) if quantize else None
@@ -70,11 +60,11 @@ class Checkpoint:
     @property
     def converts(self) -> bool:
         """Whether its weights have other names than those of the model class."""
-        return self.generation.model_class is GlmForCausalLM and self.generation.released_layout
+        return self.generation.is_glm and self.generation.released_layout
 
     def row_positions(self, input_ids: torch.Tensor) -> torch.Tensor:
         """(1, T) int64 tokens of one row -> its position_ids: (1, 2, T) for ChatGLM-6B, (1, T) for the others."""
-        if self.generation is CHATGLM:
+        if not self.generation.is_glm:
             return derive_position_ids(input_ids, None, self.config)
         return torch.arange(input_ids.shape[1])[None]
 
@@ -123,7 +113,7 @@ class Checkpoint:
     def empty_model(self, dtype: torch.dtype) -> PreTrainedModel:
         """The model without memory for its weights, in eval mode."""
         with init_empty_weights():
-            model = self.generation.model_class(self.config)
+            model = self.generation.architecture.model_class(self.config)
             if self.quantization:
                 quantize_modules(model, self.quantization, self.generation.linear_layers)
         model.to(dtype)  # an offloaded weight is brought back in the dtype of its place holder
@@ -188,20 +178,6 @@ def _enclosing(key: str) -> Iterator[str]:
     yield ""
 
 
-def load_tokenizer(path_or_id: str) -> PreTrainedTokenizerBase:
-    """
-    The tokenizer of a checkpoint.
-
-    Raises:
-        UsageError: see `Checkpoint.open`; or the vocabulary file is missing.
-    """
-    checkpoint = Checkpoint.open(path_or_id, weights=False)
-    generation, directory = checkpoint.generation, checkpoint.directory
-    if not (directory / generation.vocab_file).is_file():
-        raise UsageError(f"--model_name_or_path {directory} has no {generation.vocab_file}, its vocabulary")
-    return generation.tokenizer_class.from_pretrained(directory)
-
-
 def load_model(path_or_id: str, dtype: torch.dtype = torch.float32, quantize: str | None = None) -> PreTrainedModel:
     """
     The model of a checkpoint (`.bin`, read with weights_only, or safetensors; sharded or not), on the CPU and in eval
@@ -225,7 +201,7 @@ def load_model(path_or_id: str, dtype: torch.dtype = torch.float32, quantize: st
     if checkpoint.converts:
         source = {"pretrained_model_name_or_path": None, "state_dict": dict(checkpoint.weights())}
     try:
-        model, info = generation.model_class.from_pretrained(
+        model, info = generation.architecture.model_class.from_pretrained(
             **source,
             config=checkpoint.config,
             dtype=dtype,

@@ -67,7 +67,7 @@ def shard_with_deepspeed(model: PreTrainedModel, generation: Generation, dtype: 
         )
     repeat_key_value_heads(model, world_size())
 
-    plan = generation.tensor_parallel
+    plan = generation.architecture.tensor_parallel
     partition = AutoTPConfig(
         tp_size=world_size(),
         layer_specs=[

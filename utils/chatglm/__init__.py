@@ -1,15 +1,21 @@
-"""The ChatGLM family without remote code. Importing it registers ChatGLM-6B with transformers' Auto classes."""
+"""
+The ChatGLM family without remote code. The classes of ChatGLM-6B are registered with transformers' Auto classes by
+whoever asks for a model; a tokenizer alone is had without importing torch.
+"""
 
-from utils.chatglm.configuration_chatglm import ChatGLMConfig
-from utils.chatglm.modeling_chatglm import ChatGLMForConditionalGeneration, ChatGLMModel
-from utils.chatglm.tokenization_chatglm import ChatGLMTokenizer
+from importlib import import_module
 
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
+_OWNERS = {
+    "ChatGLMConfig": "configuration_chatglm",
+    "ChatGLMForConditionalGeneration": "modeling_chatglm",
+    "ChatGLMModel": "modeling_chatglm",
+    "ChatGLMTokenizer": "tokenization_chatglm",
+}
+__all__ = list(_OWNERS)
 
-AutoConfig.register("chatglm", ChatGLMConfig)
-for auto_class in (AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM):
-    # The released config maps AutoModel to the class with the head, and its users rely on it.
-    auto_class.register(ChatGLMConfig, ChatGLMForConditionalGeneration)
-AutoTokenizer.register(ChatGLMConfig, slow_tokenizer_class=ChatGLMTokenizer)
 
-__all__ = ["ChatGLMConfig", "ChatGLMForConditionalGeneration", "ChatGLMModel", "ChatGLMTokenizer"]
+def __getattr__(name: str):
+    if name not in _OWNERS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import_module(f"{__name__}.architectures")  # registers them
+    return getattr(import_module(f"{__name__}.{_OWNERS[name]}"), name)

@@ -1,38 +1,17 @@
-"""The generations of the family: how each is recognised, and what differs between them beyond the model class."""
+"""The generations of the family: how each is recognised, its tokenizer, and the names of its layers."""
 
 import json
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from utils.chatglm.configuration_chatglm import ChatGLMConfig
-from utils.chatglm.modeling_chatglm import ChatGLMBlock, ChatGLMForConditionalGeneration
-from utils.chatglm.released_glm import glm_config
 from utils.chatglm.tokenization_chatglm import ChatGLMTokenizer
 from utils.chatglm.tokenization_chatglm2 import ROLE_TOKENS, ChatGLM2Tokenizer, ChatGLM3Tokenizer
 from utils.chatglm.tokenization_glm4 import ChatGLM4Tokenizer, is_tiktoken_file
+from utils.chatglm.vocab_file import VocabFileTokenizer
 
-from torch import nn
-from transformers import AutoTokenizer, GlmConfig, GlmForCausalLM, PreTrainedModel
-from transformers.models.glm.modeling_glm import GlmDecoderLayer
-
-
-@dataclass(frozen=True)
-class TensorParallelPlan:
-    """How a block's linear layers are split over ranks: by output rows, or by input columns."""
-
-    block: type[nn.Module]
-    columns: tuple[str, ...]
-    rows: tuple[str, ...]
-    packed_columns: tuple[str, ...] = ()  # two matrices of equal size, one above the other
-
-
-GLM_PLAN = TensorParallelPlan(
-    block=GlmDecoderLayer,
-    columns=("q_proj", "k_proj", "v_proj"),
-    rows=("self_attn.o_proj", "mlp.down_proj"),
-    packed_columns=("gate_up_proj",),
-)
+if TYPE_CHECKING:
+    from utils.chatglm.architectures import Architecture
 
 
 @dataclass(frozen=True)
@@ -40,34 +19,35 @@ class Generation:
     """One generation of the family."""
 
     name: str
-    model_class: type[PreTrainedModel]
-    tokenizer_class: Any  # AutoTokenizer for -hf checkpoints, whose tokenizer.json transformers reads itself
+    tokenizer_class: type[VocabFileTokenizer] | None  # None: transformers reads the tokenizer.json itself
     vocab_file: str
     lora_target_modules: tuple[str, ...]
     linear_layers: tuple[str, ...]  # of a block; what is quantised
-    tensor_parallel: TensorParallelPlan = field(repr=False)
+    is_glm: bool = True  # transformers' own GlmForCausalLM
     released_layout: bool = True  # of a GlmForCausalLM: keys and config are those of the release
+
+    @property
+    def architecture(self) -> "Architecture":
+        """The model class and how it is split; importing it imports torch, which tokenising can do without."""
+        from utils.chatglm import architectures
+
+        return architectures.GLM if self.is_glm else architectures.CHATGLM
 
 
 CHATGLM = Generation(
     name="ChatGLM-6B",
-    model_class=ChatGLMForConditionalGeneration,
     tokenizer_class=ChatGLMTokenizer,
     vocab_file="ice_text.model",
     lora_target_modules=("query_key_value",),
     linear_layers=("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"),
-    tensor_parallel=TensorParallelPlan(
-        block=ChatGLMBlock,
-        columns=("query_key_value", "dense_h_to_4h"),
-        rows=("attention.dense", "mlp.dense_4h_to_h"),
-    ),
+    is_glm=False,
 )
 QKV = ("q_proj", "k_proj", "v_proj")
-GLM = (QKV, (*QKV, "o_proj", "gate_up_proj", "down_proj"), GLM_PLAN)
-CHATGLM2 = Generation("ChatGLM2-6B", GlmForCausalLM, ChatGLM2Tokenizer, "tokenizer.model", *GLM)
-CHATGLM3 = Generation("ChatGLM3-6B", GlmForCausalLM, ChatGLM3Tokenizer, "tokenizer.model", *GLM)
-GLM4 = Generation("GLM-4-9B", GlmForCausalLM, ChatGLM4Tokenizer, "tokenizer.model", *GLM)
-GLM4_HF = Generation("GLM-4-9B-hf", GlmForCausalLM, AutoTokenizer, "tokenizer.json", *GLM, released_layout=False)
+GLM_LAYERS = (QKV, (*QKV, "o_proj", "gate_up_proj", "down_proj"))
+CHATGLM2 = Generation("ChatGLM2-6B", ChatGLM2Tokenizer, "tokenizer.model", *GLM_LAYERS)
+CHATGLM3 = Generation("ChatGLM3-6B", ChatGLM3Tokenizer, "tokenizer.model", *GLM_LAYERS)
+GLM4 = Generation("GLM-4-9B", ChatGLM4Tokenizer, "tokenizer.model", *GLM_LAYERS)
+GLM4_HF = Generation("GLM-4-9B-hf", None, "tokenizer.json", *GLM_LAYERS, released_layout=False)
 # What a merged checkpoint of theirs becomes: saved by transformers, with the tokenizer of the release beside it.
 MERGED = {generation.name: replace(generation, released_layout=False) for generation in (CHATGLM2, CHATGLM3)}
 MERGED_FROM = "chatglm_generation"  # the key of `config.json` that says which it was
@@ -105,17 +85,3 @@ def identify(directory: Path, config: dict[str, Any]) -> Generation | None:
     code = directory / "tokenization_chatglm.py"  # read as text, never run
     said = json.dumps(tokenizer_config) + (code.read_text(encoding="utf-8") if code.is_file() else "")
     return CHATGLM3 if ROLE_TOKENS[1] in said else CHATGLM2
-
-
-def model_config(generation: Generation, released: dict[str, Any]) -> ChatGLMConfig | GlmConfig:
-    """
-    The configuration of the generation's model class.
-
-    Raises:
-        ValueError: values under which the model is another one.
-    """
-    if generation is CHATGLM:
-        return ChatGLMConfig.from_dict(released)
-    if not generation.released_layout:
-        return GlmConfig.from_dict(released)
-    return glm_config(released, positions_interpolated=generation is CHATGLM2)

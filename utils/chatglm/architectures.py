@@ -1,0 +1,78 @@
+"""The two model classes of the family, how they are split over ranks, and their configurations."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from utils.chatglm.configuration_chatglm import ChatGLMConfig
+from utils.chatglm.generations import CHATGLM2, Generation
+from utils.chatglm.modeling_chatglm import ChatGLMBlock, ChatGLMForConditionalGeneration
+from utils.chatglm.released_glm import glm_config
+from utils.chatglm.tokenization_chatglm import ChatGLMTokenizer
+
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    GlmConfig,
+    GlmForCausalLM,
+    PreTrainedModel,
+)
+from transformers.models.glm.modeling_glm import GlmDecoderLayer
+
+AutoConfig.register("chatglm", ChatGLMConfig)
+for auto_class in (AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM):
+    # The released config maps AutoModel to the class with the head, and its users rely on it.
+    auto_class.register(ChatGLMConfig, ChatGLMForConditionalGeneration)
+AutoTokenizer.register(ChatGLMConfig, slow_tokenizer_class=ChatGLMTokenizer)
+
+
+@dataclass(frozen=True)
+class TensorParallelPlan:
+    """How a block's linear layers are split over ranks: by output rows, or by input columns."""
+
+    block: type[nn.Module]
+    columns: tuple[str, ...]
+    rows: tuple[str, ...]
+    packed_columns: tuple[str, ...] = ()  # two matrices of equal size, one above the other
+
+
+@dataclass(frozen=True)
+class Architecture:
+    model_class: type[PreTrainedModel]
+    tensor_parallel: TensorParallelPlan
+
+
+CHATGLM = Architecture(
+    ChatGLMForConditionalGeneration,
+    TensorParallelPlan(
+        block=ChatGLMBlock,
+        columns=("query_key_value", "dense_h_to_4h"),
+        rows=("attention.dense", "mlp.dense_4h_to_h"),
+    ),
+)
+GLM = Architecture(
+    GlmForCausalLM,
+    TensorParallelPlan(
+        block=GlmDecoderLayer,
+        columns=("q_proj", "k_proj", "v_proj"),
+        rows=("self_attn.o_proj", "mlp.down_proj"),
+        packed_columns=("gate_up_proj",),
+    ),
+)
+
+
+def model_config(generation: Generation, released: dict[str, Any]) -> ChatGLMConfig | GlmConfig:
+    """
+    The configuration of the generation's model class.
+
+    Raises:
+        ValueError: values under which the model is another one.
+    """
+    if not generation.is_glm:
+        return ChatGLMConfig.from_dict(released)
+    if not generation.released_layout:
+        return GlmConfig.from_dict(released)
+    return glm_config(released, positions_interpolated=generation is CHATGLM2)
