@@ -8,6 +8,7 @@ import shutil
 import signal
 import sys
 import time
+from pathlib import Path
 
 from utils.run_checkpoints import MANIFEST_FILE, compare, find_damage, list_checkpoints, rotate, seal
 
@@ -167,13 +168,15 @@ def test_killed_and_resumed(workspace):
 
 @pytest.mark.slow
 def test_resumed_under_zero3(workspace, tmp_path):
-    """From the checkpoint that the whole run left before its last."""
+    """From the checkpoint that the whole run left before its last; and no run leaves shared memory behind."""
+    shared = set(Path("/dev/shm").glob("deepspeed_allreduce_buffer_*"))
     whole = kill_training.reference("zero3", workspace)
     before_last = list_checkpoints(whole)[-2]
     shutil.copytree(before_last, tmp_path / before_last.name)
     kill_training.finish(kill_training.command("zero3", workspace, tmp_path), workspace / "log")
     assert f"resuming from {tmp_path}/{before_last.name}" in (workspace / "log").read_text()
     assert kill_training.same_adapter(whole, tmp_path)
+    assert set(Path("/dev/shm").glob("deepspeed_allreduce_buffer_*")) <= shared
 
 
 @pytest.mark.slow
