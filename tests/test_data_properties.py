@@ -9,7 +9,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-quick = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+quick = settings(
+    derandomize=True, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
 ANY_TEXT = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=30).filter(str.strip)
 PHRASES = ("今天天气怎么样", "请写一首关于春天的诗", "把句子翻译成英文", "人工智能的未来", "3.11\t答案是42", "“好”\n")
 CHINESE = st.lists(st.sampled_from(PHRASES), min_size=2, max_size=6).map("Python".join)
