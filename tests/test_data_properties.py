@@ -6,7 +6,7 @@ import json
 from utils.rows import RowError, parse_row, read_rows
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 quick = settings(
@@ -95,7 +95,11 @@ def test_a_cut_file_gives_rows_that_were_in_it(file, table, layout, data):
     assert good == [(prompt, target) for prompt, target, _ in table][: len(good)] and len(bad) <= 2
 
 
+QUOTED = "“好”\nPython“好”\n"  # mostly quotes, whose bytes in UTF-8 are no Chinese character's
+
+
 @settings(quick, max_examples=80)
+@example(table=[(t, t, {"prompt": t, "completion": t}) for t in ("今天天气怎么样" * 2, QUOTED)], choices=[3] + [0] * 7)
 @given(table=tables(CHINESE), choices=st.lists(st.integers(0, 3), min_size=8, max_size=8))
 def test_joined_and_recoded_lines_are_the_same_rows_or_reported(file, table, choices):
     with open(file, "wb") as out:
