@@ -23,11 +23,11 @@ import threading
 import time
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from tools.tiny_corpus import sentence
+
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-from tools.tiny_corpus import sentence  # noqa: E402
-
 MODEL = ROOT / "data" / "chatglm-tiny"
 ORIGINAL_ROWS = 4000  # a sample: one call a field is slow
 

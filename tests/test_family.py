@@ -43,11 +43,12 @@ class Trained:
             f"--model_name_or_path {self.model} --max_seq_length 60"
         ).check()
         (directory / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in PROMPTS))
-        self.adapter = self.train("python", "", rows=4)
+        self.adapter = self.train("", "", rows=4)
 
     def train(self, launcher: str, flags: str, rows: int) -> Path:
         output_dir = self.directory / f"adapter{len(list(self.directory.iterdir()))}"
-        result = self.run_command(
+        run = self.run_command if launcher else self.run_script
+        result = run(
             f"{launcher} multi_gpu_fintune_belle.py --dataset_path {self.directory}/tokens --lora_rank 4 "
             f"--model_name_or_path {self.model} --learning_rate 2e-3 --max_steps 4 --fp16 --logging_steps 2 "
             f"--per_device_train_batch_size {rows} --output_dir {output_dir} {flags}"

@@ -2,7 +2,6 @@
 
 import json
 
-import utils.distributed
 import utils.placement
 from utils.checkpoint import Checkpoint, load_model, load_tokenizer
 from utils.generation import decode, generate_answers, read_requests
@@ -139,9 +138,9 @@ def test_random_checkpoints_answer(run_script, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("processes", (2, 4))
-def test_deepspeed_shards_give_the_answers_of_one_process(answer, workspace, adapted, processes):
-    script = f"deepspeed --num_gpus {processes} chatglm_deepspeed_inference.py"
+def test_four_shards_give_the_answers_of_one_process(answer, workspace, adapted):
+    """Two are what test_family.py and test_readme.py run."""
+    script = "deepspeed --num_gpus 4 chatglm_deepspeed_inference.py"
     assert answer(script, f"--adapter_path {workspace}/adapter")[0] == adapted
 
 
@@ -153,7 +152,7 @@ def test_the_dispatching_script_under_deepspeed(answer, plain):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "name, processes",
-    [("chatglm-6b-tiny", 2), ("chatglm2-6b-tiny", 2), ("chatglm3-6b-tiny", 4), ("glm-4-9b-chat-tiny", 4)],
+    [("chatglm-6b-tiny", 2), ("chatglm3-6b-tiny", 4), ("glm-4-9b-chat-tiny", 4)],
 )
 def test_shards_are_shards_and_logits_agree(run_command, name, processes):
     """With 2 key/value heads and 4 processes the heads are repeated."""
@@ -164,7 +163,6 @@ def test_shards_are_shards_and_logits_agree(run_command, name, processes):
 
 def test_heads_that_cannot_be_shared_out(run_script, monkeypatch):
     monkeypatch.setattr(utils.placement, "world_size", lambda: 3)
-    monkeypatch.setattr(utils.distributed, "init_process_group", lambda use_deepspeed: None)
     result = run_script(f"chatglm_deepspeed_inference.py --model_name_or_path {TINY}")
     assert result.code == 2
     assert "8 attention heads cannot be split over 3 processes: use 1, 2, 4, 8" in result.err

@@ -108,15 +108,15 @@ def test_gradients_are_those_of_the_dequantised_weights():
 
 
 @pytest.fixture(scope="module")
-def workspace(run_script, run_command, tmp_path_factory):
+def workspace(run_script, tmp_path_factory):
     """tokens, and an adapter trained on the tiny model in int4 by one process."""
     path = tmp_path_factory.mktemp("quantised")
     run_script(
         f"tokenize_dataset_rows_belle.py --jsonl_path data/sample.train.json --save_path {path}/tokens "
         f"--model_name_or_path {TINY}"
     ).check()
-    train = f"python {TRAIN} --dataset_path {path}/tokens --quantize int4"
-    result = run_command(f"{train} --per_device_train_batch_size 4 --output_dir {path}/adapter").check()
+    train = f"{TRAIN} --dataset_path {path}/tokens --quantize int4"
+    result = run_script(f"{train} --per_device_train_batch_size 4 --output_dir {path}/adapter").check()
     assert "weights int4, computing in float32" in result.out
     return path
 

@@ -144,26 +144,32 @@ def test_seal_and_rotate(tmp_path):
     assert compare({"trains": {"a": 1}}, {"trains": {"a": (1,)}}, ("trains",)) == "a 1 (now [1])"
 
 
-@pytest.mark.slow
-def test_sigterm_saves_and_ends_well(workspace, tmp_path):
-    words = kill_training.command("one process", workspace, tmp_path / "stopped")
-    process = kill_training.start(words, tmp_path / "log")
-    while "'loss'" not in (tmp_path / "log").read_text():
-        time.sleep(0.02)
+@pytest.fixture
+def started(workspace, tmp_path):
+    """started("ddp") -> the process of a run that has made its first step, in tmp_path / "run"."""
+
+    def run(launcher):
+        process = kill_training.start(kill_training.command(launcher, workspace, tmp_path / "run"), tmp_path / "log")
+        kill_training.wait_for_a_step(process, tmp_path / "log")
         assert process.poll() is None
+        return process
+
+    return run
+
+
+@pytest.mark.slow
+def test_stopped_and_killed_and_resumed(workspace, started, tmp_path):
+    """SIGTERM saves and ends well; then one SIGKILL, of which tests/faults/kill_training.py makes more."""
+    process = started("one process")
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=30) == 0
     said = (tmp_path / "log").read_text()
     step = int(said.split("stopped by SIGTERM after step ")[1].split(":")[0])
-    assert names(tmp_path / "stopped")[-1] == f"checkpoint-{step}" and step < kill_training.STEPS
+    assert names(tmp_path / "run")[-1] == f"checkpoint-{step}" and step < kill_training.STEPS
+    words = kill_training.command("one process", workspace, tmp_path / "run")
+    assert kill_training.kill_once(words, tmp_path / "log", random.Random(1))
     kill_training.finish(words, tmp_path / "log")
-    assert kill_training.same_adapter(kill_training.reference("one process", workspace), tmp_path / "stopped")
-
-
-@pytest.mark.slow
-def test_killed_and_resumed(workspace):
-    """A short form of tests/faults/kill_training.py."""
-    assert kill_training.run_round("one process", workspace, 1, random.Random(1)) == 1
+    assert kill_training.same_adapter(kill_training.reference("one process", workspace), tmp_path / "run")
 
 
 @pytest.mark.slow
@@ -180,12 +186,8 @@ def test_resumed_under_zero3(workspace, tmp_path):
 
 
 @pytest.mark.slow
-def test_workers_end_with_their_launcher(workspace, tmp_path):
-    words = kill_training.command("ddp", workspace, tmp_path / "orphaned")
-    process = kill_training.start(words, tmp_path / "log")
-    while "'loss'" not in (tmp_path / "log").read_text():
-        time.sleep(0.02)
-        assert process.poll() is None
+def test_workers_end_with_their_launcher(started, tmp_path):
+    process = started("ddp")
     workers = kill_training.descendants(process.pid)[1:]
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
@@ -204,18 +206,14 @@ def test_a_directory_in_use_is_refused(train, tmp_path):
 
 
 @pytest.mark.slow
-def test_sigterm_on_two_processes(workspace, tmp_path):
+def test_sigterm_on_two_processes(started, tmp_path):
     """Whichever process the signal reaches first, all stop after the same step."""
-    words = kill_training.command("ddp", workspace, tmp_path / "stopped")
-    process = kill_training.start(words, tmp_path / "log")
-    while "'loss'" not in (tmp_path / "log").read_text():
-        time.sleep(0.02)
-        assert process.poll() is None
+    process = started("ddp")
     os.kill(kill_training.descendants(process.pid)[-1], signal.SIGTERM)
     assert process.wait(timeout=60) == 0
     said = (tmp_path / "log").read_text()
     assert said.count("stopped by SIGTERM after step") == 1
-    newest = list_checkpoints(tmp_path / "stopped")[-1]
+    newest = list_checkpoints(tmp_path / "run")[-1]
     assert not find_damage(newest) and (newest / "rng_state_1.pth").is_file()
     assert json.loads((newest / "run.json").read_text())["steps"]["processes"] == 2
     assert load_file(newest / "adapter_model.safetensors")

@@ -57,16 +57,15 @@ def test_fingerprints_tell_tokenizers_and_templates_apart():
     assert len(found) == 2 * len(MODELS)
 
 
-@pytest.mark.slow
-def test_inference_takes_the_template_of_training(run_script, run_command, tmp_path):
+def test_inference_takes_the_template_of_training(run_script, tmp_path):
     run_script(
         f"tokenize_dataset_rows_belle.py --jsonl_path data/sample.train.json --save_path {tmp_path}/tokens "
         f"--model_name_or_path {TINY} --template alpaca"
     ).check()
-    train = f"python multi_gpu_fintune_belle.py --dataset_path {tmp_path}/tokens --max_steps 1"
-    refused = run_command(f"{train} --model_name_or_path {MODELS[1]} --output_dir {tmp_path}/none")
+    train = f"multi_gpu_fintune_belle.py --dataset_path {tmp_path}/tokens --max_steps 1"
+    refused = run_script(f"{train} --model_name_or_path {MODELS[1]} --output_dir {tmp_path}/none")
     assert refused.code == 2 and "tokenise the rows again" in refused.err and not (tmp_path / "none").exists()
-    run_command(f"{train} --model_name_or_path {TINY} --output_dir {tmp_path}/adapter").check()
+    run_script(f"{train} --model_name_or_path {TINY} --output_dir {tmp_path}/adapter").check()
     assert read_origin(tmp_path / "adapter").template == "alpaca"
 
     (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": "你好"}))

@@ -20,7 +20,6 @@ ZERO3 = "--deepspeed ds_config_zero3.json"
 LAUNCHERS = {
     "one process": ("python", 4, 1, ""),
     "one process accumulating": ("python", 1, 4, ""),
-    "ddp": (TORCHRUN, 2, 1, ""),
     "ddp accumulating and checkpointing": (TORCHRUN, 1, 2, "--gradient_checkpointing"),
     "zero3": (TORCHRUN, 1, 2, ZERO3),
     "zero3 one process": ("python", 2, 2, ZERO3),

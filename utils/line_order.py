@@ -1,5 +1,6 @@
 """Lines in another order, or on several sides: a seeded shuffle in bounded memory, and a split by hash."""
 
+import contextlib
 import itertools
 import random
 from collections.abc import Iterable, Iterator, Sequence
@@ -20,18 +21,15 @@ def shuffle_lines(lines: Iterable[str], directory: Path, seed: int) -> Iterator[
     """
     directory.mkdir()
     draw = random.Random(seed)
-    files = [open(directory / str(i), "w", encoding="utf-8", newline="\n") for i in range(BUCKETS)]  # noqa: SIM115
-    try:
+    with contextlib.ExitStack() as stack:
+        paths = [directory / str(i) for i in range(BUCKETS)]
+        files = [stack.enter_context(path.open("w", encoding="utf-8", newline="\n")) for path in paths]
         for line in lines:
-            files[draw.getrandbits(5)].write(line)
-    finally:
-        for file in files:
-            file.close()
-    for i in range(BUCKETS):
-        path = directory / str(i)
+            draw.choice(files).write(line)
+    for path in paths:
         with path.open(encoding="utf-8", newline="\n") as file:
             if path.stat().st_size > BUCKET_BYTES:
-                yield from shuffle_lines(file, directory / f"{i}_", draw.getrandbits(32))
+                yield from shuffle_lines(file, path.with_name(f"{path.name}_"), draw.getrandbits(32))
             else:
                 bucket = list(file)
                 draw.shuffle(bucket)

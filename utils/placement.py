@@ -13,7 +13,7 @@ from utils.errors import UsageError
 import torch
 from accelerate import dispatch_model
 from accelerate.utils import get_balanced_memory, infer_auto_device_map
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 
 def load_on_processes(
@@ -31,17 +31,33 @@ def load_on_processes(
         The model, and over how many processes the rows must be shared out (1 where every process needs every row).
 
     Raises:
-        UsageError: see `Checkpoint.open` and `shard_with_deepspeed`.
+        UsageError: see `Checkpoint.open` and `check_heads`.
     """
     checkpoint = Checkpoint.open(path_or_id, quantize=quantize)
+    replicated = checkpoint.quantization is not None and world_size() > 1
+    if not replicated:
+        check_heads(checkpoint.config)
     model = adapt(load_model(path_or_id, dtype=dtype, quantize=quantize))
     init_process_group(use_deepspeed=True)
-    if checkpoint.quantization and world_size() > 1:
+    if replicated:
         print_once(
             f"int{checkpoint.quantization.bits} weights are not sharded: each process has all and its share of rows"
         )
         return model.to(f"cuda:{local_rank()}" if torch.cuda.is_available() else "cpu"), world_size()
     return shard_with_deepspeed(model, checkpoint.generation, dtype), 1
+
+
+def check_heads(config: PretrainedConfig) -> None:
+    """
+    Raises:
+        UsageError: the heads cannot be shared out evenly over all processes.
+    """
+    heads = config.num_attention_heads
+    if heads % world_size():
+        fitting = [str(n) for n in range(1, heads + 1) if heads % n == 0]
+        raise UsageError(
+            f"{heads} attention heads cannot be split over {world_size()} processes: use {', '.join(fitting)}"
+        )
 
 
 def shard_with_deepspeed(model: PreTrainedModel, generation: Generation, dtype: torch.dtype) -> PreTrainedModel:
@@ -53,18 +69,12 @@ def shard_with_deepspeed(model: PreTrainedModel, generation: Generation, dtype: 
     MLP as gated; both compute something else without an error. The generation says how its layers are split instead.
 
     Raises:
-        UsageError: the heads cannot be shared out evenly.
+        UsageError: the key/value heads cannot be repeated evenly.
     """
     from deepspeed.inference.config import DeepSpeedInferenceConfig
     from deepspeed.inference.engine import InferenceEngine
     from deepspeed.module_inject.autotp_config import AutoTPConfig, PartitionType, TPLayerSpec
 
-    heads = model.config.num_attention_heads
-    if heads % world_size():
-        fitting = [str(n) for n in range(1, heads + 1) if heads % n == 0]
-        raise UsageError(
-            f"{heads} attention heads cannot be split over {world_size()} processes: use {', '.join(fitting)}"
-        )
     repeat_key_value_heads(model, world_size())
 
     plan = generation.architecture.tensor_parallel

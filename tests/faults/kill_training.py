@@ -12,6 +12,7 @@ import json
 import os
 import random
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -63,11 +64,16 @@ def descendants(pid: int) -> list[int]:
     return found
 
 
+def wait_for_a_step(process: subprocess.Popen, log: Path) -> None:
+    """Returns when training has logged a step, or has ended."""
+    while process.poll() is None and "'loss'" not in log.read_text():
+        time.sleep(0.02)
+
+
 def kill_once(words: list[str], log: Path, moment: random.Random) -> bool:
     """Starts training and kills all of it some time after its first step; whether it was still running then."""
     process = start(words, log)
-    while process.poll() is None and "'loss'" not in log.read_text():
-        time.sleep(0.02)
+    wait_for_a_step(process, log)
     time.sleep(moment.uniform(0, 1))
     killed = process.poll() is None
     if killed:
@@ -102,7 +108,7 @@ def reference(launcher: str, work: Path) -> Path:
 def run_round(launcher: str, work: Path, kills: int, moment: random.Random) -> int:
     """One run killed up to `kills` times; how often it was. Raises RuntimeError where its adapter is another one."""
     expected, output_dir, log = reference(launcher, work), work / "killed", work / "log"
-    subprocess.run(["rm", "-rf", output_dir], check=True)
+    shutil.rmtree(output_dir, ignore_errors=True)
     words, count = command(launcher, work, output_dir), 0
     for _ in range(kills):
         if not kill_once(words, log, moment):
