@@ -34,6 +34,7 @@ from utils.training import (
 )
 
 import torch
+from peft import PeftModel
 from transformers import HfArgumentParser, TrainingArguments
 
 
@@ -97,10 +98,36 @@ def main() -> None:
     with claim(training_args.output_dir):
         if resume_from is None:
             start_afresh(training_args.output_dir, settings)
-        train(args, training_args, dtype, dataset, checkpoint, origin, settings, resume_from)
+        model = prepare_model(args, training_args, dtype)
+        collator = PaddingCollator(tokenizer.pad_token_id)
+        if args.packing:
+            dataset = pack_dataset(dataset, args.pack_tokens, training_args.seed)
+            collator = PackingCollator(checkpoint.row_positions)
+        counts = (len(dataset), args.packing, *model.get_nb_trainable_parameters())
+        print_once(describe_run(training_args, dtype, checkpoint.quantization, *counts))
+        trainer = AdapterTrainer(
+            model=model,
+            args=training_args,
+            train_dataset=dataset,
+            data_collator=collator,
+            callbacks=[stop := StopOnSignal()],
+            origin=origin,
+            settings=settings,
+        )
+        result = trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
+        if stop.stopped:
+            step = result.global_step
+            print_once(f"stopped by SIGTERM after step {step}: go on with --resume_from_checkpoint latest")
+            return
+        trainer.save_model()
+    # Trainer counts the steps since the last log by this process's rows alone.
+    result.metrics["train_loss"] = mean_over_processes(result.metrics["train_loss"])
+    if is_main_process():
+        print(json.dumps({"output_dir": training_args.output_dir, "steps": result.global_step, **result.metrics}))
 
 
-def train(args, training_args, dtype, dataset, checkpoint, origin, settings, resume_from) -> None:
+def prepare_model(args: FinetuneArguments, training_args: TrainingArguments, dtype: torch.dtype) -> PeftModel:
+    """The base model, frozen, with the adapter that trains; its loss is that of the targets alone."""
     model = load_model(args.model_name_or_path, dtype=dtype, quantize=args.quantize)
     model.config.use_cache = False
     lora = (args.lora_rank, args.lora_alpha, args.lora_dropout, args.lora_target_modules)
@@ -108,30 +135,7 @@ def train(args, training_args, dtype, dataset, checkpoint, origin, settings, res
     if training_args.gradient_checkpointing:
         model.enable_input_require_grads()
     use_target_loss(model.get_base_model())
-    collator = PaddingCollator(load_tokenizer(args.model_name_or_path).pad_token_id)
-    if args.packing:
-        dataset = pack_dataset(dataset, args.pack_tokens, training_args.data_seed or training_args.seed)
-        collator = PackingCollator(checkpoint.row_positions)
-    parameters = model.get_nb_trainable_parameters()
-    print_once(describe_run(training_args, dtype, checkpoint.quantization, len(dataset), args.packing, *parameters))
-    trainer = AdapterTrainer(
-        model=model,
-        args=training_args,
-        train_dataset=dataset,
-        data_collator=collator,
-        callbacks=[stop := StopOnSignal()],
-        origin=origin,
-        settings=settings,
-    )
-    result = trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
-    if stop.stopped:
-        print_once(f"stopped by SIGTERM after step {result.global_step}: go on with --resume_from_checkpoint latest")
-        return
-    trainer.save_model()
-    # Trainer counts the steps since the last log by this process's rows alone.
-    result.metrics["train_loss"] = mean_over_processes(result.metrics["train_loss"])
-    if is_main_process():
-        print(json.dumps({"output_dir": training_args.output_dir, "steps": result.global_step, **result.metrics}))
+    return model
 
 
 if __name__ == "__main__":
