@@ -129,8 +129,9 @@ def test_temporary_offload_folder_is_removed(run_command, tmp_path):
     assert not list((tmp_path / "tmp").glob("offload-*"))
 
 
-def test_random_checkpoints_answer(run_script, tmp_path):
-    run_script(f"tools/random_checkpoint.py --shape tiny --output_dir {tmp_path}/random").check()
+@pytest.mark.parametrize("shape", ["tiny", "tiny-glm"])
+def test_random_checkpoints_answer(run_script, tmp_path, shape):
+    run_script(f"tools/random_checkpoint.py --shape {shape} --output_dir {tmp_path}/random").check()
     command = (
         f"{ONE_PROCESS} --model_name_or_path {tmp_path}/random --output_path {tmp_path}/answers --max_new_tokens 3"
     )

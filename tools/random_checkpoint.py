@@ -1,11 +1,13 @@
 """
-python tools/random_checkpoint.py --shape chatglm-6b --output_dir /tmp/chatglm-6b-random
+python tools/random_checkpoint.py --shape chatglm3-6b --output_dir /tmp/chatglm3-6b-random
 
-Writes a checkpoint of a real model's shape with random weights (float16, safetensors in shards) and the embedded
-tokenizer: to measure speed and memory where the real weights are not at hand. Uses a GPU where there is one.
+Writes a checkpoint of a real model's shape with random weights (float16, safetensors in shards, the released names)
+and a small tokenizer: to measure speed and memory where the real weights are not at hand. Uses a GPU where there is
+one.
 """
 
 import argparse
+import base64
 import dataclasses
 import json
 import shutil
@@ -13,14 +15,17 @@ import sys
 from pathlib import Path
 
 import torch
+from huggingface_hub import save_torch_state_dict
+from transformers import GlmForCausalLM, PreTrainedModel
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from utils.chatglm import ChatGLMConfig, ChatGLMForConditionalGeneration
+from utils.chatglm.released_glm import REQUIRED, glm_config, release
 from utils.checkpoint import load_tokenizer
 
 TOKENIZER = Path(__file__).resolve().parent.parent / "data" / "chatglm-tiny"
-SHAPES = {
+CHATGLM = {
     "chatglm-6b": {},  # the defaults of ChatGLMConfig
     "tiny": {
         "vocab_size": 1024,
@@ -30,21 +35,88 @@ SHAPES = {
         "inner_hidden_size": 128,
     },
 }
+CHATGLM3 = {
+    "padded_vocab_size": 65024,
+    "hidden_size": 4096,
+    "ffn_hidden_size": 13696,
+    "num_layers": 28,
+    "num_attention_heads": 32,
+    "multi_query_group_num": 2,
+    "kv_channels": 128,
+    "layernorm_epsilon": 1e-5,
+    "seq_length": 8192,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+GLM = {
+    "chatglm2-6b": CHATGLM3 | {"seq_length": 32768},
+    "chatglm3-6b": CHATGLM3,
+    "glm-4-9b": CHATGLM3
+    | {
+        "padded_vocab_size": 151552,
+        "num_layers": 40,
+        "layernorm_epsilon": 1.5625e-07,
+        "seq_length": 131072,
+        "rope_ratio": 500,
+    },
+    "tiny-glm": CHATGLM3
+    | {
+        "padded_vocab_size": 1024,
+        "hidden_size": 64,
+        "ffn_hidden_size": 128,
+        "num_layers": 2,
+        "num_attention_heads": 4,
+        "kv_channels": 16,
+    },
+}
+SHAPES = (*CHATGLM, *GLM)
 
 
-def random_model(shape: str, device: str, dtype: torch.dtype, seed: int = 0) -> ChatGLMForConditionalGeneration:
-    """A model of one of SHAPES with normal weights, whose special tokens are those of the embedded tokenizer."""
-    tokenizer = load_tokenizer(str(TOKENIZER))
-    names = {field.name for field in dataclasses.fields(ChatGLMConfig) if field.name.endswith("_token_id")}
-    special = {name: getattr(tokenizer, name) for name in names if hasattr(tokenizer, name)}
-    config = ChatGLMConfig(**SHAPES[shape], **special)
+def random_model(shape: str, device: str, dtype: torch.dtype, seed: int = 0) -> PreTrainedModel:
+    """A model of one of SHAPES with normal weights on `device`, in train mode; its special tokens are the tokenizer's
+    that `main` writes beside it."""
+    if shape in CHATGLM:
+        tokenizer = load_tokenizer(str(TOKENIZER))
+        names = {field.name for field in dataclasses.fields(ChatGLMConfig) if field.name.endswith("_token_id")}
+        special = {name: getattr(tokenizer, name) for name in names if hasattr(tokenizer, name)}
+        model_class, config = ChatGLMForConditionalGeneration, ChatGLMConfig(**CHATGLM[shape], **special)
+    else:
+        model_class, config = GlmForCausalLM, glm_config(GLM[shape], positions_interpolated=shape == "chatglm2-6b")
     torch.manual_seed(seed)
     torch.set_default_dtype(dtype)
     try:
         with torch.device(device):
-            return ChatGLMForConditionalGeneration(config)
+            return model_class(config)
     finally:
         torch.set_default_dtype(torch.float32)
+
+
+def write_tokenizer(shape: str, directory: Path) -> None:
+    """One that the generation reads: the embedded SentencePiece model, or for GLM-4 the 256 bytes."""
+    if shape in CHATGLM:
+        for name in ("ice_text.model", "tokenizer_config.json"):
+            shutil.copyfile(TOKENIZER / name, directory / name)
+        return
+    (directory / "tokenizer_config.json").write_text(json.dumps({"name_or_path": shape}) + "\n", encoding="utf-8")
+    if shape == "glm-4-9b":
+        ranks = (f"{base64.b64encode(bytes([byte])).decode()} {byte}\n" for byte in range(256))
+        (directory / "tokenizer.model").write_text("".join(ranks), encoding="ascii")
+    else:
+        shutil.copyfile(TOKENIZER / "ice_text.model", directory / "tokenizer.model")
+
+
+def write_checkpoint(shape: str, directory: Path, device: str, seed: int = 0) -> int:
+    """Writes the files of one of SHAPES; returns its number of parameters."""
+    directory.mkdir(parents=True, exist_ok=True)
+    model = random_model(shape, device, torch.float16, seed)
+    if shape in CHATGLM:
+        model.save_pretrained(directory, max_shard_size="2GB")
+    else:
+        save_torch_state_dict(release(model.state_dict()), directory, max_shard_size="2GB")
+        released = {"model_type": "chatglm", **GLM[shape], **REQUIRED}
+        (directory / "config.json").write_text(json.dumps(released, indent=2) + "\n", encoding="utf-8")
+    write_tokenizer(shape, directory)
+    return model.num_parameters()
 
 
 def main() -> None:
@@ -54,11 +126,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = random_model(args.shape, device, torch.float16, args.seed)
-    model.save_pretrained(args.output_dir, max_shard_size="2GB")
-    for name in ("ice_text.model", "tokenizer_config.json"):
-        shutil.copyfile(TOKENIZER / name, args.output_dir / name)
-    print(json.dumps({"output_dir": str(args.output_dir), "parameters": model.num_parameters()}))
+    parameters = write_checkpoint(args.shape, args.output_dir, device, args.seed)
+    print(json.dumps({"output_dir": str(args.output_dir), "parameters": parameters}))
 
 
 if __name__ == "__main__":

@@ -114,3 +114,17 @@ def convert(key: str, tensor: torch.Tensor, config: GlmConfig) -> dict[str, torc
     targets = target_keys(key)
     parts = tensor.split(split_sizes(config)) if len(targets) > 1 else [tensor] * len(targets)
     return dict(zip(targets, parts, strict=True))
+
+
+def release(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The inverse of `convert` for the weights of a whole `GlmForCausalLM`: each under its released name."""
+    layers = {key.split(".")[2] for key in weights if key.startswith("model.layers.")}
+    released = {}
+    for pattern, targets in KEY_MAP:
+        for layer in layers if r"(\d+)" in pattern else ("",):
+            for kind in ("weight", "bias"):
+                keys = [target.replace(r"\1", layer).replace(r"\2", kind) for target in targets]
+                if keys and all(key in weights for key in keys):
+                    name = re.sub(r"\(weight.*\)", kind, pattern).replace(r"(\d+)", layer).replace("\\", "")
+                    released[name] = torch.cat([weights[key] for key in keys]) if len(keys) > 1 else weights[keys[0]]
+    return released

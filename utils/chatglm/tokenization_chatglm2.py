@@ -83,10 +83,9 @@ class ChatGLM2Tokenizer(VocabFileTokenizer):
         return self.sp_model.encode(text, out_type=str)
 
     def encode_texts(self, texts: Sequence[str]) -> list[np.ndarray]:
-        encoded = self.sp_model.encode_as_numpy(list(texts), num_threads=1)
+        encoded = self.sp_model.encode_as_numpy(list(texts), num_threads=1)  # read-only arrays
         for piece_id, index in self._special_by_piece_id.items():
-            for ids in encoded:
-                ids[ids == piece_id] = index
+            encoded = [np.where(ids == piece_id, index, ids) for ids in encoded]
         return encoded
 
     def _convert_token_to_id(self, token: str) -> int:
