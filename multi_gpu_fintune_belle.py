@@ -15,10 +15,13 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from utils.batching import PackingCollator, PaddingCollator
+from utils.chatglm.generations import Generation
 from utils.checkpoint import DEFAULT_MODEL, Checkpoint, load_model, load_tokenizer
 from utils.distributed import init_process_group, is_main_process, mean_over_processes, print_once, shut_down
 from utils.errors import UsageError, run
+from utils.fp8 import FP8
 from utils.lora import AdapterOrigin, attach_adapter
+from utils.quantization import stored_bits
 from utils.run_checkpoints import claim, find_resumable, start_afresh
 from utils.target_loss import use_target_loss
 from utils.token_dataset import check_origin, fingerprint_rows, load_examples
@@ -32,6 +35,7 @@ from utils.training import (
     resolve_precision,
     uses_deepspeed,
 )
+from utils.training_speed import decoder_blocks, resolve_compile, speed_up
 
 import torch
 from peft import PeftModel
@@ -42,14 +46,21 @@ from transformers import HfArgumentParser, TrainingArguments
 class FinetuneArguments:
     dataset_path: str = field(metadata={"help": "dataset made by tokenize_dataset_rows_belle.py"})
     model_name_or_path: str = field(default=DEFAULT_MODEL, metadata={"help": "checkpoint directory or hub id"})
-    quantize: Literal["int8", "int4"] | None = field(
-        default=None, metadata={"help": "hold the frozen base in 8 or 4 bits (a quantised checkpoint says so itself)"}
+    quantize: Literal["int8", "int4", "fp8"] | None = field(
+        default=None,
+        metadata={
+            "help": "hold the frozen base in 8 or 4 bits (a quantised checkpoint says so itself); fp8, on Hopper GPUs "
+            "and newer, is for speed"
+        },
     )
     packing: bool = field(
         default=False,
         metadata={"help": "lay rows end to end: a batch then counts sequences of --pack_tokens, not rows"},
     )
     pack_tokens: int = field(default=8192, metadata={"help": "tokens of a packed sequence, at most"})
+    compile_layers: bool | None = field(
+        default=None, metadata={"help": "compile the model's layers (with --packing on a GPU, unless it is false)"}
+    )
     lora_rank: int = field(default=8, metadata={"help": "rank of the adapter"})
     lora_alpha: int = field(default=32, metadata={"help": "the adapter is scaled by lora_alpha / lora_rank"})
     lora_dropout: float = field(default=0.0, metadata={"help": "dropout on the adapter's input, 0 to 1"})
@@ -85,8 +96,9 @@ def main() -> None:
     dataset = load_examples(args.dataset_path)
     tokenizer = load_tokenizer(args.model_name_or_path)
     template = check_origin(args.dataset_path, tokenizer, args.model_name_or_path)
-    checkpoint = Checkpoint.open(args.model_name_or_path, quantize=args.quantize)
-    check_quantization(checkpoint, training_args)
+    checkpoint = Checkpoint.open(args.model_name_or_path, quantize=stored_bits(args.quantize))
+    check_quantization(checkpoint, training_args, args.quantize, dtype)
+    args.compile_layers = resolve_compile(args.compile_layers, args.packing, training_args)
     origin = AdapterOrigin(template, checkpoint.fingerprint(), args.model_name_or_path)
     args.lora_target_modules = args.lora_target_modules or list(checkpoint.generation.lora_target_modules)
     trains = {name: value for name, value in vars(args).items() if name.startswith("lora_")}
@@ -98,11 +110,14 @@ def main() -> None:
     with claim(training_args.output_dir):
         if resume_from is None:
             start_afresh(training_args.output_dir, settings)
-        model = prepare_model(args, training_args, dtype)
+        model = prepare_model(args, training_args, dtype, checkpoint.generation)
         collator = PaddingCollator(tokenizer.pad_token_id)
         if args.packing:
-            dataset = pack_dataset(dataset, args.pack_tokens, training_args.seed)
-            collator = PackingCollator(checkpoint.row_positions)
+            packs_a_batch = training_args.per_device_train_batch_size
+            dataset, shape = pack_dataset(dataset, args.pack_tokens, training_args.seed, packs_a_batch)
+            collator = PackingCollator(
+                checkpoint.row_positions, tokenizer.pad_token_id, shape if args.compile_layers else None
+            )
         counts = (len(dataset), args.packing, *model.get_nb_trainable_parameters())
         print_once(describe_run(training_args, dtype, checkpoint.quantization, *counts))
         trainer = AdapterTrainer(
@@ -113,6 +128,7 @@ def main() -> None:
             callbacks=[stop := StopOnSignal()],
             origin=origin,
             settings=settings,
+            blocks=decoder_blocks(model),
         )
         result = trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
         if stop.stopped:
@@ -126,15 +142,25 @@ def main() -> None:
         print(json.dumps({"output_dir": training_args.output_dir, "steps": result.global_step, **result.metrics}))
 
 
-def prepare_model(args: FinetuneArguments, training_args: TrainingArguments, dtype: torch.dtype) -> PeftModel:
+def prepare_model(
+    args: FinetuneArguments, training_args: TrainingArguments, dtype: torch.dtype, generation: Generation
+) -> PeftModel:
     """The base model, frozen, with the adapter that trains; its loss is that of the targets alone."""
-    model = load_model(args.model_name_or_path, dtype=dtype, quantize=args.quantize)
+    model = load_model(args.model_name_or_path, dtype=dtype, quantize=stored_bits(args.quantize))
     model.config.use_cache = False
     lora = (args.lora_rank, args.lora_alpha, args.lora_dropout, args.lora_target_modules)
     model = attach_adapter(model, *lora, seed=training_args.seed)
     if training_args.gradient_checkpointing:
         model.enable_input_require_grads()
     use_target_loss(model.get_base_model())
+    speed_up(
+        model,
+        generation,
+        training_args,
+        fp8=args.quantize == FP8,
+        packing=args.packing,
+        compile_layers=args.compile_layers,
+    )
     return model
 
 

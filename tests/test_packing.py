@@ -45,7 +45,7 @@ def loss_and_gradient(path, batch, on_targets):
 def test_packed_rows_have_the_loss_and_gradients_of_padded_ones(path):
     tokenizer, rows = rows_of(path, 7)
     padded = PaddingCollator(tokenizer.pad_token_id)(rows)
-    packed = PackingCollator(Checkpoint.open(str(path)).row_positions)([rows[:3], rows[3:]])
+    packed = PackingCollator(Checkpoint.open(str(path)).row_positions, tokenizer.pad_token_id)([rows[:3], rows[3:]])
     assert packed["input_ids"].shape == (1, sum(len(row["input_ids"]) for row in rows))
     plain = {key: padded[key] for key in ("input_ids", "attention_mask", "labels")}
     expected_loss, expected = loss_and_gradient(path, plain, on_targets=False)
@@ -60,7 +60,7 @@ def test_a_packed_row_sees_no_other(path):
     """Changing one row leaves the hidden states of the others, bit for bit."""
     _, rows = rows_of(path, 3)
     checkpoint, model = Checkpoint.open(str(path)), load_model(str(path))
-    collate = PackingCollator(checkpoint.row_positions)
+    collate = PackingCollator(checkpoint.row_positions, pad_token_id=3)
     batch = collate([rows])
     keys = ("input_ids", "position_ids", "cu_seq_lens_q")
     before = model(**{key: batch[key] for key in keys}, use_cache=False).logits

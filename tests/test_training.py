@@ -170,6 +170,7 @@ def test_collator_pads_on_the_right():
     assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 1, 0]]
     assert batch["labels"].tolist() == [[-100, 8, 9], [-100, 8, -100]]
     assert (batch["target_positions"].tolist(), batch["target_ids"].tolist()) == ([0, 1, 3], [8, 9, 8])
+    assert batch.pop("real_tokens") == 5
     assert {value.dtype for value in batch.values()} == {torch.int64}
 
 

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
+from utils.packing import PackShape
 from utils.prompts import IGNORE_INDEX
 
 import torch
@@ -36,13 +37,17 @@ class PaddingCollator:
     {'input_ids': tensor([[7, 8, 9],
             [7, 8, 3]]), 'attention_mask': tensor([[1, 1, 1],
             [1, 1, 0]]), 'labels': tensor([[-100,    8,    9],
-            [-100,    8, -100]]), 'target_positions': tensor([0, 1, 3]), 'target_ids': tensor([8, 9, 8])}
+            [-100,    8, -100]]), 'target_positions': tensor([0, 1, 3]), 'target_ids': tensor([8, 9, 8]), \
+'real_tokens': 5}
     """
 
     pad_token_id: int
 
-    def __call__(self, rows: Sequence[dict[str, Sequence[int]]]) -> dict[str, torch.Tensor]:
-        """`input_ids`, `attention_mask` and `labels` are (B, T) int64; see `find_targets` for the others."""
+    def __call__(self, rows: Sequence[dict[str, Sequence[int]]]) -> dict[str, torch.Tensor | int]:
+        """
+        `input_ids`, `attention_mask` and `labels` are (B, T) int64, `real_tokens` counts those that are no padding;
+        see `find_targets` for the others.
+        """
         width = max(len(row["input_ids"]) for row in rows)
 
         def pad(values: Sequence[int], filler: int) -> list[int]:
@@ -54,6 +59,7 @@ class PaddingCollator:
             "attention_mask": torch.tensor([pad([1] * len(row["input_ids"]), 0) for row in rows]),
             "labels": labels,
             **find_targets(labels),
+            "real_tokens": sum(len(row["input_ids"]) for row in rows),
         }
 
 
@@ -62,37 +68,64 @@ class PackingCollator:
     """
     Lays the rows of packs end to end in one sequence, each with its own positions.
 
-    >>> PackingCollator(lambda ids: torch.arange(ids.shape[1])[None])([
+    Args:
+        positions_of: (1, T) input_ids of a row -> its position_ids (1, ..., T).
+        pad_token_id: what a batch is filled up with, as rows without a target.
+        shape: what to fill up to; None leaves batches as they are.
+
+    >>> PackingCollator(lambda ids: torch.arange(ids.shape[1])[None], pad_token_id=3)([
     ...     [{"input_ids": [7, 8, 9], "labels": [-100, 8, 9]}, {"input_ids": [5, 6], "labels": [-100, 6]}],
     ... ])
     {'input_ids': tensor([[7, 8, 9, 5, 6]]), 'position_ids': tensor([[0, 1, 2, 0, 1]]), \
 'labels': tensor([[-100,    8,    9, -100,    6]]), 'target_positions': tensor([0, 1, 3]), \
-'target_ids': tensor([8, 9, 6]), 'cu_seq_lens_q': tensor([0, 3, 5], dtype=torch.int32), \
+'target_ids': tensor([8, 9, 6]), 'real_tokens': 5, 'cu_seq_lens_q': tensor([0, 3, 5], dtype=torch.int32), \
 'cu_seq_lens_k': tensor([0, 3, 5], dtype=torch.int32), 'max_length_q': 3, 'max_length_k': 3}
     """
 
-    positions_of: Callable[[torch.Tensor], torch.Tensor]  # (1, T) input_ids of a row -> its position_ids (1, ..., T)
+    positions_of: Callable[[torch.Tensor], torch.Tensor]
+    pad_token_id: int
+    shape: PackShape | None = None
 
     def __call__(self, packs: Sequence[Sequence[dict[str, Sequence[int]]]]) -> dict[str, torch.Tensor | int]:
         """
         `input_ids` and `labels` are (1, T) int64 over all rows of all packs, `position_ids` (1, ..., T);
         `cu_seq_lens_*` (rows + 1,) int32 are where rows begin and `max_length_*` the longest, under the names that
-        transformers gives them for attention over sequences of unequal length.
+        transformers gives them for attention over sequences of unequal length. For ChatGLM-6B, whose positions tell
+        the prefix, also `cu_segments` and `in_prefix`, see utils/varlen_attention.py.
         """
         rows = [row for pack in packs for row in pack]
         ids = [torch.tensor([row["input_ids"]]) for row in rows]
+        positions = [self.positions_of(row) for row in ids]
         # A row's first label has nothing before it to be predicted from, least of all the row before.
-        labels = torch.tensor([[label for row in rows for label in (IGNORE_INDEX, *row["labels"][1:])]])
+        labels = [label for row in rows for label in (IGNORE_INDEX, *row["labels"][1:])]
         lengths = [len(row["input_ids"]) for row in rows]
+        real = sum(lengths)
+        if self.shape is not None:
+            left = self.shape.tokens - real
+            fill = [min(self.shape.longest, left - start) for start in range(0, left, self.shape.longest)]
+            lengths += fill + [0] * (self.shape.rows - len(lengths) - len(fill))
+            ids.append(torch.full((1, left), self.pad_token_id))
+            positions.append(positions[0].new_zeros(*positions[0].shape[:-1], left))
+            labels += [IGNORE_INDEX] * left
         starts = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
-        return {
+        position_ids = torch.cat(positions, dim=-1)
+        labels = torch.tensor([labels])
+        batch = {
             "input_ids": torch.cat(ids, dim=-1),
-            "position_ids": torch.cat([self.positions_of(row) for row in ids], dim=-1),
+            "position_ids": position_ids,
             "labels": labels,
             **find_targets(labels),
+            "real_tokens": real,
             **{f"cu_seq_lens_{side}": starts for side in "qk"},
-            **{f"max_length_{side}": max(lengths) for side in "qk"},
+            **{f"max_length_{side}": self.shape.longest if self.shape else max(lengths) for side in "qk"},
         }
+        if position_ids.ndim == 3:
+            in_prefix = position_ids[0, 1] == 0
+            prefixes = [int(row.sum()) for row in in_prefix.split(lengths)]
+            ends = [(start + prefix, start + n) for start, prefix, n in zip(starts, prefixes, lengths, strict=False)]
+            batch["cu_segments"] = torch.tensor([0, *(end for pair in ends for end in pair)], dtype=torch.int32)
+            batch["in_prefix"] = in_prefix
+        return batch
 
 
 def left_pad(sequences: Sequence[Sequence[int]], pad_token_id: int) -> dict[str, torch.Tensor]:

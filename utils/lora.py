@@ -10,6 +10,7 @@ from typing import Any
 from utils.adapter_files import read_adapter
 from utils.checkpoint import Checkpoint
 from utils.errors import UsageError
+from utils.lora_layers import LoraLinear
 from utils.quantization import is_quantized
 
 import torch
@@ -25,6 +26,7 @@ from peft.tuners.lora import LoraLayer
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 
 def attach_adapter(
@@ -57,6 +59,8 @@ def attach_adapter(
         lora_dropout=lora_dropout,
         target_modules=target_modules,
     )
+    if not is_deepspeed_zero3_enabled():  # which must see a weight's own module called, to gather it
+        config._register_custom_module({torch.nn.Linear: LoraLinear})
     torch.manual_seed(seed)
     return get_peft_model(model, config)
 

@@ -57,3 +57,21 @@ class PackedRows(torch.utils.data.Dataset):
     def __getitem__(self, index: int) -> list[dict[str, list[int]]]:
         batch = self.rows[self.packs[index]]
         return [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
+
+
+@dataclass(frozen=True)
+class PackShape:
+    """What every packed batch is filled up to, for layers that are compiled for one shape."""
+
+    tokens: int
+    rows: int  # filling ones included
+    longest: int  # tokens of a row
+
+
+def pack_shape(
+    lengths: Sequence[int], packs: Sequence[Sequence[int]], pack_tokens: int, packs_a_batch: int
+) -> PackShape:
+    """The shape that holds any batch of so many packs, or of fewer, filled up with rows no longer than the longest."""
+    longest = max(lengths)
+    rows = max(len(pack) + -(-(pack_tokens - sum(lengths[i] for i in pack)) // longest) for pack in packs)
+    return PackShape(pack_tokens * packs_a_batch, rows * packs_a_batch, longest)

@@ -22,6 +22,11 @@ BITS = {"int8": 8, "int4": 4}  # what --quantize takes
 WEIGHT, SCALE = "weight", "weight_scale"
 
 
+def stored_bits(quantize: str | None) -> str | None:
+    """What of --quantize concerns how weights are read: the integers. FP8 is made of a model (utils/fp8.py)."""
+    return quantize if quantize in BITS else None
+
+
 @dataclass(frozen=True)
 class Quantization:
     """How a model's weights are stored."""

@@ -66,9 +66,11 @@ def use_target_loss(model: PreTrainedModel) -> None:
                 kwargs["num_items_in_batch"] = num_items_in_batch
             return plain_forward(*args, labels=labels, **kwargs)
         kwargs["use_cache"] = False
-        hidden_states = getattr(self, self.base_model_prefix)(*args, **kwargs).last_hidden_state  # (B, T, E)
-        predicting = hidden_states.flatten(0, 1).index_select(0, target_positions)  # (N, E)
-        total = self.get_output_embeddings()(predicting, target_ids=target_ids)
+        # The weights have the dtype to compute in already; autocast would make LayerNorm answer in float32.
+        with torch.autocast(self.device.type, enabled=False):
+            hidden_states = getattr(self, self.base_model_prefix)(*args, **kwargs).last_hidden_state  # (B, T, E)
+            predicting = hidden_states.flatten(0, 1).index_select(0, target_positions)  # (N, E)
+            total = self.get_output_embeddings()(predicting, target_ids=target_ids)
         return CausalLMOutput(loss=total / (len(target_ids) if num_items_in_batch is None else num_items_in_batch))
 
     head.forward, model.forward = MethodType(head_forward, head), MethodType(forward, model)

@@ -11,8 +11,9 @@ from typing import Any
 from utils.checkpoint import Checkpoint
 from utils.distributed import any_process, barrier, launched_by_accelerate_with_deepspeed, local_rank, print_once
 from utils.errors import UsageError
+from utils.fp8 import FP8, check_device
 from utils.lora import AdapterOrigin, save_adapter
-from utils.packing import PackedRows, pack_rows
+from utils.packing import PackedRows, PackShape, pack_rows, pack_shape
 from utils.quantization import Quantization
 from utils.run_checkpoints import (
     RUN_FILE,
@@ -21,7 +22,9 @@ from utils.run_checkpoints import (
     rotate,
     save_sealed,
 )
+from utils.throughput import Throughput
 from utils.token_dataset import row_lengths
+from utils.training_speed import partitions_weights
 
 import datasets
 import torch
@@ -90,16 +93,25 @@ def uses_deepspeed(arguments: Namespace) -> bool:
     return True
 
 
-def check_quantization(checkpoint: Checkpoint, args: TrainingArguments) -> None:
+def check_quantization(
+    checkpoint: Checkpoint, args: TrainingArguments, quantize: str | None, dtype: torch.dtype
+) -> None:
     """
     Raises:
-        UsageError: a quantised base under ZeRO-3, which partitions floating-point weights alone.
+        UsageError: a quantised base under ZeRO-3, which partitions floating-point weights alone; or fp8 of a base that
+            is quantised already, in float32, or without a GPU for it.
     """
-    if checkpoint.quantization and args.deepspeed_plugin is not None and args.deepspeed_plugin.zero_stage == 3:
+    if (checkpoint.quantization or quantize == FP8) and partitions_weights(args):
         raise UsageError(
             "a quantised base cannot be partitioned by ZeRO-3: run it under DDP (no --deepspeed) or ZeRO-2, or train "
             "on the checkpoint in full precision without --quantize"
         )
+    if quantize == FP8:
+        check_device()
+        if checkpoint.quantization:
+            raise UsageError(f"--quantize fp8: {checkpoint.directory} is quantised to integers already: leave it out")
+        if dtype == torch.float32:
+            raise UsageError("--quantize fp8 computes in 16 bits: give --bf16 too")
 
 
 def describe_settings(
@@ -141,17 +153,41 @@ class StopOnSignal(TrainerCallback):
             control.should_save = control.should_training_stop = True
 
 
+class _StepEnd(TrainerCallback):
+    def __init__(self, throughput: Throughput):
+        self.throughput = throughput
+
+    def on_step_end(self, *args, **kwargs) -> None:
+        self.throughput.end_step()
+
+
 class AdapterTrainer(Trainer):
     """
     Saves the adapter, gathered and verified, where Trainer would save a model, the same under every launcher; and
     checkpoints that appear whole, with the settings of the run.
     """
 
-    def __init__(self, *args, origin: AdapterOrigin, settings: Settings, **kwargs):
+    def __init__(self, *args, origin: AdapterOrigin, settings: Settings, blocks: list[torch.nn.Module], **kwargs):
+        self.throughput = Throughput.of(kwargs["model"].get_base_model(), blocks)
         super().__init__(*args, **kwargs)
+        self.add_callback(_StepEnd(self.throughput))
         self.origin, self.settings = origin, settings
         self.staging = Path(self.args.output_dir) / STAGING
         self.is_staging = False
+
+    def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
+        self.throughput.count(inputs.pop("real_tokens"), inputs["input_ids"].numel(), len(inputs["target_ids"]))
+        return super().training_step(model, inputs, num_items_in_batch)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds speed and memory since the last such line, and in the summary those of the run after its first step."""
+        if "loss" in logs:
+            logs |= self.throughput.read()
+            logs["seconds_left"] = self.throughput.seconds_left(self.state.max_steps - self.state.global_step)
+        elif "train_runtime" in logs:
+            logs |= self.throughput.read(whole_run=True)
+            logs["first_step_seconds"] = round(self.throughput.first_step_seconds, 2)
+        super().log(logs, start_time)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         save_adapter(self.model, output_dir or self.args.output_dir, self.origin, self.args.should_save)
@@ -181,8 +217,12 @@ class AdapterTrainer(Trainer):
             rotate(final.parent, self.args.save_total_limit, self.state.best_model_checkpoint)
 
 
-def pack_dataset(dataset: datasets.Dataset, pack_tokens: int, seed: int) -> PackedRows:
+def pack_dataset(
+    dataset: datasets.Dataset, pack_tokens: int, seed: int, packs_a_batch: int
+) -> tuple[PackedRows, PackShape]:
     """
+    The dataset in packs, and the shape that holds any batch of them.
+
     Raises:
         UsageError: a row is longer than a pack.
     """
@@ -195,7 +235,7 @@ def pack_dataset(dataset: datasets.Dataset, pack_tokens: int, seed: int) -> Pack
     packs = pack_rows(lengths, pack_tokens, seed)
     filled = sum(lengths) / (len(packs) * pack_tokens)
     print_once(f"{len(lengths)} rows in {len(packs)} packs of at most {pack_tokens} tokens, {filled:.1%} filled")
-    return PackedRows(dataset, packs)
+    return PackedRows(dataset, packs), pack_shape(lengths, packs, pack_tokens, packs_a_batch)
 
 
 def describe_run(

@@ -1,0 +1,103 @@
+"""
+The layers that an adapter trains in, at the speed of the hardware: the branch in the dtype of the base with float32
+master weights, its second product added by the matrix product itself, and the projections of one input in one.
+"""
+
+import torch
+from peft.tuners.lora import Linear as PeftLoraLinear
+from torch import nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.glm.modeling_glm import GlmAttention, apply_rotary_pos_emb, eager_attention_forward
+
+QKV = ("q_proj", "k_proj", "v_proj")
+
+
+def add_branch(output: torch.Tensor, hidden_states: torch.Tensor, A: torch.Tensor, B: torch.Tensor) -> torch.Tensor:
+    """output (..., out) + hidden_states (..., in) A^T B^T, in the dtype of `output`; A (r, in), B (out, r)."""
+    hidden = nn.functional.linear(hidden_states, A.to(hidden_states.dtype))
+    added = torch.addmm(output.flatten(0, -2), hidden.flatten(0, -2), B.to(output.dtype).t())
+    return added.view(output.shape)
+
+
+class LoraLinear(PeftLoraLinear):
+    """PEFT's layer with one adapter; PEFT casts the input to the adapter's float32 instead."""
+
+    def branch(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """A (r, in) and the scaled B (out, r), in their own dtype."""
+        (name,) = self.active_adapters
+        return self.lora_A[name].weight, self.lora_B[name].weight * self.scaling[name]
+
+    def is_plain(self) -> bool:
+        """Whether it is base + branch and nothing else."""
+        names = self.active_adapters
+        return not (self.disable_adapters or self.merged or len(names) != 1 or names[0] in self.lora_variant)
+
+    def forward(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+        if args or kwargs or not self.is_plain():
+            return super().forward(x, *args, **kwargs)
+        return add_branch(self.base_layer(x), self.lora_dropout[self.active_adapters[0]](x), *self.branch())
+
+
+class Absorbed(nn.Module):
+    """Stands where a projection's own weight was that has become part of a wider one."""
+
+    def forward(self, *args, **kwargs):
+        raise RuntimeError("this projection's weight is part of qkv_proj")
+
+
+class FusedGlmAttention(GlmAttention):
+    """`GlmAttention` whose query, key and value come from one product; their adapters keep their places."""
+
+    def absorb(self) -> None:
+        """Moves the three projections' weights into `qkv_proj`. For an attention that has become of this class."""
+        bases = [getattr(self, name).base_layer for name in QKV]
+        self.heads = [base.out_features // self.head_dim for base in bases]
+        rows = sum(base.out_features for base in bases)
+        self.qkv_proj = nn.Linear(bases[0].in_features, rows, bases[0].bias is not None, device="meta")
+        for kind, _ in list(self.qkv_proj.named_parameters()):
+            joined = torch.cat([getattr(base, kind).detach() for base in bases])
+            setattr(self.qkv_proj, kind, nn.Parameter(joined, requires_grad=False))
+        for name in QKV:
+            getattr(self, name).base_layer = Absorbed()
+
+    def forward(
+        self,
+        hidden_states,
+        position_embeddings=None,
+        attention_mask=None,
+        past_key_values=None,
+        cache=None,
+        **kwargs,
+    ):
+        branches = [getattr(self, name).branch() for name in QKV]
+        A, B = torch.cat([A for A, _ in branches]), torch.block_diag(*[B for _, B in branches])
+        qkv = add_branch(self.qkv_proj(hidden_states), hidden_states, A, B)
+        heads = qkv.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, H + 2 K, T, D)
+        query, key, value = heads.split(self.heads, dim=1)
+        query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
+        cache = cache if cache is not None else past_key_values
+        if cache is not None:
+            key, value = cache.update(key, value, self.layer_idx)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        dropout = self.attention_dropout if self.training else 0.0
+        output, weights = attend(
+            self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs
+        )
+        return self.o_proj(output.flatten(-2)), weights
+
+
+def fuse_projections(model: nn.Module) -> None:
+    """Makes one product of query, key and value wherever all three have an adapter over a plain weight."""
+    for module in model.modules():
+        if type(module) is not GlmAttention:
+            continue
+        projections = [getattr(module, name) for name in QKV]
+        if all(
+            isinstance(projection, LoraLinear)
+            and projection.is_plain()
+            and type(projection.base_layer) is nn.Linear
+            and isinstance(projection.lora_dropout[projection.active_adapters[0]], nn.Identity)
+            for projection in projections
+        ):
+            module.__class__ = FusedGlmAttention
+            module.absorb()

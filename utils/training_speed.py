@@ -1,0 +1,49 @@
+"""What makes a step fast beside packing: fused projections, attention without a mask, compiled layers, FP8."""
+
+from utils.chatglm.generations import Generation
+from utils.fp8 import convert_to_fp8
+from utils.lora_layers import fuse_projections
+from utils.varlen_attention import VARLEN
+
+import torch
+from peft import PeftModel
+from transformers import TrainingArguments
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+
+def decoder_blocks(model: PeftModel) -> list[GradientCheckpointingLayer]:
+    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+
+
+def partitions_weights(args: TrainingArguments) -> bool:
+    """Whether it is ZeRO-3, which gathers a weight when its own module is called."""
+    return args.deepspeed_plugin is not None and args.deepspeed_plugin.zero_stage == 3
+
+
+def resolve_compile(wanted: bool | None, packing: bool, args: TrainingArguments) -> bool:
+    """Without a wish: where batches have one shape, which packs make possible, and a GPU waits."""
+    if wanted is not None:
+        return wanted
+    return packing and not args.use_cpu and not partitions_weights(args)
+
+
+def speed_up(
+    model: PeftModel,
+    generation: Generation,
+    args: TrainingArguments,
+    *,
+    fp8: bool,
+    packing: bool,
+    compile_layers: bool,
+) -> None:
+    """Changes `model`, its adapter attached, in place; what it computes stays the same up to rounding."""
+    half = model.dtype in (torch.float16, torch.bfloat16)
+    if packing and half and not args.use_cpu:
+        model.get_base_model().set_attn_implementation(VARLEN)
+    if not partitions_weights(args):
+        fuse_projections(model)
+    if fp8:
+        convert_to_fp8(model, {*generation.linear_layers, "qkv_proj"}, trains=True)
+    if compile_layers:
+        for block in decoder_blocks(model):
+            block.compile()
