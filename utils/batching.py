@@ -91,7 +91,7 @@ class PackingCollator:
         `input_ids` and `labels` are (1, T) int64 over all rows of all packs, `position_ids` (1, ..., T);
         `cu_seq_lens_*` (rows + 1,) int32 are where rows begin and `max_length_*` the longest, under the names that
         transformers gives them for attention over sequences of unequal length. For ChatGLM-6B, whose positions tell
-        the prefix, also `cu_segments` and `in_prefix`, see utils/varlen_attention.py.
+        the prefix, also `prefix_tokens` and `cu_prefix`, see utils/varlen_attention.py.
         """
         rows = [row for pack in packs for row in pack]
         ids = [torch.tensor([row["input_ids"]]) for row in rows]
@@ -120,11 +120,9 @@ class PackingCollator:
             **{f"max_length_{side}": self.shape.longest if self.shape else max(lengths) for side in "qk"},
         }
         if position_ids.ndim == 3:
-            in_prefix = position_ids[0, 1] == 0
-            prefixes = [int(row.sum()) for row in in_prefix.split(lengths)]
-            ends = [(start + prefix, start + n) for start, prefix, n in zip(starts, prefixes, lengths, strict=False)]
-            batch["cu_segments"] = torch.tensor([0, *(end for pair in ends for end in pair)], dtype=torch.int32)
-            batch["in_prefix"] = in_prefix
+            prefixed = (position_ids[0, 1] == 0) & (torch.arange(position_ids.shape[-1]) < real)
+            batch["prefix_tokens"] = prefixed.nonzero().squeeze(1)
+            batch["cu_prefix"] = torch.nn.functional.pad(prefixed.cumsum(0, dtype=torch.int32), (1, 0))[starts]
         return batch
 
 

@@ -1,6 +1,6 @@
 """
-Triton kernels over INT8 and INT4 weights (utils/quantization.py) for GPUs: a product for few rows, as in decoding, that
-reads the integers once and never writes a weight; and the weight itself in 16 bits, in one pass, for many rows.
+Triton kernels over INT8 and INT4 weights (utils/quantization.py): a product for few rows, as in decoding, that reads
+the integers once and never writes a weight; and the weight itself in 16 bits, in one pass, for many rows.
 
 Both round integer times scale to float16, as `dequantize` does, and accumulate in float32.
 """
@@ -14,14 +14,15 @@ FEW_ROWS = 64  # up to here the product is bound by reading the weight
 
 @triton.jit
 def _product_kernel(
-    x_ptr,  # (M, K) 16 bits
+    x_ptr,  # (M, K) 16 bits; for 4 bits the even columns, then the odd ones
     weight_ptr,  # (N, COLUMNS) int8
     scale_ptr,  # (N,) float16
-    y_ptr,  # (M, N)
+    y_ptr,  # (PARTS, M, N) float32
     M,
     N,
     COLUMNS: tl.constexpr,
     BITS: tl.constexpr,
+    PARTS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -32,8 +33,8 @@ def _product_kernel(
     weight_rows = weight_ptr + n[:, None].to(tl.int64) * COLUMNS
     x_rows = x_ptr + m[:, None] * (COLUMNS * 8 // BITS)
     total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    for start in range(0, COLUMNS, BLOCK_C):
-        c = start + tl.arange(0, BLOCK_C)
+    for start in range(0, COLUMNS, PARTS * BLOCK_C):
+        c = start + tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
         packed = tl.load(weight_rows + c[None, :], mask=(n[:, None] < N) & (c[None, :] < COLUMNS), other=0)
         known = (m[:, None] < M) & (c[None, :] < COLUMNS)
         if BITS == 8:
@@ -41,13 +42,13 @@ def _product_kernel(
             weight = (packed.to(tl.float16) * scale).to(x.dtype)
             total = tl.dot(x, tl.trans(weight), total)
         else:
-            even = tl.load(x_rows + 2 * c[None, :], mask=known, other=0.0)
-            odd = tl.load(x_rows + 2 * c[None, :] + 1, mask=known, other=0.0)
+            even = tl.load(x_rows + c[None, :], mask=known, other=0.0)
+            odd = tl.load(x_rows + COLUMNS + c[None, :], mask=known, other=0.0)
             high, low = packed >> 4, (packed << 4) >> 4
             total = tl.dot(even, tl.trans((high.to(tl.float16) * scale).to(even.dtype)), total)
             total = tl.dot(odd, tl.trans((low.to(tl.float16) * scale).to(odd.dtype)), total)
-    y = y_ptr + m[:, None] * N + n[None, :]
-    tl.store(y, total.to(y_ptr.dtype.element_ty), mask=(m[:, None] < M) & (n[None, :] < N))
+    y = y_ptr + (tl.program_id(1) * M + m[:, None]) * N + n[None, :]
+    tl.store(y, total, mask=(m[:, None] < M) & (n[None, :] < N))
 
 
 @triton.jit
@@ -73,6 +74,40 @@ def _dequantize_kernel(
         tl.store(y_ptr + n * 2 * COLUMNS + k, weight.to(y_ptr.dtype.element_ty), mask=k < 2 * COLUMNS)
 
 
+def launch_product(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    scale: torch.Tensor,
+    bits: int,
+    parts: int,
+    block_n: int = 32,
+    block_c: int = 128,
+    warps: int = 4,
+    stages: int = 4,
+) -> torch.Tensor:
+    """`quantized_product` with the columns summed in so many parts, each written apart: no order is left to chance."""
+    M, (N, columns) = len(x), weight.shape
+    x = x.unflatten(1, (columns, -1)).transpose(1, 2).contiguous()
+    y = x.new_empty(parts, M, N, dtype=torch.float32)
+    _product_kernel[(triton.cdiv(N, block_n), parts)](
+        x,
+        weight,
+        scale,
+        y,
+        M,
+        N,
+        COLUMNS=columns,
+        BITS=bits,
+        PARTS=parts,
+        BLOCK_M=max(16, triton.next_power_of_2(M)),
+        BLOCK_N=block_n,
+        BLOCK_C=block_c,
+        num_warps=warps,
+        num_stages=stages,
+    )
+    return y.sum(0).to(x.dtype)
+
+
 @torch.library.custom_op("chatglm::quantized_product", mutates_args=())
 def quantized_product(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bits: int) -> torch.Tensor:
     """
@@ -84,27 +119,7 @@ def quantized_product(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor
     Returns:
         (M, N) in the dtype of `x`.
     """
-    x = x.contiguous()
-    M, (N, columns) = len(x), weight.shape
-    y = x.new_empty(M, N)
-    block_m = max(16, triton.next_power_of_2(M))
-    block_n = 32 if N <= 8192 else 64
-    _product_kernel[(triton.cdiv(N, block_n),)](
-        x,
-        weight,
-        scale,
-        y,
-        M,
-        N,
-        COLUMNS=columns,
-        BITS=bits,
-        BLOCK_M=block_m,
-        BLOCK_N=block_n,
-        BLOCK_C=128,
-        num_warps=4,
-        num_stages=4,
-    )
-    return y
+    return launch_product(x, weight, scale, bits, parts=4)
 
 
 @quantized_product.register_fake

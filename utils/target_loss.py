@@ -24,12 +24,12 @@ class _HeadLoss(torch.autograd.Function):
         gradient = torch.empty_like(hidden_states, dtype=torch.float32)
         for start in range(0, len(target_ids), CHUNK):
             chunk = slice(start, start + CHUNK)
-            logits = (hidden_states[chunk] @ weight.T).float()  # (n, V)
             targets = target_ids[chunk, None]
-            total += (logits.logsumexp(-1) - logits.gather(1, targets).squeeze(1)).sum()
-            logits = logits.softmax(-1)
-            logits.scatter_add_(1, targets, logits.new_full((len(targets), 1), -1.0))
-            gradient[chunk] = (logits.to(weight.dtype) @ weight).float()
+            log_shares = (hidden_states[chunk] @ weight.T).log_softmax(-1, dtype=torch.float32)  # (n, V)
+            total -= log_shares.gather(1, targets).sum()
+            shares = log_shares.exp_()
+            shares.scatter_add_(1, targets, shares.new_full((len(targets), 1), -1.0))
+            gradient[chunk] = (shares.to(weight.dtype) @ weight).float()
         ctx.save_for_backward(gradient)
         ctx.dtype = hidden_states.dtype
         return total

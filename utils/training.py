@@ -176,6 +176,8 @@ class AdapterTrainer(Trainer):
         self.is_staging = False
 
     def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
+        if "prefix_tokens" in inputs:  # the one shape in a packed batch that differs from the next one's
+            torch._dynamo.maybe_mark_dynamic(inputs["prefix_tokens"], 0)
         self.throughput.count(inputs.pop("real_tokens"), inputs["input_ids"].numel(), len(inputs["target_ids"]))
         return super().training_step(model, inputs, num_items_in_batch)
 
