@@ -16,24 +16,30 @@ from typing import Literal
 
 from utils.batching import PackingCollator, PaddingCollator
 from utils.chatglm.generations import Generation
-from utils.checkpoint import DEFAULT_MODEL, Checkpoint, load_model, load_tokenizer
-from utils.distributed import init_process_group, is_main_process, mean_over_processes, print_once, shut_down
+from utils.checkpoint import DEFAULT_MODEL, load_model
+from utils.distributed import (
+    init_process_group,
+    is_main_process,
+    launched_by_accelerate_with_deepspeed,
+    mean_over_processes,
+    print_once,
+    shut_down,
+)
 from utils.errors import UsageError, run
 from utils.fp8 import FP8
-from utils.lora import AdapterOrigin, attach_adapter
+from utils.lora import attach_adapter
+from utils.preflight import open_request
 from utils.quantization import stored_bits
 from utils.run_checkpoints import claim, find_resumable, start_afresh
 from utils.target_loss import use_target_loss
-from utils.token_dataset import check_origin, fingerprint_rows, load_examples
+from utils.token_dataset import fingerprint_rows
 from utils.training import (
     AdapterTrainer,
     StopOnSignal,
-    check_quantization,
     describe_run,
     describe_settings,
     pack_dataset,
     resolve_precision,
-    uses_deepspeed,
 )
 from utils.training_speed import decoder_blocks, resolve_compile, speed_up
 
@@ -70,15 +76,12 @@ class FinetuneArguments:
 
 
 def parse_arguments(argv: list[str]):
-    """Returns FinetuneArguments, TrainingArguments and the weights' dtype, with the process group joined between."""
+    """Returns FinetuneArguments, TrainingArguments, what they name, and the weights' dtype; joins the processes."""
     parser = HfArgumentParser((FinetuneArguments, TrainingArguments), description=__doc__)
     values = parser.parse_args(argv)
-    if values.lora_rank < 1:
-        raise UsageError(f"--lora_rank {values.lora_rank} must be at least 1")
-    if not 0 <= values.lora_dropout < 1:
-        raise UsageError(f"--lora_dropout {values.lora_dropout} must be at least 0 and below 1")
+    request = open_request(values)
     dtype = resolve_precision(values)
-    init_process_group(uses_deepspeed(values))
+    init_process_group(bool(values.deepspeed) or launched_by_accelerate_with_deepspeed())
     values.use_cpu = values.use_cpu or not torch.cuda.is_available()  # else accelerate makes each process a world of 1
     values.ddp_broadcast_buffers = False  # none changes in training
     values.ddp_find_unused_parameters = False  # every part of an adapter is used in every step
@@ -88,21 +91,16 @@ def parse_arguments(argv: list[str]):
     except ValueError as error:
         raise UsageError(" ".join(str(error).split())) from None
     training_args._n_gpu = min(training_args.n_gpu, 1)  # one process, one card: never DataParallel
-    return finetune_args, training_args, dtype
+    return finetune_args, training_args, request, dtype
 
 
 def main() -> None:
-    args, training_args, dtype = parse_arguments(sys.argv[1:])
-    dataset = load_examples(args.dataset_path)
-    tokenizer = load_tokenizer(args.model_name_or_path)
-    template = check_origin(args.dataset_path, tokenizer, args.model_name_or_path)
-    checkpoint = Checkpoint.open(args.model_name_or_path, quantize=stored_bits(args.quantize))
-    check_quantization(checkpoint, training_args, args.quantize, dtype)
+    args, training_args, request, dtype = parse_arguments(sys.argv[1:])
+    dataset, tokenizer, checkpoint, origin = request.dataset, request.tokenizer, request.checkpoint, request.origin
     args.compile_layers = resolve_compile(args.compile_layers, args.packing, training_args)
-    origin = AdapterOrigin(template, checkpoint.fingerprint(), args.model_name_or_path)
-    args.lora_target_modules = args.lora_target_modules or list(checkpoint.generation.lora_target_modules)
     trains = {name: value for name, value in vars(args).items() if name.startswith("lora_")}
-    trains |= {"base": origin.base, "template": template, "rows": fingerprint_rows(dataset), "quantize": args.quantize}
+    trains |= {"base": origin.base, "template": origin.template}
+    trains |= {"rows": fingerprint_rows(dataset), "quantize": args.quantize}
     settings = describe_settings(training_args, dtype, trains, args.pack_tokens if args.packing else None)
     resume_from = None
     if training_args.resume_from_checkpoint:

@@ -101,7 +101,7 @@ def load_examples(dataset_path: str) -> datasets.Dataset:
         raise UsageError(f"--dataset_path {path} does not exist; {make_one}")
     if not path.is_dir() or not is_dataset(path):
         raise UsageError(f"--dataset_path {path} is not a tokenised dataset; {make_one}")
-    dataset = datasets.load_from_disk(str(path))
+    dataset = _open(path, make_one)
     if isinstance(dataset, datasets.Dataset) and is_chatglm_tuning(dataset.column_names):
         dataset = dataset.select_columns(list(CHATGLM_TUNING_COLUMNS)).map(
             add_labels, batched=True, remove_columns=["seq_len"], features=FEATURES
@@ -113,6 +113,27 @@ def load_examples(dataset_path: str) -> datasets.Dataset:
     if all(label == IGNORE_INDEX for label in dataset[0]["labels"]):
         raise UsageError(f"--dataset_path {path}: the first row has no token to train on; {make_one}")
     return dataset.select_columns(list(FEATURES))
+
+
+def _open(path: Path, make_one: str) -> datasets.Dataset | datasets.DatasetDict:
+    """
+    Raises:
+        UsageError: files that are missing or spoiled, that lie outside the directory, or of which there are none.
+    """
+    try:
+        files = [file["filename"] for file in json.loads((path / "state.json").read_text("utf-8"))["_data_files"]]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UsageError(
+            f"--dataset_path {path}: state.json is spoiled ({type(error).__name__}); {make_one}"
+        ) from None
+    if outside := [name for name in files if Path(name).name != name]:
+        raise UsageError(f"--dataset_path {path}: state.json names a file elsewhere, {outside[0]}; {make_one}")
+    if not files:
+        raise UsageError(f"--dataset_path {path} has no rows; {make_one}")
+    try:
+        return datasets.load_from_disk(str(path))
+    except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
+        raise UsageError(f"--dataset_path {path} is spoiled ({' '.join(str(error).split())}); {make_one}") from None
 
 
 def is_chatglm_tuning(columns: Sequence[str]) -> bool:

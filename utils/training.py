@@ -8,10 +8,7 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
-from utils.checkpoint import Checkpoint
-from utils.distributed import any_process, barrier, launched_by_accelerate_with_deepspeed, local_rank, print_once
-from utils.errors import UsageError
-from utils.fp8 import FP8, check_device
+from utils.distributed import any_process, barrier, local_rank, print_once
 from utils.lora import AdapterOrigin, save_adapter
 from utils.packing import PackedRows, PackShape, pack_rows, pack_shape
 from utils.quantization import Quantization
@@ -24,7 +21,6 @@ from utils.run_checkpoints import (
 )
 from utils.throughput import Throughput
 from utils.token_dataset import row_lengths
-from utils.training_speed import partitions_weights
 
 import datasets
 import torch
@@ -53,12 +49,7 @@ def resolve_precision(arguments: Namespace) -> torch.dtype:
 
     The flags decide; without one, the precision of accelerate's config file does. float16 needs a GPU: without one
     it becomes float32, and a line says so.
-
-    Raises:
-        UsageError: both flags are given.
     """
-    if arguments.fp16 and arguments.bf16:
-        raise UsageError("--fp16 and --bf16 exclude each other: give one")
     source = "flag"
     if not arguments.fp16 and not arguments.bf16:
         source = "accelerate config"
@@ -70,48 +61,6 @@ def resolve_precision(arguments: Namespace) -> torch.dtype:
     precision = "fp16" if arguments.fp16 else "bf16" if arguments.bf16 else "no"
     os.environ["ACCELERATE_MIXED_PRECISION"] = precision
     return {"fp16": torch.float16, "bf16": torch.bfloat16, "no": torch.float32}[precision]
-
-
-def uses_deepspeed(arguments: Namespace) -> bool:
-    """
-    Raises:
-        UsageError: --deepspeed names no file or one that is not JSON, or accelerate brings a DeepSpeed of its own.
-    """
-    if not arguments.deepspeed:
-        return launched_by_accelerate_with_deepspeed()
-    if launched_by_accelerate_with_deepspeed():
-        raise UsageError(
-            "--deepspeed under an accelerate config that configures DeepSpeed itself: drop one of the two"
-        )
-    try:
-        with open(arguments.deepspeed, encoding="utf-8") as file:
-            json.load(file)
-    except OSError as error:
-        raise UsageError(f"--deepspeed {arguments.deepspeed}: {error.strerror}") from None
-    except json.JSONDecodeError as error:
-        raise UsageError(f"--deepspeed {arguments.deepspeed} is not JSON: {error}") from None
-    return True
-
-
-def check_quantization(
-    checkpoint: Checkpoint, args: TrainingArguments, quantize: str | None, dtype: torch.dtype
-) -> None:
-    """
-    Raises:
-        UsageError: a quantised base under ZeRO-3, which partitions floating-point weights alone; or fp8 of a base that
-            is quantised already, in float32, or without a GPU for it.
-    """
-    if (checkpoint.quantization or quantize == FP8) and partitions_weights(args):
-        raise UsageError(
-            "a quantised base cannot be partitioned by ZeRO-3: run it under DDP (no --deepspeed) or ZeRO-2, or train "
-            "on the checkpoint in full precision without --quantize"
-        )
-    if quantize == FP8:
-        check_device()
-        if checkpoint.quantization:
-            raise UsageError(f"--quantize fp8: {checkpoint.directory} is quantised to integers already: leave it out")
-        if dtype == torch.float32:
-            raise UsageError("--quantize fp8 computes in 16 bits: give --bf16 too")
 
 
 def describe_settings(
@@ -222,18 +171,8 @@ class AdapterTrainer(Trainer):
 def pack_dataset(
     dataset: datasets.Dataset, pack_tokens: int, seed: int, packs_a_batch: int
 ) -> tuple[PackedRows, PackShape]:
-    """
-    The dataset in packs, and the shape that holds any batch of them.
-
-    Raises:
-        UsageError: a row is longer than a pack.
-    """
+    """The dataset, none of whose rows is longer than a pack, in packs, and the shape that holds any batch of them."""
     lengths = row_lengths(dataset)
-    if max(lengths) > pack_tokens:
-        raise UsageError(
-            f"--pack_tokens {pack_tokens}: the longest row has {max(lengths)} tokens; give at least that many, or "
-            f"tokenise with a smaller --max_seq_length"
-        )
     packs = pack_rows(lengths, pack_tokens, seed)
     filled = sum(lengths) / (len(packs) * pack_tokens)
     print_once(f"{len(lengths)} rows in {len(packs)} packs of at most {pack_tokens} tokens, {filled:.1%} filled")

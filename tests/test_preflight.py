@@ -1,0 +1,163 @@
+"""Wrong use of the training script: every fault at once, one line each with its mend, exit code 2, no traceback."""
+
+import json
+import re
+import socket
+
+from utils.errors import take_debug_flag
+
+import datasets
+import pytest
+import torch
+from conftest import GOLDEN, TINY
+
+
+@pytest.fixture(scope="module")
+def tokens(run_script, tmp_path_factory):
+    path = tmp_path_factory.mktemp("preflight") / "tokens"
+    run_script(
+        f"tokenize_dataset_rows_belle.py --jsonl_path data/sample.train.json --save_path {path} "
+        f"--model_name_or_path {TINY}"
+    ).check()
+    return path
+
+
+@pytest.fixture
+def faults(run_script, tokens, tmp_path):
+    """faults("--flags") -> the lines that the script ends with."""
+
+    def run(flags):
+        result = run_script(
+            f"multi_gpu_fintune_belle.py --dataset_path {tokens} --model_name_or_path {TINY} "
+            f"--output_dir {tmp_path}/out {flags}"
+        )
+        assert result.code == 2 and "Traceback" not in result.err, result.err
+        start = "multi_gpu_fintune_belle.py: error: "
+        lines = [line for line in result.err.splitlines() if line.startswith(start)]
+        assert not (tmp_path / "out").exists()
+        return [line.removeprefix(start) for line in lines]
+
+    return run
+
+
+DEEPSPEED = """{
+  "train_batch_sise": "auto",
+  "fp16": {"enabled": "auto", "min_loss_skale": 1},
+  "zero_optimization": {"stage": "three",
+    "overlapcomm": true, "reduce_bucket_size": "auto"}
+}"""
+
+
+def test_all_faults_at_once(faults, tmp_path):
+    (tmp_path / "ds.json").write_text(DEEPSPEED)
+    found = faults(
+        f"--dataset_path nowhere --lora_rank 0 --lora_dropout 1 --learning_rate -1 --fp16 --bf16 --report_to wandb "
+        f"--lora_target_modules q_proj dense --eval_strategy steps --eval_steps 1 --label_smoothing_factor 0.1 "
+        f"--num_train_epochs 0 --deepspeed {tmp_path}/ds.json --output_dir {GOLDEN}/chatglm-6b-tiny"
+    )
+    expected = [
+        "--lora_rank 0 must be at least 1",
+        "--learning_rate -1.0 must be at least 0",
+        "--lora_dropout 1.0 must be",
+        "--num_train_epochs 0.0 trains nothing",
+        "--fp16 and --bf16 exclude each other",
+        "--eval_strategy steps cannot be used here",
+        "--label_smoothing_factor 0.1 cannot be used here",
+        "--report_to wandb: the package is not installed",
+        f"--deepspeed {tmp_path}/ds.json line 2 column 3: train_batch_sise is not read; is it train_batch_size?",
+        f"--deepspeed {tmp_path}/ds.json line 3 column 31: min_loss_skale in fp16 is not read; is it min_loss_scale?",
+        f"--deepspeed {tmp_path}/ds.json line 4 column 25: stage in zero_optimization: Input should be 0, 1, 2",
+        f"--deepspeed {tmp_path}/ds.json line 5 column 5: overlapcomm in zero_optimization: no such key",
+        "--dataset_path nowhere does not exist; make it with",
+        "--lora_target_modules q_proj: the model's linear layers are dense dense_4h_to_h",
+        f"--output_dir {GOLDEN}/chatglm-6b-tiny holds a model",
+    ]
+    assert len(found) == len(expected)
+    for line, start in zip(found, expected, strict=True):
+        assert line.startswith(start)
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ('{\n  "zero_optimization": {"stage": 3,,}\n}', "is not JSON: .* at line 2 column 36"),
+        ("[]", "must hold a JSON object, not list"),
+        ('{"zero_optimization": 3}', "line 1 column 2: zero_optimization in zero_optimization: must be an object"),
+    ],
+)
+def test_a_spoiled_deepspeed_file(faults, tmp_path, text, words):
+    (tmp_path / "ds.json").write_text(text)
+    (line,) = faults(f"--deepspeed {tmp_path}/ds.json")
+    assert re.search(words, line), line
+
+
+def test_deepspeed_twice_and_over_a_quantised_base(faults, monkeypatch):
+    quantised = "--quantize int8 --deepspeed ds_config_zero3.json"
+    assert ["a quantised base cannot be partitioned by ZeRO-3" in line for line in faults(quantised)] == [True]
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", "3")
+    (line,) = faults("--deepspeed ds_config_zero3.json")
+    assert "drop one of the two" in line
+    (line,) = faults("--quantize int8")
+    assert "partitioned by ZeRO-3" in line
+
+
+SPOILS = [
+    (lambda path: None, "has no rows"),
+    (lambda path: (path / "data-00000-of-00001.arrow").write_bytes(b"x" * 100), "is spoiled"),
+    (lambda path: (path / "data-00000-of-00001.arrow").unlink(), "is spoiled"),
+    (lambda path: (path / "state.json").write_text("{"), "state.json is spoiled"),
+    (
+        lambda path: (path / "state.json").write_text('{"_data_files": [{"filename": "../x"}]}'),
+        "a file elsewhere, ../x",
+    ),
+]
+
+
+def test_datasets_that_cannot_be_trained_on(faults, tmp_path):
+    other = f"--model_name_or_path {GOLDEN}/chatglm3-6b-tiny"
+    (line,) = faults(other)
+    assert "was made with another tokenizer" in line and "tokenise the rows again" in line
+    features = datasets.Features(
+        {name: datasets.Sequence(datasets.Value("int32")) for name in ("input_ids", "labels")}
+    )
+    datasets.Dataset.from_dict({"input_ids": [], "labels": []}, features=features).save_to_disk(
+        str(tmp_path / "empty")
+    )
+    (line,) = faults(f"--dataset_path {tmp_path}/empty")
+    assert "has no rows" in line
+
+
+def test_more_processes_than_cards_and_a_port_in_use(faults, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        for name, value in (("WORLD_SIZE", 2), ("LOCAL_WORLD_SIZE", 2), ("MASTER_PORT", other.getsockname()[1])):
+            monkeypatch.setenv(name, str(value))
+        cards, port = faults("")
+    assert cards.startswith("2 processes and 1 GPUs: start 1 at most")
+    assert re.match(r"port \d+ is in use", port) and "--master_port" in port
+
+
+def test_a_directory_of_something_else(run_script, tokens, faults, tmp_path):
+    (tmp_path / "file").write_text("")
+    assert "is a file" in faults(f"--output_dir {tmp_path}/file")[0]
+    assert "holds a tokenised dataset" in faults(f"--output_dir {tokens}")[0]
+    train = f"multi_gpu_fintune_belle.py --dataset_path {tokens} --model_name_or_path {TINY} --output_dir {tmp_path}/a"
+    run_script(f"{train} --max_steps 1 --save_strategy no").check()
+    before = (tmp_path / "a" / "adapter_model.safetensors").read_bytes()
+    (line,) = faults(f"--output_dir {tmp_path}/a --lora_rank 2 --lora_target_modules dense")
+    assert "lora_rank 8 (now 2), lora_target_modules ['query_key_value'] (now ['dense'])" in line
+    origin = tmp_path / "a" / "adapter_origin.json"
+    origin.write_text(json.dumps(json.loads(origin.read_text()) | {"base": {}}))
+    assert "(other weights)" in faults(f"--output_dir {tmp_path}/a")[0]
+    assert (tmp_path / "a" / "adapter_model.safetensors").read_bytes() == before
+
+
+def test_debug_shows_where(run_script):
+    with pytest.raises(Exception, match="nowhere"):
+        run_script("multi_gpu_fintune_belle.py --dataset_path nowhere --debug")
+    argv = ["x", "--debug", "underflow_overflow", "--debug", "--max_steps", "3"]
+    assert take_debug_flag(argv) and argv == ["x", "--debug", "underflow_overflow", "--max_steps", "3"]
+    assert not take_debug_flag(argv)

@@ -1,0 +1,261 @@
+"""A training request, checked as a whole before anything slow or shared begins: every fault is reported at once."""
+
+import importlib.util
+import json
+import os
+import socket
+from argparse import Namespace
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from utils.checkpoint import Checkpoint, load_tokenizer
+from utils.deepspeed_config import read_deepspeed_config
+from utils.distributed import launched_by_accelerate_with_deepspeed, process_rank, world_size
+from utils.errors import Faults, UsageError
+from utils.fp8 import FP8, check_device
+from utils.lora import AdapterOrigin, read_origin
+from utils.quantization import stored_bits
+from utils.token_dataset import check_origin, is_dataset, load_examples, row_lengths
+
+import datasets
+import torch
+from peft.utils import CONFIG_NAME
+from transformers import PreTrainedTokenizerBase
+from transformers.integrations import get_available_reporting_integrations
+
+# Flags of TrainingArguments that this training cannot serve: the values that change nothing, and why others cannot be.
+UNSERVED: dict[str, tuple[tuple[Any, ...], str]] = {
+    "eval_strategy": (("no",), "nothing is evaluated in training: answer held-out rows with an inference script"),
+    "load_best_model_at_end": ((False,), "nothing is evaluated in training, so no checkpoint is the best"),
+    "label_smoothing_factor": ((0.0,), "the loss has no logits to smooth"),
+    "fsdp": (("", None, [], False), "take --deepspeed ds_config_zero3.json to shard the base model"),
+    "auto_find_batch_size": ((False,), "a run that goes on with another batch size would be another run"),
+}
+AT_LEAST = {  # the smallest value of a number, by flag
+    "lora_rank": 1,
+    "pack_tokens": 1,
+    "per_device_train_batch_size": 1,
+    "gradient_accumulation_steps": 1,
+    "learning_rate": 0,
+    "save_steps": 0,
+}
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the flags of a training run name, opened."""
+
+    dataset: datasets.Dataset
+    tokenizer: PreTrainedTokenizerBase
+    checkpoint: Checkpoint
+    origin: AdapterOrigin  # of the adapter that will be trained
+
+
+def open_request(values: Namespace) -> Request:
+    """
+    Opens what the flags name, once all of them are known to work together. Needs no process group and no GPU.
+
+    Args:
+        values: the flags of FinetuneArguments and TrainingArguments as argparse leaves them; a
+            `lora_target_modules` that was not given becomes the generation's own.
+
+    Raises:
+        UsageError: every fault that can be found before the model is loaded, one line each with its mend.
+    """
+    faults = Faults()
+    dataset = tokenizer = checkpoint = origin = template = None
+    stage = None
+    with faults.collect():
+        check_numbers(values)
+    with faults.collect():
+        check_devices(values)
+    with faults.collect():
+        check_port()
+    with faults.collect():
+        stage = zero_stage(values)
+    with faults.collect():
+        dataset = load_examples(values.dataset_path)
+    with faults.collect():
+        tokenizer = load_tokenizer(values.model_name_or_path)
+    if dataset and tokenizer:
+        with faults.collect():
+            template = check_origin(values.dataset_path, tokenizer, values.model_name_or_path)
+    if dataset and values.packing and max(lengths := row_lengths(dataset)) > values.pack_tokens >= 1:
+        faults.add(
+            f"--pack_tokens {values.pack_tokens}: the longest row has {max(lengths)} tokens; give at least that many, "
+            f"or tokenise with a smaller --max_seq_length"
+        )
+    if tokenizer:  # else the same fault again
+        with faults.collect():
+            checkpoint = Checkpoint.open(values.model_name_or_path, quantize=stored_bits(values.quantize))
+    if checkpoint:
+        with faults.collect():
+            check_targets(values, checkpoint)
+        with faults.collect():
+            check_quantization(values, checkpoint, stage)
+    with faults.collect():
+        check_output(values, checkpoint)
+    faults.report()
+    origin = AdapterOrigin(template, checkpoint.fingerprint(), values.model_name_or_path)
+    check_adapter_there(values, origin)
+    return Request(dataset, tokenizer, checkpoint, origin)
+
+
+def check_numbers(values: Namespace) -> None:
+    """
+    Raises:
+        UsageError: numbers out of range, flags that exclude each other, and flags that this training cannot serve.
+    """
+    faults = Faults()
+    for name, least in AT_LEAST.items():
+        if getattr(values, name) < least:
+            faults.add(f"--{name} {getattr(values, name)} must be at least {least}")
+    if not 0 <= values.lora_dropout < 1:
+        faults.add(f"--lora_dropout {values.lora_dropout} must be at least 0 and below 1")
+    if values.max_steps <= 0 and values.num_train_epochs <= 0:
+        faults.add(f"--num_train_epochs {values.num_train_epochs} trains nothing: give more, or --max_steps")
+    if values.fp16 and values.bf16:
+        faults.add("--fp16 and --bf16 exclude each other: give one")
+    for name, (served, why) in UNSERVED.items():
+        if getattr(values, name) not in served:
+            faults.add(f"--{name} {getattr(values, name)} cannot be used here: {why}")
+    reporters = values.report_to if isinstance(values.report_to, list) else [values.report_to]
+    missing = set(reporters) - {"none", "all", None, *get_available_reporting_integrations()}
+    if missing:
+        faults.add(f"--report_to {' '.join(sorted(missing))}: the package is not installed; install it or give none")
+    if "bnb" in values.optim and importlib.util.find_spec("bitsandbytes") is None:
+        faults.add(f"--optim {values.optim} needs the package bitsandbytes, which is not installed: give adamw_torch")
+    faults.report()
+
+
+def check_devices(values: Namespace) -> None:
+    """
+    Raises:
+        UsageError: the launcher started more processes on this machine than it has GPUs.
+    """
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "1")))
+    cards = torch.cuda.device_count()
+    if cards and processes > cards and not values.use_cpu:
+        raise UsageError(f"{processes} processes and {cards} GPUs: start {cards} at most (--nproc_per_node {cards})")
+
+
+def check_port() -> None:
+    """
+    Raises:
+        UsageError: this process is to listen where another one listens already.
+    """
+    hosts_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"  # else torchrun listens, and fails there
+    if world_size() == 1 or process_rank() != 0 or not hosts_store or "MASTER_PORT" not in os.environ:
+        return
+    port = int(os.environ["MASTER_PORT"])
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", port))
+        except OSError:
+            raise UsageError(
+                f"port {port} is in use, by another run perhaps: give the launcher --master_port"
+            ) from None
+
+
+def zero_stage(values: Namespace) -> int | None:
+    """
+    The ZeRO stage that the run's DeepSpeed has, None without DeepSpeed.
+
+    Raises:
+        UsageError: see `read_deepspeed_config`; or accelerate brings a DeepSpeed of its own beside --deepspeed.
+    """
+    path = values.deepspeed
+    if launched_by_accelerate_with_deepspeed():
+        if path:
+            raise UsageError(
+                "--deepspeed under an accelerate config that configures DeepSpeed itself: drop one of the two"
+            )
+        path = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
+        if path.lower() == "none":
+            return int(os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2"))
+    return read_deepspeed_config(path).get("zero_optimization", {}).get("stage", 0) if path else None
+
+
+def check_quantization(values: Namespace, checkpoint: Checkpoint, stage: int | None) -> None:
+    """
+    Raises:
+        UsageError: a quantised base under ZeRO-3, which partitions floating-point weights alone; or fp8 of a base that
+            is quantised already, in float32, or without a GPU for it.
+    """
+    faults = Faults()
+    if (checkpoint.quantization or values.quantize == FP8) and stage == 3:
+        faults.add(
+            "a quantised base cannot be partitioned by ZeRO-3: run it under DDP (no --deepspeed) or ZeRO-2, or train "
+            "on the checkpoint in full precision without --quantize"
+        )
+    if values.quantize == FP8:
+        with faults.collect():
+            check_device()
+        if checkpoint.quantization:
+            faults.add(f"--quantize fp8: {checkpoint.directory} is quantised to integers already: leave it out")
+        if not (values.fp16 or values.bf16 or os.environ.get("ACCELERATE_MIXED_PRECISION") in ("fp16", "bf16")):
+            faults.add("--quantize fp8 computes in 16 bits: give --bf16 too")
+    faults.report()
+
+
+def check_targets(values: Namespace, checkpoint: Checkpoint) -> None:
+    """
+    Raises:
+        UsageError: names among --lora_target_modules that are no linear layer of the generation's blocks.
+    """
+    linear = checkpoint.generation.linear_layers
+    if values.lora_target_modules is None:
+        values.lora_target_modules = list(checkpoint.generation.lora_target_modules)
+    unknown = sorted(set(values.lora_target_modules) - set(linear))
+    if unknown:
+        raise UsageError(
+            f"--lora_target_modules {' '.join(unknown)}: the model's linear layers are {' '.join(sorted(linear))}"
+        )
+
+
+def check_output(values: Namespace, checkpoint: Checkpoint | None) -> None:
+    """
+    Raises:
+        UsageError: --output_dir cannot be written, or is something else already.
+    """
+    path = Path(values.output_dir or "trainer_output")  # the default of TrainingArguments
+    another = "give another directory"
+    if path.exists() and not path.is_dir():
+        raise UsageError(f"--output_dir {path} is a file: {another}")
+    if is_dataset(path):
+        raise UsageError(f"--output_dir {path} holds a tokenised dataset: {another}")
+    if (path / "config.json").is_file() or (checkpoint and path.resolve() == checkpoint.directory.resolve()):
+        raise UsageError(f"--output_dir {path} holds a model: {another}")
+    nearest = next(parent for parent in (path.resolve(), *path.resolve().parents) if parent.exists())
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise UsageError(f"--output_dir {path} cannot be written ({nearest} is read-only): {another}")
+
+
+def check_adapter_there(values: Namespace, origin: AdapterOrigin) -> None:
+    """
+    Raises:
+        UsageError: --output_dir holds the adapter of a run that trained something else.
+    """
+    directory = Path(values.output_dir or "trainer_output")
+    if not (directory / CONFIG_NAME).is_file():
+        return
+    try:
+        there = json.loads((directory / CONFIG_NAME).read_text(encoding="utf-8"))
+    except ValueError:
+        there = {}
+    before = read_origin(directory)
+    pairs = {
+        "lora_rank": (there.get("r"), values.lora_rank),
+        "lora_alpha": (there.get("lora_alpha"), values.lora_alpha),
+        "lora_target_modules": (sorted(there.get("target_modules") or []), sorted(values.lora_target_modules)),
+    }
+    differing = [f"{name} {then} (now {now})" for name, (then, now) in pairs.items() if then != now]
+    if before is None or before.base != origin.base:
+        differing.append(f"base {before.model_name_or_path if before else 'unknown'} (other weights)")
+    if differing:
+        raise UsageError(
+            f"--output_dir {directory} holds the adapter of another run, with {', '.join(differing)}: give another "
+            f"directory"
+        )
