@@ -127,6 +127,8 @@ def main() -> None:
             origin=origin,
             settings=settings,
             blocks=decoder_blocks(model),
+            rows=request.dataset,
+            tokenizer=tokenizer,
         )
         result = trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
         if stop.stopped:

@@ -57,7 +57,7 @@ def test_all_faults_at_once(faults, tmp_path):
     )
     expected = [
         "--lora_rank 0 must be at least 1",
-        "--learning_rate -1.0 must be at least 0",
+        "--learning_rate -1.0 trains nothing",
         "--lora_dropout 1.0 must be",
         "--num_train_epochs 0.0 trains nothing",
         "--fp16 and --bf16 exclude each other",

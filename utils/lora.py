@@ -9,7 +9,7 @@ from typing import Any
 
 from utils.adapter_files import read_adapter
 from utils.checkpoint import Checkpoint
-from utils.errors import UsageError
+from utils.errors import RunError, UsageError
 from utils.lora_layers import LoraLinear
 from utils.quantization import is_quantized
 
@@ -146,17 +146,29 @@ def check_base(path: str | Path, checkpoint: Checkpoint) -> None:
 
 
 def save_adapter(
-    model: PeftModel, directory: str | Path, origin: AdapterOrigin | None = None, is_main_process: bool = True
+    model: PeftModel,
+    directory: str | Path,
+    origin: AdapterOrigin | None = None,
+    is_main_process: bool = True,
+    trained: bool = False,
 ) -> None:
     """
     Writes the adapter as a PEFT directory, with its origin. Every rank must call it; the main process writes.
 
+    Args:
+        trained: whether it must differ from its start, where every B is zero.
+
     Raises:
         RuntimeError: a weight is missing, has lost its shape, or is not finite; nothing is written.
+        RunError: with `trained`, the adapter is as it was at its start; nothing is written.
     """
     state = gather_adapter(model)
     if not is_main_process:
         return
+    if trained and not any(value.any() for name, value in state.items() if ".lora_B." in name):
+        raise RunError(
+            "the adapter is not saved: it is as it was at its start; were there steps with a --learning_rate above 0?"
+        )
     misfit = find_misfit(state, expected_shapes(model)) if state else "it has no weights"
     if misfit:
         raise RuntimeError(f"the adapter is not saved: {misfit}")

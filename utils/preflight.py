@@ -11,14 +11,15 @@ from typing import Any
 
 from utils.checkpoint import Checkpoint, load_tokenizer
 from utils.deepspeed_config import read_deepspeed_config
-from utils.distributed import launched_by_accelerate_with_deepspeed, process_rank, world_size
+from utils.distributed import launched_by_accelerate_with_deepspeed, print_once, process_rank, world_size
 from utils.errors import Faults, UsageError
 from utils.fp8 import FP8, check_device
 from utils.lora import AdapterOrigin, read_origin
 from utils.quantization import stored_bits
-from utils.token_dataset import check_origin, is_dataset, load_examples, row_lengths
+from utils.token_dataset import check_origin, is_dataset, load_examples, row_lengths, trained_rows
 
 import datasets
+import numpy as np
 import torch
 from peft.utils import CONFIG_NAME
 from transformers import PreTrainedTokenizerBase
@@ -37,7 +38,6 @@ AT_LEAST = {  # the smallest value of a number, by flag
     "pack_tokens": 1,
     "per_device_train_batch_size": 1,
     "gradient_accumulation_steps": 1,
-    "learning_rate": 0,
     "save_steps": 0,
 }
 
@@ -75,7 +75,7 @@ def open_request(values: Namespace) -> Request:
     with faults.collect():
         stage = zero_stage(values)
     with faults.collect():
-        dataset = load_examples(values.dataset_path)
+        dataset = keep_trained(load_examples(values.dataset_path), values.dataset_path)
     with faults.collect():
         tokenizer = load_tokenizer(values.model_name_or_path)
     if dataset and tokenizer:
@@ -102,6 +102,26 @@ def open_request(values: Namespace) -> Request:
     return Request(dataset, tokenizer, checkpoint, origin)
 
 
+def keep_trained(dataset: datasets.Dataset, dataset_path: str) -> datasets.Dataset:
+    """
+    Without the rows that have no token to train on; says how many those are.
+
+    Raises:
+        UsageError: no row has one.
+    """
+    trained = trained_rows(dataset)
+    if not len(trained):
+        raise UsageError(
+            f"--dataset_path {dataset_path}: no row has a token to train on; tokenise the rows again, with "
+            f"targets and a --max_seq_length that leaves room for them"
+        )
+    if len(trained) == len(dataset):
+        return dataset
+    first = np.setdiff1d(np.arange(len(dataset)), trained)[0]
+    print_once(f"{len(dataset) - len(trained)} rows have no token to train on and are left out, first row {first}")
+    return dataset.select(trained)
+
+
 def check_numbers(values: Namespace) -> None:
     """
     Raises:
@@ -111,6 +131,8 @@ def check_numbers(values: Namespace) -> None:
     for name, least in AT_LEAST.items():
         if getattr(values, name) < least:
             faults.add(f"--{name} {getattr(values, name)} must be at least {least}")
+    if values.learning_rate <= 0:
+        faults.add(f"--learning_rate {values.learning_rate} trains nothing: give one above 0")
     if not 0 <= values.lora_dropout < 1:
         faults.add(f"--lora_dropout {values.lora_dropout} must be at least 0 and below 1")
     if values.max_steps <= 0 and values.num_train_epochs <= 0:

@@ -29,6 +29,7 @@ FEATURES = datasets.Features(
 # token in input_ids, and in seq_len how many tokens of them are the prompt's.
 CHATGLM_TUNING_COLUMNS = ("input_ids", "seq_len")
 ORIGIN_FILE = "origin.json"
+TRAINED_ROWS_AT_ONCE = 100_000
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,7 @@ def load_examples(dataset_path: str) -> datasets.Dataset:
     Opens a dataset that tokenize_dataset_rows_belle.py wrote, or ChatGLM-Tuning's script.
 
     Raises:
-        UsageError: nothing there, no dataset, other columns, no rows, or no trained token in the first row.
+        UsageError: nothing there, no dataset, other columns, or no rows.
     """
     path = Path(dataset_path)
     make_one = "make it with: python tokenize_dataset_rows_belle.py --jsonl_path ROWS.jsonl --save_path " + str(path)
@@ -110,8 +111,6 @@ def load_examples(dataset_path: str) -> datasets.Dataset:
         raise UsageError(f"--dataset_path {path} lacks the columns input_ids and labels; {make_one}")
     if len(dataset) == 0:
         raise UsageError(f"--dataset_path {path} has no rows; {make_one}")
-    if all(label == IGNORE_INDEX for label in dataset[0]["labels"]):
-        raise UsageError(f"--dataset_path {path}: the first row has no token to train on; {make_one}")
     return dataset.select_columns(list(FEATURES))
 
 
@@ -153,6 +152,19 @@ def add_labels(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
         "input_ids": batch["input_ids"],
         "labels": [[IGNORE_INDEX] * prompt_tokens + ids[prompt_tokens:] for ids, prompt_tokens in rows],
     }
+
+
+def trained_rows(dataset: datasets.Dataset) -> np.ndarray:
+    """The numbers of the rows with a label that is predicted, which no row's first token is."""
+    found, start = [], 0
+    for batch in dataset.with_format("arrow").iter(TRAINED_ROWS_AT_ONCE):
+        for labels in batch["labels"].chunks:
+            values, offsets = labels.values.to_numpy(zero_copy_only=False), labels.offsets.to_numpy()
+            before = np.concatenate([[0], np.cumsum(values != IGNORE_INDEX)])  # trained tokens before each place
+            first = np.minimum(offsets[:-1] + 1, offsets[1:])
+            found.append(start + np.flatnonzero(before[offsets[1:]] > before[first]))
+            start += len(labels)
+    return np.concatenate(found)
 
 
 def row_lengths(dataset: datasets.Dataset) -> list[int]:

@@ -21,10 +21,11 @@ from utils.run_checkpoints import (
 )
 from utils.throughput import Throughput
 from utils.token_dataset import row_lengths
+from utils.training_guards import GuardedTrainer
 
 import datasets
 import torch
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 
 STEP_SETTINGS = (
@@ -110,7 +111,7 @@ class _StepEnd(TrainerCallback):
         self.throughput.end_step()
 
 
-class AdapterTrainer(Trainer):
+class AdapterTrainer(GuardedTrainer):
     """
     Saves the adapter, gathered and verified, where Trainer would save a model, the same under every launcher; and
     checkpoints that appear whole, with the settings of the run.
@@ -141,7 +142,10 @@ class AdapterTrainer(Trainer):
         super().log(logs, start_time)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        save_adapter(self.model, output_dir or self.args.output_dir, self.origin, self.args.should_save)
+        if not _internal_call:  # the end of the run; at a checkpoint it may be warming up
+            self.check_losses()
+        directory = output_dir or self.args.output_dir
+        save_adapter(self.model, directory, self.origin, self.args.should_save, trained=not _internal_call)
 
     def _get_output_dir(self, trial) -> str:
         return str(self.staging) if self.is_staging else super()._get_output_dir(trial)

@@ -1,0 +1,130 @@
+"""Numbers that go wrong in training are seen, and end the run with the rows that they came from."""
+
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from utils.distributed import any_process, process_rank
+from utils.errors import RankError, RunError
+
+import datasets
+import pyarrow.compute
+from accelerate.optimizer import AcceleratedOptimizer
+from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
+
+SKIPPED_STEPS = 16  # in a row: a loss scale that began at 65536 has come down to about 1
+CALMER = "train with --bf16, or with a lower --learning_rate"
+
+
+class OverflowWatch(TrainerCallback):
+    """Ends a float16 run whose gradients overflow at every loss scale: the scaler would skip its steps without end."""
+
+    def __init__(self):
+        self.skipped = 0
+
+    def on_optimizer_step(self, args, state, control, optimizer: AcceleratedOptimizer, **kwargs) -> None:
+        """
+        Raises:
+            RunError: no step was made for `SKIPPED_STEPS` steps. Every process sees the same.
+        """
+        self.skipped = self.skipped + 1 if optimizer.step_was_skipped else 0
+        if self.skipped == SKIPPED_STEPS:
+            raise RunError(
+                f"step {state.global_step + 1}: the float16 gradients overflowed in {SKIPPED_STEPS} steps one after "
+                f"the other, at every loss scale: {CALMER}"
+            )
+
+
+class GuardedTrainer(Trainer):
+    """
+    Stops at a loss or gradients that are not finite, and at gradients that are all zero, before an optimizer of
+    torch's uses them. Looking at the loss waits for the forward pass, once a micro batch.
+
+    Args:
+        rows: the dataset whose rows the batches hold.
+        tokenizer: what the rows were made with.
+    """
+
+    def __init__(self, *args, rows: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.rows, self.tokenizer = rows, tokenizer
+        self.batches: list[dict[str, Any]] = []  # of this step
+        self.saw_a_loss = False
+        self.add_callback(OverflowWatch())
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        """
+        Raises:
+            RankError: the loss is not finite.
+        """
+        result = super().compute_loss(model, inputs, *args, **kwargs)
+        loss = (result[0] if isinstance(result, tuple) else result).item()
+        self.batches.append(inputs)
+        if not math.isfinite(loss):
+            self.batches = [inputs]
+            advice = (
+                f"float16 overflowed, or the rows are at fault: {CALMER}" if self.args.fp16 else "look at the rows"
+            )
+            raise RankError(self._blame(f"the loss is {loss}", advice))
+        self.saw_a_loss |= loss != 0
+        return result
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        """
+        Raises:
+            RunError: the gradients of a step are all zero; or not finite, where no loss scaler deals with that. Every
+                process sees the same.
+        """
+        grad_norm = super()._get_grad_norm(model, grad_norm)
+        norm = None if grad_norm is None else float(grad_norm)
+        if norm == 0 and not self.optimizer.step_was_skipped:
+            raise RunError(self._blame("all gradients are zero", "is anything of the adapter used and trainable?"))
+        if norm is not None and not math.isfinite(norm) and not self.args.fp16:
+            raise RunError(self._blame(f"the gradients' norm is {norm}", "look at the rows and the --learning_rate"))
+        self.batches.clear()
+        return grad_norm
+
+    def check_losses(self) -> None:
+        """
+        Every process must call it.
+
+        Raises:
+            RunError: every loss on every process was exactly 0.
+        """
+        if not any_process(self.saw_a_loss):
+            raise RunError("the adapter is not saved: every loss was exactly 0, so nothing was trained on")
+
+    def _blame(self, fault: str, advice: str) -> str:
+        """Keeps the rows of this step's batches in a file; says what is wrong and where they are."""
+        path = Path(self.args.output_dir) / f"rows_at_fault.rank{process_rank()}.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("w", encoding="utf-8") as file:
+            for input_ids in (ids for batch in self.batches for ids in rows_of(batch)):
+                row = {"row": find_row(self.rows, input_ids), "text": self.tokenizer.decode(input_ids)}
+                file.write(json.dumps(row | {"input_ids": input_ids}, ensure_ascii=False) + "\n")
+        return (
+            f"step {self.state.global_step + 1}, rank {process_rank()}: {fault}; the rows of its batch are in {path}: "
+            f"{advice}"
+        )
+
+
+def rows_of(batch: dict[str, Any]) -> Iterator[list[int]]:
+    """The input_ids of each row of a batch, padded or packed, and of what fills a pack up."""
+    if "cu_seq_lens_q" in batch:
+        ends = batch["cu_seq_lens_q"].tolist()
+        for start, end in zip(ends, ends[1:], strict=False):
+            if start < end:  # not one of those that fill a batch up
+                yield batch["input_ids"][0, start:end].tolist()
+    else:
+        for input_ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True):
+            yield input_ids[mask.bool()].tolist()
+
+
+def find_row(rows: datasets.Dataset, input_ids: list[int]) -> int | None:
+    """The number of the first row, from 0, with these tokens."""
+    column = rows.with_format("arrow")[:]["input_ids"]
+    lengths = pyarrow.compute.list_value_length(column)
+    candidates = pyarrow.compute.indices_nonzero(pyarrow.compute.equal(lengths, len(input_ids))).to_pylist()
+    return next((number for number in candidates if column[number].as_py() == input_ids), None)
