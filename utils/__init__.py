@@ -1,8 +1,8 @@
 """
 What the scripts share. Importing it settles what other libraries read when they are imported, so it comes first.
 
-Progress bars are for a person at a terminal: elsewhere, and on ranks other than 0, there are none. Deprecations
-between other libraries are theirs to mend.
+Files are data, whichever library reads them. Progress bars are for a person at a terminal: elsewhere, and on ranks
+other than 0, there are none. Deprecations between other libraries are theirs to mend.
 """
 
 import os
@@ -13,4 +13,5 @@ if os.environ.get("RANK", "0") != "0" or not sys.stderr.isatty():
     for variable in ("TQDM_DISABLE", "HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS"):
         os.environ.setdefault(variable, "1")
 os.environ.setdefault("DS_LOG_LEVEL", "error")
+os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"  # no pickle runs code, whoever loads it: DeepSpeed would let it
 warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.|transformers\.|deepspeed\.|accelerate\.")

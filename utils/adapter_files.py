@@ -46,6 +46,7 @@ def read_adapter(path: str | Path, model: PreTrainedModel, lora_alpha: int | Non
         if lora_alpha is not None:
             raise UsageError(f"--lora_alpha {lora_alpha}: {path} records its own; the flag is for a bare {RAW_NAME}")
         config, state = _read_config(path), _canonical(_read_peft_weights(path), path)
+        _check_rank(config, state, path)
         if isinstance(model, GlmForCausalLM) and any("encoder.layers." in key for key in state):
             state = _to_glm(state, model.config)
             _retarget(config, state, path)
@@ -62,11 +63,25 @@ def read_adapter(path: str | Path, model: PreTrainedModel, lora_alpha: int | Non
 def _read_config(directory: Path) -> LoraConfig:
     try:
         values = json.loads((directory / CONFIG_NAME).read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise UsageError(f"{directory / CONFIG_NAME} is not JSON: {error}") from None
-    if values.get("peft_type") != "LORA":
-        raise UsageError(f"--adapter_path {directory} is a {values.get('peft_type')} adapter; only LORA is supported")
-    return LoraConfig.from_pretrained(directory)
+    if not isinstance(values, dict) or values.get("peft_type") != "LORA":
+        found = values.get("peft_type") if isinstance(values, dict) else "nameless"
+        raise UsageError(f"--adapter_path {directory} is a {found} adapter; only LORA is supported")
+    if values.get("megatron_config"):  # PEFT imports the module that `megatron_core` names
+        raise UsageError(f"{directory / CONFIG_NAME} has a megatron_config, which names code to import: remove it")
+    try:
+        return LoraConfig.from_pretrained(directory)
+    except (ValueError, TypeError, AttributeError, KeyError) as error:
+        raise UsageError(f"{directory / CONFIG_NAME} cannot be used: {' '.join(str(error).split())}") from None
+
+
+def _check_rank(config: LoraConfig, state: State, source: Path) -> None:
+    """PEFT takes memory by the configuration: it must not be more than the weights fill."""
+    ranks = [config.r, *(config.rank_pattern or {}).values()]
+    largest = max((value.shape[0] for key, value in state.items() if ".lora_A." in key), default=0)
+    if not all(type(rank) is int and 1 <= rank <= largest for rank in ranks):
+        raise UsageError(f"--adapter_path {source} has the rank {max(ranks, key=str)}, and its weights have {largest}")
 
 
 def _read_peft_weights(directory: Path) -> State:

@@ -15,11 +15,12 @@ from utils.chatglm.released_glm import convert
 from utils.errors import UsageError
 from utils.quantization import BITS, SCALE, Quantization, quantize, quantize_modules
 from utils.tokenizer_files import DEFAULT_MODEL, load_tokenizer, open_directory
-from utils.weight_files import read_weights
+from utils.weight_files import find_unusable, read_weights, weight_files
 
 import torch
 from accelerate import init_empty_weights
 from accelerate.utils import offload_weight, save_offload_index, set_module_tensor_to_device
+from huggingface_hub.errors import StrictDataclassError
 from transformers import PretrainedConfig, PreTrainedModel
 
 __all__ = ["DEFAULT_MODEL", "Checkpoint", "load_model", "load_tokenizer"]
@@ -50,8 +51,11 @@ class Checkpoint:
         try:
             config = model_config(generation, released)
             stored = Quantization.of(released)
-        except (KeyError, ValueError) as error:
-            raise UsageError(f"{directory / 'config.json'} is no {generation.name}: {error}") from None
+        except (KeyError, ValueError, TypeError, AttributeError, StrictDataclassError) as error:
+            reason = " ".join(str(error).split())
+            raise UsageError(f"{directory / 'config.json'} is no {generation.name}: {reason}") from None
+        if weights:
+            weight_files(directory)
         if stored and quantize and BITS[quantize] != stored.bits:
             raise UsageError(f"--quantize {quantize}: {directory} is quantised to {stored.bits} bits already")
         wanted = Quantization(BITS[quantize]) if quantize else None
@@ -132,33 +136,69 @@ class Checkpoint:
         Raises:
             UsageError: see `weights`; or weights are missing, too many or of another shape.
         """
-        tied = {source: target for target, source in model.all_tied_weights_keys.items()}
-        expected = model.state_dict()
+        expected = ExpectedWeights(model, f"{self.directory}", self.generation.name)
         buffers = {name for name, _ in model.named_buffers()}
-        missing = set(expected) - set(tied.values())
-        ignored = model._keys_to_ignore_on_load_unexpected or ()
         offload_index: dict[str, dict] = {}
         for key, tensor in self.weights():
-            if key in tied.values() or any(re.search(pattern, key) for pattern in ignored):
-                continue  # a tied copy gives way to its source, as in `load_model`
-            if key not in missing:
-                raise UsageError(f"{self.directory}: {key} is no weight of {self.generation.name}")
-            if tensor.shape != expected[key].shape:
-                shapes = f"{tuple(tensor.shape)}, not {tuple(expected[key].shape)}"
-                raise UsageError(f"{self.directory}: {key} has the shape {shapes}")
-            missing.remove(key)
+            if not expected.take(key, tensor):
+                continue
             device = next(device_map[name] for name in _enclosing(key) if name in device_map)
             if device == "disk" and key not in buffers:
-                for name in (key, tied[key]) if key in tied else (key,):
-                    value = tensor.to(expected[key].dtype)
+                for name in (key, *expected.copies_of(key)):
+                    value = tensor.to(expected.tensors[key].dtype)
                     offload_index = offload_weight(value, name, offload_folder, index=offload_index)
             else:  # accelerate leaves the buffers of an offloaded module in memory
                 set_module_tensor_to_device(model, key, "cpu" if device == "disk" else device, value=tensor)
-        if missing:
-            raise UsageError(f"{self.directory}: {len(missing)} weights are missing, first {min(missing)}")
+        expected.check_complete()
         if offload_index:
             save_offload_index(offload_index, offload_folder)
         model.tie_weights()
+
+
+class ExpectedWeights:
+    """
+    The weights that a model takes, ticked off as they come from files: before memory is taken for one, its name, its
+    shape and its values are known to be right.
+    """
+
+    def __init__(self, model: PreTrainedModel, source: str, name: str):
+        self.tensors = model.state_dict()
+        self.source, self.name = source, name
+        self._tied = {source: target for target, source in model.all_tied_weights_keys.items()}
+        self._ignored = model._keys_to_ignore_on_load_unexpected or ()
+        self._missing = set(self.tensors) - set(self._tied.values())
+
+    def copies_of(self, key: str) -> list[str]:
+        return [self._tied[key]] if key in self._tied else []
+
+    def take(self, key: str, tensor: torch.Tensor) -> bool:
+        """
+        Whether the model needs it; a tied copy gives way to its source.
+
+        Raises:
+            UsageError: it belongs to another model, or its values cannot be used.
+        """
+        if key in self._tied.values() or any(re.search(pattern, key) for pattern in self._ignored):
+            return False
+        if key not in self._missing:
+            raise UsageError(f"{self.source}: {key} is no weight of {self.name}, which its config.json describes")
+        expected = self.tensors[key]
+        if tensor.shape != expected.shape:
+            shapes = f"{tuple(tensor.shape)}, not {tuple(expected.shape)} as its config.json says"
+            raise UsageError(f"{self.source}: {key} has the shape {shapes}")
+        fault = find_unusable(tensor, expected.dtype)
+        if fault:
+            raise UsageError(f"{self.source}: {key} {fault}")
+        self._missing.remove(key)
+        return True
+
+    def check_complete(self) -> None:
+        """
+        Raises:
+            UsageError: a weight has not come.
+        """
+        if self._missing:
+            raise UsageError(f"{self.source}: {len(self._missing)} weights are missing, first {min(self._missing)}")
 
 
 def _digest(tensor: torch.Tensor) -> str:
@@ -197,22 +237,16 @@ def load_model(path_or_id: str, dtype: torch.dtype = torch.float32, quantize: st
         checkpoint.fill(model, {"": "cpu"})
         return model
     directory, generation = checkpoint.directory, checkpoint.generation
+    expected = ExpectedWeights(checkpoint.empty_model(dtype), str(directory), generation.name)
+    for key, tensor in checkpoint.weights():
+        expected.take(key, tensor)
+    expected.check_complete()
     source: dict[str, Any] = {"pretrained_model_name_or_path": directory}
     if checkpoint.converts:
         source = {"pretrained_model_name_or_path": None, "state_dict": dict(checkpoint.weights())}
     try:
-        model, info = generation.architecture.model_class.from_pretrained(
-            **source,
-            config=checkpoint.config,
-            dtype=dtype,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # they are refused below, with the others
-        )
+        model = generation.architecture.model_class.from_pretrained(**source, config=checkpoint.config, dtype=dtype)
     except OSError as error:
         raise UsageError(f"{directory}: {' '.join(str(error).split())}") from None
-    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if info[kind]:
-            names = sorted(str(key) for key in info[kind])
-            raise UsageError(f"{directory}: {len(names)} {kind.replace('_', ' ')} in the weights, first {names[0]}")
     model.config._name_or_path = model.name_or_path = str(directory)
     return model.eval()
