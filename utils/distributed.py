@@ -9,12 +9,16 @@ from pathlib import Path
 from typing import Any
 
 from utils.extension_builds import remove_stale_build_locks
+from utils.peers import Peers
 from utils.processes import end_with_parent
 
 import torch
 
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed asks once, at its first import
+
+
+_peers: list[Peers] = []  # of this process, where there are others
 
 
 def process_rank() -> int:
@@ -72,11 +76,18 @@ def init_process_group(use_deepspeed: bool) -> None:
         if local_rank() == 0:
             for lock in remove_stale_build_locks(several_machines=int(processes_here) < world_size()):
                 print(f"removed {lock}, left behind by a build that was killed", flush=True)
+        from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+        from deepspeed.runtime.zero.config import ZeroStageEnum
+
+        # What its checkpoints hold beside tensors; utils/__init__.py lets nothing else be loaded.
+        torch.serialization.add_safe_globals([LossScaler, DynamicLossScaler, ZeroStageEnum])
         deepspeed.init_distributed(dist_backend=backend)
         if backend == "gloo":
             _forget_shared_memory()
     elif not torch.distributed.is_initialized():
         torch.distributed.init_process_group(backend)
+    if world_size() > 1:
+        _peers.append(Peers(process_rank(), world_size()))
 
 
 def mean_over_processes(value: float) -> float:
@@ -142,5 +153,8 @@ def _free_port() -> int:
 
 def shut_down() -> None:
     """Leaves the process group, so that no rank ends while another still talks to it."""
+    if _peers:
+        barrier()
+        _peers.pop().close()
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()

@@ -9,6 +9,9 @@ from contextlib import contextmanager
 DISK_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO, errno.EFBIG, errno.ENOENT)
 
 
+failing: list[Callable[[BaseException], None]] = []  # called with the error that is about to end a script
+
+
 class UsageError(Exception):
     """
     The request cannot be served as it stands. Each argument is one fault: one line that names the value and the mend.
@@ -67,8 +70,11 @@ def run(main: Callable[[], None]) -> None:
     debug = take_debug_flag(sys.argv)
     try:
         main()
-    except (UsageError, RunError, OSError) as error:
-        if debug or (isinstance(error, OSError) and error.errno not in DISK_FAULTS):
+    except Exception as error:
+        for call in failing if not isinstance(error, UsageError) else ():
+            call(error)
+        ours = isinstance(error, (UsageError, RunError)) or getattr(error, "errno", None) in DISK_FAULTS
+        if debug or not ours:
             raise
         first = int(os.environ.get("LOCAL_RANK", "0")) == 0
         for line in describe(error).splitlines() if first or isinstance(error, RankError) else ():
@@ -76,7 +82,7 @@ def run(main: Callable[[], None]) -> None:
         sys.exit(2 if isinstance(error, UsageError) else 1)
 
 
-def describe(error: Exception) -> str:
+def describe(error: BaseException) -> str:
     """What went wrong, for a person."""
     if not isinstance(error, OSError):
         return str(error)

@@ -33,14 +33,19 @@ LAUNCHERS = {
 STEPS = 12
 
 
-def command(launcher: str, work: Path, output_dir: Path) -> list[str]:
-    start, flags = LAUNCHERS[launcher]
-    return shlex.split(
-        f"{start} multi_gpu_fintune_belle.py --dataset_path {work}/tokens --model_name_or_path data/chatglm-tiny "
+def arguments(work: Path, output_dir: Path) -> str:
+    """The script and its flags, whatever launches it."""
+    return (
+        f"multi_gpu_fintune_belle.py --dataset_path {work}/tokens --model_name_or_path data/chatglm-tiny "
         f"--lora_rank 4 --lora_dropout 0.1 --learning_rate 2e-3 --max_steps {STEPS} --save_steps 1 "
         f"--save_total_limit 2 --per_device_train_batch_size 2 --logging_steps 1 --packing --pack_tokens 256 "
-        f"--output_dir {output_dir} {flags} --resume_from_checkpoint latest"
+        f"--output_dir {output_dir} --resume_from_checkpoint latest"
     )
+
+
+def command(launcher: str, work: Path, output_dir: Path) -> list[str]:
+    start, flags = LAUNCHERS[launcher]
+    return shlex.split(f"{start} {arguments(work, output_dir)} {flags}")
 
 
 def start(words: list[str], log: Path) -> subprocess.Popen:
@@ -62,6 +67,11 @@ def descendants(pid: int) -> list[int]:
         for task in Path(f"/proc/{parent}/task").glob("*/children"):
             found += [int(child) for child in task.read_text().split()]
     return found
+
+
+def environment_of(pid: int) -> dict[str, str]:
+    pairs = Path(f"/proc/{pid}/environ").read_bytes().decode(errors="replace").split("\0")
+    return dict(pair.split("=", 1) for pair in pairs if "=" in pair)
 
 
 def wait_for_a_step(process: subprocess.Popen, log: Path) -> None:

@@ -1,0 +1,111 @@
+"""A process of a distributed run watches the others: when one dies or is cut off, the rest end soon, and say why."""
+
+import json
+import os
+import re
+import socket
+import sys
+import threading
+import time
+from datetime import timedelta
+
+from utils.errors import RunError, describe, failing
+
+import torch
+
+BEAT = 1.0  # seconds
+SILENCE = 30.0  # seconds without a sign of life, after which a process counts as lost
+VERDICT = 15.0  # seconds that a process whose connection broke waits to learn whose fault it was
+CONNECTION = re.compile("gloo|nccl|connection|socket|store|timed out|broken pipe|process ?group", re.IGNORECASE)
+
+
+class Peers:
+    """
+    Every process says through the launcher's store that it lives, and looks whether the others do: by their process id
+    on the same machine, by their signs of life elsewhere. Threads of their own do it, since the main one waits for
+    ever in a collective whose other side is gone.
+    """
+
+    def __init__(self, process_rank: int, world_size: int):
+        self.rank, self.others = process_rank, [rank for rank in range(world_size) if rank != process_rank]
+        self.host = f"{socket.gethostname()}/{os.readlink('/proc/self/ns/net')}"
+        self.master = os.environ["MASTER_ADDR"]
+        store = torch.distributed.TCPStore(
+            self.master, int(os.environ["MASTER_PORT"]), is_master=False, timeout=timedelta(seconds=SILENCE)
+        )
+        attempt = f"{os.environ.get('TORCHELASTIC_RUN_ID', '')}.{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+        self.store = torch.distributed.PrefixStore(f"peers.{attempt}", store)
+        self.store.set(f"who.{self.rank}", json.dumps([self.host, os.getpid()]))
+        self.who = {rank: json.loads(self.store.get(f"who.{rank}")) for rank in self.others}
+        self.answered = time.monotonic()  # when the store last did
+        self.heard = dict.fromkeys(self.others, (b"", self.answered))
+        self.ended = threading.Event()
+        for work in (self._beat, self._watch_store):
+            threading.Thread(target=work, daemon=True).start()
+        failing.append(self.tell)
+
+    def close(self) -> None:
+        """Says that this process ends as it should."""
+        failing.remove(self.tell)
+        self.store.set(f"ended.{self.rank}", "done")
+        self.ended.set()
+
+    def tell(self, error: BaseException) -> None:
+        """
+        Of this process's own failure, tells the others. Where another's broke its connection, waits until that is
+        known: the process then ends with one line in place of the traceback of a broken connection.
+        """
+        if not isinstance(error, RunError) and CONNECTION.search(f"{type(error).__name__} {error}"):
+            time.sleep(VERDICT)
+            return
+        reason = describe(error) if isinstance(error, RunError) else f"{type(error).__name__}: {error}"
+        self.store.set(f"ended.{self.rank}", " ".join(reason.split())[:500])
+        self.ended.set()
+
+    def _beat(self) -> None:
+        beat = 0
+        while not self.ended.wait(BEAT):
+            beat += 1
+            try:
+                self.store.set(f"beat.{self.rank}", str(beat))
+                for rank in self.others:
+                    self._look(rank)
+            except RuntimeError:  # the store does not answer; `_watch_store` counts how long
+                continue
+            self.answered = time.monotonic()
+
+    def _look(self, rank: int) -> None:
+        if self.store.check([f"ended.{rank}"]):
+            reason = self.store.get(f"ended.{rank}").decode()
+            if reason != "done":
+                self._end(rank, f"ended: {reason}", heard=self.who[rank][0] == self.host)
+            return
+        host, process_id = self.who[rank]
+        if host == self.host and not os.path.exists(f"/proc/{process_id}"):
+            time.sleep(BEAT)  # a process that ends well says so before it is gone
+            if not self.store.check([f"ended.{rank}"]):
+                self._end(rank, "was killed, perhaps for want of memory (dmesg says so)")
+            return
+        beat = self.store.get(f"beat.{rank}") if self.store.check([f"beat.{rank}"]) else b""
+        if beat != self.heard[rank][0]:
+            self.heard[rank] = (beat, time.monotonic())
+        elif time.monotonic() - self.heard[rank][1] > SILENCE:
+            self._end(rank, f"gave no sign of life for {SILENCE:.0f} s: it was killed, or its machine is cut off")
+
+    def _watch_store(self) -> None:
+        while not self.ended.wait(BEAT):
+            if time.monotonic() - self.answered > SILENCE:
+                self._end(0, f"or its launcher at {self.master} was silent for {SILENCE:.0f} s: killed, or cut off")
+
+    def _end(self, rank: int, why: str, heard: bool = False) -> None:
+        """Ends this process; one on each machine says why, unless the failed one has said it there itself."""
+        host, process_id = self.who.get(rank, (self.host, os.getpid()))
+        here = [other for other in self.others if self.who[other][0] == self.host and other != rank]
+        if not heard and all(self.rank < other for other in here):
+            print(
+                f"{os.path.basename(sys.argv[0])}: error: rank {rank} (process {process_id} on {host.split('/')[0]}) "
+                f"{why}; go on with --resume_from_checkpoint latest",
+                file=sys.stderr,
+                flush=True,
+            )
+        os._exit(1)
