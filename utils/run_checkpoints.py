@@ -98,7 +98,7 @@ def claim(output_dir: str) -> Iterator[None]:
     Raises:
         UsageError: another run writes there.
     """
-    if local_rank() != 0:
+    if not is_main_process():  # machines may share the directory, and its lock
         yield
         return
     Path(output_dir).mkdir(parents=True, exist_ok=True)
@@ -167,18 +167,28 @@ def start_afresh(output_dir: str, settings: Settings) -> None:
                 f"--output_dir {output_dir} holds checkpoints of another run, with {differing}: give another directory"
             )
     barrier()
-    if local_rank() == 0 and checkpoints:
-        number = 1 + max((int(path.name[9:]) for path in directory.glob("previous-[0-9]*")), default=0)
-        aside = directory / f"previous-{number}"
-        aside.mkdir()
-        for path in checkpoints:
-            path.rename(aside / path.name)
-        found = f"{newest.name} of this run" if newest else "damaged checkpoints"
-        print_once(
-            f"{output_dir} holds {found}: --resume_from_checkpoint latest would have gone on from it. "
-            f"Starting afresh; what was there is in {aside}"
-        )
+    if is_main_process():
+        _set_aside(directory, newest)
     barrier()
+    if local_rank() == 0:  # of another machine, with a disk of its own
+        _set_aside(directory, newest)
+    barrier()
+
+
+def _set_aside(directory: Path, newest: Path | None) -> None:
+    checkpoints = list_checkpoints(directory)
+    if not checkpoints:
+        return
+    number = 1 + max((int(path.name[9:]) for path in directory.glob("previous-[0-9]*")), default=0)
+    aside = directory / f"previous-{number}"
+    aside.mkdir()
+    for path in checkpoints:
+        path.rename(aside / path.name)
+    found = f"{newest.name} of this run" if newest else "damaged checkpoints"
+    print_once(
+        f"{directory} holds {found}: --resume_from_checkpoint latest would have gone on from it. "
+        f"Starting afresh; what was there is in {aside}"
+    )
 
 
 def read_settings(checkpoint: Path) -> Settings:
