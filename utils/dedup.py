@@ -2,6 +2,7 @@
 
 import hashlib
 import itertools
+import os
 import re
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator
@@ -49,7 +50,9 @@ class Deduplicator:
         rows = self._store(lines)
         if not rows:
             return
-        dropped = np.memmap(self.directory / "dropped", np.uint8, "w+", shape=(rows,))
+        with open(self.directory / "dropped", "wb") as file:
+            os.posix_fallocate(file.fileno(), 0, rows)  # on a full disk an error, not a signal
+        dropped = np.memmap(self.directory / "dropped", np.uint8, "r+", shape=(rows,))
         keys = np.memmap(self.directory / "keys", np.uint64, "r", shape=(rows, 1 + (BANDS + 1) * self.near))
         for repeats, _ in repeated(keys[:, 0], dropped):
             dropped[repeats] = 1

@@ -70,10 +70,16 @@ def complete_dataset(directory: Path, arrow_files: Sequence[str], origin: Origin
 
 
 def replace_dataset(new: Path, target: Path) -> None:
-    """Moves a complete dataset to where an older one may stand."""
+    """
+    Moves a complete dataset to where an older one may stand. A kill leaves the older one or the new one there, or
+    nothing, and then the new one in `new`, from which the next run goes on; never a part of either.
+    """
+    older = new.with_name(f"{new.name}.older")  # also what a killed run left of one
+    shutil.rmtree(older, ignore_errors=True)
     if target.exists():
-        shutil.rmtree(target)
+        target.rename(older)
     new.rename(target)
+    shutil.rmtree(older, ignore_errors=True)
 
 
 def check_target(target: Path) -> None:

@@ -79,12 +79,12 @@ def two_machines() -> Iterator[None]:
 def start(launcher: str, work: Path, output_dir: Path) -> list[subprocess.Popen]:
     """Starts both machines' launchers; their output goes to work/node-a.log and node-b.log."""
     (work / "hostfile").write_text("".join(f"{address} slots=1\n" for address in ADDRESSES))
-    os.environ["GLOO_SOCKET_IFNAME"] = "cable"
     begin, flags = LAUNCHERS[launcher]
     script = kill_training.arguments(work, output_dir)
     processes = []
     for n, (node, address) in enumerate(zip(NODES, ADDRESSES, strict=True)):
-        words = f"ip netns exec {node} {begin.format(n=n, address=address, work=work)} {script} {flags}"
+        launch = begin.format(n=n, address=address, work=work)
+        words = f"ip netns exec {node} env GLOO_SOCKET_IFNAME=cable {launch} {script} {flags}"
         processes.append(kill_training.start(shlex.split(words), work / f"{node}.log"))
     return processes
 

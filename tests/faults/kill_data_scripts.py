@@ -1,0 +1,98 @@
+"""
+python tests/faults/kill_data_scripts.py --kills 100
+
+Kills processing and tokenising with SIGKILL at random moments and runs them again: after each kill an output is the
+older one, the new one, or not there, never a part; and the run that ends makes, byte for byte, what one makes that
+nobody killed. The last line is JSON.
+"""
+
+import argparse
+import json
+import os
+import random
+import shlex
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+ROWS = 60_000
+SCRIPTS = {
+    "process": "process_belle_1M_data.py --input {work}/rows --output {out} --dedup exact --shuffle",
+    "tokenize": "tokenize_dataset_rows_belle.py --jsonl_path {work}/rows --save_path {out} --num_proc 2 "
+    "--model_name_or_path data/chatglm-tiny",
+}
+
+
+def start(script: str, work: Path, out: Path) -> subprocess.Popen:
+    words = shlex.split(f"{sys.executable} {SCRIPTS[script].format(work=work, out=out)}")
+    return subprocess.Popen(words, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True)
+
+
+def content(out: Path) -> dict[str, bytes]:
+    """Every file of an output by its name; empty where there is none."""
+    if out.is_file():
+        return {"": out.read_bytes()}
+    return {
+        str(path.relative_to(out)): path.read_bytes()
+        for path in out.rglob("*")
+        if path.suffix != ".png" and path.is_file()
+    }
+
+
+def complete(script: str, work: Path, out: Path) -> float:
+    began = time.monotonic()
+    process = start(script, work, out)
+    _, err = process.communicate(timeout=300)
+    if process.returncode:
+        raise RuntimeError(f"{script} failed by itself:\n{err.decode()}")
+    return time.monotonic() - began
+
+
+def torture(work: Path, kills: int, seed: int) -> dict[str, int]:
+    """Kills both scripts in turn. Raises RuntimeError where an output is not whole."""
+    moment, done = random.Random(seed), dict.fromkeys(SCRIPTS, 0)
+    row = {"input": "", "target": "答案" * 10}
+    with (work / "rows").open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(row | {"input": f"第{i}个问题"}, ensure_ascii=False) + "\n" for i in range(ROWS))
+    expected, seconds = {}, {}
+    for script in SCRIPTS:
+        seconds[script] = complete(script, work, work / f"{script}.whole")
+        expected[script] = content(work / f"{script}.whole")
+    while sum(done.values()) < kills:
+        script = min(done, key=done.get)
+        out = work / f"{script}.killed"
+        process = start(script, work, out)
+        time.sleep(moment.uniform(0.3, 1) * seconds[script])
+        done[script] += process.poll() is None
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+        left = content(out)
+        if script == "tokenize":  # of the last step, after the dataset stands there
+            left = {name: data for name, data in left.items() if name != "lock" and not name.startswith("reports/")}
+        if left and left != expected[script]:
+            raise RuntimeError(f"{script}: after kill {done[script]} there is a part of an output")
+        if done[script] % 5 == 0 or sum(done.values()) == kills:
+            complete(script, work, out)
+            if content(out) != expected[script]:
+                raise RuntimeError(f"{script}: after {done[script]} kills the output is another one")
+            if script == "process":
+                out.unlink()
+    return done
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=100)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as directory:
+        done = torture(Path(directory), args.kills, args.seed)
+    print(json.dumps({"kills": sum(done.values()), "by_script": done, "lost_or_doubled_rows": 0}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,84 @@
+"""The data scripts killed at any moment, on a full disk, without their input: no row lost, twice or half written."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from utils import rows
+
+import pytest
+from conftest import ROOT, TINY
+
+sys.path.insert(0, str(ROOT / "tests" / "faults"))
+import kill_data_scripts
+
+
+@pytest.mark.slow
+def test_killed_at_any_moment(tmp_path):
+    """Two kills a script, of which tests/faults/kill_data_scripts.py makes more."""
+    kills = kill_data_scripts.torture(tmp_path, kills=4, seed=1)
+    assert sum(kills.values()) == 4 and len(kills) == 2
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A disk of 1 MiB."""
+    path = tmp_path / "disk"
+    path.mkdir()
+    if os.getuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "none", str(path)]).returncode:
+        pytest.skip("mounting a small disk needs root")
+    yield path
+    subprocess.run(["umount", str(path)], check=True)
+
+
+def write_rows(path):
+    lines = [json.dumps({"input": f"问题{i}" * 20, "target": "答" * 100}) + "\n" for i in range(4000)]
+    path.write_text("".join(lines))
+
+
+@pytest.mark.parametrize("flags", ("", "--shuffle", "--dedup near", "--split 0.5,0.5"))
+def test_a_full_disk(run_script, small_disk, tmp_path, flags):
+    write_rows(tmp_path / "rows")
+    output = small_disk / "out.json"
+    output.write_text("before")
+    result = run_script(f"process_belle_1M_data.py --input {tmp_path}/rows --output {output} {flags}")
+    assert result.code == 1 and "No space left on device: free some space" in result.err, result.err
+    assert "Traceback" not in result.err and output.read_text() == "before"
+    assert [path.name for path in small_disk.iterdir()] == ["out.json"]
+
+
+def test_a_full_disk_in_tokenising(run_script, small_disk, tmp_path):
+    write_rows(tmp_path / "rows")
+    command = f"tokenize_dataset_rows_belle.py --jsonl_path {tmp_path}/rows --model_name_or_path {TINY} --num_proc 1"
+    result = run_script(f"{command} --save_path {small_disk}/tokens")
+    assert result.code == 1 and "No space left on device" in result.err and "Traceback" not in result.err, result.err
+    assert not (small_disk / "tokens").exists()
+
+
+def test_an_output_that_cannot_be_written(run_script, tmp_path):
+    source = ROOT / "data" / "sample.train.json"
+    (tmp_path / "file").write_text("")
+    for command in (
+        f"process_belle_1M_data.py --input {source} --output {tmp_path}/file/out.json",
+        f"tokenize_dataset_rows_belle.py --jsonl_path {source} --save_path {tmp_path}/file/out "
+        f"--model_name_or_path {TINY}",
+    ):
+        result = run_script(command)
+        assert result.code == 2 and "cannot be written: " in result.err, result.err
+
+
+def test_an_input_that_disappears(run_script, tmp_path, monkeypatch):
+    """Between the look at the names and the reading of the second file."""
+    for name in "ab":
+        (tmp_path / name).write_bytes((ROOT / "data" / "sample.train.json").read_bytes())
+    plain = rows.read_blocks
+
+    def read_blocks(path):
+        yield from plain(path)
+        Path(tmp_path / "b").unlink(missing_ok=True)
+
+    monkeypatch.setattr(rows, "read_blocks", read_blocks)
+    result = run_script(f"process_belle_1M_data.py --input {tmp_path}/a {tmp_path}/b --output {tmp_path}/out")
+    assert result.code == 2 and f"{tmp_path}/b is not a file" in result.err and not (tmp_path / "out").exists()
