@@ -1,5 +1,5 @@
 """
-python -m tools.doctor --model_name_or_path data/chatglm-tiny
+python tools/doctor.py --model_name_or_path data/chatglm-tiny
 
 Looks at this machine and a model directory and says what a run would meet: versions, devices, back ends, the compiler
 of DeepSpeed's extensions, free memory and disk, whether every weight file is whole; and for what is wrong, the mend.
@@ -17,6 +17,8 @@ import sys
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from utils.errors import UsageError, run
 from utils.tokenizer_files import open_directory

@@ -51,7 +51,7 @@ class Checkpoint:
         try:
             config = model_config(generation, released)
             stored = Quantization.of(released)
-        except (KeyError, ValueError, TypeError, AttributeError, StrictDataclassError) as error:
+        except (LookupError, ArithmeticError, ValueError, TypeError, AttributeError, StrictDataclassError) as error:
             reason = " ".join(str(error).split())
             raise UsageError(f"{directory / 'config.json'} is no {generation.name}: {reason}") from None
         if weights:

@@ -15,7 +15,7 @@ import torch
 
 BEAT = 1.0  # seconds
 SILENCE = 30.0  # seconds without a sign of life, after which a process counts as lost
-VERDICT = 15.0  # seconds that a process whose connection broke waits to learn whose fault it was
+VERDICT = SILENCE + 10  # seconds that a process whose connection broke waits to learn whose fault it was
 CONNECTION = re.compile("gloo|nccl|connection|socket|store|timed out|broken pipe|process ?group", re.IGNORECASE)
 
 

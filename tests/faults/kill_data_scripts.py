@@ -7,6 +7,7 @@ nobody killed. The last line is JSON.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import random
@@ -68,7 +69,8 @@ def torture(work: Path, kills: int, seed: int) -> dict[str, int]:
         process = start(script, work, out)
         time.sleep(moment.uniform(0.3, 1) * seconds[script])
         done[script] += process.poll() is None
-        os.killpg(process.pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
         left = content(out)
         if script == "tokenize":  # of the last step, after the dataset stands there
