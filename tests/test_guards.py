@@ -39,7 +39,7 @@ def changed_base(path, change, **values):
     shutil.copytree(TINY, path)
     config = json.loads((path / "config.json").read_text())
     (path / "config.json").write_text(json.dumps(config | values))
-    weights = load_file(path / "model.safetensors")
+    weights = {key: value.float() for key, value in load_file(path / "model.safetensors").items()}
     change(weights)
     save_file(weights, path / "model.safetensors", {"format": "pt"})
     return path
