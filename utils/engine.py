@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 WIDTH_GRAIN = 128  # columns; a captured step reads a multiple of it
 GPU_STEPS = 16  # between two looks at what stopped
 PROMPT_TOKENS = 16384  # read at once, padding included
+GREEDY = Sampling()
 
 
 @dataclass
@@ -71,7 +72,7 @@ class Engine:
         columns: int,
         stop_ids: Sequence[int],
         pad_token_id: int,
-        sampling: Sampling = Sampling(),
+        sampling: Sampling = GREEDY,
         compile_layers: bool | None = None,
     ):
         self.model = model.get_base_model() if isinstance(model, PeftModel) else model
