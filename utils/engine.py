@@ -9,7 +9,12 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-from utils.chatglm.modeling_chatglm import CACHE_KEY, ChatGLMForConditionalGeneration, derive_position_ids
+from utils.chatglm.modeling_chatglm import (
+    CACHE_KEY,
+    ChatGLMBlock,
+    ChatGLMForConditionalGeneration,
+    derive_position_ids,
+)
 from utils.joined_projections import join_projections
 from utils.kv_cache import SLOTS, LayerSlots, PromptRecorder
 from utils.sampling import Sampling
@@ -289,4 +294,5 @@ class Engine:
 
 
 def _run_block(block, hidden_states, position_embeddings, mask, cache) -> torch.Tensor:
-    return block(hidden_states, attention_mask=mask, position_embeddings=position_embeddings, **{CACHE_KEY: cache})
+    key = "cache" if isinstance(block, ChatGLMBlock) else CACHE_KEY  # our own block has one name in every version
+    return block(hidden_states, attention_mask=mask, position_embeddings=position_embeddings, **{key: cache})
