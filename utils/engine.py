@@ -1,0 +1,298 @@
+"""
+Many prompts through one model: a fixed number of slots, rows that come and go, and a step that the host only starts.
+
+A step is the same kernels over the same memory whatever the rows are, so on a GPU it is captured once as a CUDA graph
+for each batch size and width, its layers compiled. What stopped is looked at every few steps.
+"""
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+from utils.chatglm.modeling_chatglm import (
+    CACHE_KEY,
+    ChatGLMBlock,
+    ChatGLMForConditionalGeneration,
+    derive_position_ids,
+)
+from utils.joined_projections import join_projections
+from utils.kv_cache import SLOTS, LayerSlots, PromptRecorder
+from utils.sampling import Sampling
+
+import torch
+from peft import PeftModel
+from transformers import PreTrainedModel
+
+WIDTH_GRAIN = 128  # columns; a captured step reads a multiple of it
+GPU_STEPS = 16  # between two looks at what stopped
+PROMPT_TOKENS = 16384  # read at once, padding included
+GREEDY = Sampling()
+
+
+@dataclass
+class Task:
+    """
+    One row: its prompt's tokens, its number (with the seed it decides a sampled answer), and the answer so far, up to
+    and with the token that stopped it.
+    """
+
+    number: int
+    input_ids: Sequence[int]
+    answer_ids: list[int] = field(default_factory=list)
+
+
+def can_serve(model: torch.nn.Module) -> bool:
+    """Whether the model lies whole and unhooked on one device."""
+    return isinstance(model, (PreTrainedModel, PeftModel)) and not any(
+        hasattr(module, "_hf_hook") for module in model.modules()
+    )
+
+
+def join_step(slots: int, running: int, on_gpu: bool) -> int:
+    """The smallest batch that holds `running` rows: on a GPU `slots` halved so often, to have few graphs."""
+    if not on_gpu:
+        return running
+    size = slots
+    while size // 2 >= running and size % 2 == 0:
+        size //= 2
+    return size
+
+
+class Engine:
+    """
+    Args:
+        model: of any generation, whole on one device, in eval mode; a PEFT model computes with its adapter. Its
+            attention becomes the engine's, and query, key and value one product.
+        slots: rows at once.
+        columns: no prompt and its answer are longer together, in tokens.
+        stop_ids: tokens that end an answer.
+        pad_token_id: fills up prompts.
+        compile_layers: compile the layers of a step; None is on a GPU. Graphs are for a GPU alone.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel | PeftModel,
+        slots: int,
+        columns: int,
+        stop_ids: Sequence[int],
+        pad_token_id: int,
+        sampling: Sampling = GREEDY,
+        compile_layers: bool | None = None,
+    ):
+        self.model = model.get_base_model() if isinstance(model, PeftModel) else model
+        join_projections(self.model)
+        self.model.set_attn_implementation(SLOTS)
+        self.body = self.model.base_model
+        self.norm = self.body.final_layernorm if self.has_prefix else self.body.norm
+        self.head = self.model.get_output_embeddings()
+        self.embed = self.model.get_input_embeddings()
+        self.device, self.dtype = self.embed.weight.device, self.model.dtype
+        self.on_gpu = self.device.type == "cuda"
+        self.steps = GPU_STEPS if self.on_gpu else 1
+        self.slots = slots
+        self.columns = -(-columns // WIDTH_GRAIN) * WIDTH_GRAIN
+        self.pad_token_id = pad_token_id
+        self.sampling = sampling
+        self.stop_ids = set(stop_ids)
+        compiled = self.on_gpu if compile_layers is None else compile_layers
+        self.run_block = torch.compile(_run_block, dynamic=False) if compiled else _run_block
+        self.layers: list[LayerSlots] = []
+        self.graphs: dict[tuple[int, int], torch.cuda.CUDAGraph] = {}
+        self.running: list[Task | None] = [None] * slots
+
+        def zeros(*shape: int) -> torch.Tensor:
+            return torch.zeros(*shape, dtype=torch.int64, device=self.device)
+
+        self.stops = torch.tensor(sorted(self.stop_ids), device=self.device)
+        self.tokens, self.lengths, self.left, self.numbers, self.counts = (zeros(slots) for _ in range(5))
+        # ChatGLM-6B's first coordinate stays where the answer began.
+        self.positions = zeros(slots, 2) if self.has_prefix else zeros(slots)
+        self.advance = torch.tensor([0, 1], device=self.device) if self.has_prefix else 1
+        self.history, self.clock = zeros(self.steps, slots), zeros(1)
+        vocabulary = self.head.weight.shape[0]
+        penalised = sampling.repetition_penalty != 1
+        self.seen = torch.zeros(slots, vocabulary, dtype=torch.bool, device=self.device) if penalised else None
+
+    @property
+    def has_prefix(self) -> bool:
+        return isinstance(self.model, ChatGLMForConditionalGeneration)
+
+    def column_bytes(self) -> int:
+        """What one token of one row takes in the cache, in bytes."""
+        config = self.model.config
+        heads = getattr(config, "num_key_value_heads", config.num_attention_heads)
+        head_dim = getattr(config, "head_dim", config.hidden_size // config.num_attention_heads)
+        return 2 * len(self.body.layers) * heads * head_dim * self.dtype.itemsize
+
+    @torch.inference_mode()
+    def answer(self, tasks: Sequence[Task], max_new_tokens: int) -> Iterator[Task]:
+        """Yields each task when its answer is complete; shorter prompts begin first."""
+        waiting = deque(sorted(tasks, key=lambda task: len(task.input_ids)))
+        while waiting or any(self.running):
+            free = [slot for slot, task in enumerate(self.running) if task is None]
+            if waiting and len(free) >= min(len(waiting), -(-self.slots // 16)):
+                yield from self._admit(waiting, free, max_new_tokens)
+            if not any(self.running):
+                continue
+            size = self._compact()
+            longest = max(len(task.input_ids) + len(task.answer_ids) for task in self.running if task)
+            width = min(-(-(longest + self.steps) // WIDTH_GRAIN) * WIDTH_GRAIN, self.columns)
+            for _ in range(self.steps):
+                self._step(size, width)
+            for slot, ids in enumerate(self.history[:, :size].t().tolist()):
+                task = self.running[slot]
+                if task and self._extend(task, ids, max_new_tokens):
+                    self.running[slot] = None
+                    yield task
+
+    def _extend(self, task: Task, ids: list[int], max_new_tokens: int) -> bool:
+        """Appends tokens up to the answer's end; whether it has come."""
+        for token in ids:
+            task.answer_ids.append(token)
+            if token in self.stop_ids or len(task.answer_ids) == max_new_tokens:
+                return True
+        return False
+
+    def _admit(self, waiting: deque[Task], free: list[int], max_new_tokens: int) -> Iterator[Task]:
+        """Reads prompts into free slots; yields those whose first token is the last."""
+        while waiting and free:
+            batch = [waiting.popleft()]
+            while waiting and len(batch) < len(free):
+                if (len(batch) + 1) * len(waiting[0].input_ids) > PROMPT_TOKENS:
+                    break
+                batch.append(waiting.popleft())
+            slots, free = free[: len(batch)], free[len(batch) :]
+            for slot, task in zip(slots, batch, strict=True):
+                self.running[slot] = task
+            first = self._read(batch, slots, max_new_tokens).tolist()
+            for slot, task, token in zip(slots, batch, first, strict=True):
+                if self._extend(task, [token], max_new_tokens):
+                    self.running[slot] = None
+                    free.append(slot)
+                    yield task
+
+    def _read(self, batch: list[Task], slots: list[int], max_new_tokens: int) -> torch.Tensor:
+        """The prompts' keys and values into their slots; the first token of each answer, (B,)."""
+        lengths = torch.tensor([len(task.input_ids) for task in batch])
+        T = max(int(lengths.max()), 2)
+        rows = [[*task.input_ids, *[self.pad_token_id] * (T - len(task.input_ids))] for task in batch]
+        input_ids = torch.tensor(rows)
+        real = torch.arange(T) < lengths[:, None]
+        mask = None  # causal: no token sees the padding behind it
+        if self.has_prefix:
+            positions = derive_position_ids(input_ids, real.long(), self.model.config)  # (B, 2, T)
+            in_prefix = (positions[:, 1] == 0) & real
+            mask = (in_prefix[:, None] | torch.ones(T, T).tril().bool())[:, None].to(self.device)
+        else:
+            positions = torch.arange(T).expand(len(batch), T)
+        last = lengths - 1
+        every = torch.arange(len(batch))
+        next_positions = positions[every, ..., last].to(self.device) + self.advance
+        input_ids, positions, real = (values.to(self.device) for values in (input_ids, positions, real))
+        place = torch.tensor(slots, device=self.device)
+
+        hidden_states = self.embed(input_ids)
+        embeddings = self.body.rotary_emb(hidden_states, positions)
+        for index, block in enumerate(self.body.layers):
+            recorder = PromptRecorder()
+            hidden_states = _run_block(block, hidden_states, embeddings, mask, recorder)
+            if len(self.layers) == index:
+                B, K, _, D = recorder.keys.shape
+                shape = (self.slots, K, self.columns, D)
+                pair = (torch.zeros(shape, dtype=recorder.keys.dtype, device=self.device) for _ in range(2))
+                self.layers.append(LayerSlots(*pair, self.lengths))
+            self.layers[index].keys[place, :, :T] = recorder.keys
+            self.layers[index].values[place, :, :T] = recorder.values
+        hidden_states = hidden_states[every.to(self.device), last.to(self.device)]
+        logits = self.head(self.norm(hidden_states))
+
+        seen = None
+        if self.seen is not None:
+            seen = torch.zeros_like(self.seen[: len(batch)])
+            seen.scatter_(1, torch.where(real, input_ids, input_ids[:, :1]), True)
+        numbers = torch.tensor([task.number for task in batch], device=self.device)
+        first = self.sampling.choose(logits, seen, numbers, torch.zeros_like(numbers))
+        if seen is not None:
+            self.seen[place] = seen.scatter_(1, first[:, None], True)
+        self.tokens[place], self.lengths[place] = first, lengths.to(self.device)
+        self.left[place] = torch.where(torch.isin(first, self.stops), 0, max_new_tokens - 1)
+        self.numbers[place], self.counts[place] = numbers, 1
+        self.positions[place] = next_positions
+        return first
+
+    def _compact(self) -> int:
+        """Moves the running rows into the first slots where that makes the batch smaller; its size."""
+        busy = [slot for slot, task in enumerate(self.running) if task]
+        size = join_step(self.slots, len(busy), self.on_gpu)
+        if busy[-1] < size:
+            return size
+        moving = [slot for slot in busy if slot >= size]
+        holes = [slot for slot in range(size) if self.running[slot] is None][: len(moving)]
+        old, new = torch.tensor(moving, device=self.device), torch.tensor(holes, device=self.device)
+        state = [self.tokens, self.lengths, self.left, self.numbers, self.counts, self.positions]
+        state += [tensor for layer in self.layers for tensor in (layer.keys, layer.values)]
+        for tensor in state if self.seen is None else (*state, self.seen):
+            tensor[new] = tensor[old]
+        for source, target in zip(moving, holes, strict=True):
+            self.running[target], self.running[source] = self.running[source], None
+        return size
+
+    def _step(self, size: int, width: int) -> None:
+        if not self.on_gpu:
+            self._compute_step(size, width)
+            return
+        if (size, width) not in self.graphs:
+            self._capture(size, width)
+        self.graphs[size, width].replay()
+
+    def _capture(self, size: int, width: int) -> None:
+        """Records a step; the one run before that, which compiles, leaves the rows as they were."""
+        state = [self.tokens, self.lengths, self.left, self.counts, self.positions, self.clock]
+        state += [] if self.seen is None else [self.seen]
+        before = [tensor.clone() for tensor in state]
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            self._compute_step(size, width)
+        torch.cuda.current_stream().wait_stream(stream)
+        torch.cuda.synchronize()
+        pool = next(iter(self.graphs.values())).pool() if self.graphs else None
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=pool):
+            self._compute_step(size, width)
+        for tensor, value in zip(state, before, strict=True):
+            tensor.copy_(value)
+        self.graphs[size, width] = graph
+
+    def _compute_step(self, size: int, width: int) -> None:
+        """One token more for each of the first `size` slots; rows that stopped write over their last column."""
+        tokens, lengths, counts = self.tokens[:size], self.lengths[:size], self.counts[:size]
+        visible = torch.arange(width, device=self.device) <= lengths[:, None]
+        mask = torch.zeros(size, width, dtype=self.dtype, device=self.device).masked_fill(~visible, -torch.inf)
+        mask = mask[:, None, None]
+        torch._dynamo.maybe_mark_dynamic(mask, 3)
+        hidden_states = self.embed(tokens[:, None])
+        embeddings = self.body.rotary_emb(hidden_states, self.positions[:size, ..., None])
+        for block, layer in zip(self.body.layers, self.layers, strict=True):
+            layer.columns = lengths
+            hidden_states = self.run_block(block, hidden_states, embeddings, mask, layer)
+        logits = self.head(self.norm(hidden_states))[:, 0]
+        seen = None if self.seen is None else self.seen[:size]
+        chosen = self.sampling.choose(logits, seen, self.numbers[:size], counts)
+        goes_on = (self.left[:size] > 0).long()
+        if seen is not None:
+            seen.scatter_(1, chosen[:, None], True)
+        tokens.copy_(chosen)
+        self.history[:, :size].index_copy_(0, self.clock, chosen[None])
+        lengths += goes_on
+        counts += goes_on
+        self.positions[:size] += (goes_on[:, None] if self.has_prefix else goes_on) * self.advance
+        left = torch.where(torch.isin(chosen, self.stops), 0, self.left[:size] - goes_on)
+        self.left[:size].copy_(left)
+        self.clock.copy_((self.clock + 1) % self.steps)
+
+
+def _run_block(block, hidden_states, position_embeddings, mask, cache) -> torch.Tensor:
+    key = "cache" if isinstance(block, ChatGLMBlock) else CACHE_KEY  # our own block has one name in every version
+    return block(hidden_states, attention_mask=mask, position_embeddings=position_embeddings, **{key: cache})
