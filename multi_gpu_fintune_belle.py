@@ -85,6 +85,7 @@ def parse_arguments(argv: list[str]):
     values.use_cpu = values.use_cpu or not torch.cuda.is_available()  # else accelerate makes each process a world of 1
     values.ddp_broadcast_buffers = False  # none changes in training
     values.ddp_find_unused_parameters = False  # every part of an adapter is used in every step
+    values.logging_nan_inf_filter = False  # such a loss ends the run
     values.remove_unused_columns = False  # the dataset has just the columns that the collator reads
     try:
         finetune_args, training_args = parser.parse_dict(vars(values))

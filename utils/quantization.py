@@ -11,6 +11,8 @@ Everything here computes what the GPU kernels do.
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cache
+from types import ModuleType
 from typing import Any
 
 from utils.errors import UsageError
@@ -20,6 +22,8 @@ from torch import nn
 
 BITS = {"int8": 8, "int4": 4}  # what --quantize takes
 WEIGHT, SCALE = "weight", "weight_scale"
+TRITON_CAPABILITY = (7, 5)  # the oldest GPUs that Triton compiles for
+FEW_ROWS = 64  # up to here a product is bound by reading the weight, and the integers are read once
 
 
 def stored_bits(quantize: str | None) -> str | None:
@@ -88,6 +92,28 @@ def dequantize(weight: torch.Tensor, scale: torch.Tensor, bits: int, dtype: torc
     return (weight.half() * scale[:, None]).to(dtype)
 
 
+@cache
+def _kernels() -> ModuleType | None:
+    """Triton's kernels, where it is installed and knows the GPU; elsewhere torch's operations do."""
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability() < TRITON_CAPABILITY:
+        return None
+    try:
+        from utils import quantized_kernels
+    except ImportError:
+        return None
+    return quantized_kernels
+
+
+def _fits_kernels(tensor: torch.Tensor) -> bool:
+    return tensor.is_cuda and tensor.dtype in (torch.float16, torch.bfloat16) and _kernels() is not None
+
+
+def _weight_for(hidden_states: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bits: int) -> torch.Tensor:
+    """The weight in the dtype of `hidden_states`; compiled code makes one kernel of the operations by itself."""
+    one_pass = _fits_kernels(hidden_states) and not torch.compiler.is_compiling()
+    return (_kernels().dequantize if one_pass else dequantize)(weight, scale, bits, hidden_states.dtype)
+
+
 class _QuantizedLinearFunction(torch.autograd.Function):
     """A product whose backward pass dequantises again, so that no full weight is kept between the two."""
 
@@ -95,12 +121,12 @@ class _QuantizedLinearFunction(torch.autograd.Function):
     def forward(ctx, hidden_states, weight, scale, bits):
         ctx.save_for_backward(weight, scale)
         ctx.bits = bits
-        return nn.functional.linear(hidden_states, dequantize(weight, scale, bits, hidden_states.dtype))
+        return nn.functional.linear(hidden_states, _weight_for(hidden_states, weight, scale, bits))
 
     @staticmethod
     def backward(ctx, grad_output):
         weight, scale = ctx.saved_tensors
-        return grad_output @ dequantize(weight, scale, ctx.bits, grad_output.dtype), None, None, None
+        return grad_output @ _weight_for(grad_output, weight, scale, ctx.bits), None, None, None
 
 
 class _ScaledRows(nn.Module):
@@ -132,7 +158,13 @@ class QuantizedLinear(_ScaledRows, nn.Linear):
         device = hidden_states.device.type
         if torch.is_autocast_enabled(device):
             hidden_states = hidden_states.to(torch.get_autocast_dtype(device))
-        output = _QuantizedLinearFunction.apply(hidden_states, self.weight, self.weight_scale, self.bits)
+        few = hidden_states.numel() <= FEW_ROWS * self.in_features and not hidden_states.requires_grad
+        if few and _fits_kernels(hidden_states):
+            rows = hidden_states.reshape(-1, self.in_features)
+            output = _kernels().quantized_product(rows, self.weight, self.weight_scale, self.bits)
+            output = output.view(*hidden_states.shape[:-1], self.out_features)
+        else:
+            output = _QuantizedLinearFunction.apply(hidden_states, self.weight, self.weight_scale, self.bits)
         return output if self.bias is None else output + self.bias.to(output.dtype)
 
 

@@ -9,8 +9,6 @@ import torch
 import triton
 import triton.language as tl
 
-FEW_ROWS = 64  # up to here the product is bound by reading the weight
-
 
 @triton.jit
 def _product_kernel(
@@ -112,7 +110,7 @@ def launch_product(
 def quantized_product(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bits: int) -> torch.Tensor:
     """
     Args:
-        x: (M, K) float16 or bfloat16, M at most FEW_ROWS.
+        x: (M, K) float16 or bfloat16, M at most utils.quantization.FEW_ROWS.
         weight: int8 (N, K), or (N, K / 2) for 4 bits.
         scale: (N,) float16.
 

@@ -11,6 +11,7 @@ from utils.errors import RankError, RunError
 
 import datasets
 import pyarrow.compute
+import torch
 from accelerate.optimizer import AcceleratedOptimizer
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
 
@@ -40,7 +41,7 @@ class OverflowWatch(TrainerCallback):
 class GuardedTrainer(Trainer):
     """
     Stops at a loss or gradients that are not finite, and at gradients that are all zero, before an optimizer of
-    torch's uses them. Looking at the loss waits for the forward pass, once a micro batch.
+    torch's uses them. Looking at them waits for the device, once a step.
 
     Args:
         rows: the dataset whose rows the batches hold.
@@ -51,32 +52,39 @@ class GuardedTrainer(Trainer):
         super().__init__(*args, **kwargs)
         self.rows, self.tokenizer = rows, tokenizer
         self.batches: list[dict[str, Any]] = []  # of this step
+        self.losses: list[torch.Tensor] = []  # theirs
         self.saw_a_loss = False
         self.add_callback(OverflowWatch())
 
     def compute_loss(self, model, inputs, *args, **kwargs):
+        result = super().compute_loss(model, inputs, *args, **kwargs)
+        self.batches.append(inputs)
+        self.losses.append((result[0] if isinstance(result, tuple) else result).detach())
+        return result
+
+    def _check_losses_of_step(self) -> None:
         """
         Raises:
-            RankError: the loss is not finite.
+            RankError: a loss is not finite.
         """
-        result = super().compute_loss(model, inputs, *args, **kwargs)
-        loss = (result[0] if isinstance(result, tuple) else result).item()
-        self.batches.append(inputs)
-        if not math.isfinite(loss):
-            self.batches = [inputs]
-            advice = (
-                f"float16 overflowed, or the rows are at fault: {CALMER}" if self.args.fp16 else "look at the rows"
-            )
-            raise RankError(self._blame(f"the loss is {loss}", advice))
-        self.saw_a_loss |= loss != 0
-        return result
+        for inputs, loss in zip(self.batches, torch.stack(self.losses).tolist(), strict=True):
+            if not math.isfinite(loss):
+                self.batches = [inputs]
+                advice = (
+                    f"float16 overflowed, or the rows are at fault: {CALMER}" if self.args.fp16 else "look at the rows"
+                )
+                raise RankError(self._blame(f"the loss is {loss}", advice))
+            self.saw_a_loss |= loss != 0
+        self.losses.clear()
 
     def _get_grad_norm(self, model, grad_norm=None):
         """
         Raises:
             RunError: the gradients of a step are all zero; or not finite, where no loss scaler deals with that. Every
                 process sees the same.
+            RankError: see `_check_losses_of_step`.
         """
+        self._check_losses_of_step()
         grad_norm = super()._get_grad_norm(model, grad_norm)
         norm = None if grad_norm is None else float(grad_norm)
         if norm == 0 and not self.optimizer.step_was_skipped:
