@@ -1,0 +1,170 @@
+"""What makes training fast computes what PEFT, padding and sdpa compute."""
+
+import copy
+import sys
+
+from tools.random_checkpoint import random_model
+from utils import varlen_attention
+from utils.batching import PackingCollator
+from utils.chatglm.modeling_chatglm import derive_position_ids
+from utils.lora import attach_adapter
+from utils.lora_layers import Absorbed, fuse_projections
+from utils.packing import PackShape
+from utils.throughput import Throughput
+
+import pytest
+import torch
+from conftest import ROOT
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
+
+TARGETS = {"tiny": ["query_key_value"], "tiny-glm": ["q_proj", "k_proj", "v_proj"]}
+TRAIN = "multi_gpu_fintune_belle.py"
+
+
+def rows_of(config, lengths, seed=0):
+    """Rows of random tokens, prompts of four; those of ChatGLM-6B end in `[gMASK] <sop>`."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = []
+    for length in lengths:
+        ids = torch.randint(100, 800, (length,), generator=generator).tolist()
+        if hasattr(config, "gmask_token_id"):
+            ids[2:4] = [config.gmask_token_id, config.bos_token_id]
+        rows.append({"input_ids": ids, "labels": [-100] * 4 + ids[4:]})
+    return rows
+
+
+def positions_of(config):
+    if hasattr(config, "gmask_token_id"):
+        return lambda ids: derive_position_ids(ids, None, config)
+    return lambda ids: torch.arange(ids.shape[1])[None]
+
+
+def loss_and_gradients(model, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data = torch.randn(parameter.shape, generator=generator) * 0.05
+            parameter.grad = None
+    ids = torch.tensor([rows_of(model.config, [12])[0]["input_ids"]])
+    loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+    loss.backward()
+    return loss, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("shape", TARGETS)
+def test_layers_compute_what_peft_computes(shape):
+    base = random_model(shape, "cpu", torch.float32)
+    config = LoraConfig(task_type="CAUSAL_LM", r=8, lora_alpha=32, target_modules=TARGETS[shape])
+    reference = get_peft_model(copy.deepcopy(base), config)
+    model = attach_adapter(base, 8, 32, 0.0, TARGETS[shape], seed=0)
+    expected_loss, expected = loss_and_gradients(reference)
+    for fused in (False, True):
+        if fused:
+            fuse_projections(model)
+            assert any(isinstance(module, Absorbed) for module in model.modules()) == (shape == "tiny-glm")
+        loss, gradients = loss_and_gradients(model)
+        assert gradients.keys() == expected.keys() and (loss - expected_loss).abs() <= 1e-6
+        assert all((gradients[name] - value).abs().max() <= 1e-6 for name, value in expected.items())
+    assert model.get_nb_trainable_parameters() == reference.get_nb_trainable_parameters()
+
+
+def attend_row_by_row(query, key, value, starts, _, longest, __, scale, window_size, enable_gqa=False):
+    """What torch.nn.attention.varlen.varlen_attn computes; it runs on GPUs alone."""
+    output = torch.full_like(query, float("nan"))
+    for start, end in zip(starts.tolist(), starts.tolist()[1:], strict=False):
+        assert end - start <= longest
+        if start < end:
+            heads = (states[start:end].transpose(0, 1)[None] for states in (query, key, value))
+            causal = window_size == varlen_attention.CAUSAL
+            attended = torch.nn.functional.scaled_dot_product_attention(
+                *heads, is_causal=causal, scale=scale, enable_gqa=query.shape[1] != key.shape[1]
+            )
+            output[start:end] = attended[0].transpose(0, 1)
+    return output
+
+
+@pytest.mark.parametrize("shape", TARGETS)
+def test_attention_without_a_mask(shape, monkeypatch):
+    """The same logits as with sdpa's mask, in a batch that is filled up."""
+    monkeypatch.setattr(varlen_attention, "varlen_attn", attend_row_by_row)
+    model = random_model(shape, "cpu", torch.float32).eval()
+    rows, positions = rows_of(model.config, (9, 14, 23, 5)), positions_of(model.config)
+
+    def logits(pack_shape):
+        batch = PackingCollator(positions, 3, pack_shape)([rows])
+        inputs = {name: value for name, value in batch.items() if name not in ("labels", "real_tokens")}
+        assert inputs.pop("target_ids").tolist() == [token for row in rows for token in row["input_ids"][4:]]
+        del inputs["target_positions"]
+        return model(**inputs, use_cache=False).logits
+
+    with torch.no_grad():
+        expected = logits(None)
+        model.set_attn_implementation(varlen_attention.VARLEN)
+        actual = logits(PackShape(tokens=80, rows=9, longest=23))
+    assert actual.shape[1] == 80 and actual.isfinite().all()
+    assert (actual[:, : expected.shape[1]] - expected).abs().max() <= 1e-5
+
+
+@pytest.mark.slow
+def test_compiled_layers_train_the_same_adapter(run_script, tmp_path):
+    """With batches that are filled up to one shape, as compiled layers need them."""
+    base = f"{tmp_path}/base"
+    run_script(f"tools/random_checkpoint.py --shape tiny-glm --output_dir {base}").check()
+    data = f"--model_name_or_path {base}"
+    run_script(
+        f"tokenize_dataset_rows_belle.py --jsonl_path data/sample.train.json --save_path {tmp_path}/tokens {data}"
+    ).check()
+    flags = f"--dataset_path {tmp_path}/tokens {data} --packing --pack_tokens 1024 --per_device_train_batch_size 1"
+    for compiled in ("true", "false"):
+        out = f"--max_steps 3 --logging_steps 1 --compile_layers {compiled} --output_dir {tmp_path}/{compiled}"
+        output = run_script(f"{TRAIN} {flags} {out}").check().out
+        assert "'tokens_per_second'" in output and "'seconds_left'" in output and '"first_step_seconds"' in output
+    compiled, plain = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("true", "false"))
+    assert all((compiled[name] - plain[name]).abs().max() <= 1e-6 for name in plain)
+
+
+def test_throughput_counts_since_the_first_step(monkeypatch):
+    clock = iter((0.0, 5.0, 5.0, 7.0, 9.0, 9.0))
+    monkeypatch.setattr("time.perf_counter", lambda: next(clock))
+    model = random_model("tiny-glm", "cpu", torch.float32)
+    throughput = Throughput.of(model, list(model.model.layers))
+    # q, k, v, o, gate_up and down of two layers
+    assert throughput.token_flops == 4 * 2 * (64 * (64 + 2 * 32) + 64 * 64 + 3 * 64 * 128)
+    assert throughput.target_flops == 4 * 64 * 1024
+    throughput.count(100, 100, 50)
+    throughput.end_step()
+    assert throughput.first_step_seconds == 5.0 and throughput.seconds_left(3) is None
+    throughput.count(30, 40, 20)
+    throughput.end_step()
+    found = throughput.read()
+    assert found["tokens_per_second"] == 15.0 and found["padding"] == 0.25
+    assert throughput.seconds_left(3) == 12
+    assert throughput.read() == {}
+
+
+def test_kernels_over_integers(run_command, tmp_path):
+    """By Triton's interpreter, where Triton is installed; torch without a GPU comes without it."""
+    pytest.importorskip("triton")
+    script = tmp_path / "kernels.py"
+    script.write_text(
+        f"""
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+import torch
+from utils import quantized_kernels
+from utils.quantization import dequantize, quantize
+torch.manual_seed(0)
+for bits in (8, 4):
+    for M, N, K in ((3, 70, 300), (17, 64, 256)):
+        weight, scale = quantize(torch.randn(N, K) * 0.1, bits)
+        x, full = torch.randn(M, K).half(), dequantize(weight, scale, bits, torch.float16)
+        assert quantized_kernels.dequantize(weight, scale, bits, torch.float16).equal(full)
+        expected = x.float() @ full.float().T
+        actual = quantized_kernels.quantized_product(x, weight, scale, bits).float()
+        assert (actual - expected).norm() <= 1e-3 * expected.norm()
+print("equal")
+""",
+        encoding="utf-8",
+    )
+    assert "equal" in run_command(f"{sys.executable} {script}", TRITON_INTERPRET="1").check().out
