@@ -7,7 +7,7 @@ from pathlib import Path
 
 from utils.chatglm.generations import Generation
 from utils.checkpoint import Checkpoint, load_model
-from utils.distributed import init_process_group, local_rank, print_once, world_size
+from utils.distributed import check_port, init_process_group, local_rank, print_once, world_size
 from utils.errors import UsageError
 
 import torch
@@ -31,8 +31,9 @@ def load_on_processes(
         The model, and over how many processes the rows must be shared out (1 where every process needs every row).
 
     Raises:
-        UsageError: see `Checkpoint.open` and `check_heads`.
+        UsageError: see `check_port`, `Checkpoint.open` and `check_heads`.
     """
+    check_port()
     checkpoint = Checkpoint.open(path_or_id, quantize=quantize)
     replicated = checkpoint.quantization is not None and world_size() > 1
     if not replicated:
