@@ -29,14 +29,14 @@ NODES = ("node-a", "node-b")
 ADDRESSES = ("10.77.0.1", "10.77.0.2")
 PORT = 29577
 ZERO3 = "--deepspeed ds_config_zero3.json"
-LAUNCHERS = {  # what to type on machine {n}, with the first one's address, and flags of the script
+LAUNCHERS = {  # what to type on machine {n}, and flags of the script
     "torchrun": (
         f"torchrun --nnodes 2 --node_rank {{n}} --nproc_per_node 1 --master_addr {ADDRESSES[0]} --master_port {PORT}",
         ZERO3,
     ),
     "torchrun with a rendezvous": (
         f"torchrun --nnodes 2 --nproc_per_node 1 --rdzv_backend c10d --rdzv_endpoint {ADDRESSES[0]}:{PORT} "
-        "--rdzv_id run1 --local_addr {address}",
+        "--rdzv_id run1 --rdzv_conf is_host={hosts} --local_addr {address}",
         ZERO3,
     ),
     "accelerate": (
@@ -83,7 +83,7 @@ def start(launcher: str, work: Path, output_dir: Path) -> list[subprocess.Popen]
     script = kill_training.arguments(work, output_dir)
     processes = []
     for n, (node, address) in enumerate(zip(NODES, ADDRESSES, strict=True)):
-        launch = begin.format(n=n, address=address, work=work)
+        launch = begin.format(n=n, hosts=int(n == 0), address=address, work=work)
         words = f"ip netns exec {node} env GLOO_SOCKET_IFNAME=cable {launch} {script} {flags}"
         processes.append(kill_training.start(shlex.split(words), work / f"{node}.log"))
     return processes
