@@ -110,8 +110,8 @@ def finish(launcher: str, work: Path, output_dir: Path) -> None:
     if any(codes):
         raise RuntimeError(f"{launcher} failed with {codes}:\n{(work / 'node-a.log').read_text()[-6000:]}")
     expected = kill_training.reference(LAUNCHERS[launcher][2], work)
-    if not kill_training.same_adapter(expected, output_dir):
-        raise RuntimeError(f"{launcher}: the adapter is another one than on one machine")
+    if differs := kill_training.difference(expected, output_dir):
+        raise RuntimeError(f"{launcher}: the adapter is another one than on one machine: {differs}")
 
 
 def break_once(launcher: str, work: Path, fault: str) -> dict[str, float | str]:
