@@ -134,7 +134,7 @@ def test_ddp_trains_the_adapter_of_one_process(run_command, workspace):
 def test_every_placement_gives_the_same_answers(run_script, run_command, workspace):
     def answers(command, run):
         flags = f"--quantize int4 --adapter_path {workspace}/adapter --max_new_tokens 12 --batch_size 3"
-        paths = f"--model_name_or_path {TINY} --output_path {workspace}/answers"
+        paths = f"--model_name_or_path {TINY} --output_path {workspace}/answers --overwrite"
         result = run(f"{command} {paths} {flags}").check()
         return (workspace / "answers").read_text(), result.out
 

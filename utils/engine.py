@@ -5,9 +5,11 @@ A step is the same kernels over the same memory whatever the rows are, so on a G
 for each batch size and width, its layers compiled. What stopped is looked at every few steps.
 """
 
+import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 
 from utils.chatglm.modeling_chatglm import (
     CACHE_KEY,
@@ -17,6 +19,7 @@ from utils.chatglm.modeling_chatglm import (
 )
 from utils.joined_projections import join_projections
 from utils.kv_cache import SLOTS, LayerSlots, PromptRecorder
+from utils.mixed_adapters import AdapterChoice
 from utils.sampling import Sampling
 
 import torch
@@ -32,12 +35,13 @@ GREEDY = Sampling()
 @dataclass
 class Task:
     """
-    One row: its prompt's tokens, its number (with the seed it decides a sampled answer), and the answer so far, up to
-    and with the token that stopped it.
+    One row: its prompt's tokens, its number (with the seed it decides a sampled answer), its adapter's among several,
+    and the answer so far, up to and with the token that stopped it.
     """
 
     number: int
     input_ids: Sequence[int]
+    adapter: int = 0
     answer_ids: list[int] = field(default_factory=list)
 
 
@@ -48,13 +52,21 @@ def can_serve(model: torch.nn.Module) -> bool:
     )
 
 
-def join_step(slots: int, running: int, on_gpu: bool) -> int:
-    """The smallest batch that holds `running` rows: on a GPU `slots` halved so often, to have few graphs."""
+def column_bytes(model: PreTrainedModel) -> int:
+    """What one token of one row takes in the cache, in bytes."""
+    config = model.config
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return 2 * config.num_hidden_layers * heads * head_dim * model.dtype.itemsize
+
+
+def step_size(slots: int, running: int, on_gpu: bool) -> int:
+    """The smallest batch that holds `running` rows: on a GPU `slots` quartered so often, to compile few."""
     if not on_gpu:
         return running
     size = slots
-    while size // 2 >= running and size % 2 == 0:
-        size //= 2
+    while running <= -(-size // 4) < size:
+        size = -(-size // 4)
     return size
 
 
@@ -67,6 +79,7 @@ class Engine:
         columns: no prompt and its answer are longer together, in tokens.
         stop_ids: tokens that end an answer.
         pad_token_id: fills up prompts.
+        find_end: called with an answer's tokens as they grow; where text in them ends the answer, how many it has.
         compile_layers: compile the layers of a step; None is on a GPU. Graphs are for a GPU alone.
     """
 
@@ -78,6 +91,7 @@ class Engine:
         stop_ids: Sequence[int],
         pad_token_id: int,
         sampling: Sampling = GREEDY,
+        find_end: Callable[[Sequence[int]], int | None] = lambda answer_ids: None,
         compile_layers: bool | None = None,
     ):
         self.model = model.get_base_model() if isinstance(model, PeftModel) else model
@@ -95,17 +109,22 @@ class Engine:
         self.pad_token_id = pad_token_id
         self.sampling = sampling
         self.stop_ids = set(stop_ids)
+        self.find_end = find_end
         compiled = self.on_gpu if compile_layers is None else compile_layers
         self.run_block = torch.compile(_run_block, dynamic=False) if compiled else _run_block
         self.layers: list[LayerSlots] = []
         self.graphs: dict[tuple[int, int], torch.cuda.CUDAGraph] = {}
+        self.preparing = self.reading = 0.0  # seconds: compiling and capturing; reading prompts
         self.running: list[Task | None] = [None] * slots
+        self.waiting: deque[Task] = deque()
 
         def zeros(*shape: int) -> torch.Tensor:
             return torch.zeros(*shape, dtype=torch.int64, device=self.device)
 
         self.stops = torch.tensor(sorted(self.stop_ids), device=self.device)
         self.tokens, self.lengths, self.left, self.numbers, self.counts = (zeros(slots) for _ in range(5))
+        self.adapters = zeros(slots)
+        self.choice = getattr(self.model, "adapter_choice", None) or AdapterChoice()
         # ChatGLM-6B's first coordinate stays where the answer began.
         self.positions = zeros(slots, 2) if self.has_prefix else zeros(slots)
         self.advance = torch.tensor([0, 1], device=self.device) if self.has_prefix else 1
@@ -118,22 +137,23 @@ class Engine:
     def has_prefix(self) -> bool:
         return isinstance(self.model, ChatGLMForConditionalGeneration)
 
-    def column_bytes(self) -> int:
-        """What one token of one row takes in the cache, in bytes."""
-        config = self.model.config
-        heads = getattr(config, "num_key_value_heads", config.num_attention_heads)
-        head_dim = getattr(config, "head_dim", config.hidden_size // config.num_attention_heads)
-        return 2 * len(self.body.layers) * heads * head_dim * self.dtype.itemsize
-
     @torch.inference_mode()
-    def answer(self, tasks: Sequence[Task], max_new_tokens: int) -> Iterator[Task]:
-        """Yields each task when its answer is complete; shorter prompts begin first."""
-        waiting = deque(sorted(tasks, key=lambda task: len(task.input_ids)))
-        while waiting or any(self.running):
+    def answer(self, tasks: Iterable[Task], max_new_tokens: int) -> Iterator[Task]:
+        """
+        Yields each task when its answer is complete. They begin in their order, which should be that of their prompts'
+        lengths, and are taken when there is a slot for them.
+        """
+        source = iter(tasks)
+        few = -(-self.slots // 16)  # slots that are worth reading prompts for
+        while True:
             free = [slot for slot, task in enumerate(self.running) if task is None]
-            if waiting and len(free) >= min(len(waiting), -(-self.slots // 16)):
-                yield from self._admit(waiting, free, max_new_tokens)
+            if len(free) >= few:
+                self.waiting.extend(islice(source, len(free) - len(self.waiting)))
+            if self.waiting and len(free) >= min(len(self.waiting), few):
+                yield from self._admit(free, max_new_tokens)
             if not any(self.running):
+                if not self.waiting:
+                    return
                 continue
             size = self._compact()
             longest = max(len(task.input_ids) + len(task.answer_ids) for task in self.running if task)
@@ -146,16 +166,29 @@ class Engine:
                     self.running[slot] = None
                     yield task
 
+    def unfinished(self) -> list[Task]:
+        """The tasks that were taken and not yet answered, their answers forgotten: what an error leaves to do."""
+        tasks = [task for task in self.running if task]
+        for task in tasks:
+            task.answer_ids.clear()
+        return [*tasks, *self.waiting]
+
     def _extend(self, task: Task, ids: list[int], max_new_tokens: int) -> bool:
         """Appends tokens up to the answer's end; whether it has come."""
+        ended = False
         for token in ids:
             task.answer_ids.append(token)
-            if token in self.stop_ids or len(task.answer_ids) == max_new_tokens:
-                return True
-        return False
+            ended = token in self.stop_ids or len(task.answer_ids) == max_new_tokens
+            if ended:
+                break
+        end = self.find_end(task.answer_ids)
+        if end is not None:
+            del task.answer_ids[end:]
+        return ended or end is not None
 
-    def _admit(self, waiting: deque[Task], free: list[int], max_new_tokens: int) -> Iterator[Task]:
+    def _admit(self, free: list[int], max_new_tokens: int) -> Iterator[Task]:
         """Reads prompts into free slots; yields those whose first token is the last."""
+        waiting = self.waiting
         while waiting and free:
             batch = [waiting.popleft()]
             while waiting and len(batch) < len(free):
@@ -165,7 +198,9 @@ class Engine:
             slots, free = free[: len(batch)], free[len(batch) :]
             for slot, task in zip(slots, batch, strict=True):
                 self.running[slot] = task
+            started = time.perf_counter()
             first = self._read(batch, slots, max_new_tokens).tolist()
+            self.reading += time.perf_counter() - started
             for slot, task, token in zip(slots, batch, first, strict=True):
                 if self._extend(task, [token], max_new_tokens):
                     self.running[slot] = None
@@ -191,6 +226,7 @@ class Engine:
         next_positions = positions[every, ..., last].to(self.device) + self.advance
         input_ids, positions, real = (values.to(self.device) for values in (input_ids, positions, real))
         place = torch.tensor(slots, device=self.device)
+        self.choice.rows = torch.tensor([task.adapter for task in batch], device=self.device)
 
         hidden_states = self.embed(input_ids)
         embeddings = self.body.rotary_emb(hidden_states, positions)
@@ -218,19 +254,20 @@ class Engine:
         self.tokens[place], self.lengths[place] = first, lengths.to(self.device)
         self.left[place] = torch.where(torch.isin(first, self.stops), 0, max_new_tokens - 1)
         self.numbers[place], self.counts[place] = numbers, 1
+        self.adapters[place] = self.choice.rows
         self.positions[place] = next_positions
         return first
 
     def _compact(self) -> int:
         """Moves the running rows into the first slots where that makes the batch smaller; its size."""
         busy = [slot for slot, task in enumerate(self.running) if task]
-        size = join_step(self.slots, len(busy), self.on_gpu)
+        size = step_size(self.slots, len(busy), self.on_gpu)
         if busy[-1] < size:
             return size
         moving = [slot for slot in busy if slot >= size]
         holes = [slot for slot in range(size) if self.running[slot] is None][: len(moving)]
         old, new = torch.tensor(moving, device=self.device), torch.tensor(holes, device=self.device)
-        state = [self.tokens, self.lengths, self.left, self.numbers, self.counts, self.positions]
+        state = [self.tokens, self.lengths, self.left, self.numbers, self.counts, self.positions, self.adapters]
         state += [tensor for layer in self.layers for tensor in (layer.keys, layer.values)]
         for tensor in state if self.seen is None else (*state, self.seen):
             tensor[new] = tensor[old]
@@ -243,7 +280,11 @@ class Engine:
             self._compute_step(size, width)
             return
         if (size, width) not in self.graphs:
+            torch.cuda.synchronize()
+            started = time.perf_counter()
             self._capture(size, width)
+            torch.cuda.synchronize()
+            self.preparing += time.perf_counter() - started
         self.graphs[size, width].replay()
 
     def _capture(self, size: int, width: int) -> None:
@@ -274,6 +315,7 @@ class Engine:
         torch._dynamo.maybe_mark_dynamic(mask, 3)
         hidden_states = self.embed(tokens[:, None])
         embeddings = self.body.rotary_emb(hidden_states, self.positions[:size, ..., None])
+        self.choice.rows = self.adapters[:size]
         for block, layer in zip(self.body.layers, self.layers, strict=True):
             layer.columns = lengths
             hidden_states = self.run_block(block, hidden_states, embeddings, mask, layer)

@@ -38,7 +38,10 @@ def quantize_rows(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def scaled_product(values: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor) -> torch.Tensor:
     """(M, K) in 16 bits x e4m3 (N, K) with its scales (1, N) -> (M, N) in the dtype of `values`."""
     quantized, scale = quantize_rows(values)
-    return torch._scaled_mm(quantized, weight.t(), scale, weight_scale, out_dtype=values.dtype, use_fast_accum=True)
+    product = torch._scaled_mm(
+        quantized, weight.t(), scale, weight_scale, out_dtype=torch.bfloat16, use_fast_accum=True
+    )
+    return product.to(values.dtype)  # scales a row are there for bfloat16 alone
 
 
 class _Fp8Product(torch.autograd.Function):
