@@ -2,7 +2,7 @@
 Many prompts through one model: a fixed number of slots, rows that come and go, and a step that the host only starts.
 
 A step is the same kernels over the same memory whatever the rows are, so on a GPU it is captured once as a CUDA graph
-for each batch size and width, its layers compiled. What stopped is looked at every few steps.
+for each batch size, its layers compiled. What stopped is looked at every few steps.
 """
 
 import time
@@ -20,6 +20,7 @@ from utils.chatglm.modeling_chatglm import (
 from utils.joined_projections import join_projections
 from utils.kv_cache import SLOTS, LayerSlots, PromptRecorder
 from utils.mixed_adapters import AdapterChoice
+from utils.optional_kernels import decode_kernels
 from utils.sampling import Sampling
 
 import torch
@@ -81,6 +82,8 @@ class Engine:
         pad_token_id: fills up prompts.
         find_end: called with an answer's tokens as they grow; where text in them ends the answer, how many it has.
         compile_layers: compile the layers of a step; None is on a GPU. Graphs are for a GPU alone.
+
+    `preparing` and `reading` are the seconds that went into compiling and capturing, and into reading prompts.
     """
 
     def __init__(
@@ -94,6 +97,7 @@ class Engine:
         find_end: Callable[[Sequence[int]], int | None] = lambda answer_ids: None,
         compile_layers: bool | None = None,
     ):
+        started = time.perf_counter()
         self.model = model.get_base_model() if isinstance(model, PeftModel) else model
         join_projections(self.model)
         self.model.set_attn_implementation(SLOTS)
@@ -103,6 +107,7 @@ class Engine:
         self.embed = self.model.get_input_embeddings()
         self.device, self.dtype = self.embed.weight.device, self.model.dtype
         self.on_gpu = self.device.type == "cuda"
+        self.kernels = self.on_gpu and self.dtype.itemsize == 2 and decode_kernels() is not None
         self.steps = GPU_STEPS if self.on_gpu else 1
         self.slots = slots
         self.columns = -(-columns // WIDTH_GRAIN) * WIDTH_GRAIN
@@ -114,7 +119,6 @@ class Engine:
         self.run_block = torch.compile(_run_block, dynamic=False) if compiled else _run_block
         self.layers: list[LayerSlots] = []
         self.graphs: dict[tuple[int, int], torch.cuda.CUDAGraph] = {}
-        self.preparing = self.reading = 0.0  # seconds: compiling and capturing; reading prompts
         self.running: list[Task | None] = [None] * slots
         self.waiting: deque[Task] = deque()
 
@@ -132,6 +136,7 @@ class Engine:
         vocabulary = self.head.weight.shape[0]
         penalised = sampling.repetition_penalty != 1
         self.seen = torch.zeros(slots, vocabulary, dtype=torch.bool, device=self.device) if penalised else None
+        self.preparing, self.reading = time.perf_counter() - started, 0.0
 
     @property
     def has_prefix(self) -> bool:
@@ -156,8 +161,7 @@ class Engine:
                     return
                 continue
             size = self._compact()
-            longest = max(len(task.input_ids) + len(task.answer_ids) for task in self.running if task)
-            width = min(-(-(longest + self.steps) // WIDTH_GRAIN) * WIDTH_GRAIN, self.columns)
+            width = self._width()
             for _ in range(self.steps):
                 self._step(size, width)
             for slot, ids in enumerate(self.history[:, :size].t().tolist()):
@@ -165,6 +169,13 @@ class Engine:
                 if task and self._extend(task, ids, max_new_tokens):
                     self.running[slot] = None
                     yield task
+
+    def _width(self) -> int:
+        """Columns that the next steps may read; the kernels read what is filled."""
+        if self.kernels:
+            return self.columns
+        longest = max(len(task.input_ids) + len(task.answer_ids) for task in self.running if task)
+        return min(-(-(longest + self.steps) // WIDTH_GRAIN) * WIDTH_GRAIN, self.columns)
 
     def unfinished(self) -> list[Task]:
         """The tasks that were taken and not yet answered, their answers forgotten: what an error leaves to do."""
@@ -199,6 +210,10 @@ class Engine:
             for slot, task in zip(slots, batch, strict=True):
                 self.running[slot] = task
             started = time.perf_counter()
+            if self.on_gpu and not self.layers:  # libraries and their kernels are loaded at their first use
+                self._read(batch[:1], slots[:1], max_new_tokens).tolist()
+                self.preparing += time.perf_counter() - started
+                started = time.perf_counter()
             first = self._read(batch, slots, max_new_tokens).tolist()
             self.reading += time.perf_counter() - started
             for slot, task, token in zip(slots, batch, first, strict=True):
@@ -275,6 +290,13 @@ class Engine:
             self.running[target], self.running[source] = self.running[source], None
         return size
 
+    def _mask(self, lengths: torch.Tensor, width: int) -> torch.Tensor:
+        """(B,) the last columns that are filled -> (B, 1, 1, width), 0 or -inf."""
+        visible = torch.arange(width, device=self.device) <= lengths[:, None]
+        mask = torch.zeros(visible.shape, dtype=self.dtype, device=self.device).masked_fill(~visible, -torch.inf)
+        torch._dynamo.maybe_mark_dynamic(mask[:, None, None], 3)
+        return mask[:, None, None]
+
     def _step(self, size: int, width: int) -> None:
         if not self.on_gpu:
             self._compute_step(size, width)
@@ -309,10 +331,7 @@ class Engine:
     def _compute_step(self, size: int, width: int) -> None:
         """One token more for each of the first `size` slots; rows that stopped write over their last column."""
         tokens, lengths, counts = self.tokens[:size], self.lengths[:size], self.counts[:size]
-        visible = torch.arange(width, device=self.device) <= lengths[:, None]
-        mask = torch.zeros(size, width, dtype=self.dtype, device=self.device).masked_fill(~visible, -torch.inf)
-        mask = mask[:, None, None]
-        torch._dynamo.maybe_mark_dynamic(mask, 3)
+        mask = lengths if self.kernels else self._mask(lengths, width)
         hidden_states = self.embed(tokens[:, None])
         embeddings = self.body.rotary_emb(hidden_states, self.positions[:size, ..., None])
         self.choice.rows = self.adapters[:size]

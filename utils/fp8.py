@@ -9,6 +9,7 @@ they come. Both products accumulate and end in the activations' dtype.
 from collections.abc import Iterable
 
 from utils.errors import UsageError
+from utils.optional_kernels import decode_kernels
 
 import torch
 from torch import nn
@@ -62,6 +63,7 @@ class Fp8Linear(nn.Module):
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.bias = linear.bias
+        self.kernels = None if trains else decode_kernels()
         weight = linear.weight.detach().cuda()
         self._hold("weight", weight)
         self._hold("columns", weight.t() if trains else weight[:0])
@@ -73,7 +75,11 @@ class Fp8Linear(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         values = hidden_states.reshape(-1, self.in_features)
-        output = _Fp8Product.apply(values, self.weight, self.weight_scale, self.columns, self.columns_scale)
+        if self.kernels and len(values) <= self.kernels.ROWS and self.kernels.fits_fp8_product(self.weight):
+            output = self.kernels.fp8_product(*quantize_rows(values), self.weight, self.weight_scale)
+            output = output.to(values.dtype)
+        else:
+            output = _Fp8Product.apply(values, self.weight, self.weight_scale, self.columns, self.columns_scale)
         if self.bias is not None:
             output = output + self.bias
         return output.view(*hidden_states.shape[:-1], self.out_features)
