@@ -36,12 +36,13 @@ GREEDY = Sampling()
 @dataclass
 class Task:
     """
-    One row: its prompt's tokens, its number (with the seed it decides a sampled answer), its adapter's among several,
-    and the answer so far, up to and with the token that stopped it.
+    One row: its number (with the seed it decides a sampled answer), its prompt's tokens, how many an answer has at
+    most, the number of its adapter among several, and the answer so far, up to and with the token that stopped it.
     """
 
     number: int
     input_ids: Sequence[int]
+    max_new_tokens: int
     adapter: int = 0
     answer_ids: list[int] = field(default_factory=list)
 
@@ -143,7 +144,7 @@ class Engine:
         return isinstance(self.model, ChatGLMForConditionalGeneration)
 
     @torch.inference_mode()
-    def answer(self, tasks: Iterable[Task], max_new_tokens: int) -> Iterator[Task]:
+    def answer(self, tasks: Iterable[Task]) -> Iterator[Task]:
         """
         Yields each task when its answer is complete. They begin in their order, which should be that of their prompts'
         lengths, and are taken when there is a slot for them.
@@ -155,7 +156,7 @@ class Engine:
             if len(free) >= few:
                 self.waiting.extend(islice(source, len(free) - len(self.waiting)))
             if self.waiting and len(free) >= min(len(self.waiting), few):
-                yield from self._admit(free, max_new_tokens)
+                yield from self._admit(free)
             if not any(self.running):
                 if not self.waiting:
                     return
@@ -166,7 +167,7 @@ class Engine:
                 self._step(size, width)
             for slot, ids in enumerate(self.history[:, :size].t().tolist()):
                 task = self.running[slot]
-                if task and self._extend(task, ids, max_new_tokens):
+                if task and self._extend(task, ids):
                     self.running[slot] = None
                     yield task
 
@@ -184,12 +185,12 @@ class Engine:
             task.answer_ids.clear()
         return [*tasks, *self.waiting]
 
-    def _extend(self, task: Task, ids: list[int], max_new_tokens: int) -> bool:
+    def _extend(self, task: Task, ids: list[int]) -> bool:
         """Appends tokens up to the answer's end; whether it has come."""
         ended = False
         for token in ids:
             task.answer_ids.append(token)
-            ended = token in self.stop_ids or len(task.answer_ids) == max_new_tokens
+            ended = token in self.stop_ids or len(task.answer_ids) == task.max_new_tokens
             if ended:
                 break
         end = self.find_end(task.answer_ids)
@@ -197,7 +198,7 @@ class Engine:
             del task.answer_ids[end:]
         return ended or end is not None
 
-    def _admit(self, free: list[int], max_new_tokens: int) -> Iterator[Task]:
+    def _admit(self, free: list[int]) -> Iterator[Task]:
         """Reads prompts into free slots; yields those whose first token is the last."""
         waiting = self.waiting
         while waiting and free:
@@ -211,18 +212,18 @@ class Engine:
                 self.running[slot] = task
             started = time.perf_counter()
             if self.on_gpu and not self.layers:  # libraries and their kernels are loaded at their first use
-                self._read(batch[:1], slots[:1], max_new_tokens).tolist()
+                self._read(batch[:1], slots[:1]).tolist()
                 self.preparing += time.perf_counter() - started
                 started = time.perf_counter()
-            first = self._read(batch, slots, max_new_tokens).tolist()
+            first = self._read(batch, slots).tolist()
             self.reading += time.perf_counter() - started
             for slot, task, token in zip(slots, batch, first, strict=True):
-                if self._extend(task, [token], max_new_tokens):
+                if self._extend(task, [token]):
                     self.running[slot] = None
                     free.append(slot)
                     yield task
 
-    def _read(self, batch: list[Task], slots: list[int], max_new_tokens: int) -> torch.Tensor:
+    def _read(self, batch: list[Task], slots: list[int]) -> torch.Tensor:
         """The prompts' keys and values into their slots; the first token of each answer, (B,)."""
         lengths = torch.tensor([len(task.input_ids) for task in batch])
         T = max(int(lengths.max()), 2)
@@ -267,7 +268,8 @@ class Engine:
         if seen is not None:
             self.seen[place] = seen.scatter_(1, first[:, None], True)
         self.tokens[place], self.lengths[place] = first, lengths.to(self.device)
-        self.left[place] = torch.where(torch.isin(first, self.stops), 0, max_new_tokens - 1)
+        left = torch.tensor([task.max_new_tokens - 1 for task in batch], device=self.device)
+        self.left[place] = torch.where(torch.isin(first, self.stops), 0, left)
         self.numbers[place], self.counts[place] = numbers, 1
         self.adapters[place] = self.choice.rows
         self.positions[place] = next_positions

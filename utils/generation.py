@@ -134,7 +134,12 @@ def generate_answers(
     end = TextEnd(tokenizer, settings.stop)
     numbers = {name: i for i, name in enumerate(settings.adapters, start=1)} | {BASE: 0, None: 0}
     tasks = [
-        Task(request.index * settings.sequences + sequence, request.input_ids, numbers[request.adapter])
+        Task(
+            request.index * settings.sequences + sequence,
+            request.input_ids,
+            settings.max_new_tokens,
+            numbers[request.adapter],
+        )
         for request in valid
         for sequence in range(settings.sequences)
     ]
@@ -213,7 +218,7 @@ def _serve(
         engine = None
         try:
             engine = Engine(model, slots, longest, stop_ids, pad_token_id, settings.sampling, end.find)
-            yield from engine.answer(source, settings.max_new_tokens)
+            yield from engine.answer(source)
             return
         except torch.OutOfMemoryError:
             left = engine.unfinished() if engine else []
