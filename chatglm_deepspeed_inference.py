@@ -1,24 +1,28 @@
 """
 deepspeed --num_gpus 2 chatglm_deepspeed_inference.py
 
-Batch inference with the model sharded over all processes by DeepSpeed tensor parallelism. Reads --input_path (by
-default the sample prompts in data/), writes one JSON line a row to --output_path in input order.
+Batch inference on several GPUs. Where each has memory for the whole model they are replicas that take rows from one
+queue; otherwise, or with --tp_size, DeepSpeed shards the model over some of them by tensor parallelism. Reads
+--input_path (by default the sample prompts in data/), writes one JSON line a row to --output_path in input order.
 """
 
 import argparse
+from functools import partial
 
 from utils.checkpoint import load_tokenizer
 from utils.distributed import shut_down
 from utils.errors import run
-from utils.generation import (
-    adapter_of,
+from utils.inference_options import (
     add_inference_arguments,
-    answer_file,
+    answer,
+    check_adapters,
     check_inference_arguments,
     export_or_answer,
+    open_job,
+    put_adapters,
     resolve_dtype,
 )
-from utils.placement import input_device, load_on_processes
+from utils.placement import load_on_processes
 
 
 def main() -> None:
@@ -28,10 +32,13 @@ def main() -> None:
     check_inference_arguments(args)
     tokenizer = load_tokenizer(args.model_name_or_path)
     dtype = resolve_dtype(args)
+    check_adapters(args)
     if not export_or_answer(args, dtype):
         return
-    model, replicas = load_on_processes(args.model_name_or_path, dtype, args.quantize, adapter_of(args, merge=True))
-    answer_file(model, tokenizer, args, input_device(model), replicas)
+    job = open_job(args, tokenizer, dtype)
+    adapt = partial(put_adapters, args=args)
+    model, replica = load_on_processes(args.model_name_or_path, dtype, args.quantize, adapt, args.tp_size)
+    answer(job, model, tokenizer, replica)
 
 
 if __name__ == "__main__":

@@ -1,26 +1,31 @@
 """
 python chatglm_milti_gpu_inference.py
 
-Batch inference with a model that is too big for one card: its layers are spread over the visible cards, then CPU
-memory, then disk, by accelerate. Under `deepspeed --num_gpus 2 chatglm_milti_gpu_inference.py` DeepSpeed shards every
-layer over the processes instead. Reads --input_path (by default the sample prompts in data/), writes one JSON line a
-row to --output_path in input order.
+Batch inference with a model that may be too big for one card: it lies whole on a card that holds it, and otherwise
+its layers are spread over the visible cards, then CPU memory, then disk, by accelerate. Under a launcher of several
+processes it does what chatglm_deepspeed_inference.py does. Reads --input_path (by default the sample prompts in
+data/), writes one JSON line a row to --output_path in input order.
 """
 
 import argparse
+from functools import partial
 
-from utils.checkpoint import load_tokenizer
+from utils.checkpoint import Checkpoint, load_tokenizer
 from utils.distributed import shut_down, world_size
 from utils.errors import UsageError, run
-from utils.generation import (
-    adapter_of,
+from utils.inference_options import (
     add_inference_arguments,
-    answer_file,
+    answer,
+    check_adapters,
     check_inference_arguments,
     export_or_answer,
+    open_job,
+    put_adapters,
     resolve_dtype,
 )
-from utils.placement import dispatch, input_device, load_on_processes
+from utils.placement import dispatch, load_on_processes, quantize_to_fp8
+from utils.quantization import stored_bits
+from utils.row_queue import ALONE
 
 
 def parse_max_memory(values: list[str] | None) -> dict[int | str, str] | None:
@@ -39,23 +44,29 @@ def parse_max_memory(values: list[str] | None) -> dict[int | str, str] | None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_inference_arguments(parser)
-    parser.add_argument("--max_memory", nargs="+", metavar="DEVICE=SIZE", help="like 0=10GiB cpu=30GiB (what is free)")
-    parser.add_argument("--offload_folder", help="for weights that fit nowhere else (a temporary directory)")
+    placement = parser.add_argument_group("placement")
+    placement.add_argument(
+        "--max_memory", nargs="+", metavar="DEVICE=SIZE", help="like 0=10GiB cpu=30GiB (what is free)"
+    )
+    placement.add_argument("--offload_folder", help="for weights that fit nowhere else (a temporary directory)")
     args = parser.parse_args()
     check_inference_arguments(args)
     max_memory = parse_max_memory(args.max_memory)
     tokenizer = load_tokenizer(args.model_name_or_path)
     dtype = resolve_dtype(args)
+    check_adapters(args)
     if not export_or_answer(args, dtype):
         return
-    replicas = 1
+    job = open_job(args, tokenizer, dtype)
+    path, replica = args.model_name_or_path, ALONE
     if world_size() > 1:
-        adapt = adapter_of(args, merge=True)
-        model, replicas = load_on_processes(args.model_name_or_path, dtype, args.quantize, adapt)
+        adapt = partial(put_adapters, args=args)
+        model, replica = load_on_processes(path, dtype, args.quantize, adapt, args.tp_size)
     else:
-        adapt = adapter_of(args, merge=False)
-        model = adapt(dispatch(args.model_name_or_path, dtype, max_memory, args.offload_folder, args.quantize))
-    answer_file(model, tokenizer, args, input_device(model), replicas)
+        model = dispatch(path, dtype, max_memory, args.offload_folder, args.quantize)
+        model = put_adapters(model, args)
+        model = quantize_to_fp8(model, Checkpoint.open(path, quantize=stored_bits(args.quantize)), args.quantize)
+    answer(job, model, tokenizer, replica)
 
 
 if __name__ == "__main__":

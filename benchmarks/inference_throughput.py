@@ -1,13 +1,20 @@
 """
 python benchmarks/inference_throughput.py --shape chatglm3-6b --batch_size 64
 
-New tokens a second of the engine on random weights: --batch_size prompts of --prompt_tokens, --new_tokens each, after
-a first round, timed apart, in which layers are compiled and graphs captured. With --generate also transformers'
-`generate`, with --profile the kernels of a round. Rates include reading the prompts. The last line is one JSON object.
+New tokens a second of the engine behind the inference scripts, on random weights, after a first round in which layers
+are compiled and graphs captured: --batch_size prompts of --prompt_tokens with --new_tokens each, and, with --job ROWS,
+rows of unequal lengths (prompts exp(N(0, 0.75) + log 60) within 8..512 tokens, answers exp(N(0, 0.9) + log 120) within
+5..512, each ending by itself). With --baselines also transformers' `generate` and `generate_batch`; with --agreement
+the share of the engine's greedy tokens that a plain forward pass over its answers, and over those of `generate`, finds
+the likeliest too; with --profile the kernels of a round. The last line is one JSON object.
+
+The floor of a step is the time to read weights and filled cache once at --bandwidth; that of a job adds its prompts at
+--flops, with never an empty slot.
 """
 
 import argparse
 import json
+import math
 import sys
 import time
 from pathlib import Path
@@ -16,8 +23,12 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from tools.random_checkpoint import SHAPES, random_model
-from utils.engine import Engine, Task
+from tools.random_checkpoint import CHATGLM, SHAPES, random_model
+from utils.chatglm.generations import CHATGLM as CHATGLM_6B
+from utils.chatglm.generations import CHATGLM3
+from utils.engine import Engine, Task, column_bytes
+from utils.fp8 import FP8, convert_to_fp8
+from utils.joined_projections import JOINED, join_projections
 
 
 def timed(call) -> float:
@@ -29,47 +40,157 @@ def timed(call) -> float:
     return time.perf_counter() - started
 
 
+def job_lengths(rows: int) -> list[tuple[int, int]]:
+    """(prompt, answer) tokens of each row."""
+    generator = torch.Generator().manual_seed(0)
+    prompts = (torch.randn(rows, generator=generator) * 0.75 + math.log(60)).exp().clamp(8, 512).int().tolist()
+    answers = (torch.randn(rows, generator=generator) * 0.9 + math.log(120)).exp().clamp(5, 512).int().tolist()
+    return sorted(zip(prompts, answers, strict=True))
+
+
+@torch.inference_mode()
+def agreement(model, prompts: torch.Tensor, answers: torch.Tensor) -> float:
+    """Share of the tokens in `answers` (B, T) that are the likeliest of a forward pass over them."""
+    model.set_attn_implementation("sdpa")
+    equal = 0
+    for prompt, answer in zip(prompts.to(model.device), answers.to(model.device), strict=True):
+        logits = model(input_ids=torch.cat((prompt, answer))[None]).logits[0, len(prompt) - 1 : -1]
+        equal += int((logits.argmax(-1) == answer).sum())
+    return round(equal / answers.numel(), 4)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="chatglm3-6b")
     parser.add_argument("--batch_size", type=int, default=64)
     parser.add_argument("--prompt_tokens", type=int, default=128)
     parser.add_argument("--new_tokens", type=int, default=128)
-    parser.add_argument("--generate", action="store_true")
+    parser.add_argument("--quantize", choices=[FP8])
+    parser.add_argument("--job", type=int, default=0, metavar="ROWS")
+    parser.add_argument("--job_batch_size", type=int, default=0, help="rows of the job at once (--batch_size)")
+    parser.add_argument("--baselines", action="store_true")
+    parser.add_argument("--agreement", action="store_true")
     parser.add_argument("--profile", action="store_true")
+    parser.add_argument("--bandwidth", type=float, default=3.02e12, help="bytes a second (an H100's, measured)")
+    parser.add_argument("--flops", type=float, default=750e12, help="a second (an H100's in bf16, measured)")
     args = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     model = random_model(args.shape, device, dtype).eval()
-    prompts = torch.randint(10, 900, (args.batch_size, args.prompt_tokens))
-    if args.shape in ("chatglm-6b", "tiny"):
-        prompts[:, -2:] = torch.tensor([model.config.gmask_token_id, model.config.bos_token_id])
-    new_tokens = args.batch_size * args.new_tokens
-    result = {"shape": args.shape, "batch_size": args.batch_size, "device": device, "new_tokens": args.new_tokens}
+    is_chatglm, parameters = args.shape in CHATGLM, model.num_parameters()
+    generator = torch.Generator().manual_seed(1)
 
-    if args.generate:
+    def prompt_of(tokens: int) -> list[int]:
+        ids = torch.randint(10, 900, (tokens,), generator=generator).tolist()
+        return [*ids[:-2], model.config.gmask_token_id, model.config.bos_token_id] if is_chatglm else ids
+
+    prompts = torch.tensor([prompt_of(args.prompt_tokens) for _ in range(args.batch_size)])
+    new_tokens = args.batch_size * args.new_tokens
+    result = {
+        "shape": args.shape,
+        "batch_size": args.batch_size,
+        "prompt_tokens": args.prompt_tokens,
+        "new_tokens": args.new_tokens,
+        "quantize": args.quantize,
+        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
+        "torch": torch.__version__,
+    }
+
+    if args.baselines:
         inputs = {"input_ids": prompts.to(device), "attention_mask": torch.ones_like(prompts).to(device)}
         length = {"max_new_tokens": args.new_tokens, "min_new_tokens": args.new_tokens, "do_sample": False}
         timed(lambda: model.generate(**inputs, max_new_tokens=2, do_sample=False))
-        result["generate_tokens_per_second"] = round(new_tokens / timed(lambda: model.generate(**inputs, **length)))
+        output = []
+        seconds = timed(lambda: output.append(model.generate(**inputs, **length)))
+        result["generate_tokens_per_second"] = round(new_tokens / seconds)
+        if args.agreement:
+            result["generate_agreement"] = agreement(model, prompts, output[0][:, args.prompt_tokens :])
+        result["generate_batch_tokens_per_second"] = generate_batch_rate(model, prompts, args.new_tokens)
 
-    columns = args.prompt_tokens + args.new_tokens
-    engine = Engine(model, args.batch_size, columns, stop_ids=[-1], pad_token_id=model.config.pad_token_id or 0)
+    linear_layers = (CHATGLM_6B if is_chatglm else CHATGLM3).linear_layers
+    if args.quantize:
+        join_projections(model)
+        convert_to_fp8(model, {*linear_layers, JOINED}, trains=False)
 
-    def answer_all() -> None:
-        tasks = [Task(number, prompt) for number, prompt in enumerate(prompts.tolist())]
-        assert sum(len(task.answer_ids) for task in engine.answer(tasks, args.new_tokens)) == new_tokens
+    def engine_of(slots: int, columns: int) -> Engine:
+        return Engine(model, slots, columns, stop_ids=[-1], pad_token_id=model.config.pad_token_id or 0)
 
-    result["first_round_seconds"] = round(timed(answer_all), 2)
-    seconds = timed(answer_all)
-    result["round_seconds"] = round(seconds, 3)
-    result["tokens_per_second"] = round(new_tokens / seconds)
+    def rounds(engine: Engine, lengths: list[tuple[list[int], int]]) -> tuple[float, list[Task]]:
+        tasks = [Task(number, prompt, answer) for number, (prompt, answer) in enumerate(lengths)]
+        done: list[Task] = []
+        seconds = timed(lambda: done.extend(engine.answer(tasks)))
+        assert sum(len(task.answer_ids) for task in done) == sum(answer for _, answer in lengths)
+        return seconds, sorted(done, key=lambda task: task.number)
+
+    stored = [tensor for module in model.modules() for tensor in module._buffers.values() if tensor is not None]
+    weights = sum(tensor.numel() * tensor.element_size() for tensor in {*model.parameters(), *stored})
+    if not is_chatglm:  # its head is the embedding, and reads all of it; the others' embedding reads a row a token
+        weights -= model.get_input_embeddings().weight.numel() * dtype.itemsize
+
+    engine = engine_of(args.batch_size, args.prompt_tokens + args.new_tokens)
+    fixed = [(prompt, args.new_tokens) for prompt in prompts.tolist()]
+    result["first_round_seconds"] = round(rounds(engine, fixed)[0], 2)
+    engine.preparing = engine.reading = 0.0
+    seconds, done = rounds(engine, fixed)
+    steps = args.new_tokens - 1  # the first token comes of reading the prompt
+    decoding = seconds - engine.reading
+    columns = args.prompt_tokens + args.new_tokens / 2
+    floor = (weights + args.batch_size * columns * column_bytes(model)) / args.bandwidth
+    result |= {
+        "tokens_per_second": round(new_tokens / seconds),
+        "decode_tokens_per_second": round(args.batch_size * steps / decoding),
+        "ms_a_step": round(1e3 * decoding / steps, 3),
+        "floor_ms_a_step": round(1e3 * floor, 3),
+        "reading_seconds": round(engine.reading, 3),
+    }
+    if args.agreement:
+        answers = torch.tensor([task.answer_ids for task in done])
+        result["engine_agreement"] = agreement(model, prompts, answers)
+        engine = engine_of(
+            args.batch_size, args.prompt_tokens + args.new_tokens
+        )  # `agreement` took its attention away
     if args.profile:
+        rounds(engine, fixed)
         with torch.profiler.profile() as profiler:
-            timed(answer_all)
+            rounds(engine, fixed)
         order = "self_cuda_time_total" if device == "cuda" else "self_cpu_time_total"
         print(profiler.key_averages().table(sort_by=order, row_limit=25, max_name_column_width=80))
+    if args.job:
+        lengths = job_lengths(args.job)
+        job = [(prompt_of(prompt), answer) for prompt, answer in lengths]
+        slots = args.job_batch_size or args.batch_size
+        engine = engine_of(slots, max(prompt + answer for prompt, answer in lengths))
+        seconds = rounds(engine, job)[0] - engine.preparing
+        answered = sum(answer for _, answer in lengths)
+        cache = sum(answer * (prompt + answer / 2) for prompt, answer in lengths) * column_bytes(model)
+        reading = 2 * parameters * sum(prompt for prompt, _ in lengths) / args.flops
+        floor = (max(answered / slots, 512) * weights + cache) / args.bandwidth + reading
+        result["job"] = {
+            "rows": args.job,
+            "batch_size": slots,
+            "new_tokens": answered,
+            "seconds": round(seconds, 2),
+            "preparation_seconds": round(engine.preparing, 2),
+            "reading_seconds": round(engine.reading, 2),
+            "tokens_per_second": round(answered / seconds),
+            "share_of_floor": round(floor / seconds, 3),
+        }
     print(json.dumps(result))
+
+
+def generate_batch_rate(model, prompts: torch.Tensor, new_tokens: int) -> int | str:
+    """New tokens a second of transformers' continuous batching, or why there are none."""
+    from transformers import GenerationConfig
+
+    config = GenerationConfig(max_new_tokens=new_tokens, eos_token_id=-1, pad_token_id=0, do_sample=False)
+    inputs = prompts.tolist()
+    try:
+        model.generate_batch(inputs=inputs[:2], generation_config=config)
+        output = {}
+        seconds = timed(lambda: output.update(model.generate_batch(inputs=inputs, generation_config=config)))
+        return round(sum(len(answer.generated_tokens) for answer in output.values()) / seconds)
+    except Exception as error:  # it asks more of a model than `generate` does, and not the same in every version
+        return f"{type(error).__name__}: {error}"[:200]
 
 
 if __name__ == "__main__":

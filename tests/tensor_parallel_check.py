@@ -12,7 +12,7 @@ init_process_group(use_deepspeed=True)
 path = sys.argv[1]
 generation = Checkpoint.open(path).generation
 whole = load_model(path)
-sharded = shard_with_deepspeed(load_model(path), generation, torch.float32)
+sharded = shard_with_deepspeed(load_model(path), generation, torch.float32, world_size())
 plan, split = generation.architecture.tensor_parallel, 0
 parts = dict(sharded.named_modules())
 for name, module in whole.named_modules():

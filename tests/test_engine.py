@@ -50,5 +50,5 @@ def test_answers_are_those_of_generate(made):
         model.lm_head.register_forward_hook(lambda *args: args[2].index_fill(-1, torch.tensor(eos), -torch.inf))
     for slots in (1, 3, 7):
         engine = Engine(model, slots, columns=64, stop_ids=sorted(stops), pad_token_id=3)
-        done = list(engine.answer([Task(number, prompt) for number, prompt in enumerate(prompts)], 20))
+        done = list(engine.answer(Task(number, prompt, 20) for number, prompt in enumerate(prompts)))
         assert [task.answer_ids for task in sorted(done, key=lambda task: task.number)] == expected

@@ -59,7 +59,7 @@ class Trained:
         run = self.run_script if in_this_process else self.run_command
         run(
             f"{command} --model_name_or_path {self.model} --input_path {self.directory}/prompts.jsonl "
-            f"--output_path {path} --adapter_path {self.adapter} --max_new_tokens 12"
+            f"--output_path {path} --adapter_path {self.adapter} --max_new_tokens 12 --overwrite"
         ).check()
         return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
@@ -90,4 +90,4 @@ def test_every_placement_gives_the_same_answers(trained):
     offloaded = trained.answers(f"chatglm_milti_gpu_inference.py {limits}", in_this_process=True)
     assert list((trained.directory / "offload").glob("*.dat"))
     assert offloaded == dispatched
-    assert trained.answers("deepspeed --num_gpus 2 chatglm_deepspeed_inference.py") == dispatched
+    assert trained.answers("deepspeed --num_gpus 2 chatglm_deepspeed_inference.py --tp_size 2") == dispatched

@@ -3,11 +3,13 @@
 import json
 import socket
 
-import utils.placement
 from utils.checkpoint import Checkpoint, load_model, load_tokenizer
-from utils.generation import decode, generate_answers, read_requests
+from utils.errors import UsageError
+from utils.generation import decode, generate_answers
 from utils.lora import AdapterOrigin, attach_adapter, save_adapter
+from utils.placement import check_heads
 from utils.prompts import template_for
+from utils.requests import read_requests
 
 import pytest
 import torch
@@ -46,7 +48,7 @@ def answer(run_command, run_script, workspace):
     def run(script, flags="", output="answers.jsonl"):
         result = (run_script if script == ONE_PROCESS else run_command)(
             f"{script} --model_name_or_path {TINY} --input_path {workspace}/rows.jsonl "
-            f"--output_path {workspace}/{output} --max_new_tokens 24 {flags}"
+            f"--output_path {workspace}/{output} --max_new_tokens 24 --overwrite {flags}"
         ).check()
         return (workspace / output).read_text(encoding="utf-8").splitlines(), result
 
@@ -143,12 +145,21 @@ def test_random_checkpoints_answer(run_script, tmp_path, shape):
 def test_four_shards_give_the_answers_of_one_process(answer, workspace, adapted):
     """Two are what test_family.py and test_readme.py run."""
     script = "deepspeed --num_gpus 4 chatglm_deepspeed_inference.py"
-    assert answer(script, f"--adapter_path {workspace}/adapter")[0] == adapted
+    lines, result = answer(script, f"--adapter_path {workspace}/adapter --tp_size 4")
+    assert lines == adapted and "1 replicas of the model, each on 4 processes" in result.out
 
 
 @pytest.mark.slow
 def test_the_dispatching_script_under_deepspeed(answer, plain):
-    assert answer("deepspeed --num_gpus 2 chatglm_milti_gpu_inference.py")[0] == plain
+    lines, result = answer("deepspeed --num_gpus 2 chatglm_milti_gpu_inference.py")
+    assert lines == plain and "2 replicas of the model, each on 1 processes" in result.out
+
+
+@pytest.mark.slow
+def test_replicas_that_are_sharded(answer, plain):
+    script = "torchrun --nproc_per_node=4 chatglm_deepspeed_inference.py"
+    lines, result = answer(script, "--tp_size 2 --batch_size 1")
+    assert lines == plain and "2 replicas of the model, each on 2 processes" in result.out
 
 
 @pytest.mark.slow
@@ -163,11 +174,9 @@ def test_shards_are_shards_and_logits_agree(run_command, name, processes):
     assert result.out.count("tensor parallel ok") == processes
 
 
-def test_heads_that_cannot_be_shared_out(run_script, monkeypatch):
-    monkeypatch.setattr(utils.placement, "world_size", lambda: 3)
-    result = run_script(f"chatglm_deepspeed_inference.py --model_name_or_path {TINY}")
-    assert result.code == 2
-    assert "8 attention heads cannot be split over 3 processes: use 1, 2, 4, 8" in result.err
+def test_heads_that_cannot_be_shared_out():
+    with pytest.raises(UsageError, match="8 attention heads cannot be split over 3 processes: use 1, 2, 4, 8"):
+        check_heads(Checkpoint.open(str(TINY)).config, 3)
 
 
 @pytest.mark.parametrize("script", ("chatglm_deepspeed_inference.py", "chatglm_milti_gpu_inference.py"))
@@ -182,7 +191,10 @@ def test_without_flags_offline(run_command, tmp_path, script):
 @pytest.mark.parametrize(
     "flags, words",
     [
-        ("--batch_size 0", "--batch_size"),
+        ("--batch_size -1", "--batch_size"),
+        ("--top_p 0.9", "--temperature"),
+        ("--tp_size 2", "--tp_size 2 does not divide"),
+        ("--quantize fp8", "Hopper"),
         ("--input_path nowhere.jsonl", "nowhere.jsonl"),
         ("--adapter_path data", "adapter_config.json"),
         ("--max_memory 10GiB", "--max_memory"),

@@ -118,7 +118,7 @@ def choose_kernels(monkeypatch):
         quantization._cpm_kernels.cache_clear()
 
     def choose(name):
-        monkeypatch.setenv(quantization.KERNELS, name)
+        monkeypatch.setattr(quantization, "KERNELS", name)
         forget()
 
     yield choose
@@ -210,7 +210,7 @@ def test_ddp_trains_the_adapter_of_one_process(run_command, workspace):
 def test_every_placement_gives_the_same_answers(run_script, run_command, workspace):
     def answers(command, run):
         flags = f"--quantize int4 --adapter_path {workspace}/adapter --max_new_tokens 12 --batch_size 3"
-        paths = f"--model_name_or_path {TINY} --output_path {workspace}/answers"
+        paths = f"--model_name_or_path {TINY} --output_path {workspace}/answers --overwrite"
         result = run(f"{command} {paths} {flags}").check()
         return (workspace / "answers").read_text(), result.out
 

@@ -84,30 +84,37 @@ def init_process_group(use_deepspeed: bool) -> None:
             os.environ.setdefault(name, value)
         if "MASTER_PORT" not in os.environ:
             os.environ["MASTER_PORT"] = str(_free_port())
-    backend = "gloo"
     if torch.cuda.is_available():
-        backend = "nccl"
         torch.cuda.set_device(local_rank())
     if use_deepspeed:
-        import deepspeed
-
-        # DeepSpeed's shared-memory reduction reads the name that its own launcher gives this, and crashes without it.
-        processes_here = os.environ.setdefault("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        if local_rank() == 0:
-            for lock in remove_stale_build_locks(several_machines=int(processes_here) < world_size()):
-                print(f"removed {lock}, left behind by a build that was killed", flush=True)
-        from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
-        from deepspeed.runtime.zero.config import ZeroStageEnum
-
-        # What its checkpoints hold beside tensors; utils/__init__.py lets nothing else be loaded.
-        torch.serialization.add_safe_globals([LossScaler, DynamicLossScaler, ZeroStageEnum])
-        deepspeed.init_distributed(dist_backend=backend)
-        if backend == "gloo":
-            _forget_shared_memory()
+        init_deepspeed()
     elif not torch.distributed.is_initialized():
-        torch.distributed.init_process_group(backend)
+        torch.distributed.init_process_group(_backend())
     if world_size() > 1:
         _peers.append(Peers(process_rank(), world_size()))
+
+
+def _backend() -> str:
+    return "nccl" if torch.cuda.is_available() else "gloo"
+
+
+def init_deepspeed() -> None:
+    """Makes the process group known to DeepSpeed, or lets it make one of the launcher's processes."""
+    import deepspeed
+
+    # DeepSpeed's shared-memory reduction reads the name that its own launcher gives this, and crashes without it.
+    processes_here = os.environ.setdefault("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if local_rank() == 0:
+        for lock in remove_stale_build_locks(several_machines=int(processes_here) < world_size()):
+            print(f"removed {lock}, left behind by a build that was killed", flush=True)
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+
+    # What its checkpoints hold beside tensors; utils/__init__.py lets nothing else be loaded.
+    torch.serialization.add_safe_globals([LossScaler, DynamicLossScaler, ZeroStageEnum])
+    deepspeed.init_distributed(dist_backend=_backend())
+    if _backend() == "gloo":
+        _forget_shared_memory()
 
 
 def mean_over_processes(value: float) -> float:
@@ -160,6 +167,8 @@ def any_process(flag: bool) -> bool:
 
 def gather_lists(values: list) -> list:
     """Every process's list, one after the other, on the main process; all must call it, at any distance in time."""
+    if world_size() == 1:
+        return values
     gathered = [None] * world_size() if is_main_process() else None
     torch.distributed.gather_object(values, gathered, group=_cpu_group())
     return [value for part in gathered for value in part] if is_main_process() else []

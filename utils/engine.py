@@ -2,12 +2,14 @@
 Many prompts through one model: a fixed number of slots, rows that come and go, and a step that the host only starts.
 
 A step is the same kernels over the same memory whatever the rows are, so on a GPU it is captured once as a CUDA graph
-for each batch size and width, its layers compiled. What stopped is looked at every few steps.
+for each batch size, its layers compiled. What stopped is looked at every few steps.
 """
 
+import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 
 from utils.chatglm.modeling_chatglm import (
     CACHE_KEY,
@@ -17,6 +19,8 @@ from utils.chatglm.modeling_chatglm import (
 )
 from utils.joined_projections import join_projections
 from utils.kv_cache import SLOTS, LayerSlots, PromptRecorder
+from utils.mixed_adapters import AdapterChoice
+from utils.optional_kernels import decode_kernels
 from utils.sampling import Sampling
 
 import torch
@@ -25,19 +29,23 @@ from transformers import PreTrainedModel
 
 WIDTH_GRAIN = 128  # columns; a captured step reads a multiple of it
 GPU_STEPS = 16  # between two looks at what stopped
+PROMPT_GRAIN = 16  # tokens that the longest prompt of a batch is filled up to a multiple of
 PROMPT_TOKENS = 16384  # read at once, padding included
+RECOMPILES = 64
 GREEDY = Sampling()
 
 
 @dataclass
 class Task:
     """
-    One row: its prompt's tokens, its number (with the seed it decides a sampled answer), and the answer so far, up to
-    and with the token that stopped it.
+    One row: its number (with the seed it decides a sampled answer), its prompt's tokens, how many an answer has at
+    most, the number of its adapter among several, and the answer so far, up to and with the token that stopped it.
     """
 
     number: int
     input_ids: Sequence[int]
+    max_new_tokens: int
+    adapter: int = 0
     answer_ids: list[int] = field(default_factory=list)
 
 
@@ -48,13 +56,21 @@ def can_serve(model: torch.nn.Module) -> bool:
     )
 
 
-def join_step(slots: int, running: int, on_gpu: bool) -> int:
-    """The smallest batch that holds `running` rows: on a GPU `slots` halved so often, to have few graphs."""
+def column_bytes(model: PreTrainedModel) -> int:
+    """What one token of one row takes in the cache, in bytes."""
+    config = model.config
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return 2 * config.num_hidden_layers * heads * head_dim * model.dtype.itemsize
+
+
+def step_size(slots: int, running: int, on_gpu: bool) -> int:
+    """The smallest batch that holds `running` rows: on a GPU `slots` quartered so often, to compile few."""
     if not on_gpu:
         return running
     size = slots
-    while size // 2 >= running and size % 2 == 0:
-        size //= 2
+    while running <= -(-size // 4) < size:
+        size = -(-size // 4)
     return size
 
 
@@ -67,7 +83,10 @@ class Engine:
         columns: no prompt and its answer are longer together, in tokens.
         stop_ids: tokens that end an answer.
         pad_token_id: fills up prompts.
+        find_end: called with an answer's tokens as they grow; where text in them ends the answer, how many it has.
         compile_layers: compile the layers of a step; None is on a GPU. Graphs are for a GPU alone.
+
+    `preparing` and `reading` are the seconds that went into compiling and capturing, and into reading prompts.
     """
 
     def __init__(
@@ -78,8 +97,10 @@ class Engine:
         stop_ids: Sequence[int],
         pad_token_id: int,
         sampling: Sampling = GREEDY,
+        find_end: Callable[[Sequence[int]], int | None] = lambda answer_ids: None,
         compile_layers: bool | None = None,
     ):
+        started = time.perf_counter()
         self.model = model.get_base_model() if isinstance(model, PeftModel) else model
         join_projections(self.model)
         self.model.set_attn_implementation(SLOTS)
@@ -89,23 +110,31 @@ class Engine:
         self.embed = self.model.get_input_embeddings()
         self.device, self.dtype = self.embed.weight.device, self.model.dtype
         self.on_gpu = self.device.type == "cuda"
+        self.kernels = self.on_gpu and self.dtype.itemsize == 2 and decode_kernels() is not None
         self.steps = GPU_STEPS if self.on_gpu else 1
         self.slots = slots
-        self.columns = -(-columns // WIDTH_GRAIN) * WIDTH_GRAIN
+        self.columns = -(-columns // WIDTH_GRAIN) * WIDTH_GRAIN  # a multiple of PROMPT_GRAIN too
         self.pad_token_id = pad_token_id
         self.sampling = sampling
         self.stop_ids = set(stop_ids)
+        self.find_end = find_end
         compiled = self.on_gpu if compile_layers is None else compile_layers
+        if compiled:  # for each batch size once, also of engines before this one
+            torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILES)
         self.run_block = torch.compile(_run_block, dynamic=False) if compiled else _run_block
+        self.read_block = torch.compile(_read_block, dynamic=True) if compiled else _read_block
         self.layers: list[LayerSlots] = []
         self.graphs: dict[tuple[int, int], torch.cuda.CUDAGraph] = {}
         self.running: list[Task | None] = [None] * slots
+        self.waiting: deque[Task] = deque()
 
         def zeros(*shape: int) -> torch.Tensor:
             return torch.zeros(*shape, dtype=torch.int64, device=self.device)
 
         self.stops = torch.tensor(sorted(self.stop_ids), device=self.device)
         self.tokens, self.lengths, self.left, self.numbers, self.counts = (zeros(slots) for _ in range(5))
+        self.adapters = zeros(slots)
+        self.choice = getattr(self.model, "adapter_choice", None) or AdapterChoice()
         # ChatGLM-6B's first coordinate stays where the answer began.
         self.positions = zeros(slots, 2) if self.has_prefix else zeros(slots)
         self.advance = torch.tensor([0, 1], device=self.device) if self.has_prefix else 1
@@ -113,49 +142,70 @@ class Engine:
         vocabulary = self.head.weight.shape[0]
         penalised = sampling.repetition_penalty != 1
         self.seen = torch.zeros(slots, vocabulary, dtype=torch.bool, device=self.device) if penalised else None
+        self.preparing, self.reading = time.perf_counter() - started, 0.0
 
     @property
     def has_prefix(self) -> bool:
         return isinstance(self.model, ChatGLMForConditionalGeneration)
 
-    def column_bytes(self) -> int:
-        """What one token of one row takes in the cache, in bytes."""
-        config = self.model.config
-        heads = getattr(config, "num_key_value_heads", config.num_attention_heads)
-        head_dim = getattr(config, "head_dim", config.hidden_size // config.num_attention_heads)
-        return 2 * len(self.body.layers) * heads * head_dim * self.dtype.itemsize
-
     @torch.inference_mode()
-    def answer(self, tasks: Sequence[Task], max_new_tokens: int) -> Iterator[Task]:
-        """Yields each task when its answer is complete; shorter prompts begin first."""
-        waiting = deque(sorted(tasks, key=lambda task: len(task.input_ids)))
-        while waiting or any(self.running):
+    def answer(self, tasks: Iterable[Task]) -> Iterator[Task]:
+        """
+        Yields each task when its answer is complete. They begin in their order, which should be that of their prompts'
+        lengths, and are taken when there is a slot for them.
+        """
+        source = iter(tasks)
+        few = -(-self.slots // 16)  # slots that are worth reading prompts for
+        while True:
             free = [slot for slot, task in enumerate(self.running) if task is None]
-            if waiting and len(free) >= min(len(waiting), -(-self.slots // 16)):
-                yield from self._admit(waiting, free, max_new_tokens)
+            if len(free) >= few:
+                self.waiting.extend(islice(source, len(free) - len(self.waiting)))
+            if self.waiting and len(free) >= min(len(self.waiting), few):
+                yield from self._admit(free)
             if not any(self.running):
+                if not self.waiting:
+                    return
                 continue
             size = self._compact()
-            longest = max(len(task.input_ids) + len(task.answer_ids) for task in self.running if task)
-            width = min(-(-(longest + self.steps) // WIDTH_GRAIN) * WIDTH_GRAIN, self.columns)
+            width = self._width()
             for _ in range(self.steps):
                 self._step(size, width)
             for slot, ids in enumerate(self.history[:, :size].t().tolist()):
                 task = self.running[slot]
-                if task and self._extend(task, ids, max_new_tokens):
+                if task and self._extend(task, ids):
                     self.running[slot] = None
                     yield task
 
-    def _extend(self, task: Task, ids: list[int], max_new_tokens: int) -> bool:
+    def _width(self) -> int:
+        """Columns that the next steps may read; the kernels read what is filled."""
+        if self.kernels:
+            return self.columns
+        longest = max(len(task.input_ids) + len(task.answer_ids) for task in self.running if task)
+        return min(-(-(longest + self.steps) // WIDTH_GRAIN) * WIDTH_GRAIN, self.columns)
+
+    def unfinished(self) -> list[Task]:
+        """The tasks that were taken and not yet answered, their answers forgotten: what an error leaves to do."""
+        tasks = [task for task in self.running if task]
+        for task in tasks:
+            task.answer_ids.clear()
+        return [*tasks, *self.waiting]
+
+    def _extend(self, task: Task, ids: list[int]) -> bool:
         """Appends tokens up to the answer's end; whether it has come."""
+        ended = False
         for token in ids:
             task.answer_ids.append(token)
-            if token in self.stop_ids or len(task.answer_ids) == max_new_tokens:
-                return True
-        return False
+            ended = token in self.stop_ids or len(task.answer_ids) == task.max_new_tokens
+            if ended:
+                break
+        end = self.find_end(task.answer_ids)
+        if end is not None:
+            del task.answer_ids[end:]
+        return ended or end is not None
 
-    def _admit(self, waiting: deque[Task], free: list[int], max_new_tokens: int) -> Iterator[Task]:
+    def _admit(self, free: list[int]) -> Iterator[Task]:
         """Reads prompts into free slots; yields those whose first token is the last."""
+        waiting = self.waiting
         while waiting and free:
             batch = [waiting.popleft()]
             while waiting and len(batch) < len(free):
@@ -165,17 +215,25 @@ class Engine:
             slots, free = free[: len(batch)], free[len(batch) :]
             for slot, task in zip(slots, batch, strict=True):
                 self.running[slot] = task
-            first = self._read(batch, slots, max_new_tokens).tolist()
+            started = time.perf_counter()
+            if self.on_gpu and not self.layers:  # layers are compiled and libraries loaded at their first use
+                self._read(batch, slots).tolist()
+                self.preparing += time.perf_counter() - started
+                started = time.perf_counter()
+            first = self._read(batch, slots).tolist()
+            self.reading += time.perf_counter() - started
             for slot, task, token in zip(slots, batch, first, strict=True):
-                if self._extend(task, [token], max_new_tokens):
+                if self._extend(task, [token]):
                     self.running[slot] = None
                     free.append(slot)
                     yield task
 
-    def _read(self, batch: list[Task], slots: list[int], max_new_tokens: int) -> torch.Tensor:
+    def _read(self, batch: list[Task], slots: list[int]) -> torch.Tensor:
         """The prompts' keys and values into their slots; the first token of each answer, (B,)."""
+        if len(batch) == 1 and self.on_gpu:  # layers are compiled for any number of rows but one
+            return self._read(batch * 2, slots * 2)[:1]
         lengths = torch.tensor([len(task.input_ids) for task in batch])
-        T = max(int(lengths.max()), 2)
+        T = -(-int(lengths.max()) // PROMPT_GRAIN) * PROMPT_GRAIN
         rows = [[*task.input_ids, *[self.pad_token_id] * (T - len(task.input_ids))] for task in batch]
         input_ids = torch.tensor(rows)
         real = torch.arange(T) < lengths[:, None]
@@ -191,19 +249,19 @@ class Engine:
         next_positions = positions[every, ..., last].to(self.device) + self.advance
         input_ids, positions, real = (values.to(self.device) for values in (input_ids, positions, real))
         place = torch.tensor(slots, device=self.device)
+        self.choice.rows = torch.tensor([task.adapter for task in batch], device=self.device)
 
         hidden_states = self.embed(input_ids)
         embeddings = self.body.rotary_emb(hidden_states, positions)
         for index, block in enumerate(self.body.layers):
-            recorder = PromptRecorder()
-            hidden_states = _run_block(block, hidden_states, embeddings, mask, recorder)
+            hidden_states, keys, values = self.read_block(block, hidden_states, embeddings, mask)
             if len(self.layers) == index:
-                B, K, _, D = recorder.keys.shape
+                B, K, _, D = keys.shape
                 shape = (self.slots, K, self.columns, D)
-                pair = (torch.zeros(shape, dtype=recorder.keys.dtype, device=self.device) for _ in range(2))
+                pair = (torch.zeros(shape, dtype=keys.dtype, device=self.device) for _ in range(2))
                 self.layers.append(LayerSlots(*pair, self.lengths))
-            self.layers[index].keys[place, :, :T] = recorder.keys
-            self.layers[index].values[place, :, :T] = recorder.values
+            self.layers[index].keys[place, :, :T] = keys
+            self.layers[index].values[place, :, :T] = values
         hidden_states = hidden_states[every.to(self.device), last.to(self.device)]
         logits = self.head(self.norm(hidden_states))
 
@@ -216,21 +274,23 @@ class Engine:
         if seen is not None:
             self.seen[place] = seen.scatter_(1, first[:, None], True)
         self.tokens[place], self.lengths[place] = first, lengths.to(self.device)
-        self.left[place] = torch.where(torch.isin(first, self.stops), 0, max_new_tokens - 1)
+        left = torch.tensor([task.max_new_tokens - 1 for task in batch], device=self.device)
+        self.left[place] = torch.where(torch.isin(first, self.stops), 0, left)
         self.numbers[place], self.counts[place] = numbers, 1
+        self.adapters[place] = self.choice.rows
         self.positions[place] = next_positions
         return first
 
     def _compact(self) -> int:
         """Moves the running rows into the first slots where that makes the batch smaller; its size."""
         busy = [slot for slot, task in enumerate(self.running) if task]
-        size = join_step(self.slots, len(busy), self.on_gpu)
+        size = step_size(self.slots, len(busy), self.on_gpu)
         if busy[-1] < size:
             return size
         moving = [slot for slot in busy if slot >= size]
         holes = [slot for slot in range(size) if self.running[slot] is None][: len(moving)]
         old, new = torch.tensor(moving, device=self.device), torch.tensor(holes, device=self.device)
-        state = [self.tokens, self.lengths, self.left, self.numbers, self.counts, self.positions]
+        state = [self.tokens, self.lengths, self.left, self.numbers, self.counts, self.positions, self.adapters]
         state += [tensor for layer in self.layers for tensor in (layer.keys, layer.values)]
         for tensor in state if self.seen is None else (*state, self.seen):
             tensor[new] = tensor[old]
@@ -238,12 +298,23 @@ class Engine:
             self.running[target], self.running[source] = self.running[source], None
         return size
 
+    def _mask(self, lengths: torch.Tensor, width: int) -> torch.Tensor:
+        """(B,) the last columns that are filled -> (B, 1, 1, width), 0 or -inf."""
+        visible = torch.arange(width, device=self.device) <= lengths[:, None]
+        mask = torch.zeros(visible.shape, dtype=self.dtype, device=self.device).masked_fill(~visible, -torch.inf)
+        torch._dynamo.maybe_mark_dynamic(mask[:, None, None], 3)
+        return mask[:, None, None]
+
     def _step(self, size: int, width: int) -> None:
         if not self.on_gpu:
             self._compute_step(size, width)
             return
         if (size, width) not in self.graphs:
+            torch.cuda.synchronize()
+            started = time.perf_counter()
             self._capture(size, width)
+            torch.cuda.synchronize()
+            self.preparing += time.perf_counter() - started
         self.graphs[size, width].replay()
 
     def _capture(self, size: int, width: int) -> None:
@@ -268,12 +339,10 @@ class Engine:
     def _compute_step(self, size: int, width: int) -> None:
         """One token more for each of the first `size` slots; rows that stopped write over their last column."""
         tokens, lengths, counts = self.tokens[:size], self.lengths[:size], self.counts[:size]
-        visible = torch.arange(width, device=self.device) <= lengths[:, None]
-        mask = torch.zeros(size, width, dtype=self.dtype, device=self.device).masked_fill(~visible, -torch.inf)
-        mask = mask[:, None, None]
-        torch._dynamo.maybe_mark_dynamic(mask, 3)
+        mask = lengths if self.kernels else self._mask(lengths, width)
         hidden_states = self.embed(tokens[:, None])
         embeddings = self.body.rotary_emb(hidden_states, self.positions[:size, ..., None])
+        self.choice.rows = self.adapters[:size]
         for block, layer in zip(self.body.layers, self.layers, strict=True):
             layer.columns = lengths
             hidden_states = self.run_block(block, hidden_states, embeddings, mask, layer)
@@ -296,3 +365,10 @@ class Engine:
 def _run_block(block, hidden_states, position_embeddings, mask, cache) -> torch.Tensor:
     key = "cache" if isinstance(block, ChatGLMBlock) else CACHE_KEY  # our own block has one name in every version
     return block(hidden_states, attention_mask=mask, position_embeddings=position_embeddings, **{key: cache})
+
+
+def _read_block(block, hidden_states, position_embeddings, mask) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Hidden states of prompts behind the block, and what it made of their keys and values."""
+    recorder = PromptRecorder()
+    hidden_states = _run_block(block, hidden_states, position_embeddings, mask, recorder)
+    return hidden_states, recorder.keys, recorder.values

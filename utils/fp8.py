@@ -9,6 +9,7 @@ they come. Both products accumulate and end in the activations' dtype.
 from collections.abc import Iterable
 
 from utils.errors import UsageError
+from utils.optional_kernels import decode_kernels
 
 import torch
 from torch import nn
@@ -38,7 +39,10 @@ def quantize_rows(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def scaled_product(values: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor) -> torch.Tensor:
     """(M, K) in 16 bits x e4m3 (N, K) with its scales (1, N) -> (M, N) in the dtype of `values`."""
     quantized, scale = quantize_rows(values)
-    return torch._scaled_mm(quantized, weight.t(), scale, weight_scale, out_dtype=values.dtype, use_fast_accum=True)
+    product = torch._scaled_mm(
+        quantized, weight.t(), scale, weight_scale, out_dtype=torch.bfloat16, use_fast_accum=True
+    )
+    return product.to(values.dtype)  # scales a row are there for bfloat16 alone
 
 
 class _Fp8Product(torch.autograd.Function):
@@ -59,6 +63,7 @@ class Fp8Linear(nn.Module):
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.bias = linear.bias
+        self.kernels = None if trains else decode_kernels()
         weight = linear.weight.detach().cuda()
         self._hold("weight", weight)
         self._hold("columns", weight.t() if trains else weight[:0])
@@ -70,7 +75,11 @@ class Fp8Linear(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         values = hidden_states.reshape(-1, self.in_features)
-        output = _Fp8Product.apply(values, self.weight, self.weight_scale, self.columns, self.columns_scale)
+        if self.kernels and len(values) <= self.kernels.ROWS and self.kernels.fits_fp8_product(self.weight):
+            output = self.kernels.fp8_product(*quantize_rows(values), self.weight, self.weight_scale)
+            output = output.to(values.dtype)
+        else:
+            output = _Fp8Product.apply(values, self.weight, self.weight_scale, self.columns, self.columns_scale)
         if self.bias is not None:
             output = output + self.bias
         return output.view(*hidden_states.shape[:-1], self.out_features)

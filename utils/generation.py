@@ -1,156 +1,95 @@
-"""The batch inference engine behind both inference scripts: rows of prompts -> rows of answers."""
+"""The batch inference behind both inference scripts: rows of prompts -> rows of answers."""
 
-import argparse
 import json
+import sys
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from itertools import chain, islice
 from typing import Any
 
+from utils.answer_files import Answer, AnswerFile
 from utils.batching import left_pad
-from utils.checkpoint import DEFAULT_MODEL, Checkpoint
-from utils.distributed import gather_lists, is_main_process, print_once, process_rank
-from utils.errors import UsageError
-from utils.export import merge_and_save, read_template
-from utils.jsonl import atomic_writer, dump_row
-from utils.lora import check_base, load_adapter, merge_adapter, read_origin
-from utils.prompts import TEMPLATES, ChatGLMTemplate, encode_prompt, template_for
-from utils.quantization import BITS
-from utils.rows import RowError, parse_prompt, read_rows
+from utils.distributed import gather_from_all, gather_lists, is_main_process, print_once, process_rank
+from utils.engine import GREEDY, PROMPT_TOKENS, Engine, Task, can_serve, column_bytes
+from utils.prompts import ChatGLMTemplate
+from utils.requests import BASE, Request
+from utils.row_queue import ALONE, Replica, SharedCount, shared_out
+from utils.sampling import Sampling
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from tqdm import tqdm
+from transformers import LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria
 
-DEFAULT_PROMPTS = "data/sample_prompts.jsonl"
-DEFAULT_ANSWERS = "output/answers.jsonl"
-
-
-def add_inference_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags that both inference scripts share."""
-    parser.add_argument(
-        "--model_name_or_path", default=DEFAULT_MODEL, help="checkpoint directory or hub id (%(default)s)"
-    )
-    parser.add_argument(
-        "--adapter_path",
-        help="adapter: a PEFT directory, of this training or of the remote code, or a chatglm-lora.pt",
-    )
-    parser.add_argument("--lora_alpha", type=int, help="of a chatglm-lora.pt, which does not record it (32)")
-    parser.add_argument(
-        "--any_base", action="store_true", help="apply the adapter although it was trained on other weights"
-    )
-    parser.add_argument("--quantize", choices=BITS, help="hold the weights in 8 or 4 bits")
-    parser.add_argument(
-        "--merge_and_save",
-        metavar="DIR",
-        help="write the model with the adapter in its weights to DIR; answers rows only if --input_path is given too",
-    )
-    parser.add_argument("--input_path", help=f"JSON Lines or JSON array of rows ({DEFAULT_PROMPTS})")
-    parser.add_argument("--output_path", default=DEFAULT_ANSWERS, help="JSON Lines, one a row (%(default)s)")
-    parser.add_argument("--batch_size", type=int, default=8, help="prompts answered at once (%(default)s)")
-    parser.add_argument("--max_new_tokens", type=int, default=512, help="tokens of an answer (%(default)s)")
-    parser.add_argument(
-        "--template", choices=TEMPLATES, help="form of the prompts (the one the adapter was trained with, else native)"
-    )
-    precision = parser.add_mutually_exclusive_group()
-    precision.add_argument("--fp16", action="store_true", help="float16 weights: the default on a GPU")
-    precision.add_argument("--bf16", action="store_true", help="bfloat16 weights")
-    precision.add_argument("--fp32", action="store_true", help="float32 weights: the default without a GPU")
-    parser.add_argument("--local_rank", type=int, default=None, help=argparse.SUPPRESS)  # DeepSpeed's launcher adds it
-
-
-def check_inference_arguments(args: argparse.Namespace) -> None:
-    """
-    Raises:
-        UsageError: a size is below 1, or a flag needs another that is not there.
-    """
-    for name in ("batch_size", "max_new_tokens"):
-        if getattr(args, name) < 1:
-            raise UsageError(f"--{name} {getattr(args, name)} must be at least 1")
-    if args.merge_and_save and not args.adapter_path:
-        raise UsageError(f"--merge_and_save {args.merge_and_save} needs an adapter to merge: give --adapter_path too")
-    if args.merge_and_save and args.quantize:
-        raise UsageError("--merge_and_save writes full weights: give it without --quantize")
-    if args.lora_alpha is not None and not args.adapter_path:
-        raise UsageError(f"--lora_alpha {args.lora_alpha} is an adapter's: give --adapter_path too")
-
-
-def resolve_dtype(args: argparse.Namespace) -> torch.dtype:
-    """The weights' dtype; float16 needs a GPU, and a line says so where there is none."""
-    gpu = torch.cuda.is_available()
-    if args.fp32 or args.bf16:
-        dtype, why = torch.float32 if args.fp32 else torch.bfloat16, "flag"
-    elif gpu:
-        dtype, why = torch.float16, "flag" if args.fp16 else "default on a GPU"
-    else:
-        dtype, why = torch.float32, "--fp16 needs a GPU and there is none" if args.fp16 else "default without a GPU"
-    print_once(f"weights {str(dtype).removeprefix('torch.')} ({why})")
-    return dtype
-
-
-def export_or_answer(args: argparse.Namespace, dtype: torch.dtype) -> bool:
-    """Writes the merged checkpoint if `args` ask for it, and says whether there are rows to answer."""
-    if not args.merge_and_save:
-        return True
-    if is_main_process():
-        if not args.any_base:
-            check_base(args.adapter_path, Checkpoint.open(args.model_name_or_path))
-        merge_and_save(args.model_name_or_path, args.adapter_path, args.merge_and_save, dtype, args.lora_alpha)
-        print(json.dumps({"merged_checkpoint": args.merge_and_save}, ensure_ascii=False), flush=True)
-    return args.input_path is not None
-
-
-def adapter_of(args: argparse.Namespace, merge: bool) -> Callable[[PreTrainedModel], PreTrainedModel]:
-    """
-    What puts the adapter of `args` on a model: into its weights with `merge`, which an offloaded model cannot take.
-
-    Raises:
-        UsageError: see `check_base`; and, from what is returned, `load_adapter`.
-    """
-    if not args.adapter_path:
-        return lambda model: model
-    if not args.any_base:
-        check_base(args.adapter_path, Checkpoint.open(args.model_name_or_path))
-    return lambda model: (merge_adapter if merge else load_adapter)(model, args.adapter_path, args.lora_alpha)
-
-
-def resolve_template(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> ChatGLMTemplate:
-    """The flag decides; without it, what the adapter was trained with; without an adapter, the model's own."""
-    name, why = args.template, "flag"
-    if name is None:
-        origin = read_origin(args.adapter_path) if args.adapter_path else None
-        merged = read_template(args.model_name_or_path)
-        name, why = (origin.template, "the adapter's") if origin else ("native", "default")
-        if merged and not origin:
-            name, why = merged, "the merged adapter's"
-    print_once(f"template {name} ({why})")
-    return template_for(tokenizer, name)
+MOST_SLOTS = 256
+CPU_SLOTS = 16
+REPORT_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
-class Request:
-    """One input row: its prompt as text and tokens, or why it has none."""
+class AnswerSettings:
+    """What decides an answer beside model and prompt; `sequences` is how many are sampled of a row."""
 
-    index: int
-    prompt: str | None
-    input_ids: list[int]
-    error: str | None = None
+    max_new_tokens: int = 512
+    sampling: Sampling = GREEDY
+    sequences: int = 1
+    stop: tuple[str, ...] = ()  # texts that end an answer and are no part of it
+    adapters: tuple[str, ...] = ()  # names of several, in the order in which the model has them
 
 
-def read_requests(input_path: str, tokenizer: PreTrainedTokenizerBase, template: ChatGLMTemplate) -> list[Request]:
-    """
-    Raises:
-        UsageError: no such file, or no rows in it.
-    """
-    requests = []
-    for index, (_, number, row) in enumerate(read_rows(input_path, parse_prompt)):
-        if isinstance(row, RowError):
-            requests.append(Request(index, None, [], error=f"{input_path}:{number}: {row}"))
-        else:
-            input_ids = encode_prompt(tokenizer, row.messages, template)
-            requests.append(Request(index, template.render(row.messages), input_ids))
-    if not requests:
-        raise UsageError(f"--input_path {input_path} has no rows")
-    return requests
+@dataclass
+class Clock:
+    """Where the seconds went."""
+
+    preparing: float = 0.0  # compiling layers, capturing graphs
+    reading: float = 0.0  # prompts
+    batch_sizes: list[int] = field(default_factory=list)
+
+
+class TextEnd:
+    """Finds the first of some texts in an answer."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]):
+        self.tokenizer, self.texts = tokenizer, texts
+
+    def find(self, answer_ids: Sequence[int]) -> int | None:
+        """How many tokens there are up to and with the one that completes a text; None where none has come."""
+        if not self.texts or not self._holds(answer_ids):
+            return None
+        low, high = 1, len(answer_ids)
+        while low < high:
+            middle = (low + high) // 2
+            low, high = (low, middle) if self._holds(answer_ids[:middle]) else (middle + 1, high)
+        return low
+
+    def _holds(self, answer_ids: Sequence[int]) -> bool:
+        answer = decode(self.tokenizer, answer_ids)
+        return any(text in answer for text in self.texts)
+
+    def cut(self, answer: str) -> str:
+        ends = [answer.find(text) for text in self.texts if text in answer]
+        return answer[: min(ends)] if ends else answer
+
+
+def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
+    """The text of generated tokens. The embedding has rows that the tokenizer does not use; they have no text."""
+    return tokenizer.decode([i for i in ids if i < len(tokenizer)], skip_special_tokens=True)
+
+
+def fitting_slots(model: PreTrainedModel, columns: int, rows: int) -> int:
+    """How many rows of `columns` tokens can be answered at once in the memory that is free."""
+    device = model.get_input_embeddings().weight.device
+    if device.type != "cuda":
+        return min(CPU_SLOTS, rows)
+    free = (
+        torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    )
+    config = model.config
+    inner = getattr(config, "intermediate_size", 4 * config.hidden_size)
+    working = PROMPT_TOKENS * (6 * config.hidden_size + 3 * inner) * model.dtype.itemsize
+    slots = int((0.9 * free - working) // (column_bytes(model) * columns))
+    slots = max(1, min(slots, MOST_SLOTS, rows))
+    return slots - slots % 16 if slots > 16 and slots < rows else slots
 
 
 @torch.inference_mode()
@@ -158,98 +97,331 @@ def generate_answers(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     template: ChatGLMTemplate,
-    requests: list[Request],
+    requests: Sequence[Request],
     batch_size: int,
     max_new_tokens: int,
     device: torch.device,
-) -> Iterator[dict[str, Any]]:
+    settings: AnswerSettings | None = None,
+    replica: Replica = ALONE,
+    clock: Clock | None = None,
+) -> Iterator[Answer]:
     """
-    Greedy answers, one a request, in the order in which they are done: prompts of like length share a batch.
+    The answers of this replica's share of the requests, in the order in which they are done; greedy unless `settings`
+    say otherwise.
+
+    A model that lies whole on one device is served by the engine (utils/engine.py), one that is sharded or offloaded
+    by transformers' `generate`. Where memory does not suffice, half as many rows share a batch from there on.
+
+    Args:
+        batch_size: rows at once; 0 is as many as fit.
+        max_new_tokens: of an answer, where there are no `settings`.
+        device: where inputs go.
+        clock: takes what time was needed for.
 
     Yields `{"index", "prompt", "answer", "finish_reason", "prompt_tokens", "answer_tokens"}`, where `finish_reason`
-    is "stop" when the model ended the answer and "length" when `max_new_tokens` did; or `{"index", "prompt",
-    "answer": None, "finish_reason": "error", "error"}` for a row that has no prompt.
+    is "stop" when the model or a stop text ended the answer and "length" when `max_new_tokens` did, with "adapter"
+    where there are several, and with "answers", all of them, where a row has several; or `{"index", "prompt",
+    "answer": None, "finish_reason": "error", "error"}` for a row that cannot be answered.
     """
-    for request in requests:
-        if request.error:
-            yield {
-                "index": request.index,
-                "prompt": request.prompt,
-                "answer": None,
-                "finish_reason": "error",
-                "error": request.error,
-            }
-    stop_ids = set(template.stop_ids(tokenizer))
-    waiting = sorted((request for request in requests if not request.error), key=lambda r: len(r.input_ids))
-    for start in range(0, len(waiting), batch_size):
-        batch = waiting[start : start + batch_size]
-        inputs = left_pad([request.input_ids for request in batch], tokenizer.pad_token_id)
-        inputs = {name: tensor.to(device) for name, tensor in inputs.items()}
-        output = model.generate(
-            **inputs,
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            num_beams=1,
-            eos_token_id=template.stop_ids(tokenizer),
-            pad_token_id=tokenizer.pad_token_id,
+    settings = settings or AnswerSettings(max_new_tokens)
+    clock = clock or Clock()
+    if replica.first and process_rank() == 0:
+        yield from (error_answer(request, request.error) for request in requests if request.error)
+    valid = sorted((request for request in requests if not request.error), key=lambda r: len(r.input_ids))
+    if not valid:
+        return
+    by_index = {request.index: request for request in valid}
+    end = TextEnd(tokenizer, settings.stop)
+    numbers = {name: i for i, name in enumerate(settings.adapters, start=1)} | {BASE: 0, None: 0}
+    tasks = [
+        Task(
+            request.index * settings.sequences + sequence,
+            request.input_ids,
+            settings.max_new_tokens,
+            numbers[request.adapter],
         )
-        new_ids = output[:, inputs["input_ids"].shape[1] :].tolist()
-        for request, ids in zip(batch, new_ids, strict=True):
-            end = next((i for i, token in enumerate(ids) if token in stop_ids), None)
-            stopped = end is not None
-            ids = ids[:end]
-            yield {
-                "index": request.index,
-                "prompt": request.prompt,
-                "answer": template.clean(decode(tokenizer, ids)),
-                "finish_reason": "stop" if stopped else "length",
-                "prompt_tokens": len(request.input_ids),
-                "answer_tokens": len(ids) + stopped,
+        for request in valid
+        for sequence in range(settings.sequences)
+    ]
+    longest = len(valid[-1].input_ids) + settings.max_new_tokens
+    share = -(-len(tasks) // replica.replicas)
+    slots = min(batch_size or fitting_slots(model, longest, share), share)
+    stop_ids = template.stop_ids(tokenizer)
+    source = shared_out(tasks, replica)
+    if can_serve(model):
+        done = _serve(model, source, slots, longest, stop_ids, tokenizer.pad_token_id, settings, end, clock)
+    else:
+        done = _generate(model, source, slots, stop_ids, tokenizer.pad_token_id, settings, end, device, clock)
+    parts: dict[int, list[Task]] = {}
+    for task in done:
+        request = by_index[task.number // settings.sequences]
+        if not task.answer_ids:
+            yield error_answer(request, f"no memory for a prompt of {len(request.input_ids)} tokens and its answer")
+            continue
+        parts.setdefault(request.index, []).append(task)
+        if len(parts[request.index]) == settings.sequences:
+            tasks_of_row = sorted(parts.pop(request.index), key=lambda task: task.number)
+            yield _answer_of(request, tasks_of_row, tokenizer, template, set(stop_ids), end)
+
+
+def error_answer(request: Request, error: str) -> Answer:
+    return {
+        "index": request.index,
+        "prompt": request.prompt,
+        "answer": None,
+        "finish_reason": "error",
+        "error": error,
+    }
+
+
+def _answer_of(request, tasks, tokenizer, template, stop_ids: set[int], end: TextEnd) -> Answer:
+    parts = []
+    for task in tasks:
+        by_token = task.answer_ids[-1] in stop_ids
+        text = decode(tokenizer, task.answer_ids[:-1] if by_token else task.answer_ids)
+        answer = end.cut(text)
+        parts.append(
+            {
+                "answer": template.clean(answer),
+                "finish_reason": "stop" if by_token or answer != text else "length",
+                "answer_tokens": len(task.answer_ids),
             }
+        )
+    adapter = {} if request.adapter is None else {"adapter": request.adapter}
+    return {
+        "index": request.index,
+        "prompt": request.prompt,
+        "answer": parts[0]["answer"],
+        "finish_reason": parts[0]["finish_reason"],
+        "prompt_tokens": len(request.input_ids),
+        "answer_tokens": sum(part["answer_tokens"] for part in parts),
+        **adapter,
+        **({"answers": parts} if len(parts) > 1 else {}),
+    }
 
 
-def decode(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
-    """The text of generated tokens. The embedding has rows that the tokenizer does not use; they have no text."""
-    return tokenizer.decode([i for i in ids if i < len(tokenizer)], skip_special_tokens=True)
+def _serve(
+    model: PreTrainedModel,
+    source: Iterable[Task],
+    slots: int,
+    longest: int,
+    stop_ids: Sequence[int],
+    pad_token_id: int,
+    settings: AnswerSettings,
+    end: TextEnd,
+    clock: Clock,
+) -> Iterator[Task]:
+    """By the engine. A task that finds no memory even alone comes back without an answer."""
+    source = iter(source)
+    while True:
+        clock.batch_sizes.append(slots)
+        engine = None
+        try:
+            engine = Engine(model, slots, longest, stop_ids, pad_token_id, settings.sampling, end.find)
+            yield from engine.answer(source)
+            return
+        except torch.OutOfMemoryError:
+            left = engine.unfinished() if engine else []
+            slots = _halve(slots)
+            if slots == 0:
+                yield from left[:1] or islice(source, 1)
+                left, slots = left[1:], 1
+            source = chain(left, source)
+        finally:
+            if engine:
+                clock.preparing += engine.preparing
+                clock.reading += engine.reading
+        del engine
+        torch.cuda.empty_cache()
 
 
-def answer_file(
+def _generate(
+    model: PreTrainedModel,
+    source: Iterable[Task],
+    size: int,
+    stop_ids: Sequence[int],
+    pad_token_id: int,
+    settings: AnswerSettings,
+    end: TextEnd,
+    device: torch.device,
+    clock: Clock,
+) -> Iterator[Task]:
+    """By transformers' `generate`, batch after batch; raises and yields as `_serve`."""
+    source = iter(source)
+    clock.batch_sizes.append(size)
+    while batch := list(islice(source, size)):
+        try:
+            _generate_batch(model, batch, stop_ids, pad_token_id, settings, end, device)
+        except torch.OutOfMemoryError:
+            size = _halve(size)
+            if size:
+                source = chain(batch, source)
+                clock.batch_sizes.append(size)
+                torch.cuda.empty_cache()
+                continue
+            size = 1
+        yield from batch
+
+
+def _halve(size: int) -> int:
+    if size > 1:
+        print(f"out of memory with {size} rows at once: going on with {size // 2}", file=sys.stderr, flush=True)
+    return size // 2
+
+
+def _generate_batch(model, batch: list[Task], stop_ids, pad_token_id: int, settings, end: TextEnd, device) -> None:
+    inputs = left_pad([task.input_ids for task in batch], pad_token_id)
+    inputs = {name: tensor.to(device) for name, tensor in inputs.items()}
+    width = inputs["input_ids"].shape[1]
+    if choice := getattr(model, "adapter_choice", None):
+        choice.rows = torch.tensor([task.adapter for task in batch], device=device)
+    numbers = torch.tensor([task.number for task in batch], device=device)
+    plain = settings.sampling == GREEDY
+    output = model.generate(
+        **inputs,
+        max_new_tokens=settings.max_new_tokens,
+        do_sample=False,
+        num_beams=1,
+        eos_token_id=list(stop_ids),
+        pad_token_id=pad_token_id,
+        logits_processor=[] if plain else [_Choose(settings.sampling, numbers, inputs["attention_mask"], width)],
+        stopping_criteria=[_TextStop(end, width)] if settings.stop else [],
+    )
+    stops = set(stop_ids)
+    for task, ids in zip(batch, output[:, width:].tolist(), strict=True):
+        stop = next((i for i, token in enumerate(ids, start=1) if token in stops), len(ids))
+        task.answer_ids[:] = ids[:stop]
+        found = end.find(task.answer_ids)
+        if found is not None:
+            del task.answer_ids[found:]
+
+
+class _Choose(LogitsProcessor):
+    """Leaves of the logits the one that `Sampling` chooses, so that `generate` samples as the engine does."""
+
+    def __init__(self, sampling: Sampling, numbers: torch.Tensor, attention_mask: torch.Tensor, width: int):
+        self.sampling, self.numbers, self.real, self.width = sampling, numbers, attention_mask.bool(), width
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        seen = None
+        if self.sampling.repetition_penalty != 1:
+            real = torch.nn.functional.pad(self.real, (0, input_ids.shape[1] - self.width), value=True)
+            first = input_ids.gather(1, self.real.long().argmax(1, keepdim=True))
+            seen = torch.zeros_like(scores, dtype=torch.bool)
+            seen.scatter_(1, torch.where(real, input_ids, first), True)
+        counts = torch.full_like(self.numbers, input_ids.shape[1] - self.width)
+        chosen = self.sampling.choose(scores, seen, self.numbers, counts)
+        return torch.full_like(scores, -torch.inf).scatter_(1, chosen[:, None], 0.0)
+
+
+class _TextStop(StoppingCriteria):
+    """(B,) bool: the rows in which a stop text stands."""
+
+    def __init__(self, end: TextEnd, width: int):
+        self.end, self.width = end, width
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs) -> torch.Tensor:
+        found = [self.end.find(ids) is not None for ids in input_ids[:, self.width :].tolist()]
+        return torch.tensor(found, device=input_ids.device)
+
+
+class Progress:
+    """How far all replicas are: a bar on a terminal, a line every few seconds elsewhere; on the main process."""
+
+    def __init__(self, rows: int, replica: Replica):
+        self.rows, self.started = rows, time.perf_counter()
+        self.done, self.tokens = SharedCount("done", replica), SharedCount("tokens", replica)
+        self.said = self.started
+        shows = is_main_process() and sys.stderr.isatty()
+        self.bar = tqdm(total=rows, unit="row", dynamic_ncols=True) if shows else None
+
+    def add(self, answer: Answer) -> None:
+        done, tokens = self.done.add(1), self.tokens.add(answer.get("answer_tokens", 0))
+        now = time.perf_counter()
+        seconds = now - self.started
+        if self.bar is not None:
+            self.bar.set_postfix_str(f"{tokens / seconds:,.0f} tokens/s", refresh=False)
+            self.bar.update(done - self.bar.n)
+        elif now - self.said > REPORT_SECONDS or done == self.rows:
+            self.said = now
+            left = seconds / done * (self.rows - done)
+            print_once(
+                f"{done}/{self.rows} rows, {done / seconds:,.1f} rows/s, {tokens / seconds:,.0f} tokens/s, "
+                f"{left // 60:.0f}:{left % 60:02.0f} left"
+            )
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+
+def answer_rows(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    args: argparse.Namespace,
+    template: ChatGLMTemplate,
+    requests: Sequence[Request],
+    output: AnswerFile,
+    batch_size: int,
+    settings: AnswerSettings,
     device: torch.device,
-    replicas: int = 1,
+    replica: Replica = ALONE,
 ) -> None:
     """
-    Answers the rows of `args.input_path` into `args.output_path`, one line a row in input order, and prints a summary
-    whose last line is JSON. Every process takes part, and with `replicas` answers its share; the main process writes.
+    Answers the requests into `output`, those alone that an earlier run of the same command has not answered, and
+    prints a summary whose last line is JSON. Every process takes part.
     """
-    template = resolve_template(args, tokenizer)
-    requests = read_requests(args.input_path or DEFAULT_PROMPTS, tokenizer, template)
-    if replicas > 1:  # of each length as many to every process
-        requests = sorted(requests, key=lambda request: len(request.input_ids))[process_rank() :: replicas]
-    started = time.perf_counter()
-    answers: list[dict[str, Any]] = []
-    done = generate_answers(model, tokenizer, template, requests, args.batch_size, args.max_new_tokens, device)
+    known = output.known(requests)
+    for others in gather_from_all(known):  # other machines may have other disks
+        known |= others
+    output.open()
+    waiting = [request for request in requests if request.index not in known]
+    if known:
+        print_once(f"{len(known)} of {len(requests)} rows were answered before: {len(waiting)} are left")
+    clock, started = Clock(), time.perf_counter()
+    answers: list[Answer] = []
+    progress = Progress(len(waiting), replica)
+    done = generate_answers(
+        model, tokenizer, template, waiting, batch_size, settings.max_new_tokens, device, settings, replica, clock
+    )
     for answer in done:
-        answers.append(answer)
-        if len(answers) % args.batch_size == 0 or len(answers) == len(requests):
-            print_once(f"{len(answers)}/{len(requests)} rows" + (" of this process" if replicas > 1 else ""))
-    if replicas > 1:
-        answers = gather_lists(answers)
+        if replica.first:
+            if answer["finish_reason"] != "error":
+                output.add(answer)
+            answers.append(answer)
+            progress.add(answer)
+    progress.close()
+    output.close()
+    answers = gather_lists(answers)
     seconds = time.perf_counter() - started
     if not is_main_process():
         return
-    answers.sort(key=lambda answer: answer["index"])
-    with atomic_writer(args.output_path) as output:
-        output.writelines(dump_row(answer) for answer in answers)
+    output.finish(sorted([*known.values(), *answers], key=lambda answer: answer["index"]))
     new_tokens = sum(answer.get("answer_tokens", 0) for answer in answers)
+    working = seconds - clock.preparing
     summary = {
-        "output_path": args.output_path,
-        "rows": len(answers),
+        "output_path": str(output.path),
+        "rows": len(known) + len(answers),
         "errors": sum(answer["finish_reason"] == "error" for answer in answers),
+        "answered_before": len(known),
+        "batch_size": clock.batch_sizes[-1] if clock.batch_sizes else 0,
         "new_tokens": new_tokens,
-        "seconds": round(seconds, 2),
-        "new_tokens_per_second": round(new_tokens / seconds, 1),
+        "prompt_tokens": sum(answer.get("prompt_tokens", 0) for answer in answers),
+        "seconds": round(working, 2),
+        "preparation_seconds": round(clock.preparing, 2),
+        "reading_seconds": round(clock.reading, 2),
+        "new_tokens_per_second": round(new_tokens / working, 1),
+        "finish_reasons": _count(answer["finish_reason"] for answer in answers),
     }
     print(json.dumps(summary, ensure_ascii=False), flush=True)
+
+
+def _count(values: Iterable[str]) -> dict[str, int]:
+    counts: dict[str, int] = {}
+    for value in values:
+        counts[value] = counts.get(value, 0) + 1
+    return counts
+
+
+def settings_of(settings: AnswerSettings, **others: Any) -> dict[str, Any]:
+    """As JSON has it, for `AnswerFile`."""
+    return asdict(settings) | others

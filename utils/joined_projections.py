@@ -6,6 +6,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.glm.modeling_glm import GlmAttention, apply_rotary_pos_emb, eager_attention_forward
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj")
+JOINED = "qkv_proj"
 
 
 class JoinedGlmAttention(GlmAttention):

@@ -6,6 +6,8 @@ Shapes: B rows that compute, T tokens, H query heads, K key/value heads, D head 
 
 from dataclasses import dataclass
 
+from utils.optional_kernels import decode_kernels
+
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
@@ -52,11 +54,14 @@ def slot_attention(
 
     Args:
         query: (B, H, 1, D); of the slots (slots, K, columns, D) the first B rows and S columns are read.
-        mask: (B, 1, 1, S), 0 or -inf, in the dtype of `query`.
+        mask: (B, 1, 1, S), 0 or -inf, in the dtype of `query`; or (B,) int64, the last column of each slot that is
+            filled, for the kernel, which reads no further.
 
     Returns:
         (B, 1, H, D).
     """
+    if mask.ndim == 1:
+        return decode_kernels().attend(query, keys, values, mask, scaling)
     B, H, _, D = query.shape
     S = mask.shape[-1]
     heads = keys.shape[1]

@@ -1,70 +1,157 @@
 """Where a model's weights lie for inference: sharded over processes by DeepSpeed, or over devices by accelerate."""
 
+import os
 import tempfile
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 from utils.chatglm.generations import Generation
 from utils.checkpoint import Checkpoint, load_model
-from utils.distributed import check_port, init_process_group, local_rank, print_once, world_size
+from utils.distributed import (
+    check_port,
+    gather_from_all,
+    init_deepspeed,
+    init_process_group,
+    local_rank,
+    print_once,
+    process_rank,
+    world_size,
+)
 from utils.errors import UsageError
+from utils.fp8 import FP8, convert_to_fp8
+from utils.joined_projections import JOINED, join_projections
+from utils.quantization import stored_bits
+from utils.row_queue import Replica
 
+import psutil
 import torch
 from accelerate import dispatch_model
 from accelerate.utils import get_balanced_memory, infer_auto_device_map
 from transformers import PretrainedConfig, PreTrainedModel
 
+ROOM = 1.3  # memory in terms of the weights, for the cache and what is computed
+
 
 def load_on_processes(
-    path_or_id: str, dtype: torch.dtype, quantize: str | None, adapt: Callable[[PreTrainedModel], PreTrainedModel]
-) -> tuple[PreTrainedModel, int]:
+    path_or_id: str,
+    dtype: torch.dtype,
+    quantize: str | None,
+    adapt: Callable[..., PreTrainedModel],
+    tp_size: int | None = None,
+) -> tuple[PreTrainedModel, Replica]:
     """
-    Loads a checkpoint for all processes together, each on its device: sharded by tensor parallelism, or, quantised,
-    whole on each, since the integers of a row cannot be shared out.
+    Loads a checkpoint for all processes together, each on its device: whole, so that every process is a replica with
+    its share of the rows, or sharded over `tp_size` processes by DeepSpeed's tensor parallelism.
 
     Args:
-        quantize: see `load_model`.
-        adapt: what puts the adapter on, called with the whole model on the CPU.
-
-    Returns:
-        The model, and over how many processes the rows must be shared out (1 where every process needs every row).
+        quantize: "int8", "int4" or "fp8"; such weights are not sharded.
+        adapt: what puts the adapters on, called with the whole model, and with `shards` before it is sharded.
+        tp_size: None is 1 where every process has memory for the whole model, which is faster, and otherwise the
+            fewest processes whose memory together holds it. The choice is printed.
 
     Raises:
-        UsageError: see `check_port`, `Checkpoint.open` and `check_heads`.
+        UsageError: see `check_port`, `Checkpoint.open` and `check_heads`; or quantised weights with `tp_size` above 1.
     """
+    checkpoint = Checkpoint.open(path_or_id, quantize=stored_bits(quantize))
+    processes = world_size()
+    why = "as asked for"
+    if checkpoint.quantization or quantize:
+        why = f"{quantize or f'int{checkpoint.quantization.bits}'} weights are not sharded"
+        if (tp_size or 1) > 1:
+            raise UsageError(f"--tp_size {tp_size}: {why}: leave it out")
+        tp_size = 1
+    if tp_size is not None:
+        check_heads(checkpoint.config, tp_size)
     check_port()
-    checkpoint = Checkpoint.open(path_or_id, quantize=quantize)
-    replicated = checkpoint.quantization is not None and world_size() > 1
-    if not replicated:
-        check_heads(checkpoint.config)
-    model = adapt(load_model(path_or_id, dtype=dtype, quantize=quantize))
-    init_process_group(use_deepspeed=True)
-    if replicated:
-        print_once(
-            f"int{checkpoint.quantization.bits} weights are not sharded: each process has all and its share of rows"
-        )
-        return model.to(f"cuda:{local_rank()}" if torch.cuda.is_available() else "cpu"), world_size()
-    return shard_with_deepspeed(model, checkpoint.generation, dtype), 1
+    init_process_group(use_deepspeed=False)
+    if tp_size is None:
+        tp_size, why = fitting_tp_size(checkpoint, dtype)
+    if processes > 1:
+        print_once(f"{processes // tp_size} replicas of the model, each on {tp_size} processes ({why})")
+    if tp_size > 1:
+        init_deepspeed()
+        model = adapt(load_model(path_or_id, dtype=dtype), shards=True)
+        group, cpu_group, leader = tensor_parallel_groups(tp_size)
+        model = shard_with_deepspeed(model, checkpoint.generation, dtype, tp_size, group)
+        first = process_rank() == leader
+        return model, Replica(processes // tp_size, first, leader, cpu_group)
+    device = torch.device(f"cuda:{local_rank()}" if torch.cuda.is_available() else "cpu")
+    model = adapt(load_whole(checkpoint, dtype, device))
+    return quantize_to_fp8(model, checkpoint, quantize), Replica(processes)
 
 
-def check_heads(config: PretrainedConfig) -> None:
+def load_whole(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+    """The model on one device, its weights brought there one by one: the host holds no copy."""
+    model = checkpoint.empty_model(dtype)
+    checkpoint.fill(model, {"": device})
+    return model.to(device)
+
+
+def quantize_to_fp8(model: PreTrainedModel, checkpoint: Checkpoint, quantize: str | None) -> PreTrainedModel:
+    """`model` with the products of its blocks in FP8, where `quantize` says so."""
+    if quantize == FP8:
+        join_projections(model)
+        convert_to_fp8(model, {*checkpoint.generation.linear_layers, JOINED}, trains=False)
+    return model
+
+
+def fitting_tp_size(checkpoint: Checkpoint, dtype: torch.dtype) -> tuple[int, str]:
+    """
+    Over how few processes a model must be sharded, by the memory that is free to the one that has least; and why.
+    All processes must call it.
+    """
+    weights = sum(tensor.numel() * tensor.element_size() for tensor in checkpoint.empty_model(dtype).parameters())
+    if torch.cuda.is_available():
+        free = torch.cuda.mem_get_info(local_rank())[0]
+    else:
+        free = psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", world_size()))
+    free = min(gather_from_all(free))
+    heads = checkpoint.config.num_attention_heads
+    sizes = [size for size in range(1, world_size() + 1) if world_size() % size == 0 and heads % size == 0]
+    fitting = [size for size in sizes if ROOM * weights / size < free]
+    why = f"weights {weights / 2**30:.1f} GiB, free to a process {free / 2**30:.1f} GiB"
+    if not fitting and world_size() > 1 and heads % world_size():
+        check_heads(checkpoint.config, world_size())
+    return (fitting or sizes)[0 if fitting else -1], why
+
+
+def tensor_parallel_groups(tp_size: int) -> tuple[Any, Any, int]:
+    """
+    Of this process: the group of the `tp_size` processes that share its replica, the same over gloo, and the first
+    one's rank. All processes must call it.
+    """
+    mine = None
+    for start in range(0, world_size(), tp_size):
+        ranks = list(range(start, start + tp_size))
+        groups = torch.distributed.new_group(ranks), torch.distributed.new_group(ranks, backend="gloo")
+        if process_rank() in ranks:
+            mine = (*groups, start)
+    return mine
+
+
+def check_heads(config: PretrainedConfig, processes: int) -> None:
     """
     Raises:
-        UsageError: the heads cannot be shared out evenly over all processes.
+        UsageError: the heads cannot be shared out evenly over so many processes.
     """
     heads = config.num_attention_heads
-    if heads % world_size():
+    if heads % processes:
         fitting = [str(n) for n in range(1, heads + 1) if heads % n == 0]
         raise UsageError(
-            f"{heads} attention heads cannot be split over {world_size()} processes: use {', '.join(fitting)}"
+            f"{heads} attention heads cannot be split over {processes} processes: use {', '.join(fitting)}"
         )
 
 
-def shard_with_deepspeed(model: PreTrainedModel, generation: Generation, dtype: torch.dtype) -> PreTrainedModel:
+def shard_with_deepspeed(
+    model: PreTrainedModel, generation: Generation, dtype: torch.dtype, tp_size: int, group: Any = None
+) -> PreTrainedModel:
     """
-    Splits the attention heads and the MLPs over all processes (tensor parallelism) with DeepSpeed's inference engine
-    and moves this process's part to its device. Every process must give the same inputs and gets the same logits.
+    Splits the attention heads and the MLPs over `tp_size` processes (tensor parallelism) with DeepSpeed's inference
+    engine and moves this process's part to its device. Every process of `group` (of all, if None) must give the same
+    inputs and gets the same logits.
 
     DeepSpeed's own guess would take ChatGLM-6B's `query_key_value` as [Q; K; V] where it goes head by head, and its
     MLP as gated; both compute something else without an error. The generation says how its layers are split instead.
@@ -76,11 +163,11 @@ def shard_with_deepspeed(model: PreTrainedModel, generation: Generation, dtype: 
     from deepspeed.inference.engine import InferenceEngine
     from deepspeed.module_inject.autotp_config import AutoTPConfig, PartitionType, TPLayerSpec
 
-    repeat_key_value_heads(model, world_size())
+    repeat_key_value_heads(model, tp_size)
 
     plan = generation.architecture.tensor_parallel
     partition = AutoTPConfig(
-        tp_size=world_size(),
+        tp_size=tp_size,
         layer_specs=[
             TPLayerSpec(patterns=[rf".*\b{name}\.weight$" for name in names], partition_type=kind, shape=shape)
             for names, kind, shape in (
@@ -99,12 +186,16 @@ def shard_with_deepspeed(model: PreTrainedModel, generation: Generation, dtype: 
             return partition
 
     # DeepSpeed shares the MLP out in grains of 64, the last rank taking the rest, which may leave a rank none.
-    grain = 64 if model.config.intermediate_size % (64 * world_size()) == 0 else 1
+    grain = 64 if model.config.intermediate_size % (64 * tp_size) == 0 else 1
     # This pair is what `deepspeed.init_inference` makes of its arguments, with the stock configuration.
     config = PartitionedInferenceConfig(
         dtype=dtype,
-        tensor_parallel={"tp_size": world_size(), "tp_grain_size": grain},
-        injection_policy={plan.block: plan.rows} if world_size() > 1 else None,
+        tensor_parallel={
+            "tp_size": tp_size,
+            "tp_grain_size": grain,
+            "mpu": SimpleNamespace(get_model_parallel_group=lambda: group) if group is not None else None,
+        },
+        injection_policy={plan.block: plan.rows} if tp_size > 1 else None,
     )
     return InferenceEngine(model, config=config).module
 
@@ -158,16 +249,22 @@ def dispatch(
     Args:
         max_memory: what each device may take, like {0: "10GiB", "cpu": "30GiB"}; None is what is free.
         offload_folder: for what fits nowhere else; None is a temporary directory, removed with the model.
-        quantize: see `load_model`.
+        quantize: "int8", "int4" or "fp8", whose products are made by `quantize_to_fp8`.
 
     Raises:
         UsageError: see `Checkpoint.open` and `.fill`; or no memory for a single layer.
     """
-    checkpoint = Checkpoint.open(path_or_id, quantize=quantize)
+    checkpoint = Checkpoint.open(path_or_id, quantize=stored_bits(quantize))
     model = checkpoint.empty_model(dtype)
     no_split = model._no_split_modules
-    memory = max_memory or get_balanced_memory(model, dtype=dtype, no_split_module_classes=no_split)
-    device_map = infer_auto_device_map(model, max_memory=memory, no_split_module_classes=no_split, dtype=dtype)
+    whole = None if max_memory else card_for_all(model)
+    if whole is not None:
+        device_map: dict[str, int | str] = {"": whole}
+    else:
+        memory = max_memory or get_balanced_memory(model, dtype=dtype, no_split_module_classes=no_split)
+        device_map = infer_auto_device_map(model, max_memory=memory, no_split_module_classes=no_split, dtype=dtype)
+    if quantize == FP8 and len(set(device_map.values())) > 1:
+        raise UsageError("--quantize fp8 needs the whole model on one card, and it fits on none: use int8 or int4")
     if set(device_map.values()) == {"disk"}:
         raise UsageError("no device has memory for a single layer: free some, or raise --max_memory")
     if "disk" in device_map.values():
@@ -179,4 +276,19 @@ def dispatch(
     model = dispatch_model(model, device_map=device_map, offload_dir=offload_folder)
     layers = Counter(str(device) for device in device_map.values())
     print_once("placed " + ", ".join(f"{count} parts on {device}" for device, count in layers.items()))
+    if whole is not None and torch.cuda.device_count() > 1:
+        print_once(
+            f"the model fits on card {whole} alone, where it is faster than spread: to use all cards, each with its "
+            "share of the rows, start the script with deepspeed or torchrun"
+        )
     return model.eval()
+
+
+def card_for_all(model: PreTrainedModel) -> int | None:
+    """The card with most free memory, where the whole model and what it computes fit there."""
+    if not torch.cuda.is_available():
+        return None
+    weights = sum(tensor.numel() * tensor.element_size() for tensor in model.parameters())
+    free = {card: torch.cuda.mem_get_info(card)[0] for card in range(torch.cuda.device_count())}
+    card = max(free, key=free.get)
+    return card if ROOM * weights < free[card] else None

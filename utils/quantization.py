@@ -25,7 +25,7 @@ from torch import nn
 BITS = {"int8": 8, "int4": 4}  # what --quantize takes
 WEIGHT, SCALE = "weight", "weight_scale"
 SIXTEEN_BITS = torch.float16, torch.bfloat16
-KERNELS = "CHATGLM_KERNELS"  # environment: triton, cpm_kernels or torch; without it the first of them that runs
+KERNELS = os.environ.get("CHATGLM_KERNELS")  # triton, cpm_kernels or torch; without it the first of them that runs
 TRITON_CAPABILITY = (7, 5)  # the oldest GPUs that Triton compiles for
 FEW_ROWS = 64  # up to here a product is bound by reading the weight, and the integers are read once
 
@@ -98,10 +98,9 @@ def dequantize(weight: torch.Tensor, scale: torch.Tensor, bits: int, dtype: torc
 
 def _may_run(kernels: str) -> bool:
     """Whether a GPU is there, and the environment does not ask for others."""
-    wanted = os.environ.get(KERNELS)
-    if wanted not in (None, "triton", "cpm_kernels", "torch"):
-        raise UsageError(f"{KERNELS}={wanted}: give triton, cpm_kernels or torch")
-    return torch.cuda.is_available() and wanted in (None, kernels)
+    if KERNELS not in (None, "triton", "cpm_kernels", "torch"):
+        raise UsageError(f"CHATGLM_KERNELS={KERNELS}: give triton, cpm_kernels or torch")
+    return torch.cuda.is_available() and KERNELS in (None, kernels)
 
 
 @cache

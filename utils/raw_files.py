@@ -308,6 +308,21 @@ def _decode_line(line: bytes, encoding: str, path: str) -> str | RowError:
     return RowError(f"bytes that are not {encoding.upper()}")
 
 
+def decode_text(data: bytes, path: str) -> str:
+    """
+    A whole file's text: UTF-8 with or without a BOM, UTF-16 with one, or GB18030, which is said on stderr.
+
+    Raises:
+        UsageError: none of these.
+    """
+    if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        return data.decode("utf-16", "replace")
+    text = _decode_line(data.removeprefix(b"\xef\xbb\xbf"), "utf-8", path)
+    if isinstance(text, RowError):
+        raise UsageError(f"{path}: {text}: convert it to UTF-8")
+    return text
+
+
 @functools.cache
 def _say(message: str) -> None:
     print(message, file=sys.stderr)

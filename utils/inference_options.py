@@ -1,0 +1,274 @@
+"""The flags that both inference scripts share, and what follows from them."""
+
+import argparse
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from utils.adapter_files import RAW_ALPHA
+from utils.answer_files import AnswerFile, digest_of
+from utils.checkpoint import DEFAULT_MODEL, Checkpoint
+from utils.distributed import is_main_process, print_once, process_rank, world_size
+from utils.engine import can_serve
+from utils.errors import Faults, UsageError
+from utils.export import merge_and_save, read_template
+from utils.fp8 import FP8, check_device
+from utils.generation import AnswerSettings, answer_rows, settings_of
+from utils.lora import check_base, load_adapter, merge_adapter, read_origin
+from utils.mixed_adapters import add_adapters
+from utils.placement import input_device
+from utils.prompts import TEMPLATES, ChatGLMTemplate, template_for
+from utils.quantization import BITS, stored_bits
+from utils.requests import BASE, PromptForm, Request, read_requests
+from utils.row_queue import ALONE, Replica
+from utils.sampling import Sampling
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+DEFAULT_PROMPTS = "data/sample_prompts.jsonl"
+DEFAULT_ANSWERS = "output/answers.jsonl"
+
+
+def add_inference_arguments(parser: argparse.ArgumentParser) -> None:
+    model = parser.add_argument_group("model")
+    model.add_argument(
+        "--model_name_or_path", default=DEFAULT_MODEL, help="checkpoint directory or hub id (%(default)s)"
+    )
+    model.add_argument(
+        "--adapter_path",
+        nargs="+",
+        default=[],
+        metavar="ADAPTER",
+        help="adapter: a PEFT directory, of this training or of the remote code, or a chatglm-lora.pt; of several, "
+        'each row takes the one whose name, that of its directory, stands in its "adapter" ("base": none)',
+    )
+    model.add_argument("--lora_alpha", type=int, help=f"of a chatglm-lora.pt, which does not record it ({RAW_ALPHA})")
+    model.add_argument(
+        "--any_base", action="store_true", help="apply the adapter although it was trained on other weights"
+    )
+    model.add_argument(
+        "--quantize",
+        choices=(*BITS, FP8),
+        help="hold the weights in 8 or 4 bits; fp8: faster, on Hopper GPUs",
+    )
+    precision = model.add_mutually_exclusive_group()
+    precision.add_argument("--fp16", action="store_true", help="float16 weights: the default on a GPU")
+    precision.add_argument("--bf16", action="store_true", help="bfloat16 weights; the default with --quantize fp8")
+    precision.add_argument("--fp32", action="store_true", help="float32 weights: the default without a GPU")
+    model.add_argument(
+        "--merge_and_save",
+        metavar="DIR",
+        help="write the model with the adapter in its weights to DIR; answers rows only if --input_path is given too",
+    )
+
+    model.add_argument(
+        "--tp_size", type=int, help="processes that share one model (the fewest whose memory holds it, at best 1)"
+    )
+
+    rows = parser.add_argument_group("rows")
+    rows.add_argument(
+        "--input_path", help=f"JSON Lines, JSON array, .csv, .tsv, or .txt with a prompt a line ({DEFAULT_PROMPTS})"
+    )
+    rows.add_argument("--output_path", default=DEFAULT_ANSWERS, help="JSON Lines, .csv or .tsv (%(default)s)")
+    form = rows.add_mutually_exclusive_group()
+    form.add_argument("--prompt_column", metavar="NAME", help="the column that is the prompt as it stands")
+    form.add_argument(
+        "--prompt_template", metavar="TEXT", help="a prompt with columns in braces: \"把'{text}'改写成问句\""
+    )
+    rows.add_argument(
+        "--template", choices=TEMPLATES, help="form of the prompts (the one the adapter was trained with, else native)"
+    )
+    rows.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="answer all rows again; otherwise the same command goes on where it was stopped",
+    )
+
+    answers = parser.add_argument_group("answers")
+    answers.add_argument("--batch_size", type=int, default=0, help="rows at once (0: as many as fit)")
+    answers.add_argument("--max_new_tokens", type=int, default=512, help="tokens of an answer (%(default)s)")
+    answers.add_argument("--temperature", type=float, default=0.0, help="of sampling; 0 is greedy (%(default)s)")
+    answers.add_argument("--top_k", type=int, default=0, help="sample among so many tokens (0: all)")
+    answers.add_argument(
+        "--top_p", type=float, default=1.0, help="sample among tokens of this probability together (%(default)s)"
+    )
+    answers.add_argument(
+        "--repetition_penalty", type=float, default=1.0, help="above 1 against repeating (%(default)s)"
+    )
+    answers.add_argument("--seed", type=int, default=0, help="with the row's number it decides a sample (%(default)s)")
+    answers.add_argument("--num_return_sequences", type=int, default=1, help="answers a row (%(default)s)")
+    answers.add_argument("--stop", nargs="+", default=[], metavar="TEXT", help="texts that end an answer")
+    parser.add_argument("--local_rank", type=int, default=None, help=argparse.SUPPRESS)  # DeepSpeed's launcher adds it
+
+
+def check_inference_arguments(args: argparse.Namespace) -> None:
+    """
+    Raises:
+        UsageError: with every fault: a size that cannot be, or a flag that needs another or excludes it.
+    """
+    faults = Faults()
+    for name, least in (("batch_size", 0), ("max_new_tokens", 1), ("num_return_sequences", 1), ("top_k", 0)):
+        if getattr(args, name) < least:
+            faults.add(f"--{name} {getattr(args, name)} must be at least {least}")
+    if args.temperature < 0:
+        faults.add(f"--temperature {args.temperature} must be at least 0, which is greedy")
+    if not 0 < args.top_p <= 1:
+        faults.add(f"--top_p {args.top_p} must be above 0 and at most 1")
+    if args.repetition_penalty <= 0:
+        faults.add(f"--repetition_penalty {args.repetition_penalty} must be above 0")
+    if args.temperature == 0:
+        for name, neutral in (("top_k", 0), ("top_p", 1.0), ("num_return_sequences", 1)):
+            if getattr(args, name) != neutral:
+                faults.add(f"--{name} {getattr(args, name)} samples: give a --temperature above 0 too")
+    if "" in args.stop:
+        faults.add("--stop has an empty text, which would end every answer at once: leave it out")
+    if args.merge_and_save and len(args.adapter_path) != 1:
+        found = f"{len(args.adapter_path)} were given" if args.adapter_path else "none was given"
+        faults.add(f"--merge_and_save {args.merge_and_save} needs one adapter to merge, with --adapter_path; {found}")
+    if args.merge_and_save and args.quantize:
+        faults.add("--merge_and_save writes full weights: give it without --quantize")
+    if args.lora_alpha is not None and not args.adapter_path:
+        faults.add(f"--lora_alpha {args.lora_alpha} is an adapter's: give --adapter_path too")
+    if args.tp_size is not None and (args.tp_size < 1 or world_size() % args.tp_size):
+        faults.add(f"--tp_size {args.tp_size} does not divide the {world_size()} processes")
+    names = adapter_names(args.adapter_path)
+    if len(set(names)) < len(names) or (len(names) > 1 and BASE in names):
+        faults.add(f"--adapter_path: the names {', '.join(names)} must differ, also from {BASE}: rename a directory")
+    if args.quantize == FP8:
+        with faults.collect():
+            check_device()
+        if args.fp32:
+            faults.add("--quantize fp8 computes in 16 bits: give it without --fp32")
+    faults.report()
+
+
+def adapter_names(paths: list[str]) -> list[str]:
+    """What rows call several adapters: the last part of each path."""
+    return [Path(path).name or Path(path).resolve().name for path in paths]
+
+
+def resolve_dtype(args: argparse.Namespace) -> torch.dtype:
+    """The weights' dtype; float16 needs a GPU, and a line says so where there is none."""
+    gpu = torch.cuda.is_available()
+    if args.fp32 or args.bf16:
+        dtype, why = torch.float32 if args.fp32 else torch.bfloat16, "flag"
+    elif gpu and args.quantize == FP8 and not args.fp16:
+        dtype, why = torch.bfloat16, "default with fp8"
+    elif gpu:
+        dtype, why = torch.float16, "flag" if args.fp16 else "default on a GPU"
+    else:
+        dtype, why = torch.float32, "--fp16 needs a GPU and there is none" if args.fp16 else "default without a GPU"
+    print_once(f"weights {str(dtype).removeprefix('torch.')} ({why})")
+    return dtype
+
+
+def check_adapters(args: argparse.Namespace) -> None:
+    """
+    Raises:
+        UsageError: see `check_base`.
+    """
+    if args.adapter_path and not args.any_base:
+        checkpoint = Checkpoint.open(args.model_name_or_path, quantize=stored_bits(args.quantize))
+        for path in args.adapter_path:
+            check_base(path, checkpoint)
+
+
+def export_or_answer(args: argparse.Namespace, dtype: torch.dtype) -> bool:
+    """Writes the merged checkpoint if `args` ask for it, and says whether there are rows to answer."""
+    if not args.merge_and_save:
+        return True
+    if is_main_process():
+        merge_and_save(args.model_name_or_path, args.adapter_path[0], args.merge_and_save, dtype, args.lora_alpha)
+        print(json.dumps({"merged_checkpoint": args.merge_and_save}, ensure_ascii=False), flush=True)
+    return args.input_path is not None
+
+
+def put_adapters(model: PreTrainedModel, args: argparse.Namespace, shards: bool = False) -> PreTrainedModel:
+    """
+    The model with the adapters of `args`: one in its weights where that is exact, in float32 on a model that is not
+    offloaded, or where it `shards`; otherwise beside them, and so are several, for each row to choose.
+
+    Raises:
+        UsageError: see `load_adapter` and `add_adapters`; or several cannot be sharded.
+    """
+    if len(args.adapter_path) > 1:
+        if shards:
+            raise UsageError("several adapters on a sharded model are not supported: give one, or --tp_size 1")
+        add_adapters(
+            model, dict(zip(adapter_names(args.adapter_path), args.adapter_path, strict=True)), args.lora_alpha
+        )
+        return model
+    for path in args.adapter_path:
+        merge = shards or (model.dtype == torch.float32 and can_serve(model))
+        return (merge_adapter if merge else load_adapter)(model, path, args.lora_alpha)
+    return model
+
+
+def resolve_template(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> ChatGLMTemplate:
+    """
+    The flag decides; without it, what the adapter was trained with; without an adapter, the model's own.
+
+    Raises:
+        UsageError: several adapters were trained with different ones.
+    """
+    name, why = args.template, "flag"
+    if name is None:
+        origins = [origin for path in args.adapter_path if (origin := read_origin(path))]
+        trained = {origin.template for origin in origins}
+        if len(trained) > 1:
+            raise UsageError(
+                f"the adapters were trained with the templates {', '.join(sorted(trained))}: one --template"
+            )
+        name, why = (trained.pop(), "the adapter's") if trained else ("native", "default")
+        merged = read_template(args.model_name_or_path)
+        if merged and not origins:
+            name, why = merged, "the merged adapter's"
+    print_once(f"template {name} ({why})")
+    return template_for(tokenizer, name)
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to answer, how, and where the answers go."""
+
+    template: ChatGLMTemplate
+    requests: list[Request]
+    settings: AnswerSettings
+    output: AnswerFile
+    batch_size: int
+
+
+def open_job(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype) -> Job:
+    """
+    Reads the rows, before the model takes its time to load.
+
+    Raises:
+        UsageError: see `read_requests` and `AnswerFile`.
+    """
+    template = resolve_template(args, tokenizer)
+    names = tuple(adapter_names(args.adapter_path)) if len(args.adapter_path) > 1 else ()
+    form = PromptForm(args.prompt_column, args.prompt_template, (*names, BASE) if names else ())
+    requests = read_requests(args.input_path or DEFAULT_PROMPTS, tokenizer, template, form)
+    sampling = Sampling(args.temperature, args.top_k, args.top_p, args.repetition_penalty, args.seed)
+    settings = AnswerSettings(args.max_new_tokens, sampling, args.num_return_sequences, tuple(args.stop), names)
+    checkpoint = Checkpoint.open(args.model_name_or_path, quantize=stored_bits(args.quantize))
+    recorded = settings_of(
+        settings,
+        model=checkpoint.fingerprint(),
+        adapter_files=[digest_of(path) for path in args.adapter_path],
+        lora_alpha=args.lora_alpha,
+        template=template.name,
+        dtype=str(dtype),
+        quantize=args.quantize,
+    )
+    output = AnswerFile(args.output_path, recorded, process_rank(), args.overwrite)
+    output.known(requests)  # an unfinished command of another kind is refused here
+    return Job(template, requests, settings, output, args.batch_size)
+
+
+def answer(job: Job, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, replica: Replica = ALONE) -> None:
+    device = input_device(model)
+    answer_rows(
+        model, tokenizer, job.template, job.requests, job.output, job.batch_size, job.settings, device, replica
+    )

@@ -1,0 +1,78 @@
+"""Several LoRA adapters on one model, each row of a batch computing with its own."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from utils.adapter_files import PREFIX, read_adapter
+from utils.errors import UsageError
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+
+class AdapterChoice:
+    """Which adapter each row of the batch computes with: `rows`, (B or more,) int64; 0 is none."""
+
+    rows: torch.Tensor
+
+
+class MixedLoraLinear(nn.Module):
+    """
+    A frozen linear layer and the branches of n adapters beside it.
+
+    Args:
+        down: (1 + n, r, in), up: (1 + n, out, r), the scaling in it; the first are zero, and so are ranks that an
+            adapter does not have.
+    """
+
+    def __init__(self, base_layer: nn.Module, down: torch.Tensor, up: torch.Tensor, choice: AdapterChoice):
+        super().__init__()
+        self.base_layer, self.choice = base_layer, choice
+        self.register_buffer("down", down, persistent=False)
+        self.register_buffer("up", up, persistent=False)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """(B, T, in) -> (B, T, out)."""
+        rows = self.choice.rows[: hidden_states.shape[0]]
+        branch = hidden_states @ self.down[rows].transpose(1, 2) @ self.up[rows].transpose(1, 2)
+        return self.base_layer(hidden_states) + branch
+
+
+def add_adapters(model: PreTrainedModel, paths: Mapping[str, str | Path], lora_alpha: int | None = None) -> None:
+    """
+    Puts adapters on `model`, which may be quantised, or dispatched by accelerate. Its attribute `adapter_choice` then
+    says which row takes which; they count from 1 in the order of `paths`.
+
+    Raises:
+        UsageError: see `read_adapter`; weights that fit no layer; or an adapter changes more than LoRA's branches do.
+    """
+    modules = dict(model.named_modules())
+    branches: dict[str, list[tuple[int, torch.Tensor, torch.Tensor]]] = {}
+    for number, path in enumerate(paths.values(), start=1):
+        config, state = read_adapter(path, model, lora_alpha)
+        if config.use_dora or config.rank_pattern or config.alpha_pattern or config.bias != "none":
+            raise UsageError(f"--adapter_path {path}: one of several must be plain LoRA, and this is more")
+        scaling = config.lora_alpha / (config.r**0.5 if config.use_rslora else config.r)
+        for key in state:
+            name, _, kind = key.removeprefix(PREFIX).rpartition(".lora_")
+            if kind != "A.weight":
+                continue
+            down, up = state[key], state.get(f"{PREFIX}{name}.lora_B.weight")
+            layer = modules.get(name)
+            if up is None or layer is None or (layer.in_features, layer.out_features) != (down.shape[1], up.shape[0]):
+                raise UsageError(f"--adapter_path {path} does not fit: {key} belongs to no layer of this model")
+            branches.setdefault(name, []).append((number, down, up * scaling))
+    model.adapter_choice = choice = AdapterChoice()
+    for name, found in branches.items():
+        layer = modules[name]
+        rank = max(down.shape[0] for _, down, _ in found)
+        hook = getattr(layer, "_hf_hook", None)
+        device = hook.execution_device if hook and hook.execution_device is not None else layer.weight.device
+        place = {"dtype": model.dtype, "device": device}
+        all_down = torch.zeros(1 + len(paths), rank, layer.in_features, **place)
+        all_up = torch.zeros(1 + len(paths), layer.out_features, rank, **place)
+        for number, down, up in found:
+            all_down[number, : down.shape[0]], all_up[number, :, : up.shape[1]] = down, up
+        parent, _, last = name.rpartition(".")
+        setattr(modules[parent], last, MixedLoraLinear(layer, all_down, all_up, choice))
