@@ -224,6 +224,27 @@ def test_every_placement_gives_the_same_answers(run_script, run_command, workspa
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", ("chatglm2-6b-tiny", "chatglm3-6b-tiny", "glm-4-9b-chat-tiny", *RELEASED))
+def test_every_generation_trains_and_answers(run_script, tmp_path, name):
+    """Released integers are found; full weights are quantised on load."""
+    flags = f"--model_name_or_path {GOLDEN / name}" + (" --quantize int8" if name not in RELEASED else "")
+    run_script(
+        f"tokenize_dataset_rows_belle.py --jsonl_path data/sample.train.json --save_path {tmp_path}/tokens "
+        f"--max_seq_length 60 --model_name_or_path {GOLDEN / name}"
+    ).check()
+    result = run_script(
+        f"multi_gpu_fintune_belle.py --dataset_path {tmp_path}/tokens --lora_rank 4 --learning_rate 2e-3 "
+        f"--max_steps 2 --output_dir {tmp_path}/adapter {flags}"
+    ).check()
+    assert f"weights int{4 if 'int4' in name else 8}, computing in float32" in result.out
+    run_script(
+        f"chatglm_milti_gpu_inference.py --adapter_path {tmp_path}/adapter --output_path {tmp_path}/answers "
+        f"--max_new_tokens 4 {flags}"
+    ).check()
+    assert len((tmp_path / "answers").read_text().splitlines()) == 8
+
+
+@pytest.mark.slow
 def test_zero3_is_refused(run_command, workspace):
     command = f"python {TRAIN} --dataset_path {workspace}/tokens --output_dir {workspace}/none --quantize int8"
     result = run_command(f"{command} --deepspeed ds_config_zero3.json")
