@@ -1,6 +1,7 @@
 """What makes training fast computes what PEFT, padding and sdpa compute."""
 
 import copy
+import json
 import sys
 
 from tools.random_checkpoint import random_model
@@ -122,6 +123,15 @@ def test_compiled_layers_train_the_same_adapter(run_script, tmp_path):
         assert "'tokens_per_second'" in output and "'seconds_left'" in output and '"first_step_seconds"' in output
     compiled, plain = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("true", "false"))
     assert all((compiled[name] - plain[name]).abs().max() <= 1e-6 for name in plain)
+
+
+@pytest.mark.slow
+def test_the_benchmark(run_command):
+    flags = "--packing false --per_device_train_batch_size 4 --pack_tokens 1024"
+    command = f"{sys.executable} benchmarks/train_throughput.py --shape tiny --rows 100 -- {flags}"
+    result = json.loads(run_command(command).check().out.splitlines()[-1])
+    assert result["ours"]["tokens_per_second"] > 0 and result["baseline"]["tokens_per_second"] > 0
+    assert 0 < result["ours"]["padding"] < 1 and result["flags"].endswith(flags) and result["speedup"] > 0
 
 
 def test_throughput_counts_since_the_first_step(monkeypatch):
