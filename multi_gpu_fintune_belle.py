@@ -34,6 +34,7 @@ from utils.run_checkpoints import claim, find_resumable, start_afresh
 from utils.target_loss import use_target_loss
 from utils.token_dataset import fingerprint_rows
 from utils.training import (
+    BY_LENGTH,
     AdapterTrainer,
     StopOnSignal,
     describe_run,
@@ -78,6 +79,7 @@ class FinetuneArguments:
 def parse_arguments(argv: list[str]):
     """Returns FinetuneArguments, TrainingArguments, what they name, and the weights' dtype; joins the processes."""
     parser = HfArgumentParser((FinetuneArguments, TrainingArguments), description=__doc__)
+    parser.set_defaults(train_sampling_strategy=BY_LENGTH)
     values = parser.parse_args(argv)
     request = open_request(values)
     dtype = resolve_precision(values)
@@ -87,6 +89,8 @@ def parse_arguments(argv: list[str]):
     values.ddp_find_unused_parameters = False  # every part of an adapter is used in every step
     values.logging_nan_inf_filter = False  # such a loss ends the run
     values.remove_unused_columns = False  # the dataset has just the columns that the collator reads
+    if values.packing and values.train_sampling_strategy == BY_LENGTH:  # packs are of one length
+        values.train_sampling_strategy = "random"
     try:
         finetune_args, training_args = parser.parse_dict(vars(values))
     except ValueError as error:

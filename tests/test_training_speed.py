@@ -6,7 +6,7 @@ import sys
 
 from tools.random_checkpoint import random_model
 from utils import varlen_attention
-from utils.batching import PackingCollator
+from utils.batching import PackingCollator, RowsByLength
 from utils.chatglm.modeling_chatglm import derive_position_ids
 from utils.lora import attach_adapter
 from utils.lora_layers import Absorbed, fuse_projections
@@ -123,6 +123,17 @@ def test_compiled_layers_train_the_same_adapter(run_script, tmp_path):
         assert "'tokens_per_second'" in output and "'seconds_left'" in output and '"first_step_seconds"' in output
     compiled, plain = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("true", "false"))
     assert all((compiled[name] - plain[name]).abs().max() <= 1e-6 for name in plain)
+
+
+def test_rows_of_a_batch_are_of_similar_length():
+    lengths = torch.randint(1, 200, (803,), generator=torch.Generator().manual_seed(0)).tolist()
+    rows = RowsByLength(lengths, global_batch=8, seed=3)
+    first = list(rows)
+    assert sorted(first) == list(range(803)) and list(rows) == first == list(RowsByLength(lengths, 8, 3))
+    batches = [[lengths[row] for row in first[start : start + 8]] for start in range(0, 800, 8)]
+    assert sum(8 * max(batch) for batch in batches) < 1.1 * sum(map(sum, batches))
+    rows.set_epoch(1)
+    assert list(rows) != first
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
+from utils.batching import RowsByLength
 from utils.distributed import any_process, barrier, local_rank, print_once
 from utils.lora import AdapterOrigin, save_adapter
 from utils.packing import PackedRows, PackShape, pack_rows, pack_shape
@@ -41,6 +42,14 @@ STEP_SETTINGS = (
     "seed",
     "data_seed",
 )
+
+
+BY_LENGTH = "group_by_length"  # what --train_sampling_strategy takes
+
+
+def global_batch(args: TrainingArguments) -> int:
+    """Rows, or packs, of an optimizer step over all processes."""
+    return args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
 
 
 def resolve_precision(arguments: Namespace) -> torch.dtype:
@@ -79,6 +88,7 @@ def describe_settings(
             "pack_tokens": pack_tokens,
             "lr_scheduler_type": str(args.lr_scheduler_type.value),
             "optim": str(args.optim.value),
+            "train_sampling_strategy": args.train_sampling_strategy,
             "processes": args.world_size,
             "zero_stage": plugin.zero_stage if plugin is not None else None,
             "weights": str(dtype).removeprefix("torch."),
@@ -124,6 +134,12 @@ class AdapterTrainer(GuardedTrainer):
         self.origin, self.settings = origin, settings
         self.staging = Path(self.args.output_dir) / STAGING
         self.is_staging = False
+
+    def _get_train_sampler(self, train_dataset=None) -> torch.utils.data.Sampler | None:
+        if self.args.train_sampling_strategy != BY_LENGTH:
+            return super()._get_train_sampler(train_dataset)
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        return RowsByLength(row_lengths(self.train_dataset), global_batch(self.args), seed)
 
     def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
         if "prefix_tokens" in inputs:  # the one shape in a packed batch that differs from the next one's
@@ -193,7 +209,6 @@ def describe_run(
     total: int,
 ) -> str:
     """What the run resolved, one value a line, each with what decided it."""
-    rows_a_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     if args.deepspeed_plugin is not None:
         launcher = f"DeepSpeed ZeRO-{args.deepspeed_plugin.zero_stage}"
     else:
@@ -204,7 +219,7 @@ def describe_run(
     return (
         f"processes {args.world_size} ({launcher}, {args.device.type})\n"
         f"weights {weights}\n"
-        f"{'packs' if packed else 'rows'} {rows}, global batch {rows_a_step} = "
+        f"{'packs' if packed else 'rows'} {rows}, global batch {global_batch(args)} = "
         f"{args.per_device_train_batch_size} a device x {args.gradient_accumulation_steps} accumulated "
         f"x {args.world_size} processes\n"
         f"trainable parameters {trainable:,} of {total:,}"
