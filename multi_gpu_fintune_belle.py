@@ -28,6 +28,7 @@ from utils.distributed import (
 from utils.errors import UsageError, run
 from utils.fp8 import FP8
 from utils.lora import attach_adapter
+from utils.memory_estimate import resolve_checkpointing
 from utils.preflight import open_request
 from utils.quantization import stored_bits
 from utils.run_checkpoints import claim, find_resumable, start_afresh
@@ -41,6 +42,7 @@ from utils.training import (
     describe_settings,
     pack_dataset,
     resolve_precision,
+    set_checkpointing,
 )
 from utils.training_speed import decoder_blocks, resolve_compile, speed_up
 
@@ -79,7 +81,7 @@ class FinetuneArguments:
 def parse_arguments(argv: list[str]):
     """Returns FinetuneArguments, TrainingArguments, what they name, and the weights' dtype; joins the processes."""
     parser = HfArgumentParser((FinetuneArguments, TrainingArguments), description=__doc__)
-    parser.set_defaults(train_sampling_strategy=BY_LENGTH)
+    parser.set_defaults(train_sampling_strategy=BY_LENGTH, gradient_checkpointing=None)  # None: as memory demands
     values = parser.parse_args(argv)
     request = open_request(values)
     dtype = resolve_precision(values)
@@ -110,6 +112,7 @@ def main() -> None:
     resume_from = None
     if training_args.resume_from_checkpoint:
         resume_from = find_resumable(training_args.resume_from_checkpoint, training_args.output_dir, settings)
+    set_checkpointing(training_args, resolve_checkpointing(request, args, training_args, dtype))
     with claim(training_args.output_dir):
         if resume_from is None:
             start_afresh(training_args.output_dir, settings)

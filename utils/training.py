@@ -12,6 +12,7 @@ from utils.batching import RowsByLength
 from utils.distributed import any_process, barrier, local_rank, print_once
 from utils.lora import AdapterOrigin, save_adapter
 from utils.packing import PackedRows, PackShape, pack_rows, pack_shape
+from utils.preflight import CHECKPOINTING
 from utils.quantization import Quantization
 from utils.run_checkpoints import (
     RUN_FILE,
@@ -71,6 +72,12 @@ def resolve_precision(arguments: Namespace) -> torch.dtype:
     precision = "fp16" if arguments.fp16 else "bf16" if arguments.bf16 else "no"
     os.environ["ACCELERATE_MIXED_PRECISION"] = precision
     return {"fp16": torch.float16, "bf16": torch.bfloat16, "no": torch.float32}[precision]
+
+
+def set_checkpointing(args: TrainingArguments, checkpointing: bool) -> None:
+    """Under each name that this version of transformers has for it."""
+    for name in set(CHECKPOINTING) & vars(args).keys():
+        setattr(args, name, checkpointing)
 
 
 def describe_settings(
