@@ -81,12 +81,15 @@ class FinetuneArguments:
 def parse_arguments(argv: list[str]):
     """Returns FinetuneArguments, TrainingArguments, what they name, and the weights' dtype; joins the processes."""
     parser = HfArgumentParser((FinetuneArguments, TrainingArguments), description=__doc__)
-    parser.set_defaults(train_sampling_strategy=BY_LENGTH, gradient_checkpointing=None)  # None: as memory demands
+    decided = ("gradient_checkpointing", "dataloader_num_workers")  # where no flag does
+    parser.set_defaults(train_sampling_strategy=BY_LENGTH, **dict.fromkeys(decided))
     values = parser.parse_args(argv)
     request = open_request(values)
     dtype = resolve_precision(values)
     init_process_group(bool(values.deepspeed) or launched_by_accelerate_with_deepspeed())
     values.use_cpu = values.use_cpu or not torch.cuda.is_available()  # else accelerate makes each process a world of 1
+    if values.dataloader_num_workers is None:  # beside a GPU batches are made ahead, by a process of their own
+        values.dataloader_num_workers = 0 if values.use_cpu else 1
     values.ddp_broadcast_buffers = False  # none changes in training
     values.ddp_find_unused_parameters = False  # every part of an adapter is used in every step
     values.logging_nan_inf_filter = False  # such a loss ends the run

@@ -109,7 +109,7 @@ def test_attention_without_a_mask(shape, monkeypatch):
 
 @pytest.mark.slow
 def test_compiled_layers_train_the_same_adapter(run_script, tmp_path):
-    """With batches that are filled up to one shape, as compiled layers need them."""
+    """With batches that are filled up to one shape, as compiled layers need them, made by a process beside."""
     base = f"{tmp_path}/base"
     run_script(f"tools/random_checkpoint.py --shape tiny-glm --output_dir {base}").check()
     data = f"--model_name_or_path {base}"
@@ -117,8 +117,9 @@ def test_compiled_layers_train_the_same_adapter(run_script, tmp_path):
         f"tokenize_dataset_rows_belle.py --jsonl_path data/sample.train.json --save_path {tmp_path}/tokens {data}"
     ).check()
     flags = f"--dataset_path {tmp_path}/tokens {data} --packing --pack_tokens 1024 --per_device_train_batch_size 1"
-    for compiled in ("true", "false"):
-        out = f"--max_steps 3 --logging_steps 1 --compile_layers {compiled} --output_dir {tmp_path}/{compiled}"
+    for compiled, workers in (("true", 1), ("false", 0)):
+        how = f"--compile_layers {compiled} --dataloader_num_workers {workers}"
+        out = f"--max_steps 3 --logging_steps 1 {how} --output_dir {tmp_path}/{compiled}"
         output = run_script(f"{TRAIN} {flags} {out}").check().out
         assert "'tokens_per_second'" in output and "'seconds_left'" in output and '"first_step_seconds"' in output
     compiled, plain = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("true", "false"))
