@@ -32,6 +32,7 @@ from utils.memory_estimate import resolve_checkpointing
 from utils.preflight import open_request
 from utils.quantization import stored_bits
 from utils.run_checkpoints import claim, find_resumable, start_afresh
+from utils.run_plan import describe_plan
 from utils.target_loss import use_target_loss
 from utils.token_dataset import fingerprint_rows
 from utils.training import (
@@ -70,6 +71,7 @@ class FinetuneArguments:
     compile_layers: bool | None = field(
         default=None, metadata={"help": "compile the model's layers (with --packing on a GPU, unless it is false)"}
     )
+    plan: bool = field(default=False, metadata={"help": "say what the run will be and what memory it takes, and end"})
     lora_rank: int = field(default=8, metadata={"help": "rank of the adapter"})
     lora_alpha: int = field(default=32, metadata={"help": "the adapter is scaled by lora_alpha / lora_rank"})
     lora_dropout: float = field(default=0.0, metadata={"help": "dropout on the adapter's input, 0 to 1"})
@@ -116,6 +118,9 @@ def main() -> None:
     if training_args.resume_from_checkpoint:
         resume_from = find_resumable(training_args.resume_from_checkpoint, training_args.output_dir, settings)
     set_checkpointing(training_args, resolve_checkpointing(request, args, training_args, dtype))
+    if args.plan:
+        print_once(describe_plan(request, args, training_args, dtype))
+        return
     with claim(training_args.output_dir):
         if resume_from is None:
             start_afresh(training_args.output_dir, settings)

@@ -1,5 +1,7 @@
 """The memory estimate beside peaks measured on one H100 (torch 2.11), and what follows from it."""
 
+import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,9 +15,11 @@ from utils.checkpoint import Checkpoint
 from utils.memory_estimate import Load, ModelSizes, resolve_checkpointing
 from utils.preflight import Request
 from utils.quantization import Quantization
+from utils.run_plan import advise
 
 import pytest
 import torch
+from conftest import TINY
 
 INT4 = Quantization(4)
 ZERO3 = {"partitions": 1, "compiled": False}
@@ -71,6 +75,42 @@ def test_checkpointing_is_decided_from_it(decide):
     assert decided and line.endswith("checkpointing on, by the flag")
     decided, (_, warning) = decide(V3, 16384, 24.0, wanted=False)
     assert not decided and warning.endswith("leave --gradient_checkpointing False out")
+
+
+def test_the_plan(run_script, tmp_path):
+    """What it says of a run is what the run is; and it writes nothing."""
+    run_script(
+        f"tokenize_dataset_rows_belle.py --jsonl_path data/sample.train.json --save_path {tmp_path}/tokens "
+        f"--model_name_or_path {TINY}"
+    ).check()
+    train = f"multi_gpu_fintune_belle.py --dataset_path {tmp_path}/tokens --model_name_or_path {TINY} "
+    train += f"--output_dir {tmp_path}/out --num_train_epochs 0.2"
+    for flags in ("--per_device_train_batch_size 16", "--packing --pack_tokens 512 --per_device_train_batch_size 2"):
+        plan = run_script(f"{train} {flags} --plan").check().out
+        assert not (tmp_path / "out").exists() and "rows 300, tokens" in plan and "no GPU here" in plan
+        out = run_script(f"{train} {flags} --save_strategy no --output_dir {tmp_path}/{len(flags)}").check().out
+        steps = json.loads(out.splitlines()[-1])["steps"]
+        trainable = re.search("trainable parameters [0-9,]+", out).group()
+        assert f"steps {steps}, " in plan and trainable in plan
+        for share in re.findall("([0-9.]+)% (?:padding|unfilled)", plan):
+            assert 0 < float(share) < 20
+
+
+@pytest.mark.parametrize(
+    "room, processes, advice",
+    [
+        (75.0, 1, "DDP, --packing --per_device_train_batch_size 1 --pack_tokens 16384 ("),
+        (36.0, 1, "DDP, --packing --per_device_train_batch_size 1 --pack_tokens 8192 ("),
+        (20.0, 1, "DDP, --packing --per_device_train_batch_size 1 --pack_tokens 16384 --gradient_checkpointing ("),
+        (12.0, 8, "ZeRO-3, --packing --per_device_train_batch_size 1 --pack_tokens 16384 --deepspeed ds_config"),
+        (10.0, 1, "DDP over 4 bits, --packing --per_device_train_batch_size 1 --pack_tokens 16384 --quantize int4"),
+        (2.0, 1, "accelerate launch"),
+    ],
+)
+def test_advice(room, processes, advice):
+    request = Request(None, None, V3, None)
+    found = advise(load_of(V3, 8192), request, processes, room, torch.bfloat16)
+    assert found.startswith(advice), found
 
 
 def test_the_flag_that_makes_it_fit(decide):

@@ -119,13 +119,17 @@ class Load:
             values += PREFIX * (qkv + attended)
         return values if self.compiled else UNCOMPILED * values
 
+    def adapter_parameters(self) -> int:
+        linear = self.sizes.linear
+        return self.sizes.blocks * self.lora_rank * sum(sum(linear[name]) for name in self.lora_target_modules)
+
     def parts(self) -> dict[str, float]:
         """GiB a card of weights, adapter, optimizer, activations and head."""
         sizes = self.sizes
         weights = 0 if self.offloaded else sizes.weight_bytes / (self.partitions or 1)
         if self.partitions:
             weights += min(LIVE_PARAMETERS, sizes.parameters) * sizes.weight_bytes / sizes.parameters
-        adapter = sum(sum(sizes.linear[name]) for name in self.lora_target_modules) * self.lora_rank * sizes.blocks
+        adapter = self.adapter_parameters()
         stream = self.tokens * sizes.hidden * sizes.value_bytes
         block = self.tokens * self.values_kept() * sizes.value_bytes
         chunk = min(CHUNK, self.tokens)

@@ -53,6 +53,11 @@ def global_batch(args: TrainingArguments) -> int:
     return args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
 
 
+def data_seed(args: TrainingArguments) -> int:
+    """What the order of rows is drawn from."""
+    return args.seed if args.data_seed is None else args.data_seed
+
+
 def resolve_precision(arguments: Namespace) -> torch.dtype:
     """
     The dtype of the base model's weights; sets `arguments.fp16` and `.bf16`, and the environment that accelerate and
@@ -145,8 +150,7 @@ class AdapterTrainer(GuardedTrainer):
     def _get_train_sampler(self, train_dataset=None) -> torch.utils.data.Sampler | None:
         if self.args.train_sampling_strategy != BY_LENGTH:
             return super()._get_train_sampler(train_dataset)
-        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        return RowsByLength(row_lengths(self.train_dataset), global_batch(self.args), seed)
+        return RowsByLength(row_lengths(self.train_dataset), global_batch(self.args), data_seed(self.args))
 
     def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
         if "prefix_tokens" in inputs:  # the one shape in a packed batch that differs from the next one's
