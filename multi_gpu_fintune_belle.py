@@ -133,7 +133,8 @@ def main() -> None:
                 checkpoint.row_positions, tokenizer.pad_token_id, shape if args.compile_layers else None
             )
         counts = (len(dataset), args.packing, *model.get_nb_trainable_parameters())
-        print_once(describe_run(training_args, dtype, checkpoint.quantization, *counts))
+        held = f"int{checkpoint.quantization.bits}" if checkpoint.quantization else args.quantize
+        print_once(describe_run(training_args, dtype, held, *counts))
         trainer = AdapterTrainer(
             model=model,
             args=training_args,

@@ -113,7 +113,8 @@ def run_script(checkpoint: Path, rows: Path, work_dir: Path, processes: int, fla
     output = run.stdout + run.stderr
     if run.returncode == 0:
         summary = json.loads(run.stdout.strip().splitlines()[-1])
-        print("\n".join(line for line in run.stdout.splitlines() if line.startswith(("memory", "weights", "packs"))))
+        said = ("memory", "warning", "weights", "packs", "rows")
+        print("\n".join(line for line in run.stdout.splitlines() if line.startswith(said)))
         return {name: summary[name] for name in REPORTED if name in summary}
     if OUT_OF_MEMORY in output:
         return {"oom": True}

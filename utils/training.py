@@ -13,7 +13,6 @@ from utils.distributed import any_process, barrier, local_rank, print_once
 from utils.lora import AdapterOrigin, save_adapter
 from utils.packing import PackedRows, PackShape, pack_rows, pack_shape
 from utils.preflight import CHECKPOINTING
-from utils.quantization import Quantization
 from utils.run_checkpoints import (
     RUN_FILE,
     STAGING,
@@ -213,7 +212,7 @@ def pack_dataset(
 def describe_run(
     args: TrainingArguments,
     dtype: torch.dtype,
-    quantization: Quantization | None,
+    quantize: str | None,
     rows: int,
     packed: bool,
     trainable: int,
@@ -225,8 +224,8 @@ def describe_run(
     else:
         launcher = "DDP" if args.world_size > 1 else "one process"
     weights = str(dtype).removeprefix("torch.")
-    if quantization:
-        weights = f"int{quantization.bits}, computing in {weights}"
+    if quantize:
+        weights = f"{quantize}, computing in {weights}"
     return (
         f"processes {args.world_size} ({launcher}, {args.device.type})\n"
         f"weights {weights}\n"
