@@ -68,7 +68,7 @@ def test_commands_in_order(run_command, workspace):
         if "multi_gpu_fintune_belle.py" in command:
             command += " --max_steps 3"
         if "_inference.py" in command:
-            command += " --max_new_tokens 8"
+            command += " --max_new_tokens 8 --overwrite"
         script.append(command)
         ran.append(command)
     (workspace / "commands.sh").write_text("\n".join(script))
