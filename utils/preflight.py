@@ -3,7 +3,6 @@
 import importlib.util
 import json
 import os
-import socket
 from argparse import Namespace
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 
 from utils.checkpoint import Checkpoint, load_tokenizer
 from utils.deepspeed_config import read_deepspeed_config
-from utils.distributed import launched_by_accelerate_with_deepspeed, print_once, process_rank, world_size
+from utils.distributed import check_port, launched_by_accelerate_with_deepspeed, print_once
 from utils.errors import Faults, UsageError
 from utils.fp8 import FP8, check_device
 from utils.lora import AdapterOrigin, read_origin
@@ -168,25 +167,6 @@ def check_devices(values: Namespace) -> None:
     cards = torch.cuda.device_count()
     if cards and processes > cards and not values.use_cpu:
         raise UsageError(f"{processes} processes and {cards} GPUs: start {cards} at most (--nproc_per_node {cards})")
-
-
-def check_port() -> None:
-    """
-    Raises:
-        UsageError: this process is to listen where another one listens already.
-    """
-    hosts_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"  # else torchrun listens, and fails there
-    if world_size() == 1 or process_rank() != 0 or not hosts_store or "MASTER_PORT" not in os.environ:
-        return
-    port = int(os.environ["MASTER_PORT"])
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("", port))
-        except OSError:
-            raise UsageError(
-                f"port {port} is in use, by another run perhaps: give the launcher --master_port"
-            ) from None
 
 
 def zero_stage(values: Namespace) -> int | None:

@@ -26,6 +26,7 @@ from utils.training_guards import GuardedTrainer
 
 import datasets
 import torch
+from accelerate.optimizer import AcceleratedOptimizer
 from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 
@@ -124,6 +125,26 @@ class StopOnSignal(TrainerCallback):
             control.should_save = control.should_training_stop = True
 
 
+class ExactOffload(TrainerCallback):
+    """
+    Makes resuming with the optimizer in CPU memory exact. DeepSpeed's Adam keeps the powers of its betas outside its
+    state, each the product of the one before, and after a load it takes them from pow(), which rounds otherwise: they
+    are multiplied up again instead.
+    """
+
+    def on_train_begin(self, args, state, control, optimizer: AcceleratedOptimizer, **kwargs) -> None:
+        adam = getattr(optimizer.optimizer, "optimizer", None)  # what ZeRO wraps
+        if type(adam).__name__ != "DeepSpeedCPUAdam":
+            return
+        steps = max((int(values["step"]) for values in adam.state.values()), default=0)
+        group, nothing = adam.param_groups[0], torch.empty(0)
+        for step in range(1, steps + 1):
+            adam.ds_opt_adam.adam_update(
+                adam.opt_id, step, group["lr"], *group["betas"], group["eps"], group["weight_decay"],
+                group["bias_correction"], nothing, nothing, nothing, nothing,
+            )  # fmt: skip
+
+
 class _StepEnd(TrainerCallback):
     def __init__(self, throughput: Throughput):
         self.throughput = throughput
@@ -142,6 +163,7 @@ class AdapterTrainer(GuardedTrainer):
         self.throughput = Throughput.of(kwargs["model"].get_base_model(), blocks)
         super().__init__(*args, **kwargs)
         self.add_callback(_StepEnd(self.throughput))
+        self.add_callback(ExactOffload())
         self.origin, self.settings = origin, settings
         self.staging = Path(self.args.output_dir) / STAGING
         self.is_staging = False
