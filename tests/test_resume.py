@@ -83,6 +83,15 @@ def test_resumed_from_the_last_whole_checkpoint(train, tmp_path):
         )
 
 
+def test_resumed_in_the_second_epoch(train, tmp_path):
+    """Whose order of rows, by length, is another than the first one's."""
+    flags = FLAGS.replace("batch_size 2", "batch_size 128")  # 3 steps an epoch
+    train(tmp_path / "whole", settings=flags).check()
+    shutil.copytree(tmp_path / "whole" / "checkpoint-4", tmp_path / "resumed" / "checkpoint-4")
+    train(tmp_path / "resumed", "--resume_from_checkpoint latest", settings=flags).check()
+    assert kill_training.same_adapter(tmp_path / "whole", tmp_path / "resumed")
+
+
 def test_a_named_checkpoint(train, tmp_path):
     train(tmp_path / "whole", "--save_total_limit 2").check()
     assert names(tmp_path / "whole") == ["checkpoint-4", "checkpoint-6"]

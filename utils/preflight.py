@@ -32,6 +32,7 @@ UNSERVED: dict[str, tuple[tuple[Any, ...], str]] = {
     "fsdp": (("", None, [], False), "take --deepspeed ds_config_zero3.json to shard the base model"),
     "auto_find_batch_size": ((False,), "a run that goes on with another batch size would be another run"),
 }
+CHECKPOINTING = ("gradient_checkpointing", "activation_checkpointing")
 AT_LEAST = {  # the smallest value of a number, by flag
     "lora_rank": 1,
     "pack_tokens": 1,
@@ -49,6 +50,7 @@ class Request:
     tokenizer: PreTrainedTokenizerBase
     checkpoint: Checkpoint
     origin: AdapterOrigin  # of the adapter that will be trained
+    checkpointing: bool | None = None  # what the flags say; None where they do not
 
 
 def open_request(values: Namespace) -> Request:
@@ -98,7 +100,13 @@ def open_request(values: Namespace) -> Request:
     faults.report()
     origin = AdapterOrigin(template, checkpoint.fingerprint(), values.model_name_or_path)
     check_adapter_there(values, origin)
-    return Request(dataset, tokenizer, checkpoint, origin)
+    return Request(dataset, tokenizer, checkpoint, origin, checkpointing_flag(values))
+
+
+def checkpointing_flag(values: Namespace) -> bool | None:
+    """Under the name that transformers had for it, or has since 5.24; None where neither was given."""
+    given = (vars(values).get(name) for name in CHECKPOINTING)
+    return next((value for value in given if value is not None), None)
 
 
 def keep_trained(dataset: datasets.Dataset, dataset_path: str) -> datasets.Dataset:

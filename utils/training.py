@@ -8,10 +8,11 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
+from utils.batching import RowsByLength
 from utils.distributed import any_process, barrier, local_rank, print_once
 from utils.lora import AdapterOrigin, save_adapter
 from utils.packing import PackedRows, PackShape, pack_rows, pack_shape
-from utils.quantization import Quantization
+from utils.preflight import CHECKPOINTING
 from utils.run_checkpoints import (
     RUN_FILE,
     STAGING,
@@ -44,6 +45,19 @@ STEP_SETTINGS = (
 )
 
 
+BY_LENGTH = "group_by_length"  # what --train_sampling_strategy takes
+
+
+def global_batch(args: TrainingArguments) -> int:
+    """Rows, or packs, of an optimizer step over all processes."""
+    return args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+
+
+def data_seed(args: TrainingArguments) -> int:
+    """What the order of rows is drawn from."""
+    return args.seed if args.data_seed is None else args.data_seed
+
+
 def resolve_precision(arguments: Namespace) -> torch.dtype:
     """
     The dtype of the base model's weights; sets `arguments.fp16` and `.bf16`, and the environment that accelerate and
@@ -65,6 +79,12 @@ def resolve_precision(arguments: Namespace) -> torch.dtype:
     return {"fp16": torch.float16, "bf16": torch.bfloat16, "no": torch.float32}[precision]
 
 
+def set_checkpointing(args: TrainingArguments, checkpointing: bool) -> None:
+    """Under each name that this version of transformers has for it."""
+    for name in set(CHECKPOINTING) & vars(args).keys():
+        setattr(args, name, checkpointing)
+
+
 def describe_settings(
     args: TrainingArguments, dtype: torch.dtype, trains: dict[str, Any], pack_tokens: int | None
 ) -> Settings:
@@ -80,6 +100,7 @@ def describe_settings(
             "pack_tokens": pack_tokens,
             "lr_scheduler_type": str(args.lr_scheduler_type.value),
             "optim": str(args.optim.value),
+            "train_sampling_strategy": args.train_sampling_strategy,
             "processes": args.world_size,
             "zero_stage": plugin.zero_stage if plugin is not None else None,
             "weights": str(dtype).removeprefix("torch."),
@@ -147,6 +168,11 @@ class AdapterTrainer(GuardedTrainer):
         self.staging = Path(self.args.output_dir) / STAGING
         self.is_staging = False
 
+    def _get_train_sampler(self, train_dataset=None) -> torch.utils.data.Sampler | None:
+        if self.args.train_sampling_strategy != BY_LENGTH:
+            return super()._get_train_sampler(train_dataset)
+        return RowsByLength(row_lengths(self.train_dataset), global_batch(self.args), data_seed(self.args))
+
     def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
         if "prefix_tokens" in inputs:  # the one shape in a packed batch that differs from the next one's
             torch._dynamo.maybe_mark_dynamic(inputs["prefix_tokens"], 0)
@@ -208,25 +234,24 @@ def pack_dataset(
 def describe_run(
     args: TrainingArguments,
     dtype: torch.dtype,
-    quantization: Quantization | None,
+    quantize: str | None,
     rows: int,
     packed: bool,
     trainable: int,
     total: int,
 ) -> str:
     """What the run resolved, one value a line, each with what decided it."""
-    rows_a_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     if args.deepspeed_plugin is not None:
         launcher = f"DeepSpeed ZeRO-{args.deepspeed_plugin.zero_stage}"
     else:
         launcher = "DDP" if args.world_size > 1 else "one process"
     weights = str(dtype).removeprefix("torch.")
-    if quantization:
-        weights = f"int{quantization.bits}, computing in {weights}"
+    if quantize:
+        weights = f"{quantize}, computing in {weights}"
     return (
         f"processes {args.world_size} ({launcher}, {args.device.type})\n"
         f"weights {weights}\n"
-        f"{'packs' if packed else 'rows'} {rows}, global batch {rows_a_step} = "
+        f"{'packs' if packed else 'rows'} {rows}, global batch {global_batch(args)} = "
         f"{args.per_device_train_batch_size} a device x {args.gradient_accumulation_steps} accumulated "
         f"x {args.world_size} processes\n"
         f"trainable parameters {trainable:,} of {total:,}"
