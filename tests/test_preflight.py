@@ -98,7 +98,7 @@ def test_fp8_where_it_cannot_be(faults, monkeypatch):
         assert len(found) == len(starts) and all(map(str.startswith, found, starts)), found
 
     partitioned = "a quantised base cannot be partitioned by ZeRO-3"
-    in_float32 = "--quantize fp8 computes in 16 bits: give --bf16 too"
+    in_float32 = "--quantize fp8 computes in bfloat16: give --bf16 too"
     no_gpu = "--quantize fp8 needs a Hopper GPU or newer (found no GPU)"
     check("--deepspeed ds_config_zero3.json", partitioned, no_gpu, in_float32)
     monkeypatch.setattr("utils.preflight.check_device", lambda: None)

@@ -8,6 +8,7 @@ from tools.random_checkpoint import random_model
 from utils import varlen_attention
 from utils.batching import PackingCollator, RowsByLength
 from utils.chatglm.modeling_chatglm import derive_position_ids
+from utils.fp8 import Fp8Linear
 from utils.lora import attach_adapter
 from utils.lora_layers import Absorbed, fuse_projections
 from utils.packing import PackShape
@@ -190,3 +191,21 @@ print("equal")
         encoding="utf-8",
     )
     assert "equal" in run_command(f"{sys.executable} {script}", TRITON_INTERPRET="1").check().out
+
+
+hopper = pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability() < (9, 0), reason="needs a Hopper GPU"
+)
+
+
+@hopper
+@pytest.mark.parametrize("scale", [1.0, 1e-6, 1e-9])
+def test_fp8_products_on_a_gpu(scale):
+    """Both directions, also of gradients as small as those of a mean over many tokens."""
+    linear = torch.nn.Linear(4096, 512, bias=False, device="cuda", dtype=torch.bfloat16).requires_grad_(False)
+    values = torch.randn(256, 4096, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    gradient = torch.randn(256, 512, device="cuda", dtype=torch.bfloat16) * scale
+    output = Fp8Linear(linear, trains=True)(values)
+    output.backward(gradient)
+    for found, expected in ((output, linear(values)), (values.grad, gradient @ linear.weight)):
+        assert (found - expected).float().norm() < 0.05 * expected.float().norm()

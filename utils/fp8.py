@@ -37,12 +37,9 @@ def quantize_rows(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def scaled_product(values: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor) -> torch.Tensor:
-    """(M, K) in 16 bits x e4m3 (N, K) with its scales (1, N) -> (M, N) in the dtype of `values`."""
+    """(M, K) bfloat16 x e4m3 (N, K) with its scales (1, N) -> (M, N) bfloat16; scales a row go with no other dtype."""
     quantized, scale = quantize_rows(values)
-    product = torch._scaled_mm(
-        quantized, weight.t(), scale, weight_scale, out_dtype=torch.bfloat16, use_fast_accum=True
-    )
-    return product.to(values.dtype)  # scales a row are there for bfloat16 alone
+    return torch._scaled_mm(quantized, weight.t(), scale, weight_scale, out_dtype=values.dtype, use_fast_accum=True)
 
 
 class _Fp8Product(torch.autograd.Function):
@@ -77,7 +74,6 @@ class Fp8Linear(nn.Module):
         values = hidden_states.reshape(-1, self.in_features)
         if self.kernels and len(values) <= self.kernels.ROWS and self.kernels.fits_fp8_product(self.weight):
             output = self.kernels.fp8_product(*quantize_rows(values), self.weight, self.weight_scale)
-            output = output.to(values.dtype)
         else:
             output = _Fp8Product.apply(values, self.weight, self.weight_scale, self.columns, self.columns_scale)
         if self.bias is not None:

@@ -138,8 +138,8 @@ def check_inference_arguments(args: argparse.Namespace) -> None:
     if args.quantize == FP8:
         with faults.collect():
             check_device()
-        if args.fp32:
-            faults.add("--quantize fp8 computes in 16 bits: give it without --fp32")
+        if args.fp32 or args.fp16:
+            faults.add("--quantize fp8 computes in bfloat16: give it without --fp32 and --fp16")
     faults.report()
 
 
@@ -153,7 +153,7 @@ def resolve_dtype(args: argparse.Namespace) -> torch.dtype:
     gpu = torch.cuda.is_available()
     if args.fp32 or args.bf16:
         dtype, why = torch.float32 if args.fp32 else torch.bfloat16, "flag"
-    elif gpu and args.quantize == FP8 and not args.fp16:
+    elif gpu and args.quantize == FP8:
         dtype, why = torch.bfloat16, "default with fp8"
     elif gpu:
         dtype, why = torch.float16, "flag" if args.fp16 else "default on a GPU"

@@ -192,7 +192,7 @@ def check_quantization(values: Namespace, checkpoint: Checkpoint, stage: int | N
     """
     Raises:
         UsageError: a quantised base under ZeRO-3, which partitions floating-point weights alone; or fp8 of a base that
-            is quantised already, in float32, or without a GPU for it.
+            is quantised already, not in bfloat16, or without a GPU for it.
     """
     faults = Faults()
     if (checkpoint.quantization or values.quantize == FP8) and stage == 3:
@@ -205,8 +205,8 @@ def check_quantization(values: Namespace, checkpoint: Checkpoint, stage: int | N
             check_device()
         if checkpoint.quantization:
             faults.add(f"--quantize fp8: {checkpoint.directory} is quantised to integers already: leave it out")
-        if not (values.fp16 or values.bf16 or os.environ.get("ACCELERATE_MIXED_PRECISION") in ("fp16", "bf16")):
-            faults.add("--quantize fp8 computes in 16 bits: give --bf16 too")
+        if not (values.bf16 or os.environ.get("ACCELERATE_MIXED_PRECISION") == "bf16"):
+            faults.add("--quantize fp8 computes in bfloat16: give --bf16 too")
     faults.report()
 
 
