@@ -14,6 +14,7 @@ from utils.deepspeed_config import read_deepspeed_config
 from utils.distributed import launched_by_accelerate_with_deepspeed, print_once, process_rank, world_size
 from utils.errors import Faults, UsageError
 from utils.fp8 import FP8, check_device
+from utils.fsdp import launched_by_accelerate_with_fsdp
 from utils.lora import AdapterOrigin, read_origin
 from utils.quantization import stored_bits
 from utils.token_dataset import check_origin, is_dataset, load_examples, row_lengths, trained_rows
@@ -30,7 +31,7 @@ UNSERVED: dict[str, tuple[tuple[Any, ...], str]] = {
     "eval_strategy": (("no",), "nothing is evaluated in training: answer held-out rows with an inference script"),
     "load_best_model_at_end": ((False,), "nothing is evaluated in training, so no checkpoint is the best"),
     "label_smoothing_factor": ((0.0,), "the loss has no logits to smooth"),
-    "fsdp": (("", None, [], False), "take --deepspeed ds_config_zero3.json to shard the base model"),
+    "fsdp": (("", None, [], False), "accelerate launch --config_file configs/accelerate_fsdp2.yaml brings it"),
     "auto_find_batch_size": ((False,), "a run that goes on with another batch size would be another run"),
 }
 AT_LEAST = {  # the smallest value of a number, by flag
@@ -203,13 +204,14 @@ def zero_stage(values: Namespace) -> int | None:
 def check_quantization(values: Namespace, checkpoint: Checkpoint, stage: int | None) -> None:
     """
     Raises:
-        UsageError: a quantised base under ZeRO-3, which partitions floating-point weights alone; or fp8 of a base that
+        UsageError: a quantised base under ZeRO-3 or FSDP2, which partition floating-point weights alone; or fp8 of a base that
             is quantised already, in float32, or without a GPU for it.
     """
     faults = Faults()
-    if (checkpoint.quantization or values.quantize == FP8) and stage == 3:
+    sharded = "FSDP2" if launched_by_accelerate_with_fsdp() else "ZeRO-3" if stage == 3 else None
+    if (checkpoint.quantization or values.quantize == FP8) and sharded:
         faults.add(
-            "a quantised base cannot be partitioned by ZeRO-3: run it under DDP (no --deepspeed) or ZeRO-2, or train "
+            f"a quantised base cannot be partitioned by {sharded}: run it under DDP (no --deepspeed) or ZeRO-2, or train "
             "on the checkpoint in full precision without --quantize"
         )
     if values.quantize == FP8:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from utils.distributed import any_process, barrier, local_rank, print_once
+from utils.fsdp import launched_by_accelerate_with_fsdp, settle_fsdp
 from utils.lora import AdapterOrigin, save_adapter
 from utils.packing import PackedRows, PackShape, pack_rows, pack_shape
 from utils.quantization import Quantization
@@ -81,6 +82,7 @@ def describe_settings(
             "optim": str(args.optim.value),
             "processes": args.world_size,
             "zero_stage": plugin.zero_stage if plugin is not None else None,
+            "fsdp": 2 if launched_by_accelerate_with_fsdp() else None,
             "weights": str(dtype).removeprefix("torch."),
         },
     }
@@ -124,6 +126,11 @@ class AdapterTrainer(GuardedTrainer):
         self.origin, self.settings = origin, settings
         self.staging = Path(self.args.output_dir) / STAGING
         self.is_staging = False
+
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        settle_fsdp(self.accelerator)
+        self.is_fsdp_enabled = launched_by_accelerate_with_fsdp()
 
     def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
         if "prefix_tokens" in inputs:  # the one shape in a packed batch that differs from the next one's
@@ -196,6 +203,8 @@ def describe_run(
     rows_a_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     if args.deepspeed_plugin is not None:
         launcher = f"DeepSpeed ZeRO-{args.deepspeed_plugin.zero_stage}"
+    elif launched_by_accelerate_with_fsdp():
+        launcher = "FSDP2"
     else:
         launcher = "DDP" if args.world_size > 1 else "one process"
     weights = str(dtype).removeprefix("torch.")
