@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 RUN := PATH="$(CURDIR)/$(VENV)/bin:$$PATH" OMP_NUM_THREADS=1
-TEST_PACKAGES := pytest==9.2.0 hypothesis==6.170.17 ruff==0.17.6
+TEST_PACKAGES := pytest==9.2.0 hypothesis==6.170.17 ruff==0.17.6 tensorboard==2.21.0
 
 .PHONY: test demo lint clean
 
