@@ -29,7 +29,9 @@ from transformers import PreTrainedModel
 
 WIDTH_GRAIN = 128  # columns; a captured step reads a multiple of it
 GPU_STEPS = 16  # between two looks at what stopped
+PROMPT_GRAIN = 16  # tokens that the longest prompt of a batch is filled up to a multiple of
 PROMPT_TOKENS = 16384  # read at once, padding included
+RECOMPILES = 64
 GREEDY = Sampling()
 
 
@@ -111,13 +113,16 @@ class Engine:
         self.kernels = self.on_gpu and self.dtype.itemsize == 2 and decode_kernels() is not None
         self.steps = GPU_STEPS if self.on_gpu else 1
         self.slots = slots
-        self.columns = -(-columns // WIDTH_GRAIN) * WIDTH_GRAIN
+        self.columns = -(-columns // WIDTH_GRAIN) * WIDTH_GRAIN  # a multiple of PROMPT_GRAIN too
         self.pad_token_id = pad_token_id
         self.sampling = sampling
         self.stop_ids = set(stop_ids)
         self.find_end = find_end
         compiled = self.on_gpu if compile_layers is None else compile_layers
+        if compiled:  # for each batch size once, also of engines before this one
+            torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILES)
         self.run_block = torch.compile(_run_block, dynamic=False) if compiled else _run_block
+        self.read_block = torch.compile(_read_block, dynamic=True) if compiled else _read_block
         self.layers: list[LayerSlots] = []
         self.graphs: dict[tuple[int, int], torch.cuda.CUDAGraph] = {}
         self.running: list[Task | None] = [None] * slots
@@ -211,8 +216,8 @@ class Engine:
             for slot, task in zip(slots, batch, strict=True):
                 self.running[slot] = task
             started = time.perf_counter()
-            if self.on_gpu and not self.layers:  # libraries and their kernels are loaded at their first use
-                self._read(batch[:1], slots[:1]).tolist()
+            if self.on_gpu and not self.layers:  # layers are compiled and libraries loaded at their first use
+                self._read(batch, slots).tolist()
                 self.preparing += time.perf_counter() - started
                 started = time.perf_counter()
             first = self._read(batch, slots).tolist()
@@ -225,8 +230,10 @@ class Engine:
 
     def _read(self, batch: list[Task], slots: list[int]) -> torch.Tensor:
         """The prompts' keys and values into their slots; the first token of each answer, (B,)."""
+        if len(batch) == 1 and self.on_gpu:  # layers are compiled for any number of rows but one
+            return self._read(batch * 2, slots * 2)[:1]
         lengths = torch.tensor([len(task.input_ids) for task in batch])
-        T = max(int(lengths.max()), 2)
+        T = -(-int(lengths.max()) // PROMPT_GRAIN) * PROMPT_GRAIN
         rows = [[*task.input_ids, *[self.pad_token_id] * (T - len(task.input_ids))] for task in batch]
         input_ids = torch.tensor(rows)
         real = torch.arange(T) < lengths[:, None]
@@ -247,15 +254,14 @@ class Engine:
         hidden_states = self.embed(input_ids)
         embeddings = self.body.rotary_emb(hidden_states, positions)
         for index, block in enumerate(self.body.layers):
-            recorder = PromptRecorder()
-            hidden_states = _run_block(block, hidden_states, embeddings, mask, recorder)
+            hidden_states, keys, values = self.read_block(block, hidden_states, embeddings, mask)
             if len(self.layers) == index:
-                B, K, _, D = recorder.keys.shape
+                B, K, _, D = keys.shape
                 shape = (self.slots, K, self.columns, D)
-                pair = (torch.zeros(shape, dtype=recorder.keys.dtype, device=self.device) for _ in range(2))
+                pair = (torch.zeros(shape, dtype=keys.dtype, device=self.device) for _ in range(2))
                 self.layers.append(LayerSlots(*pair, self.lengths))
-            self.layers[index].keys[place, :, :T] = recorder.keys
-            self.layers[index].values[place, :, :T] = recorder.values
+            self.layers[index].keys[place, :, :T] = keys
+            self.layers[index].values[place, :, :T] = values
         hidden_states = hidden_states[every.to(self.device), last.to(self.device)]
         logits = self.head(self.norm(hidden_states))
 
@@ -359,3 +365,10 @@ class Engine:
 def _run_block(block, hidden_states, position_embeddings, mask, cache) -> torch.Tensor:
     key = "cache" if isinstance(block, ChatGLMBlock) else CACHE_KEY  # our own block has one name in every version
     return block(hidden_states, attention_mask=mask, position_embeddings=position_embeddings, **{key: cache})
+
+
+def _read_block(block, hidden_states, position_embeddings, mask) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Hidden states of prompts behind the block, and what it made of their keys and values."""
+    recorder = PromptRecorder()
+    hidden_states = _run_block(block, hidden_states, position_embeddings, mask, recorder)
+    return hidden_states, recorder.keys, recorder.values
