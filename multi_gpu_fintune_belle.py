@@ -52,6 +52,8 @@ from transformers import HfArgumentParser, TrainingArguments
 
 @dataclass
 class FinetuneArguments:
+    _argument_group_name = "this script (the other options are those of transformers' TrainingArguments)"
+
     dataset_path: str = field(metadata={"help": "dataset made by tokenize_dataset_rows_belle.py"})
     eval_dataset_path: str | None = field(
         default=None, metadata={"help": "held-out rows, tokenised likewise: their loss and perplexity, the best kept"}

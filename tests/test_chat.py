@@ -12,27 +12,43 @@ import urllib.request
 from utils.checkpoint import load_model, load_tokenizer
 from utils.distributed import free_port
 from utils.generation import generate_answers
-from utils.lora import load_adapter
+from utils.lora import attach_adapter, load_adapter, save_adapter
 from utils.prompts import encode_prompt, template_for
 from utils.requests import Request
 from utils.rows import Message
 
 import pytest
 import torch
-from conftest import GOLDEN, ROOT
+from conftest import ROOT, TINY
 
-ADAPTER = GOLDEN / "adapters" / "v1" / "qkv"
-BASE = GOLDEN / "chatglm-6b-tiny"
-FLAGS = f"--model_name_or_path {BASE} --adapter_path {ADAPTER} --max_new_tokens 8"
-QUESTIONS = ("你好", "再说一遍")
+BASE = TINY  # it has been trained, so what it says can be read
+QUESTIONS = ("把下面的句子写成日记:老李今天在家里拍照", "老王昨天在家里喝茶")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 
-def expected_answers(use_adapter):
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory):
+    """One that changes what the base says."""
+    model = attach_adapter(load_model(str(BASE)), 4, 32, 0.0, ["query_key_value"], seed=0)
+    torch.manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(std=0.2)
+    path = tmp_path_factory.mktemp("adapter") / "changed"
+    save_adapter(model, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def flags(adapter):
+    return f"--model_name_or_path {BASE} --adapter_path {adapter} --max_new_tokens 8"
+
+
+def expected_answers(adapter):
     """What the engine answers to the questions, one after the other, each with the history before it."""
     model, tokenizer = load_model(str(BASE)), load_tokenizer(str(BASE))
-    if use_adapter:
-        model = load_adapter(model, ADAPTER).merge_and_unload()
+    if adapter:
+        model = load_adapter(model, adapter).merge_and_unload()
     template, messages, found = template_for(tokenizer, "native"), [], []
     for question in QUESTIONS:
         messages.append(Message("user", question))
@@ -44,25 +60,27 @@ def expected_answers(use_adapter):
 
 
 @pytest.fixture(scope="module")
-def expected():
-    return {name: expected_answers(name == "adapter") for name in ("adapter", "base")}
+def expected(adapter):
+    found = {"adapter": expected_answers(adapter), "base": expected_answers(None)}
+    assert all(answer.strip() for answers in found.values() for answer in answers)
+    assert all(a != b for a, b in zip(*found.values(), strict=True)), found
+    return found
 
 
-def test_terminal(run_script, monkeypatch, expected):
+def test_terminal(run_script, monkeypatch, flags, expected):
     typed = [*QUESTIONS, "/clear", "/base", *QUESTIONS, "/quit"]
     monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(typed) + "\n"))
-    out = run_script(f"tools/chat.py {FLAGS}").check().out
-    assert expected["adapter"] != expected["base"]
+    out = run_script(f"tools/chat.py {flags}").check().out
     place = 0
     for answer in (*expected["adapter"], "the base answers", *expected["base"]):
         place = out.index(answer, place) + len(answer)
 
 
-def test_answers_grow(expected, monkeypatch):
+def test_answers_grow(adapter, expected, monkeypatch):
     from tools.chat import Chat, Choices
 
     tokenizer = load_tokenizer(str(BASE))
-    chat = Chat(load_adapter(load_model(str(BASE)), ADAPTER), tokenizer, template_for(tokenizer, "native"), True)
+    chat = Chat(load_adapter(load_model(str(BASE)), adapter), tokenizer, template_for(tokenizer, "native"), True)
     texts = list(chat.answer([Message("user", QUESTIONS[0])], Choices(8)))
     assert len(texts) > 4 and texts[-1] == expected["adapter"][0]
     assert [len(text) for text in texts] == sorted(len(text) for text in texts)
@@ -78,12 +96,12 @@ def test_answers_grow(expected, monkeypatch):
 
 
 @pytest.fixture
-def page(tmp_path):
+def page(tmp_path, flags):
     """The address of the page that `--web` serves."""
     port = free_port()
     with (tmp_path / "log").open("w") as log:
         process = subprocess.Popen(
-            [sys.executable, "tools/chat.py", *FLAGS.split(), "--web", "--port", str(port)],
+            [sys.executable, "tools/chat.py", *flags.split(), "--web", "--port", str(port)],
             cwd=ROOT,
             stdout=log,
             stderr=subprocess.STDOUT,
@@ -121,6 +139,7 @@ def test_page(page, tmp_path, expected):
                 answer = " ".join(expected[side][number].split())
                 expect(tab.locator(f"#{side}")).to_contain_text(answer, timeout=60_000)
                 expect(tab.locator(f"#{side}")).to_contain_text(question)
+            tab.wait_for_timeout(500)
         tab.screenshot(path=str(tmp_path / "page.png"))
         assert (tmp_path / "page.png").stat().st_size > 10_000
         tab.locator("#clear").click()
