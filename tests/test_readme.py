@@ -69,10 +69,10 @@ def test_commands_in_order(run_command, workspace):
             command += f" --model_name_or_path {TINY}"
         if "multi_gpu_fintune_belle.py" in command:
             command += " --max_steps 3"
-        if "_inference.py" in command or "evaluate.py" in command:
-            command += " --max_new_tokens 8"
         if "evaluate.py" in command:
-            command += " --max_rows 4"
+            command += " --max_new_tokens 8 --max_rows 4"
+        if "_inference.py" in command:
+            command += " --max_new_tokens 8 --overwrite"
         script.append(command)
         ran.append(command)
     (workspace / "commands.sh").write_text("\n".join(script))

@@ -155,7 +155,7 @@ class Engine:
         lengths, and are taken when there is a slot for them.
         """
         source = iter(tasks)
-        few = -(-self.slots // 16)  # slots that are worth reading prompts for
+        few = -(-self.slots // (16 if self.slots < 128 else 8))  # slots that are worth reading prompts for
         while True:
             free = [slot for slot, task in enumerate(self.running) if task is None]
             if len(free) >= few:

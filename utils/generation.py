@@ -145,11 +145,11 @@ def generate_answers(
     ]
     longest = len(valid[-1].input_ids) + settings.max_new_tokens
     share = -(-len(tasks) // replica.replicas)
-    slots = min(batch_size or fitting_slots(model, longest, share), share)
+    slots = min(batch_size or replica.least(fitting_slots(model, longest, share)), share)
     stop_ids = template.stop_ids(tokenizer)
     source = shared_out(tasks, replica)
     if can_serve(model):
-        done = _serve(model, source, slots, longest, stop_ids, tokenizer.pad_token_id, settings, end, clock)
+        done = _serve(model, source, slots, longest, stop_ids, tokenizer.pad_token_id, settings, end, replica, clock)
     else:
         done = _generate(model, source, slots, stop_ids, tokenizer.pad_token_id, settings, end, device, clock)
     parts: dict[int, list[Task]] = {}
@@ -209,6 +209,7 @@ def _serve(
     pad_token_id: int,
     settings: AnswerSettings,
     end: TextEnd,
+    replica: Replica,
     clock: Clock,
 ) -> Iterator[Task]:
     """By the engine. A task that finds no memory even alone comes back without an answer."""
@@ -221,6 +222,8 @@ def _serve(
             yield from engine.answer(source)
             return
         except torch.OutOfMemoryError:
+            if replica.group is not None:  # the others of a sharded model do not know of it
+                raise
             left = engine.unfinished() if engine else []
             slots = _halve(slots)
             if slots == 0:
