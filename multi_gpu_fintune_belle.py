@@ -28,19 +28,23 @@ from utils.distributed import (
 from utils.errors import UsageError, run
 from utils.fp8 import FP8
 from utils.lora import attach_adapter
+from utils.memory_estimate import resolve_checkpointing
 from utils.preflight import open_request
 from utils.quantization import stored_bits
 from utils.run_checkpoints import claim, find_resumable, start_afresh
+from utils.run_plan import describe_plan
 from utils.run_record import keep_log, settle_reporters, write_run
 from utils.target_loss import use_target_loss
 from utils.token_dataset import fingerprint_rows
 from utils.training import (
+    BY_LENGTH,
     AdapterTrainer,
     StopOnSignal,
     describe_run,
     describe_settings,
     pack_dataset,
     resolve_precision,
+    set_checkpointing,
     settle_evaluation,
 )
 from utils.training_speed import decoder_blocks, resolve_compile, speed_up
@@ -77,6 +81,7 @@ class FinetuneArguments:
     compile_layers: bool | None = field(
         default=None, metadata={"help": "compile the model's layers (with --packing on a GPU, unless it is false)"}
     )
+    plan: bool = field(default=False, metadata={"help": "say what the run will be and what memory it takes, and end"})
     lora_rank: int = field(default=8, metadata={"help": "rank of the adapter"})
     lora_alpha: int = field(default=32, metadata={"help": "the adapter is scaled by lora_alpha / lora_rank"})
     lora_dropout: float = field(default=0.0, metadata={"help": "dropout on the adapter's input, 0 to 1"})
@@ -88,17 +93,22 @@ class FinetuneArguments:
 def parse_arguments(argv: list[str]):
     """Returns FinetuneArguments, TrainingArguments, what they name, and the weights' dtype; joins the processes."""
     parser = HfArgumentParser((FinetuneArguments, TrainingArguments), description=__doc__)
-    parser.set_defaults(per_device_eval_batch_size=None)  # then that of training
+    decided = ("gradient_checkpointing", "dataloader_num_workers", "per_device_eval_batch_size")  # where no flag does
+    parser.set_defaults(train_sampling_strategy=BY_LENGTH, **dict.fromkeys(decided))
     values = parser.parse_args(argv)
     request = open_request(values)
     settle_evaluation(values)
     dtype = resolve_precision(values)
     init_process_group(bool(values.deepspeed) or launched_by_accelerate_with_deepspeed())
     values.use_cpu = values.use_cpu or not torch.cuda.is_available()  # else accelerate makes each process a world of 1
+    if values.dataloader_num_workers is None:  # beside a GPU batches are made ahead, by a process of their own
+        values.dataloader_num_workers = 0 if values.use_cpu else 1
     values.ddp_broadcast_buffers = False  # none changes in training
     values.ddp_find_unused_parameters = False  # every part of an adapter is used in every step
     values.logging_nan_inf_filter = False  # such a loss ends the run
     values.remove_unused_columns = False  # the dataset has just the columns that the collator reads
+    if values.packing and values.train_sampling_strategy == BY_LENGTH:  # packs are of one length
+        values.train_sampling_strategy = "random"
     try:
         finetune_args, training_args = parser.parse_dict(vars(values))
     except ValueError as error:
@@ -119,6 +129,10 @@ def main() -> None:
     resume_from = None
     if training_args.resume_from_checkpoint:
         resume_from = find_resumable(training_args.resume_from_checkpoint, training_args.output_dir, settings)
+    set_checkpointing(training_args, resolve_checkpointing(request, args, training_args, dtype))
+    if args.plan:
+        print_once(describe_plan(request, args, training_args, dtype))
+        return
     with claim(training_args.output_dir), keep_log(training_args.output_dir):
         if resume_from is None:
             start_afresh(training_args.output_dir, settings)
@@ -140,7 +154,8 @@ def main() -> None:
                 eval_dataset, shape = pack_dataset(eval_dataset, args.pack_tokens, training_args.seed, packs_a_batch)
                 eval_collator = replace(collator, shape=shape if args.compile_layers else None)
         counts = (len(dataset), args.packing, *model.get_nb_trainable_parameters())
-        print_once(describe_run(training_args, dtype, checkpoint.quantization, *counts))
+        held = f"int{checkpoint.quantization.bits}" if checkpoint.quantization else args.quantize
+        print_once(describe_run(training_args, dtype, held, *counts))
         trainer = AdapterTrainer(
             model=model,
             args=training_args,

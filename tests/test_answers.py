@@ -2,6 +2,7 @@
 
 import csv
 import json
+import sys
 
 from utils.answer_files import AnswerFile
 from utils.checkpoint import Checkpoint, load_model, load_tokenizer
@@ -14,7 +15,10 @@ from utils.sampling import Sampling
 
 import pytest
 import torch
-from conftest import TINY
+from conftest import ROOT, TINY
+
+sys.path.insert(0, str(ROOT / "tests" / "faults"))
+import kill_inference
 
 SCRIPT = "chatglm_milti_gpu_inference.py"
 TEXTS = (
@@ -262,3 +266,18 @@ def test_no_memory_for_one_row(rows, expected, monkeypatch):
     for row, length, text in zip(done, lengths, expected, strict=True):
         assert row["answer"] == (None if length > 12 else text)
         assert ("no memory" in row.get("error", "")) == (length > 12)
+
+
+@pytest.mark.slow
+def test_killed_inference_loses_nothing(tmp_path):
+    assert kill_inference.torture(tmp_path, kills=3, seed=1)["kills"] == 3
+
+
+def test_the_benchmark_runs(run_command):
+    command = (
+        "python benchmarks/inference_throughput.py --shape tiny-glm --batch_size 3 --prompt_tokens 9 --new_tokens 6 "
+        "--job 6 --baselines --agreement"
+    )
+    result = json.loads(run_command(command).check().out.splitlines()[-1])
+    assert result["tokens_per_second"] > 0 and result["job"]["rows"] == 6
+    assert result["engine_agreement"] == result["generate_agreement"] == 1.0

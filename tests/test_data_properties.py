@@ -2,12 +2,17 @@
 
 import gzip
 import json
+import sys
 
 from utils.rows import RowError, parse_row, read_rows
 
 import pytest
+from conftest import ROOT
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+
+sys.path.insert(0, str(ROOT / "tests" / "faults"))
+import fuzz
 
 quick = settings(
     derandomize=True, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
@@ -137,3 +142,10 @@ def test_damage_ends_in_a_report(file, run_script, table, layout, packed, wounds
         listed = len(rejected.read_text(encoding="utf-8").splitlines()) if rejected.is_file() else 0
         assert counts["written"] == written and counts["rejected"] == listed
         assert counts["read"] == written + listed + counts["skipped"]
+
+
+def test_the_kept_cases_of_the_fuzz_harness(tmp_path):
+    for name, (_, check) in fuzz.targets(tmp_path).items():
+        assert fuzz.seeds(name), name
+        for case in fuzz.seeds(name):
+            check(case)

@@ -1,6 +1,7 @@
 """Both inference scripts, on one process and several; and the engine behind them."""
 
 import json
+import socket
 
 from utils.checkpoint import Checkpoint, load_model, load_tokenizer
 from utils.errors import UsageError
@@ -231,3 +232,14 @@ def test_engine_batches_prompts_of_like_length(workspace):
     done = list(generate_answers(model, tokenizer, template, requests, 2, 4, torch.device("cpu")))
     lengths = [row["prompt_tokens"] for row in done if "prompt_tokens" in row]
     assert lengths == sorted(lengths) and len(done) == len(ROWS)
+
+
+@pytest.mark.slow
+def test_a_port_in_use_is_refused(run_command):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        launcher = f"deepspeed --num_gpus 2 --master_port {taken.getsockname()[1]}"
+        result = run_command(f"{launcher} chatglm_deepspeed_inference.py --model_name_or_path {TINY}")
+    assert "is in use, by another run perhaps: give the launcher --master_port" in result.err
+    assert result.code and "Traceback" not in result.err

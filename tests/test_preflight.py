@@ -4,7 +4,8 @@ import json
 import re
 import socket
 
-from utils.errors import take_debug_flag
+from utils.errors import UsageError, take_debug_flag
+from utils.fp8 import check_device
 
 import datasets
 import pytest
@@ -89,6 +90,34 @@ def test_a_spoiled_deepspeed_file(faults, tmp_path, text, words):
     (tmp_path / "ds.json").write_text(text)
     (line,) = faults(f"--deepspeed {tmp_path}/ds.json")
     assert re.search(words, line), line
+
+
+def test_fp8_where_it_cannot_be(faults, monkeypatch):
+    def check(flags, *starts):
+        found = faults(f"--quantize fp8 {flags}")
+        assert len(found) == len(starts) and all(map(str.startswith, found, starts)), found
+
+    partitioned = "a quantised base cannot be partitioned by ZeRO-3"
+    in_float32 = "--quantize fp8 computes in 16 bits: give --bf16 too"
+    no_gpu = "--quantize fp8 needs a Hopper GPU or newer (found no GPU)"
+    check("--deepspeed ds_config_zero3.json", partitioned, no_gpu, in_float32)
+    monkeypatch.setattr("utils.preflight.check_device", lambda: None)
+    check("--bf16 --deepspeed ds_config_zero3.json", partitioned)
+    check("", in_float32)
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    integers = f"{GOLDEN}/chatglm-6b-int4-tiny"
+    quantised = f"--quantize fp8: {integers} is quantised to integers already"
+    check(f"--model_name_or_path {integers}", "--dataset_path", quantised)  # nor is its tokenizer the dataset's
+
+
+def test_fp8_on_a_gpu_without_it(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda: "NVIDIA A100")
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda: (8, 0))
+    with pytest.raises(UsageError, match="found NVIDIA A100"):
+        check_device()
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda: (9, 0))
+    check_device()
 
 
 def test_deepspeed_twice_and_over_a_quantised_base(faults, monkeypatch):

@@ -1,11 +1,13 @@
 """INT8 and INT4: the released checkpoints against values of the released code, and full ones quantised on load."""
 
 import json
+import sys
 
+from utils import quantization
 from utils.checkpoint import Checkpoint, load_model
 from utils.errors import UsageError
 from utils.lora import attach_adapter
-from utils.quantization import QuantizedLinear, dequantize, quantize
+from utils.quantization import BITS, QuantizedLinear, dequantize, quantize
 
 import pytest
 import torch
@@ -107,6 +109,80 @@ def test_gradients_are_those_of_the_dequantised_weights():
         assert gradient.norm() > 0 and (gradient - gradients[1][name]).norm() <= 1e-4 * gradient.norm(), name
 
 
+@pytest.fixture
+def choose_kernels(monkeypatch):
+    """choose_kernels(name): those of that name alone serve, as the environment variable has it."""
+
+    def forget():
+        quantization._triton_kernels.cache_clear()
+        quantization._cpm_kernels.cache_clear()
+
+    def choose(name):
+        monkeypatch.setattr(quantization, "KERNELS", name)
+        forget()
+
+    yield choose
+    forget()
+
+
+on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="kernels of GPUs")
+SIXTEEN_BITS = [(name, dtype) for name in ("triton", "cpm_kernels") for dtype in quantization.SIXTEEN_BITS]
+
+
+@on_gpu
+@pytest.mark.parametrize("name, dtype", [*SIXTEEN_BITS, ("cpm_kernels", torch.float32)])
+@pytest.mark.parametrize("bits", (8, 4))
+@pytest.mark.parametrize("rows, columns", ((1, 1), (3, 17), (129, 1031), (4608, 4096)))
+def test_gpu_kernels_compute_what_torch_does(choose_kernels, name, dtype, bits, rows, columns):
+    """Bit for bit; `columns` are bytes."""
+    choose_kernels(name)
+    kernels = quantization._triton_kernels() or quantization._cpm_kernels()
+    torch.manual_seed(0)
+    weight = torch.randint(-128, 128, (rows, columns), dtype=torch.int8, device="cuda")
+    scale = torch.rand(rows, device="cuda").half()
+    assert torch.equal(kernels.dequantize(weight, scale, bits, dtype), dequantize(weight, scale, bits, dtype))
+
+
+@on_gpu
+@pytest.mark.parametrize("quantize_to, dtype", [("int8", torch.bfloat16), ("int4", torch.float16)])
+def test_gpu_layers_agree_whatever_the_kernels(choose_kernels, quantize_to, dtype):
+    """Forward, and backward in autograd's own thread, for few rows and for many."""
+    values = {}
+    for name in ("torch", "cpm_kernels", "triton"):
+        choose_kernels(name)
+        torch.manual_seed(0)
+        layer = QuantizedLinear(nn.Linear(96, 130, bias=False), BITS[quantize_to])
+        layer.to_empty(device="cuda")
+        integers, scale = quantize(torch.randn(130, 96), layer.bits)
+        layer.weight.copy_(integers)
+        layer.weight_scale.copy_(scale)
+        hidden_states = torch.randn(200, 96).to("cuda", dtype).requires_grad_()
+        output = layer(hidden_states)
+        output.sum().backward()
+        with torch.no_grad():
+            values[name] = output, hidden_states.grad, layer(hidden_states[:3])
+    for name in ("cpm_kernels", "triton"):
+        for actual, expected in zip(values[name], values["torch"], strict=True):
+            assert (actual - expected).norm() <= 1e-2 * expected.norm()
+
+
+def test_where_cpm_kernels_fails_torch_serves(choose_kernels, monkeypatch, capsys):
+    choose_kernels("cpm_kernels")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setitem(sys.modules, "pkg_resources", None)
+    for name in [name for name in sys.modules if name.partition(".")[0] == "cpm_kernels" or "nvrtc" in name]:
+        monkeypatch.delitem(sys.modules, name)
+    assert quantization._cpm_kernels() is quantization._cpm_kernels() is None
+    said = capsys.readouterr().out
+    assert said.count("\n") == 1 and "dequantised by torch operations: cpm_kernels does not run here" in said
+
+
+def test_kernels_that_nobody_knows(choose_kernels):
+    choose_kernels("cuda")
+    with pytest.raises(UsageError, match="CHATGLM_KERNELS=cuda: give triton, cpm_kernels or torch"):
+        quantization._triton_kernels()
+
+
 @pytest.fixture(scope="module")
 def workspace(run_script, tmp_path_factory):
     """tokens, and an adapter trained on the tiny model in int4 by one process."""
@@ -145,6 +221,27 @@ def test_every_placement_gives_the_same_answers(run_script, run_command, workspa
     assert "on disk" in said and offloaded == plain
     replicated, said = answers("deepspeed --num_gpus 2 chatglm_deepspeed_inference.py", run_command)
     assert said.count("int4 weights are not sharded") == 1 and replicated == plain
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ("chatglm2-6b-tiny", "chatglm3-6b-tiny", "glm-4-9b-chat-tiny", *RELEASED))
+def test_every_generation_trains_and_answers(run_script, tmp_path, name):
+    """Released integers are found; full weights are quantised on load."""
+    flags = f"--model_name_or_path {GOLDEN / name}" + (" --quantize int8" if name not in RELEASED else "")
+    run_script(
+        f"tokenize_dataset_rows_belle.py --jsonl_path data/sample.train.json --save_path {tmp_path}/tokens "
+        f"--max_seq_length 60 --model_name_or_path {GOLDEN / name}"
+    ).check()
+    result = run_script(
+        f"multi_gpu_fintune_belle.py --dataset_path {tmp_path}/tokens --lora_rank 4 --learning_rate 2e-3 "
+        f"--max_steps 2 --output_dir {tmp_path}/adapter {flags}"
+    ).check()
+    assert f"weights int{4 if 'int4' in name else 8}, computing in float32" in result.out
+    run_script(
+        f"chatglm_milti_gpu_inference.py --adapter_path {tmp_path}/adapter --output_path {tmp_path}/answers "
+        f"--max_new_tokens 4 {flags}"
+    ).check()
+    assert len((tmp_path / "answers").read_text().splitlines()) == 8
 
 
 @pytest.mark.slow

@@ -9,12 +9,16 @@ import signal
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 from utils.run_checkpoints import MANIFEST_FILE, compare, find_damage, list_checkpoints, rotate, seal
+from utils.training import ExactOffload
 
 import pytest
+import torch
 from conftest import ROOT, TINY
 from safetensors.torch import load_file
+from torch import nn
 
 sys.path.insert(0, str(ROOT / "tests" / "faults"))
 import kill_training
@@ -77,6 +81,15 @@ def test_resumed_from_the_last_whole_checkpoint(train, tmp_path):
         assert names(damaged) == ["checkpoint-2", "checkpoint-4", "checkpoint-6"] and not find_damage(
             damaged / "checkpoint-4"
         )
+
+
+def test_resumed_in_the_second_epoch(train, tmp_path):
+    """Whose order of rows, by length, is another than the first one's."""
+    flags = FLAGS.replace("batch_size 2", "batch_size 128")  # 3 steps an epoch
+    train(tmp_path / "whole", settings=flags).check()
+    shutil.copytree(tmp_path / "whole" / "checkpoint-4", tmp_path / "resumed" / "checkpoint-4")
+    train(tmp_path / "resumed", "--resume_from_checkpoint latest", settings=flags).check()
+    assert kill_training.same_adapter(tmp_path / "whole", tmp_path / "resumed")
 
 
 def test_a_named_checkpoint(train, tmp_path):
@@ -217,3 +230,29 @@ def test_sigterm_on_two_processes(started, tmp_path):
     assert not find_damage(newest) and (newest / "rng_state_1.pth").is_file()
     assert json.loads((newest / "run.json").read_text())["steps"]["processes"] == 2
     assert load_file(newest / "adapter_model.safetensors")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("steps", (2, 5))
+def test_an_optimizer_in_cpu_memory_goes_on_exactly(steps):
+    """After 2 and after 5 steps, where the power of beta2 that its C++ code takes anew is another one."""
+    from deepspeed.ops.adam import DeepSpeedCPUAdam as cpu_adam
+
+    gradients = torch.randn(8, 1000, generator=torch.Generator().manual_seed(0))
+    whole, first = (nn.Parameter(torch.ones(1000)) for _ in range(2))
+
+    def advance(parameter, optimizer, gradients):
+        for gradient in gradients:
+            parameter.grad = gradient.clone()
+            optimizer.step()
+
+    advance(whole, cpu_adam([whole], lr=1e-2), gradients)
+    before = cpu_adam([first], lr=1e-2)
+    advance(first, before, gradients[:steps])
+    second = nn.Parameter(first.detach().clone())
+    after = cpu_adam([second], lr=1e-2)
+    after.load_state_dict(before.state_dict())
+    prepared = SimpleNamespace(optimizer=SimpleNamespace(optimizer=after))
+    ExactOffload().on_train_begin(None, None, None, optimizer=prepared)
+    advance(second, after, gradients[steps:])
+    assert second.equal(whole)

@@ -1,11 +1,12 @@
 """What makes training fast computes what PEFT, padding and sdpa compute."""
 
 import copy
+import json
 import sys
 
 from tools.random_checkpoint import random_model
 from utils import varlen_attention
-from utils.batching import PackingCollator
+from utils.batching import PackingCollator, RowsByLength
 from utils.chatglm.modeling_chatglm import derive_position_ids
 from utils.lora import attach_adapter
 from utils.lora_layers import Absorbed, fuse_projections
@@ -108,7 +109,7 @@ def test_attention_without_a_mask(shape, monkeypatch):
 
 @pytest.mark.slow
 def test_compiled_layers_train_the_same_adapter(run_script, tmp_path):
-    """With batches that are filled up to one shape, as compiled layers need them."""
+    """With batches that are filled up to one shape, as compiled layers need them, made by a process beside."""
     base = f"{tmp_path}/base"
     run_script(f"tools/random_checkpoint.py --shape tiny-glm --output_dir {base}").check()
     data = f"--model_name_or_path {base}"
@@ -116,12 +117,33 @@ def test_compiled_layers_train_the_same_adapter(run_script, tmp_path):
         f"tokenize_dataset_rows_belle.py --jsonl_path data/sample.train.json --save_path {tmp_path}/tokens {data}"
     ).check()
     flags = f"--dataset_path {tmp_path}/tokens {data} --packing --pack_tokens 1024 --per_device_train_batch_size 1"
-    for compiled in ("true", "false"):
-        out = f"--max_steps 3 --logging_steps 1 --compile_layers {compiled} --output_dir {tmp_path}/{compiled}"
+    for compiled, workers in (("true", 1), ("false", 0)):
+        how = f"--compile_layers {compiled} --dataloader_num_workers {workers}"
+        out = f"--max_steps 3 --logging_steps 1 {how} --output_dir {tmp_path}/{compiled}"
         output = run_script(f"{TRAIN} {flags} {out}").check().out
         assert "'tokens_per_second'" in output and "'seconds_left'" in output and '"first_step_seconds"' in output
     compiled, plain = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("true", "false"))
     assert all((compiled[name] - plain[name]).abs().max() <= 1e-6 for name in plain)
+
+
+def test_rows_of_a_batch_are_of_similar_length():
+    lengths = torch.randint(1, 200, (803,), generator=torch.Generator().manual_seed(0)).tolist()
+    rows = RowsByLength(lengths, global_batch=8, seed=3)
+    first = list(rows)
+    assert sorted(first) == list(range(803)) and list(rows) == first == list(RowsByLength(lengths, 8, 3))
+    batches = [[lengths[row] for row in first[start : start + 8]] for start in range(0, 800, 8)]
+    assert sum(8 * max(batch) for batch in batches) < 1.1 * sum(map(sum, batches))
+    rows.set_epoch(1)
+    assert list(rows) != first
+
+
+@pytest.mark.slow
+def test_the_benchmark(run_command):
+    flags = "--packing false --per_device_train_batch_size 4 --pack_tokens 1024"
+    command = f"{sys.executable} benchmarks/train_throughput.py --shape tiny --rows 100 -- {flags}"
+    result = json.loads(run_command(command).check().out.splitlines()[-1])
+    assert result["ours"]["tokens_per_second"] > 0 and result["baseline"]["tokens_per_second"] > 0
+    assert 0 < result["ours"]["padding"] < 1 and result["flags"].endswith(flags) and result["speedup"] > 0
 
 
 def test_throughput_counts_since_the_first_step(monkeypatch):

@@ -8,6 +8,7 @@ from utils.packing import PackShape
 from utils.prompts import IGNORE_INDEX
 
 import torch
+from transformers.trainer_pt_utils import LengthGroupedSampler
 
 
 def find_targets(labels: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -124,6 +125,25 @@ class PackingCollator:
             batch["prefix_tokens"] = prefixed.nonzero().squeeze(1)
             batch["cu_prefix"] = torch.nn.functional.pad(prefixed.cumsum(0, dtype=torch.int32), (1, 0))[starts]
         return batch
+
+
+class RowsByLength(LengthGroupedSampler):
+    """
+    Rows in a random order in which those of a global batch are of similar length, so that little is padded. The order
+    of an epoch depends on lengths, global batch, seed and epoch alone; transformers' own draws it from torch's state,
+    which a run that goes on in the middle of an epoch does not have.
+    """
+
+    def __init__(self, lengths: list[int], global_batch: int, seed: int):
+        super().__init__(global_batch, lengths=lengths)
+        self.seed, self.epoch = seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __iter__(self):
+        self.generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        return super().__iter__()
 
 
 def left_pad(sequences: Sequence[Sequence[int]], pad_token_id: int) -> dict[str, torch.Tensor]:

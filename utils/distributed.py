@@ -8,6 +8,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from utils.errors import UsageError
 from utils.extension_builds import remove_stale_build_locks
 from utils.peers import Peers
 from utils.processes import end_with_parent
@@ -45,6 +46,25 @@ def print_once(message: str) -> None:
     """Prints on rank 0 alone."""
     if is_main_process():
         print(message, flush=True)
+
+
+def check_port() -> None:
+    """
+    Raises:
+        UsageError: this process is to listen where another one listens already.
+    """
+    hosts_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"  # else torchrun listens, and fails there
+    if world_size() == 1 or process_rank() != 0 or not hosts_store or "MASTER_PORT" not in os.environ:
+        return
+    port = int(os.environ["MASTER_PORT"])
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", port))
+        except OSError:
+            raise UsageError(
+                f"port {port} is in use, by another run perhaps: give the launcher --master_port"
+            ) from None
 
 
 def init_process_group(use_deepspeed: bool) -> None:

@@ -40,15 +40,16 @@ class Peers:
         self.answered = time.monotonic()  # when the store last did
         self.heard = dict.fromkeys(self.others, (b"", self.answered))
         self.ended = threading.Event()
-        for work in (self._beat, self._watch_store):
-            threading.Thread(target=work, daemon=True).start()
+        self.threads = [threading.Thread(target=work, daemon=True) for work in (self._beat, self._watch_store)]
+        for thread in self.threads:
+            thread.start()
         failing.append(self.tell)
 
     def close(self) -> None:
         """Says that this process ends as it should."""
         failing.remove(self.tell)
         self.store.set(f"ended.{self.rank}", "done")
-        self.ended.set()
+        self._stop()
 
     def tell(self, error: BaseException) -> None:
         """
@@ -57,10 +58,17 @@ class Peers:
         """
         if not isinstance(error, RunError) and CONNECTION.search(f"{type(error).__name__} {error}"):
             time.sleep(VERDICT)
+            self._stop()
             return
         reason = describe(error) if isinstance(error, RunError) else f"{type(error).__name__}: {error}"
         self.store.set(f"ended.{self.rank}", " ".join(reason.split())[:500])
+        self._stop()
+
+    def _stop(self) -> None:
+        """Waits for the threads: one that the interpreter's end meets in a call to the store aborts the process."""
         self.ended.set()
+        for thread in self.threads:
+            thread.join(timeout=5 * BEAT)
 
     def _beat(self) -> None:
         beat = 0

@@ -11,6 +11,7 @@ from typing import Any
 from utils.chatglm.generations import Generation
 from utils.checkpoint import Checkpoint, load_model
 from utils.distributed import (
+    check_port,
     gather_from_all,
     init_deepspeed,
     init_process_group,
@@ -52,7 +53,7 @@ def load_on_processes(
             fewest processes whose memory together holds it. The choice is printed.
 
     Raises:
-        UsageError: see `Checkpoint.open` and `check_heads`; or `tp_size` is above 1 with quantised weights.
+        UsageError: see `check_port`, `Checkpoint.open` and `check_heads`; or quantised weights with `tp_size` above 1.
     """
     checkpoint = Checkpoint.open(path_or_id, quantize=stored_bits(quantize))
     processes = world_size()
@@ -64,6 +65,7 @@ def load_on_processes(
         tp_size = 1
     if tp_size is not None:
         check_heads(checkpoint.config, tp_size)
+    check_port()
     init_process_group(use_deepspeed=False)
     if tp_size is None:
         tp_size, why = fitting_tp_size(checkpoint, dtype)

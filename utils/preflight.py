@@ -4,7 +4,6 @@ import contextlib
 import importlib.util
 import json
 import os
-import socket
 from argparse import Namespace
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from typing import Any
 
 from utils.checkpoint import Checkpoint, load_tokenizer
 from utils.deepspeed_config import read_deepspeed_config
-from utils.distributed import launched_by_accelerate_with_deepspeed, print_once, process_rank, world_size
+from utils.distributed import check_port, launched_by_accelerate_with_deepspeed, print_once
 from utils.errors import Faults, UsageError
 from utils.fp8 import FP8, check_device
 from utils.fsdp import launched_by_accelerate_with_fsdp
@@ -34,6 +33,7 @@ UNSERVED: dict[str, tuple[tuple[Any, ...], str]] = {
     "fsdp": (("", None, [], False), "accelerate launch --config_file configs/accelerate_fsdp2.yaml brings it"),
     "auto_find_batch_size": ((False,), "a run that goes on with another batch size would be another run"),
 }
+CHECKPOINTING = ("gradient_checkpointing", "activation_checkpointing")
 AT_LEAST = {  # the smallest value of a number, by flag
     "lora_rank": 1,
     "pack_tokens": 1,
@@ -52,6 +52,7 @@ class Request:
     tokenizer: PreTrainedTokenizerBase
     checkpoint: Checkpoint
     origin: AdapterOrigin  # of the adapter that will be trained
+    checkpointing: bool | None = None  # what the flags say; None where they do not
 
 
 def open_request(values: Namespace) -> Request:
@@ -111,7 +112,7 @@ def open_request(values: Namespace) -> Request:
     faults.report()
     origin = AdapterOrigin(template, checkpoint.fingerprint(), values.model_name_or_path)
     check_adapter_there(values, origin)
-    return Request(dataset, eval_dataset, tokenizer, checkpoint, origin)
+    return Request(dataset, eval_dataset, tokenizer, checkpoint, origin, checkpointing_flag(values))
 
 
 @contextlib.contextmanager
@@ -136,6 +137,12 @@ def split_off(dataset: datasets.Dataset, fraction: float) -> tuple[datasets.Data
         raise UsageError(f"--eval_fraction {fraction}: of {len(dataset)} rows none {side}; give another share")
     print_once(f"{len(held_out)} of {len(dataset)} rows held out for evaluation")
     return dataset.select(kept), dataset.select(held_out)
+
+
+def checkpointing_flag(values: Namespace) -> bool | None:
+    """Under the name that transformers had for it, or has since 5.24; None where neither was given."""
+    given = (vars(values).get(name) for name in CHECKPOINTING)
+    return next((value for value in given if value is not None), None)
 
 
 def keep_trained(dataset: datasets.Dataset, dataset_path: str) -> datasets.Dataset:
@@ -209,25 +216,6 @@ def check_devices(values: Namespace) -> None:
     cards = torch.cuda.device_count()
     if cards and processes > cards and not values.use_cpu:
         raise UsageError(f"{processes} processes and {cards} GPUs: start {cards} at most (--nproc_per_node {cards})")
-
-
-def check_port() -> None:
-    """
-    Raises:
-        UsageError: this process is to listen where another one listens already.
-    """
-    hosts_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"  # else torchrun listens, and fails there
-    if world_size() == 1 or process_rank() != 0 or not hosts_store or "MASTER_PORT" not in os.environ:
-        return
-    port = int(os.environ["MASTER_PORT"])
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("", port))
-        except OSError:
-            raise UsageError(
-                f"port {port} is in use, by another run perhaps: give the launcher --master_port"
-            ) from None
 
 
 def zero_stage(values: Namespace) -> int | None:

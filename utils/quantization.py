@@ -9,12 +9,14 @@ The released code has two roundings: its GPU kernels round integer times scale t
 Everything here computes what the GPU kernels do.
 """
 
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 from types import ModuleType
 from typing import Any
 
+from utils.distributed import print_once
 from utils.errors import UsageError
 
 import torch
@@ -22,6 +24,8 @@ from torch import nn
 
 BITS = {"int8": 8, "int4": 4}  # what --quantize takes
 WEIGHT, SCALE = "weight", "weight_scale"
+SIXTEEN_BITS = torch.float16, torch.bfloat16
+KERNELS = os.environ.get("CHATGLM_KERNELS")  # triton, cpm_kernels or torch; without it the first of them that runs
 TRITON_CAPABILITY = (7, 5)  # the oldest GPUs that Triton compiles for
 FEW_ROWS = 64  # up to here a product is bound by reading the weight, and the integers are read once
 
@@ -92,10 +96,17 @@ def dequantize(weight: torch.Tensor, scale: torch.Tensor, bits: int, dtype: torc
     return (weight.half() * scale[:, None]).to(dtype)
 
 
+def _may_run(kernels: str) -> bool:
+    """Whether a GPU is there, and the environment does not ask for others."""
+    if KERNELS not in (None, "triton", "cpm_kernels", "torch"):
+        raise UsageError(f"CHATGLM_KERNELS={KERNELS}: give triton, cpm_kernels or torch")
+    return torch.cuda.is_available() and KERNELS in (None, kernels)
+
+
 @cache
-def _kernels() -> ModuleType | None:
-    """Triton's kernels, where it is installed and knows the GPU; elsewhere torch's operations do."""
-    if not torch.cuda.is_available() or torch.cuda.get_device_capability() < TRITON_CAPABILITY:
+def _triton_kernels() -> ModuleType | None:
+    """Triton's, where it is installed and knows the GPU."""
+    if not _may_run("triton") or torch.cuda.get_device_capability() < TRITON_CAPABILITY:
         return None
     try:
         from utils import quantized_kernels
@@ -104,14 +115,38 @@ def _kernels() -> ModuleType | None:
     return quantized_kernels
 
 
-def _fits_kernels(tensor: torch.Tensor) -> bool:
-    return tensor.is_cuda and tensor.dtype in (torch.float16, torch.bfloat16) and _kernels() is not None
+@cache
+def _cpm_kernels() -> ModuleType | None:
+    """The one that cpm_kernels compiles, where Triton's do not run and it computes what torch's operations do."""
+    if _triton_kernels() or not _may_run("cpm_kernels"):
+        return None
+    try:
+        from utils import nvrtc_kernels
+
+        weight = torch.arange(-128, 128, dtype=torch.int8, device="cuda")[None]
+        case = weight, weight.new_full((1,), 0.1, dtype=torch.float16), 4, torch.float16
+        if not torch.equal(nvrtc_kernels.dequantize(*case), dequantize(*case)):
+            raise RuntimeError("its kernel computes other values")
+    except Exception as error:  # of a package that raises what ctypes, pkg_resources and three CUDA libraries do
+        reason = str(error).partition("\n")[0]
+        print_once(f"weights are dequantised by torch operations: cpm_kernels does not run here ({reason})")
+        return None
+    return nvrtc_kernels
+
+
+def _triton_fits(tensor: torch.Tensor) -> bool:
+    return tensor.is_cuda and tensor.dtype in SIXTEEN_BITS and _triton_kernels() is not None
 
 
 def _weight_for(hidden_states: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bits: int) -> torch.Tensor:
     """The weight in the dtype of `hidden_states`; compiled code makes one kernel of the operations by itself."""
-    one_pass = _fits_kernels(hidden_states) and not torch.compiler.is_compiling()
-    return (_kernels().dequantize if one_pass else dequantize)(weight, scale, bits, hidden_states.dtype)
+    one_pass = dequantize
+    if hidden_states.is_cuda and not torch.compiler.is_compiling():
+        if _triton_fits(hidden_states):
+            one_pass = _triton_kernels().dequantize
+        elif _cpm_kernels():
+            one_pass = _cpm_kernels().dequantize
+    return one_pass(weight, scale, bits, hidden_states.dtype)
 
 
 class _QuantizedLinearFunction(torch.autograd.Function):
@@ -159,9 +194,9 @@ class QuantizedLinear(_ScaledRows, nn.Linear):
         if torch.is_autocast_enabled(device):
             hidden_states = hidden_states.to(torch.get_autocast_dtype(device))
         few = hidden_states.numel() <= FEW_ROWS * self.in_features and not hidden_states.requires_grad
-        if few and _fits_kernels(hidden_states):
+        if few and _triton_fits(hidden_states):
             rows = hidden_states.reshape(-1, self.in_features)
-            output = _kernels().quantized_product(rows, self.weight, self.weight_scale, self.bits)
+            output = _triton_kernels().quantized_product(rows, self.weight, self.weight_scale, self.bits)
             output = output.view(*hidden_states.shape[:-1], self.out_features)
         else:
             output = _QuantizedLinearFunction.apply(hidden_states, self.weight, self.weight_scale, self.bits)

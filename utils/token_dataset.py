@@ -161,15 +161,19 @@ def add_labels(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
 
 
 def trained_rows(dataset: datasets.Dataset) -> np.ndarray:
-    """The numbers of the rows with a label that is predicted, which no row's first token is."""
-    found, start = [], 0
+    """The numbers of the rows with a token that is trained on."""
+    return np.flatnonzero(trained_tokens(dataset))
+
+
+def trained_tokens(dataset: datasets.Dataset) -> np.ndarray:
+    """(rows,) int64: how many labels of each row are predicted, which no row's first token is."""
+    found = []
     for batch in dataset.with_format("arrow").iter(TRAINED_ROWS_AT_ONCE):
         for labels in batch["labels"].chunks:
             values, offsets = labels.values.to_numpy(zero_copy_only=False), labels.offsets.to_numpy()
             before = np.concatenate([[0], np.cumsum(values != IGNORE_INDEX)])  # trained tokens before each place
             first = np.minimum(offsets[:-1] + 1, offsets[1:])
-            found.append(start + np.flatnonzero(before[offsets[1:]] > before[first]))
-            start += len(labels)
+            found.append(before[offsets[1:]] - before[first])
     return np.concatenate(found)
 
 

@@ -11,11 +11,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from utils.batching import RowsByLength
 from utils.distributed import any_process, barrier, gather_from_all, local_rank, print_once, process_rank
 from utils.fsdp import launched_by_accelerate_with_fsdp, settle_fsdp
 from utils.lora import AdapterOrigin, save_adapter
 from utils.packing import PackedRows, PackShape, pack_rows, pack_shape
-from utils.quantization import Quantization
+from utils.preflight import CHECKPOINTING
 from utils.run_checkpoints import (
     RUN_FILE,
     STAGING,
@@ -30,6 +31,7 @@ from utils.training_guards import GuardedTrainer
 
 import datasets
 import torch
+from accelerate.optimizer import AcceleratedOptimizer
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 
@@ -46,6 +48,19 @@ STEP_SETTINGS = (
     "seed",
     "data_seed",
 )
+
+
+BY_LENGTH = "group_by_length"  # what --train_sampling_strategy takes
+
+
+def global_batch(args: TrainingArguments) -> int:
+    """Rows, or packs, of an optimizer step over all processes."""
+    return args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+
+
+def data_seed(args: TrainingArguments) -> int:
+    """What the order of rows is drawn from."""
+    return args.seed if args.data_seed is None else args.data_seed
 
 
 def resolve_precision(arguments: Namespace) -> torch.dtype:
@@ -86,6 +101,12 @@ def settle_evaluation(arguments: Namespace) -> None:
     arguments.greater_is_better = False
 
 
+def set_checkpointing(args: TrainingArguments, checkpointing: bool) -> None:
+    """Under each name that this version of transformers has for it."""
+    for name in set(CHECKPOINTING) & vars(args).keys():
+        setattr(args, name, checkpointing)
+
+
 def describe_settings(
     args: TrainingArguments, dtype: torch.dtype, trains: dict[str, Any], pack_tokens: int | None
 ) -> Settings:
@@ -101,6 +122,7 @@ def describe_settings(
             "pack_tokens": pack_tokens,
             "lr_scheduler_type": str(args.lr_scheduler_type.value),
             "optim": str(args.optim.value),
+            "train_sampling_strategy": args.train_sampling_strategy,
             "processes": args.world_size,
             "zero_stage": plugin.zero_stage if plugin is not None else None,
             "fsdp": 2 if launched_by_accelerate_with_fsdp() else None,
@@ -124,6 +146,26 @@ class StopOnSignal(TrainerCallback):
         if any_process(self.received):
             self.stopped = True
             control.should_save = control.should_training_stop = True
+
+
+class ExactOffload(TrainerCallback):
+    """
+    Makes resuming with the optimizer in CPU memory exact. DeepSpeed's Adam keeps the powers of its betas outside its
+    state, each the product of the one before, and after a load it takes them from pow(), which rounds otherwise: they
+    are multiplied up again instead.
+    """
+
+    def on_train_begin(self, args, state, control, optimizer: AcceleratedOptimizer, **kwargs) -> None:
+        adam = getattr(optimizer.optimizer, "optimizer", None)  # what ZeRO wraps
+        if type(adam).__name__ != "DeepSpeedCPUAdam":
+            return
+        steps = max((int(values["step"]) for values in adam.state.values()), default=0)
+        group, nothing = adam.param_groups[0], torch.empty(0)
+        for step in range(1, steps + 1):
+            adam.ds_opt_adam.adam_update(
+                adam.opt_id, step, group["lr"], *group["betas"], group["eps"], group["weight_decay"],
+                group["bias_correction"], nothing, nothing, nothing, nothing,
+            )  # fmt: skip
 
 
 class _StepEnd(TrainerCallback):
@@ -160,7 +202,7 @@ class AdapterTrainer(GuardedTrainer):
         super().__init__(*args, **kwargs)
         self.remove_callback(ProgressCallback)
         self.remove_callback(PrinterCallback)
-        for callback in (_StepEnd(self.throughput), Bar(), Curves()):
+        for callback in (_StepEnd(self.throughput), ExactOffload(), Bar(), Curves()):
             self.add_callback(callback)
         self.origin, self.settings = origin, settings
         self.staging = Path(self.args.output_dir) / STAGING
@@ -170,6 +212,11 @@ class AdapterTrainer(GuardedTrainer):
         super().create_accelerator_and_postprocess()
         settle_fsdp(self.accelerator)
         self.is_fsdp_enabled = launched_by_accelerate_with_fsdp()
+
+    def _get_train_sampler(self, train_dataset=None) -> torch.utils.data.Sampler | None:
+        if self.args.train_sampling_strategy != BY_LENGTH:
+            return super()._get_train_sampler(train_dataset)
+        return RowsByLength(row_lengths(self.train_dataset), global_batch(self.args), data_seed(self.args))
 
     def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
         _mark_dynamic(inputs)
@@ -269,14 +316,13 @@ def pack_dataset(
 def describe_run(
     args: TrainingArguments,
     dtype: torch.dtype,
-    quantization: Quantization | None,
+    quantize: str | None,
     rows: int,
     packed: bool,
     trainable: int,
     total: int,
 ) -> str:
     """What the run resolved, one value a line, each with what decided it."""
-    rows_a_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     if args.deepspeed_plugin is not None:
         launcher = f"DeepSpeed ZeRO-{args.deepspeed_plugin.zero_stage}"
     elif launched_by_accelerate_with_fsdp():
@@ -284,12 +330,12 @@ def describe_run(
     else:
         launcher = "DDP" if args.world_size > 1 else "one process"
     weights = str(dtype).removeprefix("torch.")
-    if quantization:
-        weights = f"int{quantization.bits}, computing in {weights}"
+    if quantize:
+        weights = f"{quantize}, computing in {weights}"
     return (
         f"processes {args.world_size} ({launcher}, {args.device.type})\n"
         f"weights {weights}\n"
-        f"{'packs' if packed else 'rows'} {rows}, global batch {rows_a_step} = "
+        f"{'packs' if packed else 'rows'} {rows}, global batch {global_batch(args)} = "
         f"{args.per_device_train_batch_size} a device x {args.gradient_accumulation_steps} accumulated "
         f"x {args.world_size} processes\n"
         f"trainable parameters {trainable:,} of {total:,}"

@@ -3,7 +3,8 @@ python tests/faults/fuzz.py --minutes 10
 
 Random input to what reads files from outside: row readers, tokenizer (round trip, and parity with SentencePiece),
 model configurations, weight indexes, DeepSpeed files. Whatever comes in, a reader gives values or the error that
-explains, never another. Cases that failed stay in tests/faults/seeds and run first. The last line is JSON.
+explains, never another. The cases in tests/faults/seeds run first, and in the suite: to them is added what fails, and
+with --keep what reaches lines of utils/ that none of them does. The last line is JSON.
 """
 
 import argparse
@@ -26,13 +27,13 @@ from utils.weight_files import read_index
 
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from hypothesis.database import DirectoryBasedExampleDatabase
 from sentencepiece import SentencePieceProcessor
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 MODEL = ROOT / "data" / "chatglm-tiny"
 CHATGLM3 = ROOT / "tests" / "golden" / "chatglm3-6b-tiny"
 SEEDS = ROOT / "tests" / "faults" / "seeds"
+UTILS = str(ROOT / "utils")
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=40)
 VALUE = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | TEXT,
@@ -40,6 +41,15 @@ VALUE = st.recursive(
     max_leaves=8,
 )
 SPOILED = st.binary(max_size=200) | VALUE.map(lambda value: json.dumps(value).encode())
+
+
+KEYS = "instruction input output target context prompt completion messages conversations instances role from value"
+ROW = st.recursive(
+    TEXT | st.none() | st.sampled_from(["user", "human", "assistant", "gpt", "system", "Human: 你好 Assistant: 好"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(KEYS.split()), inner, max_size=4),
+    max_leaves=10,
+)
+LINE = ROW.map(lambda row: json.dumps(row, ensure_ascii=False).encode())
 
 
 def changes_of(file: Path) -> st.SearchStrategy[bytes]:
@@ -85,7 +95,7 @@ def targets(work: Path) -> dict[str, tuple[st.SearchStrategy, Callable]]:
 
     shipped = ROOT / "ds_config_zero3.json"
     return {
-        "rows": (SPOILED | st.binary(max_size=2000), read_raw),
+        "rows": (st.lists(LINE, max_size=4).map(b"\n".join) | SPOILED | st.binary(max_size=2000), read_raw),
         "tokenizer": (TEXT, encode),
         "config of ChatGLM-6B": (changes_of(MODEL / "config.json"), open_config(MODEL)),
         "config of ChatGLM3-6B": (changes_of(CHATGLM3 / "config.json"), open_config(CHATGLM3)),
@@ -102,38 +112,91 @@ def explained(reader: Callable, argument) -> None:
         assert all(error.args)
 
 
+def seeds(name: str) -> list[str | bytes]:
+    """The kept cases of a target; bytes lie in the file as the characters of those numbers."""
+    path = seed_file(name)
+    cases = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+    return cases if name == "tokenizer" else [case.encode("latin-1") for case in cases]
+
+
+def keep(name: str, case: str | bytes) -> None:
+    cases = [*seeds(name), case]
+    texts = [case if isinstance(case, str) else case.decode("latin-1") for case in cases]
+    seed_file(name).write_text(json.dumps(texts, indent=0) + "\n", encoding="utf-8")
+
+
+def seed_file(name: str) -> Path:
+    return SEEDS / f"{name.replace(' ', '-')}.json"
+
+
+def lines_of(check: Callable, case: str | bytes) -> set[tuple[str, int]]:
+    """Runs a check; the lines of utils/ that it reached."""
+    reached = set()
+
+    def trace(frame, event, argument):
+        if not frame.f_code.co_filename.startswith(UTILS):
+            return None
+        reached.add((frame.f_code.co_filename, frame.f_lineno))
+        return trace
+
+    sys.settrace(trace)
+    try:
+        check(case)
+    finally:
+        sys.settrace(None)
+    return reached
+
+
+def fuzz(name: str, strategy: st.SearchStrategy, check: Callable, examples: int) -> None:
+    """One turn of one target; a failing case is kept, as small as hypothesis makes it, and raised."""
+    failed = []
+
+    @settings(max_examples=examples, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+    @given(strategy)
+    def turn(case):
+        try:
+            check(case)
+        except Exception:
+            failed[:] = [case]
+            raise
+
+    try:
+        turn()
+    finally:
+        for case in failed:
+            keep(name, case)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=10)
     parser.add_argument("--examples", type=int, default=300, help="of each target in a turn (%(default)s)")
+    parser.add_argument("--keep", action="store_true", help="cases that reach new lines; slower")
     args = parser.parse_args()
     ends = time.monotonic() + 60 * args.minutes
     with tempfile.TemporaryDirectory() as directory:
         found = targets(Path(directory))
         counts = dict.fromkeys(found, 0)
-        while True:
+        known = dict.fromkeys(found, frozenset())
+        for name, (_, check) in found.items():
+            for case in seeds(name):
+                known[name] |= lines_of(check, case)
+
+        def keeping(name: str, check: Callable) -> Callable:
+            def run(case: str | bytes) -> None:
+                new = lines_of(check, case) - known[name]
+                known[name] |= new
+                if new:
+                    keep(name, case)
+
+            return run
+
+        while time.monotonic() < ends:
             for name, (strategy, check) in found.items():
-                fuzz(name, strategy, check, args.examples)
+                fuzz(name, strategy, keeping(name, check) if args.keep else check, args.examples)
                 counts[name] += args.examples
-            if time.monotonic() > ends:
-                break
-    print(json.dumps({"minutes": args.minutes, "examples": counts, "failures": 0}))
-
-
-def fuzz(name: str, strategy: st.SearchStrategy, check: Callable, examples: int) -> None:
-    """One turn of one target; a failing case is kept and raised."""
-
-    @settings(
-        max_examples=examples,
-        deadline=None,
-        database=DirectoryBasedExampleDatabase(SEEDS / name.replace(" ", "-")),
-        suppress_health_check=list(HealthCheck),
-    )
-    @given(strategy)
-    def turn(value):
-        check(value)
-
-    turn()
+    kept = {name: len(seeds(name)) for name in found}
+    print(json.dumps({"minutes": args.minutes, "examples": counts, "seeds": kept, "failures": 0}))
 
 
 if __name__ == "__main__":

@@ -102,9 +102,17 @@ def finish(words: list[str], log: Path) -> None:
         raise RuntimeError(f"{shlex.join(words)} failed:\n{log.read_text()}")
 
 
-def same_adapter(first: Path, second: Path) -> bool:
+def difference(first: Path, second: Path) -> str:
+    """In how many weights two adapters differ, and by how much; empty where they are the same bit for bit."""
     a, b = (load_file(path / "adapter_model.safetensors") for path in (first, second))
-    return a.keys() == b.keys() and all(a[key].equal(b[key]) for key in a)
+    if a.keys() != b.keys():
+        return "other weights"
+    differing = [(a[key] - b[key]).abs().max().item() for key in a if not a[key].equal(b[key])]
+    return f"{len(differing)} of {len(a)} weights differ, by up to {max(differing):.1e}" if differing else ""
+
+
+def same_adapter(first: Path, second: Path) -> bool:
+    return not difference(first, second)
 
 
 def reference(launcher: str, work: Path) -> Path:
@@ -125,8 +133,8 @@ def run_round(launcher: str, work: Path, kills: int, moment: random.Random) -> i
             break
         count += 1
     finish(words, log)
-    if not same_adapter(expected, output_dir):
-        raise RuntimeError(f"{launcher}: after {count} kills the adapter is another one")
+    if differs := difference(expected, output_dir):
+        raise RuntimeError(f"{launcher}: after {count} kills the adapter is another one: {differs}")
     return count
 
 

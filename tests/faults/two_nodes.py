@@ -29,26 +29,30 @@ NODES = ("node-a", "node-b")
 ADDRESSES = ("10.77.0.1", "10.77.0.2")
 PORT = 29577
 ZERO3 = "--deepspeed ds_config_zero3.json"
-LAUNCHERS = {  # what to type on machine {n}, with the first one's address, and flags of the script
+LAUNCHERS = {  # what to type on machine {n}, flags of the script, and the recipe of one machine that does the same
     "torchrun": (
         f"torchrun --nnodes 2 --node_rank {{n}} --nproc_per_node 1 --master_addr {ADDRESSES[0]} --master_port {PORT}",
         ZERO3,
+        "zero3",
     ),
     "torchrun with a rendezvous": (
         f"torchrun --nnodes 2 --nproc_per_node 1 --rdzv_backend c10d --rdzv_endpoint {ADDRESSES[0]}:{PORT} "
-        "--rdzv_id run1 --local_addr {address}",
+        "--rdzv_id run1 --rdzv_conf is_host={hosts} --local_addr {address}",
         ZERO3,
+        "zero3",
     ),
     "accelerate": (
         "accelerate launch --config_file accelerate_ds_zero3_cpu_offload_config.yaml --num_machines 2 "
         f"--num_processes 2 --machine_rank {{n}} --main_process_ip {ADDRESSES[0]} --main_process_port {PORT} "
         "--deepspeed_multinode_launcher standard",
         "",
+        "zero3 offload",
     ),
     "deepspeed": (
         f"deepspeed --hostfile {{work}}/hostfile --no_ssh --node_rank {{n}} --master_addr {ADDRESSES[0]} "
         f"--master_port {PORT}",
         ZERO3,
+        "zero3",
     ),
 }
 
@@ -79,11 +83,11 @@ def two_machines() -> Iterator[None]:
 def start(launcher: str, work: Path, output_dir: Path) -> list[subprocess.Popen]:
     """Starts both machines' launchers; their output goes to work/node-a.log and node-b.log."""
     (work / "hostfile").write_text("".join(f"{address} slots=1\n" for address in ADDRESSES))
-    begin, flags = LAUNCHERS[launcher]
+    begin, flags, _ = LAUNCHERS[launcher]
     script = kill_training.arguments(work, output_dir)
     processes = []
     for n, (node, address) in enumerate(zip(NODES, ADDRESSES, strict=True)):
-        launch = begin.format(n=n, address=address, work=work)
+        launch = begin.format(n=n, hosts=int(n == 0), address=address, work=work)
         words = f"ip netns exec {node} env GLOO_SOCKET_IFNAME=cable {launch} {script} {flags}"
         processes.append(kill_training.start(shlex.split(words), work / f"{node}.log"))
     return processes
@@ -105,9 +109,9 @@ def finish(launcher: str, work: Path, output_dir: Path) -> None:
         stop(processes)
     if any(codes):
         raise RuntimeError(f"{launcher} failed with {codes}:\n{(work / 'node-a.log').read_text()[-6000:]}")
-    expected = kill_training.reference("zero3", work)
-    if not kill_training.same_adapter(expected, output_dir):
-        raise RuntimeError(f"{launcher}: the adapter is another one than on one machine")
+    expected = kill_training.reference(LAUNCHERS[launcher][2], work)
+    if differs := kill_training.difference(expected, output_dir):
+        raise RuntimeError(f"{launcher}: the adapter is another one than on one machine: {differs}")
 
 
 def break_once(launcher: str, work: Path, fault: str) -> dict[str, float | str]:
