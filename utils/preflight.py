@@ -48,11 +48,11 @@ class Request:
     """What the flags of a training run name, opened."""
 
     dataset: datasets.Dataset
-    eval_dataset: datasets.Dataset | None
     tokenizer: PreTrainedTokenizerBase
     checkpoint: Checkpoint
     origin: AdapterOrigin  # of the adapter that will be trained
     checkpointing: bool | None = None  # what the flags say; None where they do not
+    eval_dataset: datasets.Dataset | None = None
 
 
 def open_request(values: Namespace) -> Request:
@@ -112,7 +112,7 @@ def open_request(values: Namespace) -> Request:
     faults.report()
     origin = AdapterOrigin(template, checkpoint.fingerprint(), values.model_name_or_path)
     check_adapter_there(values, origin)
-    return Request(dataset, eval_dataset, tokenizer, checkpoint, origin, checkpointing_flag(values))
+    return Request(dataset, tokenizer, checkpoint, origin, checkpointing_flag(values), eval_dataset)
 
 
 @contextlib.contextmanager
