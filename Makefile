@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 RUN := PATH="$(CURDIR)/$(VENV)/bin:$$PATH" OMP_NUM_THREADS=1
-TEST_PACKAGES := pytest==9.2.0 hypothesis==6.170.17 ruff==0.17.6
+TEST_PACKAGES := pytest==9.2.0 hypothesis==6.170.17 ruff==0.17.6 tensorboard==2.21.0 playwright==1.65.2
 
 .PHONY: test demo lint clean
 
@@ -16,9 +16,9 @@ lint: $(VENV)/installed
 	$(RUN) ruff check .
 	$(RUN) ruff format --check .
 
-$(VENV)/installed: requirements.txt Makefile
+$(VENV)/installed: requirements.txt tools/requirements.txt Makefile
 	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/pip install -q -r requirements.txt $(TEST_PACKAGES)
+	$(VENV)/bin/pip install -q -r requirements.txt -r tools/requirements.txt $(TEST_PACKAGES)
 	touch $@
 
 clean:

@@ -11,7 +11,7 @@ directory, lands in --output_dir.
 
 import json
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from utils.batching import PackingCollator, PaddingCollator
@@ -33,6 +33,7 @@ from utils.preflight import open_request
 from utils.quantization import stored_bits
 from utils.run_checkpoints import claim, find_resumable, start_afresh
 from utils.run_plan import describe_plan
+from utils.run_record import keep_log, settle_reporters, write_run
 from utils.target_loss import use_target_loss
 from utils.token_dataset import fingerprint_rows
 from utils.training import (
@@ -44,6 +45,7 @@ from utils.training import (
     pack_dataset,
     resolve_precision,
     set_checkpointing,
+    settle_evaluation,
 )
 from utils.training_speed import decoder_blocks, resolve_compile, speed_up
 
@@ -54,7 +56,15 @@ from transformers import HfArgumentParser, TrainingArguments
 
 @dataclass
 class FinetuneArguments:
+    _argument_group_name = "this script (the other options are those of transformers' TrainingArguments)"
+
     dataset_path: str = field(metadata={"help": "dataset made by tokenize_dataset_rows_belle.py"})
+    eval_dataset_path: str | None = field(
+        default=None, metadata={"help": "held-out rows, tokenised likewise: their loss and perplexity, the best kept"}
+    )
+    eval_fraction: float = field(
+        default=0.0, metadata={"help": "share of --dataset_path to hold out for that instead, 0 to 1, by prompt"}
+    )
     model_name_or_path: str = field(default=DEFAULT_MODEL, metadata={"help": "checkpoint directory or hub id"})
     quantize: Literal["int8", "int4", "fp8"] | None = field(
         default=None,
@@ -83,10 +93,11 @@ class FinetuneArguments:
 def parse_arguments(argv: list[str]):
     """Returns FinetuneArguments, TrainingArguments, what they name, and the weights' dtype; joins the processes."""
     parser = HfArgumentParser((FinetuneArguments, TrainingArguments), description=__doc__)
-    decided = ("gradient_checkpointing", "dataloader_num_workers")  # where no flag does
+    decided = ("gradient_checkpointing", "dataloader_num_workers", "per_device_eval_batch_size")  # where no flag does
     parser.set_defaults(train_sampling_strategy=BY_LENGTH, **dict.fromkeys(decided))
     values = parser.parse_args(argv)
     request = open_request(values)
+    settle_evaluation(values)
     dtype = resolve_precision(values)
     init_process_group(bool(values.deepspeed) or launched_by_accelerate_with_deepspeed())
     values.use_cpu = values.use_cpu or not torch.cuda.is_available()  # else accelerate makes each process a world of 1
@@ -108,7 +119,8 @@ def parse_arguments(argv: list[str]):
 
 def main() -> None:
     args, training_args, request, dtype = parse_arguments(sys.argv[1:])
-    dataset, tokenizer, checkpoint, origin = request.dataset, request.tokenizer, request.checkpoint, request.origin
+    dataset, eval_dataset, tokenizer = request.dataset, request.eval_dataset, request.tokenizer
+    checkpoint, origin = request.checkpoint, request.origin
     args.compile_layers = resolve_compile(args.compile_layers, args.packing, training_args)
     trains = {name: value for name, value in vars(args).items() if name.startswith("lora_")}
     trains |= {"base": origin.base, "template": origin.template}
@@ -121,17 +133,26 @@ def main() -> None:
     if args.plan:
         print_once(describe_plan(request, args, training_args, dtype))
         return
-    with claim(training_args.output_dir):
+    with claim(training_args.output_dir), keep_log(training_args.output_dir):
         if resume_from is None:
             start_afresh(training_args.output_dir, settings)
+        data = {"path": args.dataset_path, "rows": len(dataset), "fingerprint": trains["rows"]}
+        if eval_dataset:
+            data |= {"eval_rows": len(eval_dataset), "eval_fingerprint": fingerprint_rows(eval_dataset)}
+        write_run(training_args, vars(args), data, origin.base, resume_from)
+        settle_reporters(training_args.report_to, training_args.output_dir)
         model = prepare_model(args, training_args, dtype, checkpoint.generation)
-        collator = PaddingCollator(tokenizer.pad_token_id)
+        collator = eval_collator = PaddingCollator(tokenizer.pad_token_id)
         if args.packing:
             packs_a_batch = training_args.per_device_train_batch_size
             dataset, shape = pack_dataset(dataset, args.pack_tokens, training_args.seed, packs_a_batch)
             collator = PackingCollator(
                 checkpoint.row_positions, tokenizer.pad_token_id, shape if args.compile_layers else None
             )
+            if eval_dataset:
+                packs_a_batch = training_args.per_device_eval_batch_size
+                eval_dataset, shape = pack_dataset(eval_dataset, args.pack_tokens, training_args.seed, packs_a_batch)
+                eval_collator = replace(collator, shape=shape if args.compile_layers else None)
         counts = (len(dataset), args.packing, *model.get_nb_trainable_parameters())
         held = f"int{checkpoint.quantization.bits}" if checkpoint.quantization else args.quantize
         print_once(describe_run(training_args, dtype, held, *counts))
@@ -139,7 +160,9 @@ def main() -> None:
             model=model,
             args=training_args,
             train_dataset=dataset,
+            eval_dataset=eval_dataset,
             data_collator=collator,
+            eval_collator=eval_collator,
             callbacks=[stop := StopOnSignal()],
             origin=origin,
             settings=settings,

@@ -13,11 +13,12 @@ DATA_FILES = {  # what the two downloads bring, in miniature
     "Belle.train.json": [{"input": "你好", "target": "你好!"}],
     "belle_open_source_1M.train.json": [{"instruction": "先说时间:", "input": "老王昨天在家里喝茶", "output": "昨天"}],
 }
-TAKES_MODEL = ("tokenize_dataset_rows_belle.py", "multi_gpu_fintune_belle.py", "_inference.py")
+TAKES_MODEL = ("tokenize_dataset_rows_belle.py", "multi_gpu_fintune_belle.py", "_inference.py", "evaluate.py")
 NOT_RUN_HERE = {
     "make demo": "test_demo runs what it runs",
     "make test": "is this suite",
     "pip install -r requirements.txt": "made the environment that this suite runs in",
+    "pip install -r tools/requirements.txt": "the same",
 }
 
 
@@ -42,7 +43,8 @@ def workspace(tmp_path):
     for path in ROOT.iterdir():
         if path.suffix in (".py", ".json", ".yaml"):
             shutil.copy(path, clone)
-    shutil.copytree(ROOT / "utils", clone / "utils")
+    for name in ("utils", "tools", "configs"):
+        shutil.copytree(ROOT / name, clone / name)
     shutil.copytree(ROOT / "data", clone / "data", ignore=shutil.ignore_patterns("demo", "alpaca", "Belle*"))
     downloads, tools = tmp_path / "downloads", tmp_path / "bin"
     downloads.mkdir()
@@ -67,6 +69,8 @@ def test_commands_in_order(run_command, workspace):
             command += f" --model_name_or_path {TINY}"
         if "multi_gpu_fintune_belle.py" in command:
             command += " --max_steps 3"
+        if "evaluate.py" in command:
+            command += " --max_new_tokens 8 --max_rows 4"
         if "_inference.py" in command:
             command += " --max_new_tokens 8 --overwrite"
         script.append(command)
@@ -80,9 +84,16 @@ def test_commands_in_order(run_command, workspace):
     answering = [command for command in ran if "_inference.py" in command and "--merge_and_save" not in command]
     assert result.out.count('"rows": 8') == len(answering) == 4
     assert (clone / "output" / "merged" / "ice_text.model").is_file()
+    assert (clone / "output" / "evaluation" / "report.html").is_file()
     joined = (clone / "data" / "Belle_0_1.train.json").read_text(encoding="utf-8").splitlines()
     assert [json.loads(line)["target"] for line in joined] == ["你好!", "昨天"]
     assert (clone / "output" / "adapter_model.safetensors").is_file()
+
+
+def test_length():
+    assert all(
+        len((ROOT / name).read_text(encoding="utf-8").splitlines()) < 400 for name in ("README.md", "README_zh.md")
+    )
 
 
 def test_requirements_are_what_runs_here():
@@ -99,4 +110,4 @@ def test_links_and_files_exist():
         links = [link for link in re.findall(r"\]\(([^)]+)\)", text) if "://" not in link]
         assert links
         for link in links:
-            assert (ROOT / link).exists(), link
+            assert (ROOT / link.split("#")[0]).exists(), link

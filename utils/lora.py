@@ -25,6 +25,7 @@ from peft import (
 from peft.tuners.lora import LoraLayer
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import load_file
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
 
@@ -60,8 +61,8 @@ adapter_weights = partial(get_peft_model_state_dict, save_embedding_layers=False
 
 def gather_adapter(model: PeftModel) -> dict[str, torch.Tensor]:
     """
-    The adapter's weights under PEFT's names, float32, on the CPU. Every rank must call it: under DeepSpeed it gathers
-    the float32 copies that the optimizer's partitions hold.
+    The adapter's weights under PEFT's names, float32, on the CPU. Every rank must call it: it gathers what
+    FSDP2 shards, and under DeepSpeed the float32 copies that the optimizer's partitions hold.
 
     Raises:
         RuntimeError: DeepSpeed's optimizer holds no copy of a weight.
@@ -77,6 +78,8 @@ def gather_adapter(model: PeftModel) -> dict[str, torch.Tensor]:
             value = safe_get_full_fp32_param(parameter)
             if value is None:
                 raise RuntimeError(f"DeepSpeed's optimizer holds no copy of {name}: nothing is written")
+        elif isinstance(value, DTensor):
+            value = value.full_tensor()
         state[name] = value.detach().float().cpu()
     return adapter_weights(model, state_dict=state)
 

@@ -1,9 +1,11 @@
 """A training request, checked as a whole before anything slow or shared begins: every fault is reported at once."""
 
+import contextlib
 import importlib.util
 import json
 import os
 from argparse import Namespace
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,9 +15,10 @@ from utils.deepspeed_config import read_deepspeed_config
 from utils.distributed import check_port, launched_by_accelerate_with_deepspeed, print_once
 from utils.errors import Faults, UsageError
 from utils.fp8 import FP8, check_device
+from utils.fsdp import launched_by_accelerate_with_fsdp
 from utils.lora import AdapterOrigin, read_origin
 from utils.quantization import stored_bits
-from utils.token_dataset import check_origin, is_dataset, load_examples, row_lengths, trained_rows
+from utils.token_dataset import check_origin, hold_out, is_dataset, load_examples, row_lengths, trained_rows
 
 import datasets
 import numpy as np
@@ -26,10 +29,8 @@ from transformers.integrations import get_available_reporting_integrations
 
 # Flags of TrainingArguments that this training cannot serve: the values that change nothing, and why others cannot be.
 UNSERVED: dict[str, tuple[tuple[Any, ...], str]] = {
-    "eval_strategy": (("no",), "nothing is evaluated in training: answer held-out rows with an inference script"),
-    "load_best_model_at_end": ((False,), "nothing is evaluated in training, so no checkpoint is the best"),
     "label_smoothing_factor": ((0.0,), "the loss has no logits to smooth"),
-    "fsdp": (("", None, [], False), "take --deepspeed ds_config_zero3.json to shard the base model"),
+    "fsdp": (("", None, [], False), "accelerate launch --config_file configs/accelerate_fsdp2.yaml brings it"),
     "auto_find_batch_size": ((False,), "a run that goes on with another batch size would be another run"),
 }
 CHECKPOINTING = ("gradient_checkpointing", "activation_checkpointing")
@@ -51,6 +52,7 @@ class Request:
     checkpoint: Checkpoint
     origin: AdapterOrigin  # of the adapter that will be trained
     checkpointing: bool | None = None  # what the flags say; None where they do not
+    eval_dataset: datasets.Dataset | None = None
 
 
 def open_request(values: Namespace) -> Request:
@@ -65,7 +67,7 @@ def open_request(values: Namespace) -> Request:
         UsageError: every fault that can be found before the model is loaded, one line each with its mend.
     """
     faults = Faults()
-    dataset = tokenizer = checkpoint = origin = template = None
+    dataset = eval_dataset = tokenizer = checkpoint = origin = template = None
     stage = None
     with faults.collect():
         check_numbers(values)
@@ -77,14 +79,24 @@ def open_request(values: Namespace) -> Request:
         stage = zero_stage(values)
     with faults.collect():
         dataset = keep_trained(load_examples(values.dataset_path), values.dataset_path)
+    if values.eval_dataset_path:
+        with faults.collect(), _named("--eval_dataset_path"):
+            eval_dataset = keep_trained(load_examples(values.eval_dataset_path), values.eval_dataset_path)
+    elif dataset and 0 < values.eval_fraction < 1:
+        with faults.collect():
+            dataset, eval_dataset = split_off(dataset, values.eval_fraction)
     with faults.collect():
         tokenizer = load_tokenizer(values.model_name_or_path)
     if dataset and tokenizer:
         with faults.collect():
             template = check_origin(values.dataset_path, tokenizer, values.model_name_or_path)
-    if dataset and values.packing and max(lengths := row_lengths(dataset)) > values.pack_tokens >= 1:
+        if eval_dataset and values.eval_dataset_path:
+            with faults.collect(), _named("--eval_dataset_path"):
+                check_origin(values.eval_dataset_path, tokenizer, values.model_name_or_path)
+    longest = max((n for rows in (dataset, eval_dataset) if rows for n in row_lengths(rows)), default=0)
+    if values.packing and longest > values.pack_tokens >= 1:
         faults.add(
-            f"--pack_tokens {values.pack_tokens}: the longest row has {max(lengths)} tokens; give at least that many, "
+            f"--pack_tokens {values.pack_tokens}: the longest row has {longest} tokens; give at least that many, "
             f"or tokenise with a smaller --max_seq_length"
         )
     if tokenizer:  # else the same fault again
@@ -100,7 +112,31 @@ def open_request(values: Namespace) -> Request:
     faults.report()
     origin = AdapterOrigin(template, checkpoint.fingerprint(), values.model_name_or_path)
     check_adapter_there(values, origin)
-    return Request(dataset, tokenizer, checkpoint, origin, checkpointing_flag(values))
+    return Request(dataset, tokenizer, checkpoint, origin, checkpointing_flag(values), eval_dataset)
+
+
+@contextlib.contextmanager
+def _named(flag: str) -> Iterator[None]:
+    """Faults of a dataset under the flag that gave it."""
+    try:
+        yield
+    except UsageError as error:
+        raise UsageError(*(line.replace("--dataset_path", flag) for line in error.args)) from None
+
+
+def split_off(dataset: datasets.Dataset, fraction: float) -> tuple[datasets.Dataset, datasets.Dataset]:
+    """
+    The rows to train on and those held out for evaluation.
+
+    Raises:
+        UsageError: one of the two is empty.
+    """
+    kept, held_out = hold_out(dataset, fraction)
+    if not len(kept) or not len(held_out):
+        side = "is left to train on" if not len(kept) else "is held out"
+        raise UsageError(f"--eval_fraction {fraction}: of {len(dataset)} rows none {side}; give another share")
+    print_once(f"{len(held_out)} of {len(dataset)} rows held out for evaluation")
+    return dataset.select(kept), dataset.select(held_out)
 
 
 def checkpointing_flag(values: Namespace) -> bool | None:
@@ -144,6 +180,16 @@ def check_numbers(values: Namespace) -> None:
         faults.add(f"--lora_dropout {values.lora_dropout} must be at least 0 and below 1")
     if values.max_steps <= 0 and values.num_train_epochs <= 0:
         faults.add(f"--num_train_epochs {values.num_train_epochs} trains nothing: give more, or --max_steps")
+    if values.eval_dataset_path and values.eval_fraction:
+        faults.add("--eval_dataset_path and --eval_fraction exclude each other: give one")
+    if not 0 <= values.eval_fraction < 1:
+        faults.add(f"--eval_fraction {values.eval_fraction} must be at least 0 and below 1")
+    evaluates = values.eval_strategy != "no" or values.load_best_model_at_end
+    if evaluates and not (values.eval_dataset_path or values.eval_fraction):
+        name = "load_best_model_at_end" if values.load_best_model_at_end else f"eval_strategy {values.eval_strategy}"
+        faults.add(f"--{name} needs rows to evaluate on: give --eval_dataset_path or --eval_fraction")
+    if values.metric_for_best_model not in (None, "loss", "eval_loss", "perplexity", "eval_perplexity"):
+        faults.add(f"--metric_for_best_model {values.metric_for_best_model}: there are loss and perplexity")
     if values.fp16 and values.bf16:
         faults.add("--fp16 and --bf16 exclude each other: give one")
     for name, (served, why) in UNSERVED.items():
@@ -152,7 +198,10 @@ def check_numbers(values: Namespace) -> None:
     reporters = values.report_to if isinstance(values.report_to, list) else [values.report_to]
     missing = set(reporters) - {"none", "all", None, *get_available_reporting_integrations()}
     if missing:
-        faults.add(f"--report_to {' '.join(sorted(missing))}: the package is not installed; install it or give none")
+        names = " ".join(sorted(missing))
+        # transformers' callback asks later versions of swanlab for a run that does not exist yet.
+        packages = names.replace("swanlab", '"swanlab<0.8"')
+        faults.add(f"--report_to {names}: not installed; pip install {packages}, or give none")
     if "bnb" in values.optim and importlib.util.find_spec("bitsandbytes") is None:
         faults.add(f"--optim {values.optim} needs the package bitsandbytes, which is not installed: give adamw_torch")
     faults.report()
@@ -191,14 +240,15 @@ def zero_stage(values: Namespace) -> int | None:
 def check_quantization(values: Namespace, checkpoint: Checkpoint, stage: int | None) -> None:
     """
     Raises:
-        UsageError: a quantised base under ZeRO-3, which partitions floating-point weights alone; or fp8 of a base that
-            is quantised already, not in bfloat16, or without a GPU for it.
+        UsageError: a quantised base under ZeRO-3 or FSDP2, which partition floating-point weights alone; or fp8
+            of a base that is quantised already, not in bfloat16, or without a GPU for it.
     """
     faults = Faults()
-    if (checkpoint.quantization or values.quantize == FP8) and stage == 3:
+    sharded = "FSDP2" if launched_by_accelerate_with_fsdp() else "ZeRO-3" if stage == 3 else None
+    if (checkpoint.quantization or values.quantize == FP8) and sharded:
         faults.add(
-            "a quantised base cannot be partitioned by ZeRO-3: run it under DDP (no --deepspeed) or ZeRO-2, or train "
-            "on the checkpoint in full precision without --quantize"
+            f"a quantised base cannot be partitioned by {sharded}: run it under DDP (no --deepspeed) or ZeRO-2, or "
+            "train on the checkpoint in full precision without --quantize"
         )
     if values.quantize == FP8:
         with faults.collect():

@@ -82,6 +82,10 @@ class Throughput:
             self.first_step_seconds = time.perf_counter() - self.begin[0]
             self.begin = self.mark = (time.perf_counter(), self.counts.copy())
 
+    def leave_out(self, seconds: float) -> None:
+        """Of what was counted last, seconds in which nothing was trained."""
+        self.begin, self.mark = ((moment + seconds, counts) for moment, counts in (self.begin, self.mark))
+
     def seconds_left(self, steps: int) -> float | None:
         """Until so many more steps are done; None in the first."""
         return round(steps * (time.perf_counter() - self.begin[0]) / self.steps) if self.steps > 0 else None

@@ -177,6 +177,23 @@ def trained_tokens(dataset: datasets.Dataset) -> np.ndarray:
     return np.concatenate(found)
 
 
+def hold_out(dataset: datasets.Dataset, fraction: float) -> tuple[np.ndarray, np.ndarray]:
+    """
+    The numbers of the rows to train on and of those held out, about `fraction` of all: decided by a hash of the
+    prompt's tokens, so that rows of one prompt are on one side, and stay there when data grows.
+    """
+    held_out = []
+    for batch in dataset.with_format("arrow").iter(TRAINED_ROWS_AT_ONCE):
+        for input_ids, labels in zip(batch["input_ids"], batch["labels"], strict=True):
+            ids, targets = (column.values.to_numpy() for column in (input_ids, labels))
+            trained = np.flatnonzero(targets != IGNORE_INDEX)
+            prompt = ids[: trained[0]] if len(trained) else ids
+            digest = hashlib.blake2b(np.ascontiguousarray(prompt, np.int64).tobytes(), digest_size=8).digest()
+            held_out.append(int.from_bytes(digest, "big") < fraction * 2**64)
+    mask = np.array(held_out)
+    return np.flatnonzero(~mask), np.flatnonzero(mask)
+
+
 def row_lengths(dataset: datasets.Dataset) -> list[int]:
     """Tokens of each row, from the offsets of the column, without reading it."""
     column = dataset.with_format("arrow")[:]["input_ids"]

@@ -1,15 +1,19 @@
 """The Trainer as this toolkit needs it, and how a run's precision is settled."""
 
 import json
+import math
 import os
 import shutil
 import signal
+import time
 from argparse import Namespace
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from utils.batching import RowsByLength
-from utils.distributed import any_process, barrier, local_rank, print_once
+from utils.distributed import any_process, barrier, gather_from_all, local_rank, print_once, process_rank
+from utils.fsdp import launched_by_accelerate_with_fsdp, settle_fsdp
 from utils.lora import AdapterOrigin, save_adapter
 from utils.packing import PackedRows, PackShape, pack_rows, pack_shape
 from utils.preflight import CHECKPOINTING
@@ -20,6 +24,7 @@ from utils.run_checkpoints import (
     rotate,
     save_sealed,
 )
+from utils.run_record import Bar, Curves
 from utils.throughput import Throughput
 from utils.token_dataset import row_lengths
 from utils.training_guards import GuardedTrainer
@@ -27,7 +32,7 @@ from utils.training_guards import GuardedTrainer
 import datasets
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
-from transformers import TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, ProgressCallback, TrainerCallback, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 
 STEP_SETTINGS = (
@@ -79,6 +84,23 @@ def resolve_precision(arguments: Namespace) -> torch.dtype:
     return {"fp16": torch.float16, "bf16": torch.bfloat16, "no": torch.float32}[precision]
 
 
+def settle_evaluation(arguments: Namespace) -> None:
+    """
+    With rows to evaluate on: evaluates before each checkpoint unless flags say otherwise, in batches like those of
+    training, and lets the checkpoint with the lowest loss be kept.
+    """
+    if arguments.per_device_eval_batch_size is None:
+        arguments.per_device_eval_batch_size = arguments.per_device_train_batch_size
+    if not (arguments.eval_dataset_path or arguments.eval_fraction):
+        return
+    if arguments.eval_strategy == "no":
+        arguments.eval_strategy = "epoch" if arguments.save_strategy == "epoch" else "steps"
+    if arguments.eval_steps is None and arguments.eval_strategy == "steps" and arguments.save_strategy == "steps":
+        arguments.eval_steps = arguments.save_steps
+    arguments.metric_for_best_model = arguments.metric_for_best_model or "loss"
+    arguments.greater_is_better = False
+
+
 def set_checkpointing(args: TrainingArguments, checkpointing: bool) -> None:
     """Under each name that this version of transformers has for it."""
     for name in set(CHECKPOINTING) & vars(args).keys():
@@ -103,6 +125,7 @@ def describe_settings(
             "train_sampling_strategy": args.train_sampling_strategy,
             "processes": args.world_size,
             "zero_stage": plugin.zero_stage if plugin is not None else None,
+            "fsdp": 2 if launched_by_accelerate_with_fsdp() else None,
             "weights": str(dtype).removeprefix("torch."),
         },
     }
@@ -153,20 +176,42 @@ class _StepEnd(TrainerCallback):
         self.throughput.end_step()
 
 
+def _mark_dynamic(inputs: dict[str, Any]) -> None:
+    """Tells the compiler of the one shape in a packed batch that differs from the next one's."""
+    if "prefix_tokens" in inputs:
+        torch._dynamo.maybe_mark_dynamic(inputs["prefix_tokens"], 0)
+
+
 class AdapterTrainer(GuardedTrainer):
     """
     Saves the adapter, gathered and verified, where Trainer would save a model, the same under every launcher; and
     checkpoints that appear whole, with the settings of the run.
     """
 
-    def __init__(self, *args, origin: AdapterOrigin, settings: Settings, blocks: list[torch.nn.Module], **kwargs):
+    def __init__(
+        self,
+        *args,
+        origin: AdapterOrigin,
+        settings: Settings,
+        blocks: list[torch.nn.Module],
+        eval_collator: Callable[[Sequence], dict[str, Any]] | None = None,
+        **kwargs,
+    ):
         self.throughput = Throughput.of(kwargs["model"].get_base_model(), blocks)
+        self.eval_collator = eval_collator
         super().__init__(*args, **kwargs)
-        self.add_callback(_StepEnd(self.throughput))
-        self.add_callback(ExactOffload())
+        self.remove_callback(ProgressCallback)
+        self.remove_callback(PrinterCallback)
+        for callback in (_StepEnd(self.throughput), ExactOffload(), Bar(), Curves()):
+            self.add_callback(callback)
         self.origin, self.settings = origin, settings
         self.staging = Path(self.args.output_dir) / STAGING
         self.is_staging = False
+
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        settle_fsdp(self.accelerator)
+        self.is_fsdp_enabled = launched_by_accelerate_with_fsdp()
 
     def _get_train_sampler(self, train_dataset=None) -> torch.utils.data.Sampler | None:
         if self.args.train_sampling_strategy != BY_LENGTH:
@@ -174,16 +219,53 @@ class AdapterTrainer(GuardedTrainer):
         return RowsByLength(row_lengths(self.train_dataset), global_batch(self.args), data_seed(self.args))
 
     def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
-        if "prefix_tokens" in inputs:  # the one shape in a packed batch that differs from the next one's
-            torch._dynamo.maybe_mark_dynamic(inputs["prefix_tokens"], 0)
+        _mark_dynamic(inputs)
         self.throughput.count(inputs.pop("real_tokens"), inputs["input_ids"].numel(), len(inputs["target_ids"]))
         return super().training_step(model, inputs, num_items_in_batch)
+
+    @torch.no_grad()
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
+        """
+        Loss and perplexity over all target tokens of the evaluation rows, each counted once, however rows fall on
+        batches and processes. Every process must call it; each passes through its model equally often.
+
+        Returns:
+            `eval_loss` (nats a target token), `eval_perplexity`, `eval_tokens` and `eval_runtime` (seconds).
+        """
+        started = time.perf_counter()
+        rows, size = self.eval_dataset, self.args.per_device_eval_batch_size
+        starts = range(0, len(rows), size)
+        mine = list(starts[process_rank() :: self.args.world_size])
+        self.model_wrapped.eval()
+        total, tokens = 0.0, 0
+        for turn in range(math.ceil(len(starts) / self.args.world_size)):
+            start = mine[turn] if turn < len(mine) else 0  # a batch that another process counts
+            batch = self.eval_collator([rows[i] for i in range(start, min(start + size, len(rows)))])
+            inputs = self._prepare_inputs(batch)
+            _mark_dynamic(inputs)
+            inputs.pop("real_tokens")
+            summed = self.model_wrapped(**inputs, num_items_in_batch=1).loss
+            if turn < len(mine):
+                total += summed.item()
+                tokens += len(inputs["target_ids"])
+        self.model_wrapped.train()
+        totals, counts = zip(*gather_from_all((total, tokens)), strict=True)
+        loss = sum(totals) / sum(counts)
+        seconds = time.perf_counter() - started
+        self.throughput.leave_out(seconds)
+        values = {"loss": loss, "perplexity": math.exp(min(loss, 700)), "tokens": sum(counts)}
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in values.items()}
+        metrics[f"{metric_key_prefix}_runtime"] = round(seconds, 2)
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds speed and memory since the last such line, and in the summary those of the run after its first step."""
         if "loss" in logs:
             logs |= self.throughput.read()
-            logs["seconds_left"] = self.throughput.seconds_left(self.state.max_steps - self.state.global_step)
+            left = self.throughput.seconds_left(self.state.max_steps - self.state.global_step)
+            logs |= {} if left is None else {"seconds_left": left}
         elif "train_runtime" in logs:
             logs |= self.throughput.read(whole_run=True)
             logs["first_step_seconds"] = round(self.throughput.first_step_seconds, 2)
@@ -243,6 +325,8 @@ def describe_run(
     """What the run resolved, one value a line, each with what decided it."""
     if args.deepspeed_plugin is not None:
         launcher = f"DeepSpeed ZeRO-{args.deepspeed_plugin.zero_stage}"
+    elif launched_by_accelerate_with_fsdp():
+        launcher = "FSDP2"
     else:
         launcher = "DDP" if args.world_size > 1 else "one process"
     weights = str(dtype).removeprefix("torch.")

@@ -1,0 +1,163 @@
+"""What a training run leaves beside its adapter, and what it evaluates: metrics, figure, log, run.json, the best."""
+
+import json
+import math
+import shutil
+
+from utils.batching import PaddingCollator
+from utils.checkpoint import load_model
+from utils.token_dataset import hold_out, load_examples
+
+import pytest
+import torch
+from conftest import TINY
+from safetensors.torch import load_file
+
+FLAGS = (
+    "--lora_rank 4 --learning_rate 2e-3 --lr_scheduler_type constant --per_device_train_batch_size 2 "
+    "--logging_steps 1 --save_steps 2"
+)
+
+
+@pytest.fixture(scope="module")
+def tokens(run_script, tmp_path_factory):
+    path = tmp_path_factory.mktemp("tokens") / "tokens"
+    run_script(
+        f"tokenize_dataset_rows_belle.py --jsonl_path data/sample.train.json --save_path {path} "
+        f"--model_name_or_path {TINY}"
+    ).check()
+    return path
+
+
+@pytest.fixture(scope="module")
+def train(run_script, tokens):
+    def run(output_dir, flags="", settings=FLAGS):
+        return run_script(
+            f"multi_gpu_fintune_belle.py --dataset_path {tokens} --model_name_or_path {TINY} {settings} "
+            f"--output_dir {output_dir} {flags}"
+        )
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def whole(train, tmp_path_factory):
+    path = tmp_path_factory.mktemp("whole")
+    train(path, "--max_steps 4 --eval_fraction 0.1 --eval_on_start --report_to tensorboard").check()
+    return path
+
+
+def metrics(directory):
+    return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+
+
+def curve(directory, name):
+    return {row["step"]: row[name] for row in metrics(directory) if name in row}
+
+
+def test_metrics_and_figure(whole):
+    assert list(curve(whole, "loss")) == [1, 2, 3, 4] == list(curve(whole, "learning_rate"))
+    assert list(curve(whole, "eval_loss")) == [0, 2, 4] and list(curve(whole, "tokens_per_second"))[:3] == [2, 3, 4]
+    for step, loss in curve(whole, "eval_loss").items():
+        assert curve(whole, "eval_perplexity")[step] == pytest.approx(math.exp(loss))
+    assert (whole / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert list((whole / "tensorboard").glob("events*"))
+
+
+def test_run_file_and_log(whole, tokens):
+    run = json.loads((whole / "run.json").read_text())
+    assert torch.__version__.startswith(run["versions"]["torch"].split("+")[0])
+    assert run["world_size"] == 1 and run["resumed_from"] is None and "--eval_fraction 0.1" in run["command"]
+    assert run["data"]["path"] == str(tokens) and run["data"]["rows"] + run["data"]["eval_rows"] == 300
+    assert run["base"]["norms"] and run["arguments"]["lora_rank"] == 4
+    assert run["training_arguments"]["learning_rate"] == 2e-3 and run["git"].keys() == {"commit", "changed_files"}
+    log = (whole / "train.log").read_text()
+    assert "processes 1 (one process" in log and log.count("'loss'") == 4 and "rows 2" in log
+
+
+def test_evaluation_is_that_of_all_target_tokens(whole, tokens):
+    """Before the first step the adapter adds nothing: the loss of the base, by its plain forward."""
+    dataset = load_examples(str(tokens))
+    held_out = dataset.select(hold_out(dataset, 0.1)[1])
+    model, total, count = load_model(str(TINY)), 0.0, 0
+    for row in held_out:
+        batch = PaddingCollator(3)([row])
+        targets = len(batch["target_ids"])
+        with torch.no_grad():
+            total += model(input_ids=batch["input_ids"], labels=batch["labels"]).loss.item() * targets
+        count += targets
+    assert curve(whole, "eval_loss")[0] == pytest.approx(total / count, abs=1e-4)
+    assert curve(whole, "eval_tokens")[0] == count
+
+
+def test_resumed_curves_have_no_step_twice(train, whole, tmp_path):
+    shutil.copytree(whole, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoint-4")
+    train(
+        tmp_path / "run", "--max_steps 4 --eval_fraction 0.1 --eval_on_start --resume_from_checkpoint latest"
+    ).check()
+    for name in ("loss", "learning_rate"):
+        assert curve(tmp_path / "run", name) == pytest.approx(curve(whole, name))
+        assert sum(name in row for row in metrics(tmp_path / "run")) == 4
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["resumed_from"].endswith("checkpoint-2")
+    assert (tmp_path / "run" / "train.log").read_text().count("# 2") == 2
+
+
+def test_packed_evaluation_is_the_same(train, whole, tmp_path):
+    train(tmp_path, "--max_steps 1 --eval_fraction 0.1 --eval_on_start --packing --pack_tokens 256").check()
+    assert curve(tmp_path, "eval_loss")[0] == pytest.approx(curve(whole, "eval_loss")[0], abs=1e-4)
+    assert curve(tmp_path, "eval_tokens")[0] == curve(whole, "eval_tokens")[0]
+
+
+@pytest.mark.slow
+def test_evaluation_under_zero3_is_the_same(run_command, tokens, whole, tmp_path):
+    """In batches of another size, of which one process has more than the other."""
+    result = run_command(
+        f"torchrun --nproc_per_node=2 multi_gpu_fintune_belle.py --dataset_path {tokens} --model_name_or_path {TINY} "
+        f"{FLAGS} --per_device_train_batch_size 1 --per_device_eval_batch_size 7 --eval_fraction 0.1 --eval_on_start "
+        f"--max_steps 2 --load_best_model_at_end --output_dir {tmp_path} --deepspeed ds_config_zero3.json"
+    ).check()
+    assert curve(tmp_path, "eval_tokens") == {0: curve(whole, "eval_tokens")[0], 2: curve(whole, "eval_tokens")[0]}
+    for step in (0, 2):
+        assert curve(tmp_path, "eval_loss")[step] == pytest.approx(curve(whole, "eval_loss")[step], abs=1e-4)
+    assert result.out.count("'eval_loss'") == 2 == (tmp_path / "train.log").read_text().count("'eval_loss'")
+
+
+def test_the_best_checkpoint_is_kept(train, tmp_path):
+    wild = FLAGS.replace("2e-3", "0.5").replace("--save_steps 2", "--save_steps 1")
+    flags = "--max_steps 2 --save_total_limit 1 --eval_fraction 0.1"
+    train(tmp_path, f"{flags} --load_best_model_at_end", wild).check()
+    losses = curve(tmp_path, "eval_loss")
+    best = min(losses, key=losses.get)
+    assert best == 1, losses
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == [f"checkpoint-{best}"]
+    saved, kept = (
+        load_file(path / "adapter_model.safetensors") for path in (tmp_path, tmp_path / f"checkpoint-{best}")
+    )
+    assert all(saved[name].equal(kept[name]) for name in kept)
+
+
+def test_rows_of_one_prompt_are_held_out_together(tokens):
+    dataset = load_examples(str(tokens))
+    kept, held_out = hold_out(dataset, 0.3)
+    assert sorted([*kept, *held_out]) == list(range(300)) and 60 < len(held_out) < 120
+    fewer = dataset.select(range(100, 200))
+    assert [i + 100 for i in hold_out(fewer, 0.3)[1]] == [i for i in held_out if 100 <= i < 200]
+    assert set(hold_out(dataset, 0.1)[1]) <= set(held_out)
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        ("--eval_strategy steps", "--eval_dataset_path or --eval_fraction"),
+        ("--load_best_model_at_end", "--eval_dataset_path or --eval_fraction"),
+        ("--eval_dataset_path nowhere", "--eval_dataset_path nowhere does not exist"),
+        ("--eval_fraction 1.5", "--eval_fraction 1.5"),
+        ("--eval_fraction 0.0000001", "none is held out"),
+        ("--eval_fraction 0.1 --metric_for_best_model bleu", "loss and perplexity"),
+        ("--report_to comet_ml", "pip install comet_ml"),
+    ],
+)
+def test_wrong_use(train, tmp_path, flags, words):
+    result = train(tmp_path, flags)
+    assert result.code == 2 and words in result.err and "Traceback" not in result.err

@@ -1,0 +1,179 @@
+"""What a run leaves beside its adapter: run.json, train.log, metrics.jsonl and loss.png, all by rank 0."""
+
+import contextlib
+import json
+import os
+import shlex
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import IO, Any
+
+from utils.distributed import is_main_process, print_once
+from utils.jsonl import atomic_writer, dump_row
+
+import torch
+from transformers import ProgressCallback, TrainerCallback, TrainingArguments
+
+RUN_FILE = "run.json"
+LOG_FILE = "train.log"
+METRICS_FILE = "metrics.jsonl"
+FIGURE_FILE = "loss.png"
+FIGURE_SHARE = 50  # a figure is drawn once its last drawing took less than a fiftieth of the time since then
+PACKAGES = ("torch", "transformers", "peft", "accelerate", "deepspeed", "datasets")
+REPORTERS = {  # package -> variables that keep what it writes on this machine, in a directory of the run
+    "tensorboard": {"TENSORBOARD_LOGGING_DIR": "{output_dir}/tensorboard"},
+    "wandb": {"WANDB_MODE": "offline", "WANDB_DIR": "{output_dir}"},
+    "swanlab": {"SWANLAB_MODE": "offline", "SWANLAB_LOG_DIR": "{output_dir}/swanlab"},
+}
+
+
+def settle_reporters(reporters: list[str], output_dir: str) -> None:
+    """Lets reporters write beside the run, and nothing leave the machine unless their own variables say so."""
+    for reporter in reporters:
+        for variable, value in REPORTERS.get(reporter, {}).items():
+            if variable not in os.environ:
+                os.environ[variable] = value.format(output_dir=output_dir)
+                print_once(f"{reporter}: {variable}={os.environ[variable]} (default)")
+
+
+def describe_environment() -> dict[str, Any]:
+    """Versions, the state of this repository, and the devices of this machine; None for what is not known."""
+    versions: dict[str, str | None] = {"python": sys.version.split()[0]}
+    for package in PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = None
+    devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    changes = _git("status", "--porcelain", "--untracked-files=no")
+    git = {"commit": _git("rev-parse", "HEAD"), "changed_files": None if changes is None else changes.splitlines()}
+    return {"versions": versions, "git": git, "devices": devices}
+
+
+def _git(*words: str) -> str | None:
+    repository = Path(__file__).resolve().parent.parent
+    try:
+        done = subprocess.run(["git", *words], cwd=repository, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.rstrip() if done.returncode == 0 else None
+
+
+def write_run(
+    args: TrainingArguments, own_arguments: dict[str, Any], data: dict[str, Any], base: dict[str, Any], resumed_from
+) -> None:
+    """Writes run.json: what it takes to make the same run again. The main process writes."""
+    if not is_main_process():
+        return
+    run = {
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": shlex.join(sys.argv),
+        "world_size": args.world_size,
+        "resumed_from": str(resumed_from) if resumed_from else None,
+        **describe_environment(),
+        "data": data,
+        "base": base,
+        "arguments": own_arguments,
+        "training_arguments": args.to_dict(),
+    }
+    with atomic_writer(Path(args.output_dir) / RUN_FILE) as file:
+        json.dump(run, file, ensure_ascii=False, indent=1, default=str)
+
+
+class _Tee:
+    """A stream whose text goes to a file too; bars, which rewrite their line, do not."""
+
+    def __init__(self, stream: IO[str], file: IO[str]):
+        self.stream, self.file = stream, file
+
+    def write(self, text: str) -> int:
+        if "\r" not in text:
+            self.file.write(text)
+            self.file.flush()
+        return self.stream.write(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+
+@contextlib.contextmanager
+def keep_log(output_dir: str) -> Iterator[None]:
+    """Until the block ends, what the main process prints goes to train.log too, and so does the error that ends it."""
+    if not is_main_process():
+        yield
+        return
+    with (Path(output_dir) / LOG_FILE).open("a", encoding="utf-8") as file:
+        file.write(f"# {datetime.now(UTC).isoformat(timespec='seconds')} {shlex.join(sys.argv)}\n")
+
+        def note(error: BaseException) -> None:
+            file.write("".join(traceback.format_exception(error)))
+            file.flush()
+
+        stdout, sys.stdout = sys.stdout, _Tee(sys.stdout, file)
+        try:
+            yield
+        except Exception as error:
+            note(error)
+            raise
+        finally:
+            sys.stdout = stdout
+
+
+class Bar(ProgressCallback):
+    """Trainer's bar, which log lines are written above, with loss and speed in it."""
+
+    def on_log(self, args, state, control, logs=None, **kwargs) -> None:
+        super().on_log(args, state, control, logs, **kwargs)
+        if state.is_world_process_zero and self.training_bar is not None and "loss" in logs:
+            speed = f"{logs['tokens_per_second']:,.0f} tokens/s, " if "tokens_per_second" in logs else ""
+            self.training_bar.set_postfix_str(f"{speed}loss {logs['loss']:.4g}")
+
+
+class Curves(TrainerCallback):
+    """
+    Keeps metrics.jsonl, one line a log, and loss.png up to date. Both hold what the state of the run holds, which a
+    checkpoint carries: a resumed run goes on where the checkpoint was, whatever had been logged behind it.
+    """
+
+    def __init__(self):
+        self.drawn, self.cost = 0.0, 0.0
+
+    def on_log(self, args, state, control, **kwargs) -> None:
+        if not state.is_world_process_zero:
+            return
+        directory = Path(args.output_dir)
+        with atomic_writer(directory / METRICS_FILE) as file:
+            file.writelines(dump_row({"step": row["step"]} | row) for row in state.log_history)
+        begun = time.monotonic()
+        if begun - self.drawn > FIGURE_SHARE * self.cost or "train_runtime" in state.log_history[-1]:
+            draw(state.log_history, directory / FIGURE_FILE)
+            self.drawn = time.monotonic()
+            self.cost = self.drawn - begun
+
+
+def draw(rows: list[dict[str, Any]], path: Path) -> None:
+    """The training and evaluation loss, and below them the learning rate, by step, as a PNG."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+    for axes, key, label in (
+        (upper, "loss", "training loss"),
+        (upper, "eval_loss", "evaluation loss"),
+        (lower, "learning_rate", "learning rate"),
+    ):
+        points = [(row["step"], row[key]) for row in rows if key in row]
+        if points:
+            axes.plot(*zip(*points, strict=True), label=label, marker="." if len(points) < 50 else None)
+            axes.legend()
+            axes.grid(alpha=0.3)
+    lower.set_xlabel("step")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    figure.savefig(temporary, format="png", dpi=120)
+    os.replace(temporary, path)
