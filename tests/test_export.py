@@ -65,7 +65,7 @@ def test_layout(merged):
     checkpoint = Checkpoint.open(str(merged.path))
     expected = Checkpoint.open(str(merged.base)).generation.name
     assert checkpoint.generation.name == ("GLM-4-9B-hf" if expected == "GLM-4-9B" else expected)
-    assert not [path for path in merged.path.parent.iterdir() if path.name.startswith(".")]
+    assert not [path for path in merged.path.parent.iterdir() if path.name.startswith(f".{merged.path.name}")]
     state = load_file(merged.path / "model.safetensors")
     if checkpoint.generation is CHATGLM:
         assert "lm_head.weight" in state and "transformer.layers.0.attention.query_key_value.weight" in state

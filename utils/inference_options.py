@@ -125,7 +125,7 @@ def check_inference_arguments(args: argparse.Namespace) -> None:
         faults.add("--stop has an empty text, which would end every answer at once: leave it out")
     if args.merge_and_save and len(args.adapter_path) != 1:
         found = f"{len(args.adapter_path)} were given" if args.adapter_path else "none was given"
-        faults.add(f"--merge_and_save {args.merge_and_save} needs one adapter to merge, with --adapter_path; {found}")
+        faults.add(f"--merge_and_save {args.merge_and_save} needs an adapter to merge, one --adapter_path; {found}")
     if args.merge_and_save and args.quantize:
         faults.add("--merge_and_save writes full weights: give it without --quantize")
     if args.lora_alpha is not None and not args.adapter_path:
