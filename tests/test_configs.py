@@ -69,7 +69,7 @@ def expected(run_command, script, tmp_path_factory):
 def check_same(state, expected):
     assert state.keys() == expected.keys()
     for name, value in expected.items():
-        assert (state[name] - value).abs().max() <= 1e-5, name
+        assert (state[name] - value).abs().max() <= 3e-5, name  # DeepSpeed sums elsewhere
 
 
 def test_every_file_is_known():

@@ -21,7 +21,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-ROWS = 120
+ROWS = 60
 SCRIPT = (
     "chatglm_milti_gpu_inference.py --model_name_or_path data/chatglm-tiny --input_path {work}/rows.jsonl "
     "--output_path {out} --batch_size 4 --max_new_tokens 24"
