@@ -258,7 +258,8 @@ def test_no_memory_for_one_row(rows, expected, monkeypatch):
     model, tokenizer = load_model(str(TINY)), load_tokenizer(str(TINY))
     template = template_for(tokenizer)
     requests = read_requests(str(rows), tokenizer, template)
-    done = list(generate_answers(model, tokenizer, template, requests, 5, 16, torch.device("cpu")))
+    settings = AnswerSettings(max_new_tokens=16, sequences=2)  # one error a row, not one an answer
+    done = list(generate_answers(model, tokenizer, template, requests, 5, 16, torch.device("cpu"), settings))
     done.sort(key=lambda row: row["index"])
     assert len(done) == len(TEXTS)
     lengths = [len(request.input_ids) for request in requests]

@@ -156,10 +156,14 @@ def test_the_dispatching_script_under_deepspeed(answer, plain):
 
 
 @pytest.mark.slow
-def test_replicas_that_are_sharded(answer, plain):
+def test_replicas_that_are_sharded(answer):
+    """And each row's several answers come from one replica."""
+    sampled = "--temperature 6 --top_k 50 --num_return_sequences 2"
+    alone, _ = answer(ONE_PROCESS, sampled)
+    assert len(alone) == len(ROWS) and "answers" in alone[0]
     script = "torchrun --nproc_per_node=4 chatglm_deepspeed_inference.py"
-    lines, result = answer(script, "--tp_size 2 --batch_size 1")
-    assert lines == plain and "2 replicas of the model, each on 2 processes" in result.out
+    lines, result = answer(script, f"{sampled} --tp_size 2 --batch_size 1")
+    assert lines == alone and "2 replicas of the model, each on 2 processes" in result.out
 
 
 @pytest.mark.slow

@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from utils.checkpoint import DEFAULT_MODEL, load_tokenizer
 from utils.errors import Faults, UsageError, run
 from utils.generation import decode
-from utils.inference_options import check_adapters, resolve_dtype, resolve_template
+from utils.inference_options import check_adapters, check_sampling, resolve_dtype, resolve_template
 from utils.lora import load_adapter
 from utils.placement import dispatch, input_device
 from utils.prompts import TEMPLATES, ChatGLMTemplate, encode_prompt
@@ -231,12 +231,7 @@ def check_arguments(args: argparse.Namespace) -> None:
     faults = Faults()
     if args.max_new_tokens < 1:
         faults.add(f"--max_new_tokens {args.max_new_tokens} must be at least 1")
-    if args.temperature < 0:
-        faults.add(f"--temperature {args.temperature} must be at least 0, which is greedy")
-    if not 0 < args.top_p <= 1:
-        faults.add(f"--top_p {args.top_p} must be above 0 and at most 1")
-    if args.repetition_penalty <= 0:
-        faults.add(f"--repetition_penalty {args.repetition_penalty} must be above 0")
+    check_sampling(args, faults)
     faults.report()
     check_adapters(args)
 

@@ -109,8 +109,9 @@ def generate_answers(
     The answers of this replica's share of the requests, in the order in which they are done; greedy unless `settings`
     say otherwise.
 
-    A model that lies whole on one device is served by the engine (utils/engine.py), one that is sharded or offloaded
-    by transformers' `generate`. Where memory does not suffice, half as many rows share a batch from there on.
+    A model that lies on one device, whole or as this process's shard, is served by the engine (utils/engine.py), one
+    that is spread over devices or offloaded by transformers' `generate`. Where memory does not suffice, half as many
+    rows share a batch from there on; a shard's error ends the run.
 
     Args:
         batch_size: rows at once; 0 is as many as fit.
@@ -133,29 +134,35 @@ def generate_answers(
     by_index = {request.index: request for request in valid}
     end = TextEnd(tokenizer, settings.stop)
     numbers = {name: i for i, name in enumerate(settings.adapters, start=1)} | {BASE: 0, None: 0}
-    tasks = [
-        Task(
-            request.index * settings.sequences + sequence,
-            request.input_ids,
-            settings.max_new_tokens,
-            numbers[request.adapter],
-        )
+    tasks = [  # a list a row: all its answers are one replica's
+        [
+            Task(
+                request.index * settings.sequences + sequence,
+                request.input_ids,
+                settings.max_new_tokens,
+                numbers[request.adapter],
+            )
+            for sequence in range(settings.sequences)
+        ]
         for request in valid
-        for sequence in range(settings.sequences)
     ]
     longest = len(valid[-1].input_ids) + settings.max_new_tokens
-    share = -(-len(tasks) // replica.replicas)
+    share = -(-len(tasks) // replica.replicas) * settings.sequences
     slots = min(batch_size or replica.least(fitting_slots(model, longest, share)), share)
     stop_ids = template.stop_ids(tokenizer)
-    source = shared_out(tasks, replica)
+    source = chain.from_iterable(shared_out(tasks, replica))
     if can_serve(model):
         done = _serve(model, source, slots, longest, stop_ids, tokenizer.pad_token_id, settings, end, replica, clock)
     else:
         done = _generate(model, source, slots, stop_ids, tokenizer.pad_token_id, settings, end, device, clock)
     parts: dict[int, list[Task]] = {}
+    failed: set[int] = set()
     for task in done:
         request = by_index[task.number // settings.sequences]
+        if request.index in failed:
+            continue
         if not task.answer_ids:
+            failed.add(request.index)
             yield error_answer(request, f"no memory for a prompt of {len(request.input_ids)} tokens and its answer")
             continue
         parts.setdefault(request.index, []).append(task)

@@ -102,6 +102,16 @@ def add_inference_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--local_rank", type=int, default=None, help=argparse.SUPPRESS)  # DeepSpeed's launcher adds it
 
 
+def check_sampling(args: argparse.Namespace, faults: Faults) -> None:
+    """Adds to `faults` the values of sampling that cannot be."""
+    if args.temperature < 0:
+        faults.add(f"--temperature {args.temperature} must be at least 0, which is greedy")
+    if not 0 < args.top_p <= 1:
+        faults.add(f"--top_p {args.top_p} must be above 0 and at most 1")
+    if args.repetition_penalty <= 0:
+        faults.add(f"--repetition_penalty {args.repetition_penalty} must be above 0")
+
+
 def check_inference_arguments(args: argparse.Namespace) -> None:
     """
     Raises:
@@ -111,12 +121,7 @@ def check_inference_arguments(args: argparse.Namespace) -> None:
     for name, least in (("batch_size", 0), ("max_new_tokens", 1), ("num_return_sequences", 1), ("top_k", 0)):
         if getattr(args, name) < least:
             faults.add(f"--{name} {getattr(args, name)} must be at least {least}")
-    if args.temperature < 0:
-        faults.add(f"--temperature {args.temperature} must be at least 0, which is greedy")
-    if not 0 < args.top_p <= 1:
-        faults.add(f"--top_p {args.top_p} must be above 0 and at most 1")
-    if args.repetition_penalty <= 0:
-        faults.add(f"--repetition_penalty {args.repetition_penalty} must be above 0")
+    check_sampling(args, faults)
     if args.temperature == 0:
         for name, neutral in (("top_k", 0), ("top_p", 1.0), ("num_return_sequences", 1)):
             if getattr(args, name) != neutral:
