@@ -113,7 +113,7 @@ def main() -> None:
         convert_to_fp8(model, {*linear_layers, JOINED}, trains=False)
 
     def engine_of(slots: int, columns: int) -> Engine:
-        return Engine(model, slots, columns, stop_ids=[-1], pad_token_id=model.config.pad_token_id or 0)
+        return Engine(model, slots, columns, stop_ids=[-1])
 
     def rounds(engine: Engine, lengths: list[tuple[list[int], int]]) -> tuple[float, list[Task]]:
         tasks = [Task(number, prompt, answer) for number, (prompt, answer) in enumerate(lengths)]
@@ -132,14 +132,13 @@ def main() -> None:
     result["first_round_seconds"] = round(rounds(engine, fixed)[0], 2)
     engine.preparing = engine.reading = 0.0
     seconds, done = rounds(engine, fixed)
-    steps = args.new_tokens - 1  # the first token comes of reading the prompt
     decoding = seconds - engine.reading
     columns = args.prompt_tokens + args.new_tokens / 2
     floor = (weights + args.batch_size * columns * column_bytes(model)) / args.bandwidth
     result |= {
         "tokens_per_second": round(new_tokens / seconds),
-        "decode_tokens_per_second": round(args.batch_size * steps / decoding),
-        "ms_a_step": round(1e3 * decoding / steps, 3),
+        "decode_tokens_per_second": round(new_tokens / decoding),
+        "ms_a_step": round(1e3 * decoding / args.new_tokens, 3),
         "floor_ms_a_step": round(1e3 * floor, 3),
         "reading_seconds": round(engine.reading, 3),
     }

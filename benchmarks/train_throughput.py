@@ -44,7 +44,7 @@ from peft import LoraConfig, get_peft_model
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = "multi_gpu_fintune_belle.py"
 FLAGS = "--per_device_train_batch_size 1 --lora_rank 8 --logging_steps 5 --save_strategy no --report_to none --packing"
-GPU_FLAGS = "--bf16 --pack_tokens 16384 --max_steps 14"
+GPU_FLAGS = "--bf16 --pack_tokens 16384 --num_train_epochs 1"
 CPU_FLAGS = "--pack_tokens 1024 --max_steps 4"
 OUT_OF_MEMORY = "out of memory"
 

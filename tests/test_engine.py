@@ -2,7 +2,7 @@
 
 from tools.random_checkpoint import random_model
 from utils.checkpoint import load_model, load_tokenizer
-from utils.engine import Engine, Task
+from utils.engine import MOST_READ, Engine, Task, read_size
 
 import pytest
 import torch
@@ -19,7 +19,11 @@ TEXTS = (
 
 def trained_chatglm() -> tuple:
     model, tokenizer = load_model(str(TINY)), load_tokenizer(str(TINY))
-    return model, [tokenizer.encode(text) for text in TEXTS]
+    # The last goes on behind `<sop>`, where tokens see what is before them alone.
+    return model, [
+        *(tokenizer.encode(text) for text in TEXTS),
+        tokenizer.encode("谢谢") + tokenizer.encode("你好")[:-2],
+    ]
 
 
 def random_glm() -> tuple:
@@ -29,7 +33,7 @@ def random_glm() -> tuple:
     for parameter in model.parameters():
         if parameter.ndim == 2:
             torch.nn.init.normal_(parameter, std=0.2)
-    return model, [torch.randint(10, 900, (length,)).tolist() for length in (5, 9, 14, 30, 3, 22, 7)]
+    return model, [torch.randint(10, 900, (length,)).tolist() for length in (5, 9, 14, 30, 1, 22, 2)]
 
 
 @pytest.mark.parametrize("made", [trained_chatglm, random_glm])
@@ -49,6 +53,12 @@ def test_answers_are_those_of_generate(made):
         eos = model.config.eos_token_id
         model.lm_head.register_forward_hook(lambda *args: args[2].index_fill(-1, torch.tensor(eos), -torch.inf))
     for slots in (1, 3, 7):
-        engine = Engine(model, slots, columns=64, stop_ids=sorted(stops), pad_token_id=3)
+        engine = Engine(model, slots, columns=64, stop_ids=sorted(stops))
         done = list(engine.answer(Task(number, prompt, 20) for number, prompt in enumerate(prompts)))
         assert [task.answer_ids for task in sorted(done, key=lambda task: task.number)] == expected
+
+
+def test_reads_are_of_few_sizes():
+    sizes = {read_size(tokens) for tokens in range(1, MOST_READ + 1)}
+    assert len(sizes) == 11 and max(sizes) == MOST_READ
+    assert all(tokens <= read_size(tokens) < max(1.5 * tokens + 1, 129) for tokens in range(1, 10000))

@@ -2,7 +2,8 @@
 Many prompts through one model: a fixed number of slots, rows that come and go, and a step that the host only starts.
 
 A step is the same kernels over the same memory whatever the rows are, so on a GPU it is captured once as a CUDA graph
-for each batch size, its layers compiled. What stopped is looked at every few steps.
+for each batch size, its layers compiled. What stopped is looked at every few steps. Prompts are read laid end to end,
+all but their last tokens, which are what the next step begins with: for each of a few lengths that is a graph too.
 """
 
 import time
@@ -29,8 +30,8 @@ from transformers import PreTrainedModel
 
 WIDTH_GRAIN = 128  # columns; a captured step reads a multiple of it
 GPU_STEPS = 16  # between two looks at what stopped
-PROMPT_GRAIN = 16  # tokens that the longest prompt of a batch is filled up to a multiple of
-PROMPT_TOKENS = 16384  # read at once, padding included
+LEAST_READ, MOST_READ = 128, 4096  # tokens of the prompts that are read at once; a longer one alone
+MOST_MASKED = 1024  # where each sees its own by a mask over all
 RECOMPILES = 64
 GREEDY = Sampling()
 
@@ -64,6 +65,14 @@ def column_bytes(model: PreTrainedModel) -> int:
     return 2 * config.num_hidden_layers * heads * head_dim * model.dtype.itemsize
 
 
+def read_size(tokens: int) -> int:
+    """What so many tokens are filled up to: a power of 2, or 1.5 times one."""
+    size = LEAST_READ
+    while size < tokens:
+        size = size * 3 // 2 if size & (size - 1) == 0 else size * 4 // 3
+    return size
+
+
 def step_size(slots: int, running: int, on_gpu: bool) -> int:
     """The smallest batch that holds `running` rows: on a GPU `slots` quartered so often, to compile few."""
     if not on_gpu:
@@ -82,7 +91,6 @@ class Engine:
         slots: rows at once.
         columns: no prompt and its answer are longer together, in tokens.
         stop_ids: tokens that end an answer.
-        pad_token_id: fills up prompts.
         find_end: called with an answer's tokens as they grow; where text in them ends the answer, how many it has.
         compile_layers: compile the layers of a step; None is on a GPU. Graphs are for a GPU alone.
 
@@ -95,7 +103,6 @@ class Engine:
         slots: int,
         columns: int,
         stop_ids: Sequence[int],
-        pad_token_id: int,
         sampling: Sampling = GREEDY,
         find_end: Callable[[Sequence[int]], int | None] = lambda answer_ids: None,
         compile_layers: bool | None = None,
@@ -113,8 +120,7 @@ class Engine:
         self.kernels = self.on_gpu and self.dtype.itemsize == 2 and decode_kernels() is not None
         self.steps = GPU_STEPS if self.on_gpu else 1
         self.slots = slots
-        self.columns = -(-columns // WIDTH_GRAIN) * WIDTH_GRAIN  # a multiple of PROMPT_GRAIN too
-        self.pad_token_id = pad_token_id
+        self.columns = -(-columns // WIDTH_GRAIN) * WIDTH_GRAIN
         self.sampling = sampling
         self.stop_ids = set(stop_ids)
         self.find_end = find_end
@@ -124,7 +130,9 @@ class Engine:
         self.run_block = torch.compile(_run_block, dynamic=False) if compiled else _run_block
         self.read_block = torch.compile(_read_block, dynamic=True) if compiled else _read_block
         self.layers: list[LayerSlots] = []
-        self.graphs: dict[tuple[int, int], torch.cuda.CUDAGraph] = {}
+        self.graphs: dict[tuple[int, int] | int, torch.cuda.CUDAGraph] = {}  # of steps, and of reading
+        self.inputs: dict[int, tuple[torch.Tensor, ...]] = {}  # what the latter read
+        self.reads: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []  # since the last look
         self.running: list[Task | None] = [None] * slots
         self.waiting: deque[Task] = deque()
 
@@ -161,7 +169,7 @@ class Engine:
             if len(free) >= few:
                 self.waiting.extend(islice(source, len(free) - len(self.waiting)))
             if self.waiting and len(free) >= min(len(self.waiting), few):
-                yield from self._admit(free)
+                self._admit(free)
             if not any(self.running):
                 if not self.waiting:
                     return
@@ -170,7 +178,10 @@ class Engine:
             width = self._width()
             for _ in range(self.steps):
                 self._step(size, width)
-            for slot, ids in enumerate(self.history[:, :size].t().tolist()):
+            looked_at = self.history[:, :size].t().tolist()
+            self.reading += sum(begin.elapsed_time(end) for begin, end in self.reads) / 1e3
+            self.reads.clear()
+            for slot, ids in enumerate(looked_at):
                 task = self.running[slot]
                 if task and self._extend(task, ids):
                     self.running[slot] = None
@@ -203,83 +214,123 @@ class Engine:
             del task.answer_ids[end:]
         return ended or end is not None
 
-    def _admit(self, free: list[int]) -> Iterator[Task]:
-        """Reads prompts into free slots; yields those whose first token is the last."""
-        waiting = self.waiting
-        while waiting and free:
-            batch = [waiting.popleft()]
-            while waiting and len(batch) < len(free):
-                if (len(batch) + 1) * len(waiting[0].input_ids) > PROMPT_TOKENS:
+    def _admit(self, free: list[int]) -> None:
+        """Reads prompts into free slots."""
+        most = MOST_READ if self.kernels else MOST_MASKED
+        while self.waiting and free:
+            batch, tokens = [], 0
+            while self.waiting and len(batch) < len(free):
+                tokens += len(self.waiting[0].input_ids) - 1
+                if batch and tokens > most:
                     break
-                batch.append(waiting.popleft())
+                batch.append(self.waiting.popleft())
             slots, free = free[: len(batch)], free[len(batch) :]
             for slot, task in zip(slots, batch, strict=True):
                 self.running[slot] = task
-            started = time.perf_counter()
-            if self.on_gpu and not self.layers:  # layers are compiled and libraries loaded at their first use
-                self._read(batch, slots).tolist()
-                self.preparing += time.perf_counter() - started
+            if not self.on_gpu:
                 started = time.perf_counter()
-            first = self._read(batch, slots).tolist()
-            self.reading += time.perf_counter() - started
-            for slot, task, token in zip(slots, batch, first, strict=True):
-                if self._extend(task, [token]):
-                    self.running[slot] = None
-                    free.append(slot)
-                    yield task
+                self._read(batch, slots)
+                self.reading += time.perf_counter() - started
+                continue
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            prepared = self.preparing
+            begin.record()
+            self._read(batch, slots)
+            end.record()
+            if self.preparing == prepared:
+                self.reads.append((begin, end))
 
-    def _read(self, batch: list[Task], slots: list[int]) -> torch.Tensor:
-        """The prompts' keys and values into their slots; the first token of each answer, (B,)."""
-        if len(batch) == 1 and self.on_gpu:  # layers are compiled for any number of rows but one
-            return self._read(batch * 2, slots * 2)[:1]
-        lengths = torch.tensor([len(task.input_ids) for task in batch])
-        T = -(-int(lengths.max()) // PROMPT_GRAIN) * PROMPT_GRAIN
-        rows = [[*task.input_ids, *[self.pad_token_id] * (T - len(task.input_ids))] for task in batch]
-        input_ids = torch.tensor(rows)
-        real = torch.arange(T) < lengths[:, None]
-        mask = None  # causal: no token sees the padding behind it
+    def _read(self, batch: list[Task], slots: list[int]) -> None:
+        """
+        What the prompts' tokens but the last leave behind into the slots, and where each row stands. Rows are laid end
+        to end; each sees itself alone.
+        """
+        rows: list[tuple[int, ...]] = []  # as `_compute_read` takes them, but row by row and token by token
+        tokens: list[tuple[int, ...]] = []
+        starts = [0]
+        alike = True  # ChatGLM-6B's, when no prompt goes on behind `<sop>`
+        for slot, task in zip(slots, batch, strict=True):
+            *ids, last = task.input_ids
+            *positions, next_position = self._positions(task.input_ids)
+            rows.append((slot, last, len(ids), task.max_new_tokens, task.number, task.adapter, *next_position))
+            for column, (token, position) in enumerate(zip(ids, positions, strict=True)):
+                tokens.append((token, slot, column, task.adapter, *position))
+            starts.append(len(tokens))
+            alike &= not self.has_prefix or not positions or positions[-1][1] == 0
+        by_kernel = self.kernels and alike
+        total = len(tokens)
+        size = read_size(total) if by_kernel else max(total, 1)
+        # What fills up goes to a column that is never read.
+        tokens += [(batch[0].input_ids[0], slots[0], self.columns - 1, 0, *[0] * len(next_position))] * (size - total)
+        if not by_kernel:
+            rows, tokens = torch.tensor(rows).t(), torch.tensor(tokens).t()
+            own = torch.bucketize(torch.arange(size), torch.tensor(starts), right=True)
+            visible = torch.ones(size, size).tril().bool()
+            if self.has_prefix:
+                visible |= tokens[-1] == 0
+            mask = (visible & (own[:, None] == own))[None, None].to(self.device)
+            self._compute_read(rows.to(self.device), tokens.to(self.device), None, mask)
+            return
+        spare = self.slots - len(batch)  # always as many rows: the first again, without its tokens
+        rows += rows[:1] * spare
+        starts += starts[-1:] * spare
+        inputs = (torch.tensor(rows).t(), torch.tensor(tokens).t(), torch.tensor(starts, dtype=torch.int32))
+        if size > MOST_READ:
+            self._compute_read(*(values.to(self.device) for values in inputs))
+            return
+        if size not in self.inputs:
+            self.inputs[size] = tuple(values.to(self.device) for values in inputs)
+            self._capture(size, lambda: self._compute_read(*self.inputs[size]))
+        for static, values in zip(self.inputs[size], inputs, strict=True):
+            static.copy_(values.pin_memory(), non_blocking=True)
+        self.graphs[size].replay()
+
+    def _positions(self, input_ids: Sequence[int]) -> list[tuple[int, ...]]:
+        """Of each of a prompt's tokens; ChatGLM-6B's have two."""
         if self.has_prefix:
-            positions = derive_position_ids(input_ids, real.long(), self.model.config)  # (B, 2, T)
-            in_prefix = (positions[:, 1] == 0) & real
-            mask = (in_prefix[:, None] | torch.ones(T, T).tril().bool())[:, None].to(self.device)
-        else:
-            positions = torch.arange(T).expand(len(batch), T)
-        last = lengths - 1
-        every = torch.arange(len(batch))
-        next_positions = positions[every, ..., last].to(self.device) + self.advance
-        input_ids, positions, real = (values.to(self.device) for values in (input_ids, positions, real))
-        place = torch.tensor(slots, device=self.device)
-        self.choice.rows = torch.tensor([task.adapter for task in batch], device=self.device)
+            both = derive_position_ids(torch.tensor([input_ids]), None, self.model.config)[0].tolist()
+            return list(zip(*both, strict=True))
+        return [(position,) for position in range(len(input_ids))]
 
-        hidden_states = self.embed(input_ids)
-        embeddings = self.body.rotary_emb(hidden_states, positions)
+    def _compute_read(
+        self, rows: torch.Tensor, tokens: torch.Tensor, starts: torch.Tensor | None, mask: torch.Tensor | None = None
+    ) -> None:
+        """
+        Args:
+            rows: (6 + coordinates, R): slot, next token, its column, tokens of the answer, number, adapter, position.
+            tokens: (4 + coordinates, N): id, slot, column, adapter, position.
+            starts: (R + 1,) int32, where each row begins and the last one ends; or else
+            mask: (1, 1, N, N) bool, what each token sees.
+        """
+        slots, following, lengths, left, numbers, adapters = rows[:6]
+        ids, place, columns, choice = tokens[:4]
+        flat = 0 if not self.has_prefix else slice(None)
+        state = (self.tokens, self.lengths, self.left, self.numbers, self.adapters, self.positions)
+        for tensor, values in zip(
+            state, (following, lengths, left, numbers, adapters, rows[6:].t()[:, flat]), strict=True
+        ):
+            tensor[slots] = values
+        self.counts.index_fill_(0, slots, 0)
+        if self.seen is not None:
+            true = torch.ones((), dtype=torch.bool, device=self.device)
+            self.seen.index_fill_(0, slots, False)
+            self.seen.index_put_((place, ids), true)
+            self.seen.index_put_((slots, following), true)
+        self.choice.rows = choice[None]
+        longest = min(self.columns, len(ids))
+        hidden_states = self.embed(ids[None])
+        embeddings = self.body.rotary_emb(hidden_states, tokens[4:][None] if self.has_prefix else tokens[4:])
         for index, block in enumerate(self.body.layers):
-            hidden_states, keys, values = self.read_block(block, hidden_states, embeddings, mask)
+            hidden_states, keys, values = self.read_block(
+                block, hidden_states, embeddings, mask, starts, longest, not self.has_prefix
+            )
             if len(self.layers) == index:
-                B, K, _, D = keys.shape
+                _, K, _, D = keys.shape
                 shape = (self.slots, K, self.columns, D)
                 pair = (torch.zeros(shape, dtype=keys.dtype, device=self.device) for _ in range(2))
                 self.layers.append(LayerSlots(*pair, self.lengths))
-            self.layers[index].keys[place, :, :T] = keys
-            self.layers[index].values[place, :, :T] = values
-        hidden_states = hidden_states[every.to(self.device), last.to(self.device)]
-        logits = self.head(self.norm(hidden_states))
-
-        seen = None
-        if self.seen is not None:
-            seen = torch.zeros_like(self.seen[: len(batch)])
-            seen.scatter_(1, torch.where(real, input_ids, input_ids[:, :1]), True)
-        numbers = torch.tensor([task.number for task in batch], device=self.device)
-        first = self.sampling.choose(logits, seen, numbers, torch.zeros_like(numbers))
-        if seen is not None:
-            self.seen[place] = seen.scatter_(1, first[:, None], True)
-        self.tokens[place], self.lengths[place] = first, lengths.to(self.device)
-        left = torch.tensor([task.max_new_tokens - 1 for task in batch], device=self.device)
-        self.left[place] = torch.where(torch.isin(first, self.stops), 0, left)
-        self.numbers[place], self.counts[place] = numbers, 1
-        self.adapters[place] = self.choice.rows
-        self.positions[place] = next_positions
-        return first
+            self.layers[index].keys[place, :, columns] = keys[0].transpose(0, 1)
+            self.layers[index].values[place, :, columns] = values[0].transpose(0, 1)
 
     def _compact(self) -> int:
         """Moves the running rows into the first slots where that makes the batch smaller; its size."""
@@ -310,31 +361,31 @@ class Engine:
             self._compute_step(size, width)
             return
         if (size, width) not in self.graphs:
-            torch.cuda.synchronize()
-            started = time.perf_counter()
-            self._capture(size, width)
-            torch.cuda.synchronize()
-            self.preparing += time.perf_counter() - started
+            state = [self.tokens, self.lengths, self.left, self.counts, self.positions, self.clock]
+            state += [] if self.seen is None else [self.seen]
+            before = [tensor.clone() for tensor in state]
+            self._capture((size, width), lambda: self._compute_step(size, width))
+            for tensor, value in zip(state, before, strict=True):
+                tensor.copy_(value)
         self.graphs[size, width].replay()
 
-    def _capture(self, size: int, width: int) -> None:
-        """Records a step; the one run before that, which compiles, leaves the rows as they were."""
-        state = [self.tokens, self.lengths, self.left, self.counts, self.positions, self.clock]
-        state += [] if self.seen is None else [self.seen]
-        before = [tensor.clone() for tensor in state]
+    def _capture(self, key: tuple[int, int] | int, call: Callable[[], None]) -> None:
+        """Runs `call`, which compiles, and records it."""
+        torch.cuda.synchronize()
+        started = time.perf_counter()
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            self._compute_step(size, width)
+            call()
         torch.cuda.current_stream().wait_stream(stream)
         torch.cuda.synchronize()
         pool = next(iter(self.graphs.values())).pool() if self.graphs else None
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=pool):
-            self._compute_step(size, width)
-        for tensor, value in zip(state, before, strict=True):
-            tensor.copy_(value)
-        self.graphs[size, width] = graph
+            call()
+        self.graphs[key] = graph
+        torch.cuda.synchronize()
+        self.preparing += time.perf_counter() - started
 
     def _compute_step(self, size: int, width: int) -> None:
         """One token more for each of the first `size` slots; rows that stopped write over their last column."""
@@ -342,7 +393,7 @@ class Engine:
         mask = lengths if self.kernels else self._mask(lengths, width)
         hidden_states = self.embed(tokens[:, None])
         embeddings = self.body.rotary_emb(hidden_states, self.positions[:size, ..., None])
-        self.choice.rows = self.adapters[:size]
+        self.choice.rows = self.adapters[:size, None]
         for block, layer in zip(self.body.layers, self.layers, strict=True):
             layer.columns = lengths
             hidden_states = self.run_block(block, hidden_states, embeddings, mask, layer)
@@ -362,13 +413,17 @@ class Engine:
         self.clock.copy_((self.clock + 1) % self.steps)
 
 
-def _run_block(block, hidden_states, position_embeddings, mask, cache) -> torch.Tensor:
+def _run_block(block, hidden_states, position_embeddings, mask, cache, **attention) -> torch.Tensor:
     key = "cache" if isinstance(block, ChatGLMBlock) else CACHE_KEY  # our own block has one name in every version
-    return block(hidden_states, attention_mask=mask, position_embeddings=position_embeddings, **{key: cache})
+    attention[key] = cache
+    return block(hidden_states, attention_mask=mask, position_embeddings=position_embeddings, **attention)
 
 
-def _read_block(block, hidden_states, position_embeddings, mask) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Hidden states of prompts behind the block, and what it made of their keys and values."""
+def _read_block(
+    block, hidden_states, position_embeddings, mask, starts, longest: int, causal: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Hidden states of prompts behind the block, and what it made of their keys and values, (1, K, N, D)."""
     recorder = PromptRecorder()
-    hidden_states = _run_block(block, hidden_states, position_embeddings, mask, recorder)
+    attention = {} if starts is None else {"cu_seq_lens_q": starts, "max_length_q": longest, "causal": causal}
+    hidden_states = _run_block(block, hidden_states, position_embeddings, mask, recorder, **attention)
     return hidden_states, recorder.keys, recorder.values

@@ -11,7 +11,7 @@ from typing import Any
 from utils.answer_files import Answer, AnswerFile
 from utils.batching import left_pad
 from utils.distributed import gather_from_all, gather_lists, is_main_process, print_once, process_rank
-from utils.engine import GREEDY, PROMPT_TOKENS, Engine, Task, can_serve, column_bytes
+from utils.engine import GREEDY, MOST_READ, Engine, Task, can_serve, column_bytes
 from utils.prompts import ChatGLMTemplate
 from utils.requests import BASE, Request
 from utils.row_queue import ALONE, Replica, SharedCount, shared_out
@@ -86,7 +86,7 @@ def fitting_slots(model: PreTrainedModel, columns: int, rows: int) -> int:
     )
     config = model.config
     inner = getattr(config, "intermediate_size", 4 * config.hidden_size)
-    working = PROMPT_TOKENS * (6 * config.hidden_size + 3 * inner) * model.dtype.itemsize
+    working = MOST_READ * (6 * config.hidden_size + 3 * inner) * model.dtype.itemsize
     slots = int((0.9 * free - working) // (column_bytes(model) * columns))
     slots = max(1, min(slots, MOST_SLOTS, rows))
     return slots - slots % 16 if slots > 16 and slots < rows else slots
@@ -152,7 +152,7 @@ def generate_answers(
     stop_ids = template.stop_ids(tokenizer)
     source = chain.from_iterable(shared_out(tasks, replica))
     if can_serve(model):
-        done = _serve(model, source, slots, longest, stop_ids, tokenizer.pad_token_id, settings, end, replica, clock)
+        done = _serve(model, source, slots, longest, stop_ids, settings, end, replica, clock)
     else:
         done = _generate(model, source, slots, stop_ids, tokenizer.pad_token_id, settings, end, device, clock)
     parts: dict[int, list[Task]] = {}
@@ -213,7 +213,6 @@ def _serve(
     slots: int,
     longest: int,
     stop_ids: Sequence[int],
-    pad_token_id: int,
     settings: AnswerSettings,
     end: TextEnd,
     replica: Replica,
@@ -225,7 +224,7 @@ def _serve(
         clock.batch_sizes.append(slots)
         engine = None
         try:
-            engine = Engine(model, slots, longest, stop_ids, pad_token_id, settings.sampling, end.find)
+            engine = Engine(model, slots, longest, stop_ids, settings.sampling, end.find)
             yield from engine.answer(source)
             return
         except torch.OutOfMemoryError:
@@ -284,7 +283,7 @@ def _generate_batch(model, batch: list[Task], stop_ids, pad_token_id: int, setti
     inputs = {name: tensor.to(device) for name, tensor in inputs.items()}
     width = inputs["input_ids"].shape[1]
     if choice := getattr(model, "adapter_choice", None):
-        choice.rows = torch.tensor([task.adapter for task in batch], device=device)
+        choice.rows = torch.tensor([[task.adapter] for task in batch], device=device)
     numbers = torch.tensor([task.number for task in batch], device=device)
     plain = settings.sampling == GREEDY
     output = model.generate(

@@ -7,6 +7,7 @@ Shapes: B rows that compute, T tokens, H query heads, K key/value heads, D head 
 from dataclasses import dataclass
 
 from utils.optional_kernels import decode_kernels
+from utils.varlen_attention import varlen_attention_forward
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
@@ -35,7 +36,7 @@ class LayerSlots:
 
 @dataclass
 class PromptRecorder:
-    """Takes the cache's place while prompts are read: keeps what each layer makes of them, (B, K, T, D)."""
+    """Takes the cache's place while prompts are read: keeps what each layer makes of them, (1, K, N, D)."""
 
     keys: torch.Tensor | None = None
     values: torch.Tensor | None = None
@@ -80,7 +81,9 @@ def _(query, keys, values, mask, scaling):
 
 
 def slot_attention_forward(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs):
-    """Prompts, more tokens than one, as `sdpa`; single tokens by `slot_attention`."""
+    """Prompts, more tokens than one, as `varlen` or with a mask as `sdpa`; single tokens by `slot_attention`."""
+    if "cu_seq_lens_q" in kwargs:
+        return varlen_attention_forward(module, query, key, value, None, scaling=scaling, **kwargs)
     if query.shape[2] > 1:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     return slot_attention(query, key, value, attention_mask, scaling), None

@@ -12,31 +12,32 @@ from transformers import PreTrainedModel
 
 
 class AdapterChoice:
-    """Which adapter each row of the batch computes with: `rows`, (B or more,) int64; 0 is none."""
+    """Which adapter each row, or token, of the batch computes with: `rows`, (B, 1 or T) int64; 0 is none."""
 
     rows: torch.Tensor
 
 
 class MixedLoraLinear(nn.Module):
     """
-    A frozen linear layer and the branches of n adapters beside it.
+    A frozen linear layer and the branches of adapters beside it, which are computed as one: of all their ranks, those
+    of other adapters than a token's own are then set to 0.
 
     Args:
-        down: (1 + n, r, in), up: (1 + n, out, r), the scaling in it; the first are zero, and so are ranks that an
-            adapter does not have.
+        down: (R, in), R the sum of the ranks, and up: (out, R), the scaling in it.
+        owners: (R,) int64, the number of the adapter that each rank is of.
     """
 
-    def __init__(self, base_layer: nn.Module, down: torch.Tensor, up: torch.Tensor, choice: AdapterChoice):
+    def __init__(self, base_layer, down: torch.Tensor, up: torch.Tensor, owners: torch.Tensor, choice: AdapterChoice):
         super().__init__()
         self.base_layer, self.choice = base_layer, choice
-        self.register_buffer("down", down, persistent=False)
-        self.register_buffer("up", up, persistent=False)
+        for name, values in (("down", down), ("up", up), ("owners", owners)):
+            self.register_buffer(name, values, persistent=False)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """(B, T, in) -> (B, T, out)."""
-        rows = self.choice.rows[: hidden_states.shape[0]]
-        branch = hidden_states @ self.down[rows].transpose(1, 2) @ self.up[rows].transpose(1, 2)
-        return self.base_layer(hidden_states) + branch
+        inner = nn.functional.linear(hidden_states, self.down)
+        own = self.choice.rows[..., None] == self.owners
+        return self.base_layer(hidden_states) + nn.functional.linear(inner * own, self.up)
 
 
 def add_adapters(model: PreTrainedModel, paths: Mapping[str, str | Path], lora_alpha: int | None = None) -> None:
@@ -66,13 +67,11 @@ def add_adapters(model: PreTrainedModel, paths: Mapping[str, str | Path], lora_a
     model.adapter_choice = choice = AdapterChoice()
     for name, found in branches.items():
         layer = modules[name]
-        rank = max(down.shape[0] for _, down, _ in found)
         hook = getattr(layer, "_hf_hook", None)
         device = hook.execution_device if hook and hook.execution_device is not None else layer.weight.device
         place = {"dtype": model.dtype, "device": device}
-        all_down = torch.zeros(1 + len(paths), rank, layer.in_features, **place)
-        all_up = torch.zeros(1 + len(paths), layer.out_features, rank, **place)
-        for number, down, up in found:
-            all_down[number, : down.shape[0]], all_up[number, :, : up.shape[1]] = down, up
+        down = torch.cat([down for _, down, _ in found]).to(**place)
+        up = torch.cat([up for _, _, up in found], dim=1).to(**place)
+        owners = torch.tensor([number for number, down, _ in found for _ in down], device=device)
         parent, _, last = name.rpartition(".")
-        setattr(modules[parent], last, MixedLoraLinear(layer, all_down, all_up, choice))
+        setattr(modules[parent], last, MixedLoraLinear(layer, down, up, owners, choice))

@@ -24,6 +24,7 @@ def varlen_attention_forward(
     max_length_q: int | None = None,
     prefix_tokens: torch.Tensor | None = None,
     cu_prefix: torch.Tensor | None = None,
+    causal: bool = True,
     **kwargs,
 ) -> tuple[torch.Tensor, None]:
     """
@@ -33,6 +34,7 @@ def varlen_attention_forward(
         max_length_q: no row is longer.
         prefix_tokens: for ChatGLM-6B (P,) int64, the tokens that see all of their row's prefix.
         cu_prefix: (rows + 1,) int32, where among them each row's begin, and P.
+        causal: whether the other tokens see what is before them alone, not all of their row.
 
     Returns:
         (1, T, H, D), and no weights.
@@ -45,7 +47,7 @@ def varlen_attention_forward(
         return varlen_attn(*heads, *lengths, scale=scaling, window_size=window, **options)
 
     heads = (query, key, value)
-    output = attend(heads, cu_seq_lens_q, CAUSAL)
+    output = attend(heads, cu_seq_lens_q, CAUSAL if causal else BOTH_WAYS)
     if prefix_tokens is not None:  # theirs is a second pass, over the prefixes alone and in both directions
         prefixes = tuple(states.index_select(0, prefix_tokens) for states in heads)
         output = output.index_copy(0, prefix_tokens, attend(prefixes, cu_prefix, BOTH_WAYS))
