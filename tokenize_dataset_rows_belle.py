@@ -21,7 +21,7 @@ from utils.prompts import LOSS_ON, TEMPLATES, ChatGLMTemplate, encode_rows, fing
 from utils.raw_files import input_paths
 from utils.rejections import Rejections
 from utils.rows import Row, parse_row, read_rows
-from utils.token_dataset import Origin, check_target, complete_dataset, is_dataset, replace_dataset
+from utils.token_files import Origin, check_target, complete_dataset, is_dataset, replace_dataset
 from utils.token_parts import REPORTS, PartMaker, TokenizeOptions, cache_key, make_parts, parts_directory
 from utils.token_report import REPORT_FILE, TokenReport, preview
 from utils.tokenizer_files import DEFAULT_MODEL, load_tokenizer

@@ -25,7 +25,7 @@ from utils.raw_files import Block, read_blocks
 from utils.rejections import Rejection
 from utils.rows import NumberedRow, parse_row, rows_of
 from utils.token_batch import TokenBatch, encode_batch
-from utils.token_dataset import FEATURES, record_batch
+from utils.token_files import SCHEMA, record_batch
 from utils.token_report import TokenReport
 
 import numpy as np
@@ -100,7 +100,7 @@ class PartMaker:
         with (
             no_garbage_collection(),
             open(self.directory / name, "wb") as file,
-            pa.ipc.new_stream(file, FEATURES.arrow_schema) as writer,
+            pa.ipc.new_stream(file, SCHEMA) as writer,
         ):
             for block in blocks:
                 batch = self._encode(block, report, rejections)
