@@ -8,10 +8,11 @@ How fast rows are processed and tokenised, beside what bounds them, in one run o
   texts with as many threads, and beside one Python tokenizer call a field, as the first BELLE script did.
 
 Rows are synthesised (--rows, 200 tokens each in the mean). The machine's speed drifts, so a command and what stands
-beside it take turns of half a second: the command is stopped while a loop runs, and the loop goes round the rows for
-as long as the command lasts. Seconds of a command are those of its turns, from its start to its end; those of a loop
-leave out imports and, for the encoders, reading the texts. Peak memory is the sum over a command's processes
-(proportional set size, sampled at the end of each turn). The last line is one JSON object.
+beside it take turns of half a second, which two loops share: the command is stopped while a loop runs, and a loop goes
+round the rows for as long as the command lasts. Seconds of a command are those of its turns, from its start to its
+end; those of a loop leave out imports and, for the encoders, reading the texts. What the disk still writes of one goes
+on in the turns of the others. Peak memory is the sum over a command's processes (proportional set size, sampled at the
+end of each turn). The last line is one JSON object.
 """
 
 import argparse
@@ -131,11 +132,11 @@ class Loop:
         self.count, self.seconds = 0, 0.0
         self._answer()
 
-    def take_turn(self) -> None:
-        print(TURN, file=self.process.stdin, flush=True)
-        count, seconds = self._answer().split()
+    def take_turn(self, seconds: float) -> None:
+        print(seconds, file=self.process.stdin, flush=True)
+        count, taken = self._answer().split()
         self.count += int(count)
-        self.seconds += float(seconds)
+        self.seconds += float(taken)
 
     def _answer(self) -> str:
         line = self.process.stdout.readline()
@@ -162,7 +163,7 @@ class Command:
     def run_beside(self, *loops: Loop) -> None:
         """Runs the command to its end, a turn of each loop before each of its own; ends the loops."""
         for loop in loops:
-            loop.take_turn()
+            loop.take_turn(TURN / len(loops))
         started = time.perf_counter()
         process = subprocess.Popen(self.arguments, cwd=ROOT, stdout=subprocess.DEVNULL, start_new_session=True)
         ended = select.poll()
@@ -173,7 +174,7 @@ class Command:
                 self.seconds += time.perf_counter() - started
                 self.peak = max(self.peak, sum(map(memory, family(process.pid))))
                 for loop in loops:
-                    loop.take_turn()
+                    loop.take_turn(TURN / len(loops))
                 started = time.perf_counter()
                 os.killpg(process.pid, signal.SIGCONT)
             self.seconds += time.perf_counter() - started
@@ -244,7 +245,7 @@ def measure(rows: int, processes: int, directory: Path) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, default=400_000, help="default: %(default)s")
+    parser.add_argument("--rows", type=int, default=1_000_000, help="default: %(default)s")
     parser.add_argument("--num_proc", type=int, default=len(os.sched_getaffinity(0)), help="all cores: %(default)s")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as directory:

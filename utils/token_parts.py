@@ -12,7 +12,7 @@ import multiprocessing
 import os
 import shutil
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -205,9 +205,12 @@ def _lock(file) -> bool:
     return True
 
 
-def make_parts(maker: PartMaker, paths: Sequence[str], num_proc: int) -> Iterator[Part]:
+def make_parts(
+    maker: PartMaker, paths: Sequence[str], num_proc: int, meanwhile: Callable[[], None] = lambda: None
+) -> Iterator[Part]:
     """
-    Yields the parts of the files in their order; one that `maker.directory` has already is not made again.
+    Yields the parts of the files in their order; one that `maker.directory` has already is not made again. With
+    worker processes, `meanwhile` is called when they have the last parts, and some of them nothing more to do.
 
     Raises:
         RunError: a worker process was killed.
@@ -230,6 +233,7 @@ def make_parts(maker: PartMaker, paths: Sequence[str], num_proc: int) -> Iterato
                 waiting.append(Part.load(maker.directory, number) or pool.submit(_make_part, number, batch))
                 if len(waiting) > num_proc + 1:
                     yield _result(waiting.popleft(), maker.directory)
+            meanwhile()
             while waiting:
                 yield _result(waiting.popleft(), maker.directory)
         except BrokenProcessPool:
