@@ -248,6 +248,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=1_000_000, help="default: %(default)s")
     parser.add_argument("--num_proc", type=int, default=len(os.sched_getaffinity(0)), help="all cores: %(default)s")
     args = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # not to leave a stopped command behind
     with tempfile.TemporaryDirectory() as directory:
         print(json.dumps(measure(args.rows, args.num_proc, Path(directory))))
 
