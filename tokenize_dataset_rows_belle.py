@@ -21,9 +21,9 @@ from utils.prompts import LOSS_ON, TEMPLATES, ChatGLMTemplate, encode_rows, fing
 from utils.raw_files import input_paths
 from utils.rejections import Rejections
 from utils.rows import Row, parse_row, read_rows
-from utils.token_dataset import Origin, check_target, complete_dataset, is_dataset, replace_dataset
+from utils.token_files import Origin, check_target, complete_dataset, is_dataset, replace_dataset
 from utils.token_parts import REPORTS, PartMaker, TokenizeOptions, cache_key, make_parts, parts_directory
-from utils.token_report import REPORT_FILE, TokenReport, preview
+from utils.token_report import REPORT_FILE, TokenReport, import_matplotlib, preview
 from utils.tokenizer_files import DEFAULT_MODEL, load_tokenizer
 
 from transformers import PreTrainedTokenizerBase
@@ -85,7 +85,7 @@ def make_dataset(
     if done := len(list((directory / REPORTS).glob("*.json"))):
         print(f"going on after an interrupted run, which finished {done} part{'s' * (done > 1)}")
     try:
-        for part in make_parts(maker, paths, args.num_proc):
+        for part in make_parts(maker, paths, args.num_proc, meanwhile=import_matplotlib):
             report.add(part.report)
             for rejection in part.rejections:
                 rejections.add(*rejection)

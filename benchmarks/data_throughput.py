@@ -7,19 +7,23 @@ How fast rows are processed and tokenised, beside what bounds them, in one run o
 - tokenize_dataset_rows_belle.py, the whole command on all cores, beside SentencePiece's own batch encode of the same
   texts with as many threads, and beside one Python tokenizer call a field, as the first BELLE script did.
 
-Rows are synthesised (--rows, 200 tokens each in the mean). Rates of a command count everything from its start to its
-end; those of a loop leave out imports and, for the encoders, reading the texts. Peak memory is the sum over a
-command's processes (proportional set size, sampled twice a second). The last line is one JSON object.
+Rows are synthesised (--rows, 200 tokens each in the mean). The machine's speed drifts, so a command and what stands
+beside it take turns of half a second, which two loops share: the command is stopped while a loop runs, and a loop goes
+round the rows for as long as the command lasts. Seconds of a command are those of its turns, from its start to its
+end; those of a loop leave out imports and, for the encoders, reading the texts. What the disk still writes of one goes
+on in the turns of the others. Peak memory is the sum over a command's processes (proportional set size, sampled at the
+end of each turn). The last line is one JSON object.
 """
 
 import argparse
 import json
 import os
 import random
+import select
+import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from pathlib import Path
 
@@ -29,48 +33,73 @@ from tools.tiny_corpus import sentence
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = ROOT / "data" / "chatglm-tiny"
-ORIGINAL_ROWS = 4000  # a sample: one call a field is slow
+TURN = 0.5  # seconds
 
-BARE_LOOP = """
-import json, sys, time
-started = time.perf_counter()
-with open(sys.argv[1], encoding="utf-8") as rows, open(sys.argv[2], "w", encoding="utf-8") as output:
-    for line in rows:
-        output.write(json.dumps(json.loads(line), ensure_ascii=False) + "\\n")
-print(time.perf_counter() - started)
-"""
-TEXTS = """
+# Each line of stdin is a turn: `steps`, which each loop has, goes on for so many seconds, and its texts are counted.
+TURNS = """
 import itertools, json, sys, time
-def texts(path, rows):
-    for line in itertools.islice(open(path, encoding="utf-8"), rows):
-        row = json.loads(line)
-        yield f"{row['instruction']}\\n{row['input']}" if row["input"] else row["instruction"]
-        yield row["output"]
+from time import perf_counter
+def take_turns(steps):
+    print("ready", flush=True)
+    for line in sys.stdin:
+        count = seconds = 0
+        while seconds < float(line):
+            step_count, step_seconds = next(steps)
+            count, seconds = count + step_count, seconds + step_seconds
+        print(count, seconds, flush=True)
+def chunks(path, size):
+    while True:
+        with open(path, encoding="utf-8") as rows:
+            while lines := list(itertools.islice(rows, size)):
+                texts = []
+                for row in map(json.loads, lines):
+                    texts.append(f"{row['instruction']}\\n{row['input']}" if row["input"] else row["instruction"])
+                    texts.append(row["output"])
+                yield texts
 """
+BARE_LOOP = (
+    TURNS
+    + """
+def steps(path, copy):
+    while True:
+        with open(path, encoding="utf-8") as rows, open(copy, "w", encoding="utf-8") as output:
+            while True:
+                count, started = 0, perf_counter()
+                for line in itertools.islice(rows, 4096):
+                    output.write(json.dumps(json.loads(line), ensure_ascii=False) + "\\n")
+                    count += 1
+                if not count:
+                    break
+                yield count, perf_counter() - started
+take_turns(steps(*sys.argv[1:]))
+"""
+)
 SENTENCEPIECE = (
-    TEXTS
+    TURNS
     + """
 import sentencepiece
-model = sentencepiece.SentencePieceProcessor(model_file=sys.argv[2])
-source, seconds = texts(sys.argv[1], None), 0.0
-while chunk := list(itertools.islice(source, 8192)):
-    started = time.perf_counter()
-    model.encode(chunk, num_threads=int(sys.argv[3]))
-    seconds += time.perf_counter() - started
-print(seconds)
+def steps(path, model_file, threads):
+    model = sentencepiece.SentencePieceProcessor(model_file=model_file)
+    for texts in chunks(path, 4096):
+        started = perf_counter()
+        model.encode(texts, num_threads=int(threads))
+        yield len(texts), perf_counter() - started
+take_turns(steps(*sys.argv[1:]))
 """
 )
 ORIGINAL = (
-    TEXTS
+    TURNS
     + """
 sys.path.insert(0, sys.argv[2])
 from utils.chatglm.tokenization_chatglm import ChatGLMTokenizer
-tokenizer = ChatGLMTokenizer.from_pretrained(sys.argv[3])
-sample = list(texts(sys.argv[1], int(sys.argv[4])))
-started = time.perf_counter()
-for prompt, target in zip(sample[::2], sample[1::2]):
-    tokenizer.encode(prompt) + tokenizer.encode(target, add_special_tokens=False) + [tokenizer.eos_token_id]
-print(time.perf_counter() - started)
+def steps(path, model):
+    tokenizer = ChatGLMTokenizer.from_pretrained(model)
+    for texts in chunks(path, 64):
+        started = perf_counter()
+        for prompt, target in zip(texts[::2], texts[1::2]):
+            tokenizer.encode(prompt) + tokenizer.encode(target, add_special_tokens=False) + [tokenizer.eos_token_id]
+        yield len(texts), perf_counter() - started
+take_turns(steps(sys.argv[1], sys.argv[3]))
 """
 )
 
@@ -94,103 +123,132 @@ def write_rows(path: Path, rows: int, seed: int) -> None:
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
-def run_loop(code: str, *arguments: object) -> float:
-    """Seconds that a loop says it took."""
-    command = [sys.executable, "-c", code, *map(str, arguments)]
-    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+class Loop:
+    """A loop that runs in turns; what it did in them."""
+
+    def __init__(self, code: str, *arguments: object):
+        command = [sys.executable, "-c", code, *map(str, arguments)]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.count, self.seconds = 0, 0.0
+        self._answer()
+
+    def take_turn(self, seconds: float) -> None:
+        print(seconds, file=self.process.stdin, flush=True)
+        count, taken = self._answer().split()
+        self.count += int(count)
+        self.seconds += float(taken)
+
+    def _answer(self) -> str:
+        line = self.process.stdout.readline()
+        if not line:
+            sys.exit("a loop failed")
+        return line
+
+    @property
+    def rate(self) -> float:
+        return self.count / self.seconds
+
+    def end(self) -> None:
+        self.process.kill()
+        self.process.wait()
 
 
-class MemoryWatch(threading.Thread):
-    """The largest sum, in bytes, of the memory of a process and its descendants while it runs."""
+class Command:
+    """A script of this repository that runs in turns; its seconds in them, and its peak memory in bytes."""
 
-    def __init__(self, process: subprocess.Popen):
-        super().__init__(daemon=True)
-        self.process = process
-        self.peak = 0
-        self.start()
+    def __init__(self, *arguments: object):
+        self.arguments = [sys.executable, *map(str, arguments)]
+        self.seconds, self.peak = 0.0, 0
 
-    def run(self) -> None:
-        while self.process.poll() is None:
-            self.peak = max(self.peak, sum(map(self._memory, self._family(self.process.pid))))
-            time.sleep(0.5)
-
-    def _family(self, process_id: int) -> list[int]:
-        family = [process_id]
+    def run_beside(self, *loops: Loop) -> None:
+        """Runs the command to its end, a turn of each loop before each of its own; ends the loops."""
+        for loop in loops:
+            loop.take_turn(TURN / len(loops))
+        started = time.perf_counter()
+        process = subprocess.Popen(self.arguments, cwd=ROOT, stdout=subprocess.DEVNULL, start_new_session=True)
+        ended = select.poll()
+        ended.register(os.pidfd_open(process.pid), select.POLLIN)
         try:
-            for task in Path(f"/proc/{process_id}/task").iterdir():
-                for child in (task / "children").read_text().split():
-                    family += self._family(int(child))
-        except OSError:  # it has ended
-            return family
-        return family
+            while not ended.poll(TURN * 1000):
+                os.killpg(process.pid, signal.SIGSTOP)
+                self.seconds += time.perf_counter() - started
+                self.peak = max(self.peak, sum(map(memory, family(process.pid))))
+                for loop in loops:
+                    loop.take_turn(TURN / len(loops))
+                started = time.perf_counter()
+                os.killpg(process.pid, signal.SIGCONT)
+            self.seconds += time.perf_counter() - started
+        finally:
+            for loop in loops:
+                loop.end()
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+        if process.wait():
+            sys.exit(f"{' '.join(self.arguments)} failed")
 
-    @staticmethod
-    def _memory(process_id: int) -> int:
-        try:
-            lines = Path(f"/proc/{process_id}/smaps_rollup").read_text().splitlines()
-        except OSError:  # it has ended
-            return 0
-        return next((int(line.split()[1]) << 10 for line in lines if line.startswith("Pss:")), 0)
+
+def family(process_id: int) -> list[int]:
+    """A process and its descendants."""
+    found = [process_id]
+    try:
+        for task in Path(f"/proc/{process_id}/task").iterdir():
+            for child in (task / "children").read_text().split():
+                found += family(int(child))
+    except OSError:  # it has ended
+        return found
+    return found
 
 
-def run_command(*arguments: object) -> tuple[float, int]:
-    """Seconds that a script of this repository took, and its peak memory in bytes."""
-    started = time.perf_counter()
-    command = [sys.executable, *map(str, arguments)]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
-    watch = MemoryWatch(process)
-    if process.wait():
-        sys.exit(f"{' '.join(command)} failed")
-    seconds = time.perf_counter() - started
-    watch.join()
-    return seconds, watch.peak
+def memory(process_id: int) -> int:
+    try:
+        lines = Path(f"/proc/{process_id}/smaps_rollup").read_text().splitlines()
+    except OSError:  # it has ended
+        return 0
+    return next((int(line.split()[1]) << 10 for line in lines if line.startswith("Pss:")), 0)
 
 
 def measure(rows: int, processes: int, directory: Path) -> dict[str, float]:
     raw, processed, tokens = directory / "raw.json", directory / "rows.json", directory / "tokens"
     write_rows(raw, rows, seed=0)
     print(f"{rows} rows, {raw.stat().st_size / 2**20:.0f} MiB; {processes} processes or threads", flush=True)
-    script = ("process_belle_1M_data.py", "--input", raw, "--output", processed)
-    parse_seconds, process_seconds, process_peak = [], [], 0
-    for _ in range(2):  # in turn, and the better of each counts: other work on the machine comes and goes
-        parse_seconds.append(run_loop(BARE_LOOP, raw, directory / "copy.json"))
-        seconds, process_peak = run_command(*script)
-        process_seconds.append(seconds)
+    os.sync()
+    parse = Loop(BARE_LOOP, raw, directory / "copy.json")
+    process = Command("process_belle_1M_data.py", "--input", raw, "--output", processed)
+    process.run_beside(parse)
     (directory / "copy.json").unlink()
-    encoder_seconds = [run_loop(SENTENCEPIECE, raw, MODEL / "ice_text.model", processes)]
-    tokenize_seconds, tokenize_peak = run_command(
+    os.sync()
+    encoder = Loop(SENTENCEPIECE, raw, MODEL / "ice_text.model", processes)
+    original = Loop(ORIGINAL, raw, ROOT, MODEL)
+    tokenize = Command(
         "tokenize_dataset_rows_belle.py", "--jsonl_path", raw, "--save_path", tokens, "--num_proc", processes,
         "--max_seq_length", 512, "--model_name_or_path", MODEL,
     )  # fmt: skip
-    encoder_seconds.append(run_loop(SENTENCEPIECE, raw, MODEL / "ice_text.model", processes))
-    sample = min(rows, ORIGINAL_ROWS)
-    original_seconds = run_loop(ORIGINAL, raw, ROOT, MODEL, sample)
+    tokenize.run_beside(encoder, original)
     report = json.loads((tokens / "report.json").read_text(encoding="utf-8"))
-    rates = {
-        "parse_rows_per_s": rows / min(parse_seconds),
-        "process_rows_per_s": rows / min(process_seconds),
-        "sentencepiece_texts_per_s": 2 * rows / min(encoder_seconds),
-        "tokenize_texts_per_s": 2 * rows / tokenize_seconds,
-        "original_texts_per_s": 2 * sample / original_seconds,
-    }
+    process_rate, tokenize_rate = rows / process.seconds, 2 * rows / tokenize.seconds
     return {
         "rows": rows,
         "processes": processes,
         "tokens_per_row": round(report["tokens"] / report["written"], 1),
-        **{name: round(rate) for name, rate in rates.items()},
-        "process_vs_parse": round(rates["process_rows_per_s"] / rates["parse_rows_per_s"], 3),
-        "tokenize_vs_sentencepiece": round(rates["tokenize_texts_per_s"] / rates["sentencepiece_texts_per_s"], 3),
-        "tokenize_vs_original": round(rates["tokenize_texts_per_s"] / rates["original_texts_per_s"], 2),
-        "process_peak_mib": round(process_peak / 2**20),
-        "peak_mib": round(max(process_peak, tokenize_peak) / 2**20),
+        "parse_rows_per_s": round(parse.rate),
+        "process_rows_per_s": round(process_rate),
+        "sentencepiece_texts_per_s": round(encoder.rate),
+        "tokenize_texts_per_s": round(tokenize_rate),
+        "original_texts_per_s": round(original.rate),
+        "process_vs_parse": round(process_rate / parse.rate, 3),
+        "tokenize_vs_sentencepiece": round(tokenize_rate / encoder.rate, 3),
+        "tokenize_vs_original": round(tokenize_rate / original.rate, 2),
+        "process_peak_mib": round(process.peak / 2**20),
+        "peak_mib": round(max(process.peak, tokenize.peak) / 2**20),
     }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, default=400_000, help="default: %(default)s")
+    parser.add_argument("--rows", type=int, default=1_000_000, help="default: %(default)s")
     parser.add_argument("--num_proc", type=int, default=len(os.sched_getaffinity(0)), help="all cores: %(default)s")
     args = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # not to leave a stopped command behind
     with tempfile.TemporaryDirectory() as directory:
         print(json.dumps(measure(args.rows, args.num_proc, Path(directory))))
 

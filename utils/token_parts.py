@@ -12,7 +12,7 @@ import multiprocessing
 import os
 import shutil
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,7 +25,7 @@ from utils.raw_files import Block, read_blocks
 from utils.rejections import Rejection
 from utils.rows import NumberedRow, parse_row, rows_of
 from utils.token_batch import TokenBatch, encode_batch
-from utils.token_dataset import FEATURES, record_batch
+from utils.token_files import SCHEMA, record_batch
 from utils.token_report import TokenReport
 
 import numpy as np
@@ -100,7 +100,7 @@ class PartMaker:
         with (
             no_garbage_collection(),
             open(self.directory / name, "wb") as file,
-            pa.ipc.new_stream(file, FEATURES.arrow_schema) as writer,
+            pa.ipc.new_stream(file, SCHEMA) as writer,
         ):
             for block in blocks:
                 batch = self._encode(block, report, rejections)
@@ -205,9 +205,12 @@ def _lock(file) -> bool:
     return True
 
 
-def make_parts(maker: PartMaker, paths: Sequence[str], num_proc: int) -> Iterator[Part]:
+def make_parts(
+    maker: PartMaker, paths: Sequence[str], num_proc: int, meanwhile: Callable[[], None] = lambda: None
+) -> Iterator[Part]:
     """
-    Yields the parts of the files in their order; one that `maker.directory` has already is not made again.
+    Yields the parts of the files in their order; one that `maker.directory` has already is not made again. With
+    worker processes, `meanwhile` is called when they have the last parts, and some of them nothing more to do.
 
     Raises:
         RunError: a worker process was killed.
@@ -230,6 +233,7 @@ def make_parts(maker: PartMaker, paths: Sequence[str], num_proc: int) -> Iterato
                 waiting.append(Part.load(maker.directory, number) or pool.submit(_make_part, number, batch))
                 if len(waiting) > num_proc + 1:
                     yield _result(waiting.popleft(), maker.directory)
+            meanwhile()
             while waiting:
                 yield _result(waiting.popleft(), maker.directory)
         except BrokenProcessPool:

@@ -96,9 +96,7 @@ class TokenReport:
 
     def draw(self, path: Path, max_seq_length: int) -> None:
         """A histogram of the rows' lengths with the cut line, and the counts above it."""
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-
+        Figure, FigureCanvasAgg = import_matplotlib()
         figure = Figure(figsize=(9, 5), layout="constrained")
         FigureCanvasAgg(figure)
         axes = figure.add_subplot()
@@ -111,6 +109,14 @@ class TokenReport:
         axes.set_title("\n".join(self.lines(max_seq_length)), fontsize=8, loc="left")
         axes.legend()
         figure.savefig(path, dpi=100)
+
+
+def import_matplotlib() -> tuple[type, type]:
+    """Figure and its canvas; the first call takes half a second."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    return Figure, FigureCanvasAgg
 
 
 def preview(tokenizer: PreTrainedTokenizerBase, examples: Iterable[Example]) -> Iterable[str]:
