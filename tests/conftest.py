@@ -15,6 +15,13 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ROOT / "data" / "chatglm-tiny"
 GOLDEN = ROOT / "tests" / "golden"
+TEXTS = (
+    "改成一个问题:\n小明今天在公园放风筝",
+    "找出句子里的地点:\n老师昨天在图书馆看书",
+    "你好",
+    "先说时间:\n医生晚上在河边散步",
+    "谢谢",
+)
 
 sys.path.insert(0, str(ROOT))
 
@@ -107,3 +114,14 @@ def run_script():
         return Result(command, subprocess.CompletedProcess(command, code, out.getvalue(), err.getvalue()))
 
     return run
+
+
+@pytest.fixture(scope="session")
+def tokens(run_script, tmp_path_factory):
+    """data/sample.train.json, tokenised for the embedded checkpoint; no test writes there."""
+    path = tmp_path_factory.mktemp("tokens") / "tokens"
+    run_script(
+        f"tokenize_dataset_rows_belle.py --jsonl_path data/sample.train.json --save_path {path} "
+        f"--model_name_or_path {TINY}"
+    ).check()
+    return path

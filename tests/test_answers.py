@@ -15,19 +15,12 @@ from utils.sampling import Sampling
 
 import pytest
 import torch
-from conftest import ROOT, TINY
+from conftest import ROOT, TEXTS, TINY
 
 sys.path.insert(0, str(ROOT / "tests" / "faults"))
 import kill_inference
 
 SCRIPT = "chatglm_milti_gpu_inference.py"
-TEXTS = (
-    "改成一个问题:\n小明今天在公园放风筝",
-    "找出句子里的地点:\n老师昨天在图书馆看书",
-    "你好",
-    "先说时间:\n医生晚上在河边散步",
-    "谢谢",
-)
 
 
 @pytest.fixture(scope="module")

@@ -40,12 +40,7 @@ OPENED_ALONE = {"deepspeed_zero3.json"}  # ds_config_zero3.json, which test_trai
 
 
 @pytest.fixture(scope="module")
-def script(run_script, tmp_path_factory):
-    tokens = tmp_path_factory.mktemp("tokens") / "tokens"
-    run_script(
-        f"tokenize_dataset_rows_belle.py --jsonl_path data/sample.train.json --save_path {tokens} "
-        f"--model_name_or_path {TINY}"
-    ).check()
+def script(tokens):
     return (
         f"multi_gpu_fintune_belle.py --dataset_path {tokens} --model_name_or_path {TINY} --lora_rank 4 --fp16 "
         "--max_steps 2 --save_steps 1 --save_total_limit 1 --logging_steps 1 --learning_rate 2e-3 "

@@ -6,15 +6,7 @@ from utils.engine import MOST_READ, Engine, Task, read_size
 
 import pytest
 import torch
-from conftest import TINY
-
-TEXTS = (
-    "改成一个问题:\n小明今天在公园放风筝",
-    "找出句子里的地点:\n老师昨天在图书馆看书",
-    "你好",
-    "先说时间:\n医生晚上在河边散步",
-    "谢谢",
-)
+from conftest import TEXTS, TINY
 
 
 def trained_chatglm() -> tuple:

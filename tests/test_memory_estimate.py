@@ -78,13 +78,9 @@ def test_checkpointing_is_decided_from_it(decide):
     assert not decided and warning.endswith("leave --gradient_checkpointing False out")
 
 
-def test_the_plan(run_script, tmp_path):
+def test_the_plan(run_script, tokens, tmp_path):
     """What it says of a run is what the run is; and it writes nothing."""
-    run_script(
-        f"tokenize_dataset_rows_belle.py --jsonl_path data/sample.train.json --save_path {tmp_path}/tokens "
-        f"--model_name_or_path {TINY}"
-    ).check()
-    train = f"multi_gpu_fintune_belle.py --dataset_path {tmp_path}/tokens --model_name_or_path {TINY} "
+    train = f"multi_gpu_fintune_belle.py --dataset_path {tokens} --model_name_or_path {TINY} "
     train += f"--output_dir {tmp_path}/out --num_train_epochs 0.2"
     for flags in ("--per_device_train_batch_size 16", "--packing --pack_tokens 512 --per_device_train_batch_size 2"):
         plan = run_script(f"{train} {flags} --plan").check().out

@@ -16,8 +16,8 @@ import kill_training
 
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher, victim", [("ddp", 1)])
-def test_a_killed_rank_is_named_by_the_others(tmp_path, launcher, victim):
-    kill_training.prepare(tmp_path)
+def test_a_killed_rank_is_named_by_the_others(tokens, tmp_path, launcher, victim):
+    (tmp_path / "tokens").symlink_to(tokens)
     words = kill_training.command(launcher, tmp_path, tmp_path / "run")
     log = tmp_path / "log"
     process = kill_training.start(words, log)

@@ -13,16 +13,6 @@ import torch
 from conftest import GOLDEN, TINY
 
 
-@pytest.fixture(scope="module")
-def tokens(run_script, tmp_path_factory):
-    path = tmp_path_factory.mktemp("preflight") / "tokens"
-    run_script(
-        f"tokenize_dataset_rows_belle.py --jsonl_path data/sample.train.json --save_path {path} "
-        f"--model_name_or_path {TINY}"
-    ).check()
-    return path
-
-
 @pytest.fixture
 def faults(run_script, tokens, tmp_path):
     """faults("--flags") -> the lines that the script ends with."""

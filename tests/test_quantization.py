@@ -184,22 +184,18 @@ def test_kernels_that_nobody_knows(choose_kernels):
 
 
 @pytest.fixture(scope="module")
-def workspace(run_script, tmp_path_factory):
-    """tokens, and an adapter trained on the tiny model in int4 by one process."""
+def workspace(run_script, tokens, tmp_path_factory):
+    """An adapter trained on the tiny model in int4 by one process."""
     path = tmp_path_factory.mktemp("quantised")
-    run_script(
-        f"tokenize_dataset_rows_belle.py --jsonl_path data/sample.train.json --save_path {path}/tokens "
-        f"--model_name_or_path {TINY}"
-    ).check()
-    train = f"{TRAIN} --dataset_path {path}/tokens --quantize int4"
+    train = f"{TRAIN} --dataset_path {tokens} --quantize int4"
     result = run_script(f"{train} --per_device_train_batch_size 4 --output_dir {path}/adapter").check()
     assert "weights int4, computing in float32" in result.out
     return path
 
 
 @pytest.mark.slow
-def test_ddp_trains_the_adapter_of_one_process(run_command, workspace):
-    command = f"torchrun --nproc_per_node=2 {TRAIN} --dataset_path {workspace}/tokens --quantize int4"
+def test_ddp_trains_the_adapter_of_one_process(run_command, tokens, workspace):
+    command = f"torchrun --nproc_per_node=2 {TRAIN} --dataset_path {tokens} --quantize int4"
     run_command(f"{command} --per_device_train_batch_size 2 --output_dir {workspace}/ddp").check()
     expected, actual = (load_file(workspace / name / "adapter_model.safetensors") for name in ("adapter", "ddp"))
     assert actual.keys() == expected.keys()
@@ -244,10 +240,9 @@ def test_every_generation_trains_and_answers(run_script, tmp_path, name):
     assert len((tmp_path / "answers").read_text().splitlines()) == 8
 
 
-@pytest.mark.slow
-def test_zero3_is_refused(run_command, workspace):
-    command = f"python {TRAIN} --dataset_path {workspace}/tokens --output_dir {workspace}/none --quantize int8"
-    result = run_command(f"{command} --deepspeed ds_config_zero3.json")
+def test_zero3_is_refused(run_script, tokens, tmp_path):
+    command = f"{TRAIN} --dataset_path {tokens} --output_dir {tmp_path}/none --quantize int8"
+    result = run_script(f"{command} --deepspeed ds_config_zero3.json")
     assert result.code == 2 and "a quantised base cannot be partitioned by ZeRO-3" in result.err
     assert "Traceback" not in result.err
 

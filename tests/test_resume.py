@@ -27,9 +27,9 @@ FLAGS = "--lora_rank 4 --lora_dropout 0.1 --learning_rate 2e-3 --save_steps 2 --
 
 
 @pytest.fixture(scope="module")
-def workspace(tmp_path_factory):
+def workspace(tokens, tmp_path_factory):
     path = tmp_path_factory.mktemp("resume")
-    kill_training.prepare(path)
+    (path / "tokens").symlink_to(tokens)
     return path
 
 

@@ -20,16 +20,6 @@ FLAGS = (
 
 
 @pytest.fixture(scope="module")
-def tokens(run_script, tmp_path_factory):
-    path = tmp_path_factory.mktemp("tokens") / "tokens"
-    run_script(
-        f"tokenize_dataset_rows_belle.py --jsonl_path data/sample.train.json --save_path {path} "
-        f"--model_name_or_path {TINY}"
-    ).check()
-    return path
-
-
-@pytest.fixture(scope="module")
 def train(run_script, tokens):
     def run(output_dir, flags="", settings=FLAGS):
         return run_script(

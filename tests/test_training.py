@@ -16,10 +16,10 @@ from safetensors.torch import load_file
 TORCHRUN = "torchrun --nproc_per_node=2"
 ACCELERATE = "accelerate launch --config_file accelerate_ds_zero3_cpu_offload_config.yaml"
 ZERO3 = "--deepspeed ds_config_zero3.json"
-# launcher, rows a device, accumulation steps, extra flags: always 4 rows a step
+# launcher (none: in the tests' process), rows a device, accumulation steps, extra flags: always 4 rows a step
 LAUNCHERS = {
-    "one process": ("python", 4, 1, ""),
-    "one process accumulating": ("python", 1, 4, ""),
+    "one process": ("", 4, 1, ""),
+    "one process accumulating": ("", 1, 4, ""),
     "ddp accumulating and checkpointing": (TORCHRUN, 1, 2, "--gradient_checkpointing"),
     "zero3": (TORCHRUN, 1, 2, ZERO3),
     "zero3 one process": ("python", 2, 2, ZERO3),
@@ -28,19 +28,9 @@ LAUNCHERS = {
 
 
 @pytest.fixture(scope="module")
-def tokens(run_script, tmp_path_factory):
-    path = tmp_path_factory.mktemp("tokens") / "tokens"
-    run_script(
-        f"tokenize_dataset_rows_belle.py --jsonl_path data/sample.train.json --save_path {path} "
-        f"--model_name_or_path {TINY}"
-    ).check()
-    return path
-
-
-@pytest.fixture(scope="module")
-def train(run_command, tokens):
+def train(run_command, run_script, tokens):
     def run(launcher, flags):
-        return run_command(
+        return (run_command if launcher else run_script)(
             f"{launcher} multi_gpu_fintune_belle.py --dataset_path {tokens} --model_name_or_path {TINY} {flags}"
         )
 
