@@ -29,10 +29,10 @@ from utils.errors import UsageError, run
 from utils.fp8 import FP8
 from utils.lora import attach_adapter
 from utils.memory_estimate import resolve_checkpointing
-from utils.preflight import open_request
+from utils.preflight import Request, open_request
 from utils.quantization import stored_bits
-from utils.run_checkpoints import claim, find_resumable, start_afresh
-from utils.run_plan import describe_plan
+from utils.run_checkpoints import Settings, claim, find_resumable, start_afresh
+from utils.run_plan import plan
 from utils.run_record import keep_log, settle_reporters, write_run
 from utils.target_loss import use_target_loss
 from utils.token_dataset import fingerprint_rows
@@ -51,7 +51,7 @@ from utils.training_speed import decoder_blocks, resolve_compile, speed_up
 
 import torch
 from peft import PeftModel
-from transformers import HfArgumentParser, TrainingArguments
+from transformers import HfArgumentParser, TrainerCallback, TrainingArguments
 
 
 @dataclass
@@ -81,7 +81,7 @@ class FinetuneArguments:
     compile_layers: bool | None = field(
         default=None, metadata={"help": "compile the model's layers (with --packing on a GPU, unless it is false)"}
     )
-    plan: bool = field(default=False, metadata={"help": "say what the run will be and what memory it takes, and end"})
+    plan: bool = field(default=False, metadata={"help": "say what the run will be, its memory and speed, and end"})
     lora_rank: int = field(default=8, metadata={"help": "rank of the adapter"})
     lora_alpha: int = field(default=32, metadata={"help": "the adapter is scaled by lora_alpha / lora_rank"})
     lora_dropout: float = field(default=0.0, metadata={"help": "dropout on the adapter's input, 0 to 1"})
@@ -119,8 +119,7 @@ def parse_arguments(argv: list[str]):
 
 def main() -> None:
     args, training_args, request, dtype = parse_arguments(sys.argv[1:])
-    dataset, eval_dataset, tokenizer = request.dataset, request.eval_dataset, request.tokenizer
-    checkpoint, origin = request.checkpoint, request.origin
+    dataset, eval_dataset, origin = request.dataset, request.eval_dataset, request.origin
     args.compile_layers = resolve_compile(args.compile_layers, args.packing, training_args)
     trains = {name: value for name, value in vars(args).items() if name.startswith("lora_")}
     trains |= {"base": origin.base, "template": origin.template}
@@ -131,7 +130,13 @@ def main() -> None:
         resume_from = find_resumable(training_args.resume_from_checkpoint, training_args.output_dir, settings)
     set_checkpointing(training_args, resolve_checkpointing(request, args, training_args, dtype))
     if args.plan:
-        print_once(describe_plan(request, args, training_args, dtype))
+        plan(
+            request,
+            args,
+            training_args,
+            dtype,
+            lambda: make_trainer(request, args, training_args, dtype, settings, []),
+        )
         return
     with claim(training_args.output_dir), keep_log(training_args.output_dir):
         if resume_from is None:
@@ -141,35 +146,7 @@ def main() -> None:
             data |= {"eval_rows": len(eval_dataset), "eval_fingerprint": fingerprint_rows(eval_dataset)}
         write_run(training_args, vars(args), data, origin.base, resume_from)
         settle_reporters(training_args.report_to, training_args.output_dir)
-        model = prepare_model(args, training_args, dtype, checkpoint.generation)
-        collator = eval_collator = PaddingCollator(tokenizer.pad_token_id)
-        if args.packing:
-            packs_a_batch = training_args.per_device_train_batch_size
-            dataset, shape = pack_dataset(dataset, args.pack_tokens, training_args.seed, packs_a_batch)
-            collator = PackingCollator(
-                checkpoint.row_positions, tokenizer.pad_token_id, shape if args.compile_layers else None
-            )
-            if eval_dataset:
-                packs_a_batch = training_args.per_device_eval_batch_size
-                eval_dataset, shape = pack_dataset(eval_dataset, args.pack_tokens, training_args.seed, packs_a_batch)
-                eval_collator = replace(collator, shape=shape if args.compile_layers else None)
-        counts = (len(dataset), args.packing, *model.get_nb_trainable_parameters())
-        held = f"int{checkpoint.quantization.bits}" if checkpoint.quantization else args.quantize
-        print_once(describe_run(training_args, dtype, held, *counts))
-        trainer = AdapterTrainer(
-            model=model,
-            args=training_args,
-            train_dataset=dataset,
-            eval_dataset=eval_dataset,
-            data_collator=collator,
-            eval_collator=eval_collator,
-            callbacks=[stop := StopOnSignal()],
-            origin=origin,
-            settings=settings,
-            blocks=decoder_blocks(model),
-            rows=request.dataset,
-            tokenizer=tokenizer,
-        )
+        trainer = make_trainer(request, args, training_args, dtype, settings, [stop := StopOnSignal()])
         result = trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
         if stop.stopped:
             step = result.global_step
@@ -180,6 +157,48 @@ def main() -> None:
     result.metrics["train_loss"] = mean_over_processes(result.metrics["train_loss"])
     if is_main_process():
         print(json.dumps({"output_dir": training_args.output_dir, "steps": result.global_step, **result.metrics}))
+
+
+def make_trainer(
+    request: Request,
+    args: FinetuneArguments,
+    training_args: TrainingArguments,
+    dtype: torch.dtype,
+    settings: Settings,
+    callbacks: list[TrainerCallback],
+) -> AdapterTrainer:
+    """Loads the model, lays the rows out in batches, and says what the run resolved."""
+    checkpoint, tokenizer = request.checkpoint, request.tokenizer
+    dataset, eval_dataset = request.dataset, request.eval_dataset
+    model = prepare_model(args, training_args, dtype, checkpoint.generation)
+    collator = eval_collator = PaddingCollator(tokenizer.pad_token_id)
+    if args.packing:
+        packs_a_batch = training_args.per_device_train_batch_size
+        dataset, shape = pack_dataset(dataset, args.pack_tokens, training_args.seed, packs_a_batch)
+        collator = PackingCollator(
+            checkpoint.row_positions, tokenizer.pad_token_id, shape if args.compile_layers else None
+        )
+        if eval_dataset:
+            packs_a_batch = training_args.per_device_eval_batch_size
+            eval_dataset, shape = pack_dataset(eval_dataset, args.pack_tokens, training_args.seed, packs_a_batch)
+            eval_collator = replace(collator, shape=shape if args.compile_layers else None)
+    counts = (len(dataset), args.packing, *model.get_nb_trainable_parameters())
+    held = f"int{checkpoint.quantization.bits}" if checkpoint.quantization else args.quantize
+    print_once(describe_run(training_args, dtype, held, *counts))
+    return AdapterTrainer(
+        model=model,
+        args=training_args,
+        train_dataset=dataset,
+        eval_dataset=eval_dataset,
+        data_collator=collator,
+        eval_collator=eval_collator,
+        callbacks=callbacks,
+        origin=request.origin,
+        settings=settings,
+        blocks=decoder_blocks(model),
+        rows=request.dataset,
+        tokenizer=tokenizer,
+    )
 
 
 def prepare_model(

@@ -2,12 +2,13 @@
 
 import json
 import re
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 from tools.random_checkpoint import GLM
-from utils import memory_estimate
+from utils import memory_estimate, run_plan
 from utils.chatglm import ChatGLMConfig
 from utils.chatglm.generations import CHATGLM, CHATGLM3
 from utils.chatglm.released_glm import glm_config
@@ -78,11 +79,15 @@ def test_checkpointing_is_decided_from_it(decide):
     assert not decided and warning.endswith("leave --gradient_checkpointing False out")
 
 
-def test_the_plan(run_script, tokens, tmp_path):
+def test_the_plan(run_script, tokens, tmp_path, monkeypatch):
     """What it says of a run is what the run is; and it writes nothing."""
     train = f"multi_gpu_fintune_belle.py --dataset_path {tokens} --model_name_or_path {TINY} "
     train += f"--output_dir {tmp_path}/out --num_train_epochs 0.2"
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    (tmp_path / "temporary").mkdir()
     for flags in ("--per_device_train_batch_size 16", "--packing --pack_tokens 512 --per_device_train_batch_size 2"):
+        plan = run_script(f"{train} {flags} --eval_fraction 0.1 --report_to tensorboard --plan").check().out
+        assert "tokens/s" in plan and not list((tmp_path / "temporary").iterdir())
         plan = run_script(f"{train} {flags} --plan").check().out
         assert not (tmp_path / "out").exists() and "rows 300, tokens" in plan and "no GPU here" in plan
         out = run_script(f"{train} {flags} --save_strategy no --output_dir {tmp_path}/{len(flags)}").check().out
@@ -91,6 +96,60 @@ def test_the_plan(run_script, tokens, tmp_path):
         assert f"steps {steps}, " in plan and trainable in plan
         for share in re.findall("([0-9.]+)% (?:padding|unfilled)", plan):
             assert 0 < float(share) < 20
+
+
+@pytest.mark.parametrize(
+    "launcher, flags",
+    [
+        ("python", ""),
+        pytest.param("torchrun --nproc_per_node=2", "--packing --pack_tokens 512", marks=pytest.mark.slow),
+        pytest.param("torchrun --nproc_per_node=2", "--deepspeed ds_config_zero3.json", marks=pytest.mark.slow),
+    ],
+)
+def test_the_planned_time_is_that_of_the_run(run_command, run_script, tmp_path, launcher, flags):
+    """Loosely, as steps of the tiny checkpoint on a shared CPU are far from even."""
+    run_script(
+        f"tokenize_dataset_rows_belle.py --jsonl_path data/sample.train.json --save_path {tmp_path}/tokens "
+        f"--model_name_or_path {TINY}"
+    ).check()
+    train = f"{launcher} multi_gpu_fintune_belle.py --dataset_path {tmp_path}/tokens --model_name_or_path {TINY} "
+    train += f"--output_dir {tmp_path}/out --num_train_epochs 4 --per_device_train_batch_size 4 {flags}"
+    train += " --save_strategy no"
+    plan = run_command(f"{train} --plan").check().out
+    assert not (tmp_path / "out").exists()
+    planned = int(re.search(r"the run takes .* \(([0-9]+) s\)", plan)[1])
+    seconds = json.loads(run_command(train).check().out.splitlines()[-1])["train_runtime"]
+    assert planned == pytest.approx(seconds, rel=0.5), (planned, seconds)
+
+
+def test_steps_that_will_not_fit_are_not_tried(monkeypatch, capsys):
+    monkeypatch.setattr(run_plan, "free_gib", lambda on_cpu: 12.0)
+    monkeypatch.setattr(run_plan, "describe_plan", lambda *_: "")
+    monkeypatch.setattr(run_plan, "row_lengths", lambda _: [1024])
+    monkeypatch.setattr(Load, "of", lambda *_: load_of(V3, 8192))
+    flags = SimpleNamespace(packing=False)
+    batches = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 1, "world_size": 1, "max_steps": 5}
+    args = SimpleNamespace(use_cpu=False, gradient_checkpointing=False, **batches)
+    request = Request(None, None, V3, None)
+    run_plan.plan(request, flags, args, torch.bfloat16, lambda: pytest.fail("the model is loaded"))
+    said = capsys.readouterr().out
+    assert "speed not measured: " in said and "advice: DDP over 4 bits" in said
+
+
+def test_weights_under_fsdp2(monkeypatch):
+    """A half on each of two cards, two blocks gathered, and the head."""
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setattr(memory_estimate, "row_lengths", lambda _: [1024])
+    flags = {"packing": True, "pack_tokens": 8192, "lora_rank": 8, "lora_target_modules": ["q_proj"]}
+    args = SimpleNamespace(per_device_train_batch_size=1, world_size=2, deepspeed_plugin=None)
+    load = Load.of(Request(None, None, V3, None), SimpleNamespace(**flags, compile_layers=True), args, torch.bfloat16)
+    whole = replace(load, fsdp=False, partitions=None, optimizer_partitions=1)
+    block = 2 * (4096 * 4096 * 2 + 4096 * 512 + 4096 * 13696 * 3 + 4608 + 2 * 4096)  # q, o; k, v; MLP; biases; norms
+    head = 2 * 65024 * 4096
+    gathered = (2 * block + head) / 2**30
+    assert load.parts()["weights"] == pytest.approx(whole.parts()["weights"] / 2 + gathered, rel=1e-3)
+    assert load.parts()["optimizer"] == whole.parts()["optimizer"] / 2
+    assert load.values_kept() == whole.values_kept()
 
 
 @pytest.mark.parametrize(

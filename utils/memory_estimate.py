@@ -6,21 +6,25 @@ from the tensors that autograd saves there: the inputs of both norms, the input 
 value and output of attention, and what goes into the MLP's activation function.
 
 PREFIX, LAYERNORM, RMSNORM and HEAD_BYTES are fitted to peaks (`max_memory_allocated`) on H100s with torch 2.11 and
-LoRA rank 8 on query, key and value, which stand beside their estimates in tests/test_memory_estimate.py.
+LoRA rank 8 on query, key and value, which stand beside their estimates in tests/test_memory_estimate.py. What FSDP2
+gathers is counted from how it works; no peak of it was measured.
 """
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
 from utils.checkpoint import Checkpoint
-from utils.distributed import gather_from_all, print_once
+from utils.distributed import gather_from_all, print_once, world_size
+from utils.fsdp import launched_by_accelerate_with_fsdp
 from utils.preflight import Request
 from utils.quantization import BITS, Quantization
 from utils.target_loss import CHUNK
 from utils.token_dataset import row_lengths
 from utils.training_speed import decoder_blocks, partitions_weights
 
+import psutil
 import torch
 from transformers import TrainingArguments
 
@@ -29,7 +33,12 @@ PREFIX = 1 / 3  # of ChatGLM-6B's query, key, value and output that its two atte
 LAYERNORM, RMSNORM = 1.44, 1.83  # times what a compiled layer keeps, by a layer that is not compiled, with these norms
 HEAD_BYTES = 14  # a logit of a chunk: in 16 bits, in float32 twice, and in float32 that of the chunk before
 LIVE_PARAMETERS = 10**9  # that DeepSpeed ZeRO-3 gathers at once: its stage3_max_live_parameters
+LIVE_BLOCKS = 2  # that FSDP2 gathers at once: the one that computes and the next
 FREE_SHARE = 0.95  # of the free memory; the rest is lost between blocks of the allocator
+
+
+def bytes_of(tensors: list[torch.Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 @dataclass(frozen=True)
@@ -37,6 +46,7 @@ class ModelSizes:
     """Of a base model, weights as they are held."""
 
     weight_bytes: int
+    block_bytes: int  # of the weights of one block
     parameters: int
     blocks: int
     hidden: int
@@ -54,7 +64,8 @@ class ModelSizes:
         layers = {path.rpartition(".")[2]: module for path, module in blocks[0].named_modules()}
         linear = {name: layers[name] for name in checkpoint.generation.linear_layers}
         return cls(
-            weight_bytes=sum(tensor.numel() * tensor.element_size() for tensor in tensors),
+            weight_bytes=bytes_of(tensors),
+            block_bytes=bytes_of([*blocks[0].parameters(), *blocks[0].buffers()]),
             parameters=sum(tensor.numel() for tensor in tensors),
             blocks=len(blocks),
             hidden=model.config.hidden_size,
@@ -74,8 +85,10 @@ class Load:
     Args:
         tokens: of a micro-batch, padding included.
         longest: tokens of the longest row.
-        partitions: processes that ZeRO-3 spreads the weights over; None without it.
+        partitions: processes that ZeRO-3 or FSDP2 spreads the weights over; None without them.
         offloaded: whether ZeRO-3 keeps them in CPU memory.
+        fsdp: whether it is FSDP2, which gathers whole blocks.
+        optimizer_partitions: processes that ZeRO or FSDP2 spreads the optimizer's state over.
     """
 
     sizes: ModelSizes
@@ -88,13 +101,16 @@ class Load:
     checkpointing: bool = False
     partitions: int | None = None
     offloaded: bool = False
+    fsdp: bool = False
+    optimizer_partitions: int = 1
 
     @classmethod
     def of(cls, request: Request, flags: Any, args: TrainingArguments, dtype: torch.dtype) -> "Load":
         """Of a training script's request, its own flags with `compile_layers` resolved, and Trainer's."""
         longest = max(row_lengths(request.dataset))
-        partitions = args.world_size if partitions_weights(args) else None
-        offload = "zero_optimization.offload_param.device"
+        fsdp, zero3 = launched_by_accelerate_with_fsdp(), partitions_weights(args)
+        plugin, offload = args.deepspeed_plugin, "zero_optimization.offload_param.device"
+        spreads_optimizer = fsdp or (plugin is not None and plugin.zero_stage > 0)
         return cls(
             ModelSizes.of(request.checkpoint, dtype),
             args.per_device_train_batch_size * (flags.pack_tokens if flags.packing else longest),
@@ -103,8 +119,10 @@ class Load:
             flags.lora_rank,
             tuple(flags.lora_target_modules),
             flags.compile_layers,
-            partitions=partitions,
-            offloaded=bool(partitions) and args.deepspeed_plugin.hf_ds_config.get_value(offload, "none") != "none",
+            partitions=args.world_size if fsdp or zero3 else None,
+            offloaded=zero3 and plugin.hf_ds_config.get_value(offload, "none") != "none",
+            fsdp=fsdp,
+            optimizer_partitions=args.world_size if spreads_optimizer else 1,
         )
 
     def values_kept(self) -> float:
@@ -120,7 +138,7 @@ class Load:
             values += PREFIX * (qkv + attended)
         if not self.compiled:
             values *= LAYERNORM if sizes.has_prefix else RMSNORM
-        if self.partitions:  # PEFT's own layers, each of which has its input in float32
+        if self.partitions and not self.fsdp:  # PEFT's own layers, each of which has its input in float32
             values += sum(4 / sizes.value_bytes * sizes.linear[name][0] for name in targets)
         return values
 
@@ -132,7 +150,9 @@ class Load:
         """GiB a card of weights, adapter, optimizer, activations and head."""
         sizes = self.sizes
         weights = 0 if self.offloaded else sizes.weight_bytes / (self.partitions or 1)
-        if self.partitions:
+        if self.fsdp:  # the head stays from its forward to its backward pass
+            weights += LIVE_BLOCKS * sizes.block_bytes + sizes.vocabulary * sizes.hidden * sizes.value_bytes
+        elif self.partitions:
             weights += min(LIVE_PARAMETERS, sizes.parameters) * sizes.weight_bytes / sizes.parameters
         adapter = self.adapter_parameters()
         stream = self.tokens * sizes.hidden * sizes.value_bytes
@@ -145,7 +165,7 @@ class Load:
         found = {
             "weights": weights,
             "adapter": 2 * 4 * adapter,  # with its gradients, in float32
-            "optimizer": 2 * 4 * adapter,
+            "optimizer": 2 * 4 * adapter / self.optimizer_partitions,
             "activations": kept,
             "head": head,
         }
@@ -155,8 +175,10 @@ class Load:
         return sum(self.parts().values())
 
 
-def free_gib() -> float:
-    """What this process may still take of its GPU, at most."""
+def free_gib(on_cpu: bool = False) -> float:
+    """What this process may still take of its GPU, at most; or its share of what this machine has free."""
+    if on_cpu:
+        return psutil.virtual_memory().available / int(os.environ.get("LOCAL_WORLD_SIZE", world_size())) / GIB
     free, total = torch.cuda.mem_get_info()
     allowed = total * torch.cuda.get_per_process_memory_fraction() - torch.cuda.memory_reserved()
     return min(free, allowed) / GIB

@@ -88,7 +88,11 @@ class Throughput:
 
     def seconds_left(self, steps: int) -> float | None:
         """Until so many more steps are done; None in the first."""
-        return round(steps * (time.perf_counter() - self.begin[0]) / self.steps) if self.steps > 0 else None
+        return round(steps * self.seconds_a_step()) if self.steps > 0 else None
+
+    def seconds_a_step(self) -> float:
+        """Of those after the first, of which there must be one."""
+        return (time.perf_counter() - self.begin[0]) / self.steps
 
     def read(self, whole_run: bool = False) -> dict[str, float]:
         """
