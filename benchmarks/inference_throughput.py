@@ -26,9 +26,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from tools.random_checkpoint import CHATGLM, SHAPES, random_model
 from utils.chatglm.generations import CHATGLM as CHATGLM_6B
 from utils.chatglm.generations import CHATGLM3
-from utils.engine import Engine, Task, column_bytes
+from utils.engine import Engine, column_bytes
 from utils.fp8 import FP8, convert_to_fp8
 from utils.joined_projections import JOINED, join_projections
+from utils.prompt_packing import Task
 
 
 def timed(call) -> float:

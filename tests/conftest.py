@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ROOT / "data" / "chatglm-tiny"
@@ -42,6 +43,21 @@ def check_generation(model, tensors: dict, case: dict) -> None:
     settings = {"max_new_tokens": 24, "do_sample": False} | case.get("kwargs", {})
     output = model.generate(input_ids=input_ids, attention_mask=input_ids.new_ones(input_ids.shape), **settings)
     assert output.equal(tensors[f"generate.{case['name']}.output_ids"]), case["name"]
+
+
+def attend_row_by_row(query, key, value, starts, _, longest, __, scale, window_size, enable_gqa=False):
+    """What torch.nn.attention.varlen.varlen_attn computes, which runs on GPUs alone; NaN for tokens of no row."""
+    output = torch.full_like(query, float("nan"))
+    for start, end in zip(starts.tolist(), starts.tolist()[1:], strict=False):
+        assert end - start <= longest
+        if start < end:
+            heads = (states[start:end].transpose(0, 1)[None] for states in (query, key, value))
+            causal = window_size == (-1, 0)
+            attended = torch.nn.functional.scaled_dot_product_attention(
+                *heads, is_causal=causal, scale=scale, enable_gqa=query.shape[1] != key.shape[1]
+            )
+            output[start:end] = attended[0].transpose(0, 1)
+    return output
 
 
 class Result:

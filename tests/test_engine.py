@@ -1,12 +1,14 @@
 """The engine's greedy answers are those of plain `generate`, whatever shares the batch."""
 
 from tools.random_checkpoint import random_model
+from utils import varlen_attention
 from utils.checkpoint import load_model, load_tokenizer
-from utils.engine import MOST_READ, Engine, Task, read_size
+from utils.engine import Engine
+from utils.prompt_packing import MOST_READ, Task, pack_prompts, read_size
 
 import pytest
 import torch
-from conftest import TEXTS, TINY
+from conftest import TEXTS, TINY, attend_row_by_row
 
 
 def trained_chatglm() -> tuple:
@@ -54,3 +56,27 @@ def test_reads_are_of_few_sizes():
     sizes = {read_size(tokens) for tokens in range(1, MOST_READ + 1)}
     assert len(sizes) == 11 and max(sizes) == MOST_READ
     assert all(tokens <= read_size(tokens) < max(1.5 * tokens + 1, 129) for tokens in range(1, 10000))
+
+
+@pytest.mark.parametrize("made", [trained_chatglm, random_glm])
+@torch.inference_mode()
+def test_reading_without_a_mask(made, monkeypatch):
+    """What prompts leave in their slots when they are filled up, as on a GPU, is what they leave with a mask."""
+    monkeypatch.setattr(varlen_attention, "varlen_attn", attend_row_by_row)
+    model, prompts = made()
+    tasks = [Task(number, prompt, 20) for number, prompt in enumerate(prompts[:5])]
+    slots = [4, 0, 5, 2, 1]
+    masked, filled = (Engine(model, slots=6, columns=64, stop_ids=[1]) for _ in range(2))
+    masked._read(tasks, slots)
+    packed = pack_prompts(tasks, slots, filled._positions)
+    assert packed.alike
+    packed = packed.filled_up(rows=6, column=filled.columns - 1)
+    assert packed.tokens.shape[1] == 128 and packed.rows.shape[1] == 6
+    filled._compute_read(packed.rows, packed.tokens, packed.starts)
+    for name in ("tokens", "lengths", "left", "numbers", "counts", "adapters", "positions"):
+        assert getattr(masked, name).equal(getattr(filled, name))
+    for slot, task in zip(slots, tasks, strict=True):
+        for ours, theirs in zip(filled.layers, masked.layers, strict=True):
+            for kind in ("keys", "values"):
+                read, expected = (getattr(layer, kind)[slot, :, : len(task.input_ids) - 1] for layer in (ours, theirs))
+                torch.testing.assert_close(read, expected, atol=1e-5, rtol=1e-5)

@@ -3,9 +3,10 @@
 import json
 import socket
 
+from utils.answer_text import decode
 from utils.checkpoint import Checkpoint, load_model, load_tokenizer
 from utils.errors import UsageError
-from utils.generation import decode, generate_answers
+from utils.generation import generate_answers
 from utils.lora import AdapterOrigin, attach_adapter, save_adapter
 from utils.placement import check_heads
 from utils.prompts import template_for

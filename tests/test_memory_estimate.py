@@ -102,24 +102,26 @@ def test_the_plan(run_script, tokens, tmp_path, monkeypatch):
     "launcher, flags",
     [
         ("python", ""),
-        pytest.param("torchrun --nproc_per_node=2", "--packing --pack_tokens 512", marks=pytest.mark.slow),
         pytest.param("torchrun --nproc_per_node=2", "--deepspeed ds_config_zero3.json", marks=pytest.mark.slow),
     ],
 )
-def test_the_planned_time_is_that_of_the_run(run_command, run_script, tmp_path, launcher, flags):
-    """Loosely, as steps of the tiny checkpoint on a shared CPU are far from even."""
-    run_script(
-        f"tokenize_dataset_rows_belle.py --jsonl_path data/sample.train.json --save_path {tmp_path}/tokens "
-        f"--model_name_or_path {TINY}"
-    ).check()
-    train = f"{launcher} multi_gpu_fintune_belle.py --dataset_path {tmp_path}/tokens --model_name_or_path {TINY} "
-    train += f"--output_dir {tmp_path}/out --num_train_epochs 4 --per_device_train_batch_size 4 {flags}"
+def test_the_planned_time_is_that_of_the_run(run_command, tokens, tmp_path, launcher, flags):
+    """Within a factor of 3, as steps of the tiny checkpoint on a shared CPU are far from even."""
+    train = f"{launcher} multi_gpu_fintune_belle.py --dataset_path {tokens} --model_name_or_path {TINY} "
+    train += f"--output_dir {tmp_path}/out --num_train_epochs 1 --per_device_train_batch_size 4 {flags}"
     train += " --save_strategy no"
     plan = run_command(f"{train} --plan").check().out
     assert not (tmp_path / "out").exists()
     planned = int(re.search(r"the run takes .* \(([0-9]+) s\)", plan)[1])
     seconds = json.loads(run_command(train).check().out.splitlines()[-1])["train_runtime"]
-    assert planned == pytest.approx(seconds, rel=0.5), (planned, seconds)
+    assert planned / 3 < seconds < planned * 3, (planned, seconds)
+
+
+def test_the_time_of_a_run_from_its_speed():
+    speed = {"first_step_seconds": 2.0, "tokens_per_second": 100.0, "seconds_a_step": 0.5, "peak_gib": 20.0}
+    said = run_plan.describe_speed(speed, load_of(V3, 8192), steps=11, tokens=1100)
+    assert "100 tokens/s, 0.5 s a step, the first 2 s" in said
+    assert "the run takes 0:00:12 (12 s)" in said and "20.0 GiB at its peak" in said
 
 
 def test_steps_that_will_not_fit_are_not_tried(monkeypatch, capsys):

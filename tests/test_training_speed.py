@@ -16,7 +16,7 @@ from utils.throughput import Throughput
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, attend_row_by_row
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 
@@ -69,21 +69,6 @@ def test_layers_compute_what_peft_computes(shape):
         assert gradients.keys() == expected.keys() and (loss - expected_loss).abs() <= 1e-6
         assert all((gradients[name] - value).abs().max() <= 1e-6 for name, value in expected.items())
     assert model.get_nb_trainable_parameters() == reference.get_nb_trainable_parameters()
-
-
-def attend_row_by_row(query, key, value, starts, _, longest, __, scale, window_size, enable_gqa=False):
-    """What torch.nn.attention.varlen.varlen_attn computes; it runs on GPUs alone."""
-    output = torch.full_like(query, float("nan"))
-    for start, end in zip(starts.tolist(), starts.tolist()[1:], strict=False):
-        assert end - start <= longest
-        if start < end:
-            heads = (states[start:end].transpose(0, 1)[None] for states in (query, key, value))
-            causal = window_size == varlen_attention.CAUSAL
-            attended = torch.nn.functional.scaled_dot_product_attention(
-                *heads, is_causal=causal, scale=scale, enable_gqa=query.shape[1] != key.shape[1]
-            )
-            output[start:end] = attended[0].transpose(0, 1)
-    return output
 
 
 @pytest.mark.parametrize("shape", TARGETS)

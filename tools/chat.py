@@ -18,9 +18,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from utils.answer_text import decode
 from utils.checkpoint import DEFAULT_MODEL, load_tokenizer
 from utils.errors import Faults, UsageError, run
-from utils.generation import decode
 from utils.inference_options import check_adapters, check_sampling, resolve_dtype, resolve_template
 from utils.lora import load_adapter
 from utils.placement import dispatch, input_device

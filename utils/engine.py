@@ -9,7 +9,6 @@ all but their last tokens, which are what the next step begins with: for each of
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
 from itertools import islice
 
 from utils.chatglm.modeling_chatglm import (
@@ -22,7 +21,8 @@ from utils.joined_projections import join_projections
 from utils.kv_cache import SLOTS, LayerSlots, PromptRecorder
 from utils.mixed_adapters import AdapterChoice
 from utils.optional_kernels import decode_kernels
-from utils.sampling import Sampling
+from utils.prompt_packing import MOST_READ, Task, pack_prompts
+from utils.sampling import GREEDY, Sampling
 
 import torch
 from peft import PeftModel
@@ -30,24 +30,8 @@ from transformers import PreTrainedModel
 
 WIDTH_GRAIN = 128  # columns; a captured step reads a multiple of it
 GPU_STEPS = 16  # between two looks at what stopped
-LEAST_READ, MOST_READ = 128, 4096  # tokens of the prompts that are read at once; a longer one alone
-MOST_MASKED = 1024  # where each sees its own by a mask over all
+MOST_MASKED = 1024  # tokens of the prompts that are read at once where a mask keeps rows apart
 RECOMPILES = 64
-GREEDY = Sampling()
-
-
-@dataclass
-class Task:
-    """
-    One row: its number (with the seed it decides a sampled answer), its prompt's tokens, how many an answer has at
-    most, the number of its adapter among several, and the answer so far, up to and with the token that stopped it.
-    """
-
-    number: int
-    input_ids: Sequence[int]
-    max_new_tokens: int
-    adapter: int = 0
-    answer_ids: list[int] = field(default_factory=list)
 
 
 def can_serve(model: torch.nn.Module) -> bool:
@@ -63,14 +47,6 @@ def column_bytes(model: PreTrainedModel) -> int:
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return 2 * config.num_hidden_layers * heads * head_dim * model.dtype.itemsize
-
-
-def read_size(tokens: int) -> int:
-    """What so many tokens are filled up to: a power of 2, or 1.5 times one."""
-    size = LEAST_READ
-    while size < tokens:
-        size = size * 3 // 2 if size & (size - 1) == 0 else size * 4 // 3
-    return size
 
 
 def step_size(slots: int, running: int, on_gpu: bool) -> int:
@@ -245,36 +221,16 @@ class Engine:
         What the prompts' tokens but the last leave behind into the slots, and where each row stands. Rows are laid end
         to end; each sees itself alone.
         """
-        rows: list[tuple[int, ...]] = []  # as `_compute_read` takes them, but row by row and token by token
-        tokens: list[tuple[int, ...]] = []
-        starts = [0]
-        alike = True  # ChatGLM-6B's, when no prompt goes on behind `<sop>`
-        for slot, task in zip(slots, batch, strict=True):
-            *ids, last = task.input_ids
-            *positions, next_position = self._positions(task.input_ids)
-            rows.append((slot, last, len(ids), task.max_new_tokens, task.number, task.adapter, *next_position))
-            for column, (token, position) in enumerate(zip(ids, positions, strict=True)):
-                tokens.append((token, slot, column, task.adapter, *position))
-            starts.append(len(tokens))
-            alike &= not self.has_prefix or not positions or positions[-1][1] == 0
-        by_kernel = self.kernels and alike
-        total = len(tokens)
-        size = read_size(total) if by_kernel else max(total, 1)
-        # What fills up goes to a column that is never read.
-        tokens += [(batch[0].input_ids[0], slots[0], self.columns - 1, 0, *[0] * len(next_position))] * (size - total)
-        if not by_kernel:
-            rows, tokens = torch.tensor(rows).t(), torch.tensor(tokens).t()
-            own = torch.bucketize(torch.arange(size), torch.tensor(starts), right=True)
-            visible = torch.ones(size, size).tril().bool()
-            if self.has_prefix:
-                visible |= tokens[-1] == 0
-            mask = (visible & (own[:, None] == own))[None, None].to(self.device)
-            self._compute_read(rows.to(self.device), tokens.to(self.device), None, mask)
+        packed = pack_prompts(batch, slots, self._positions)
+        if not (self.kernels and packed.alike):
+            if not packed.tokens.shape[1]:  # layers read something always
+                packed = packed.filled_up(len(batch), self.columns - 1)
+            mask = packed.mask().to(self.device)
+            self._compute_read(packed.rows.to(self.device), packed.tokens.to(self.device), None, mask)
             return
-        spare = self.slots - len(batch)  # always as many rows: the first again, without its tokens
-        rows += rows[:1] * spare
-        starts += starts[-1:] * spare
-        inputs = (torch.tensor(rows).t(), torch.tensor(tokens).t(), torch.tensor(starts, dtype=torch.int32))
+        packed = packed.filled_up(self.slots, self.columns - 1)  # to a column that no row reads
+        inputs = (packed.rows, packed.tokens, packed.starts)
+        size = packed.tokens.shape[1]
         if size > MOST_READ:
             self._compute_read(*(values.to(self.device) for values in inputs))
             return
@@ -295,19 +251,16 @@ class Engine:
     def _compute_read(
         self, rows: torch.Tensor, tokens: torch.Tensor, starts: torch.Tensor | None, mask: torch.Tensor | None = None
     ) -> None:
-        """
-        Args:
-            rows: (6 + coordinates, R): slot, next token, its column, tokens of the answer, number, adapter, position.
-            tokens: (4 + coordinates, N): id, slot, column, adapter, position.
-            starts: (R + 1,) int32, where each row begins and the last one ends; or else
-            mask: (1, 1, N, N) bool, what each token sees.
-        """
+        """For the arguments see `PackedPrompts`; with `mask`, its own, `starts` is not needed."""
         slots, following, lengths, left, numbers, adapters = rows[:6]
         ids, place, columns, choice = tokens[:4]
-        flat = 0 if not self.has_prefix else slice(None)
-        state = (self.tokens, self.lengths, self.left, self.numbers, self.adapters, self.positions)
-        for tensor, values in zip(
-            state, (following, lengths, left, numbers, adapters, rows[6:].t()[:, flat]), strict=True
+        for tensor, values in (
+            (self.tokens, following),
+            (self.lengths, lengths),
+            (self.left, left),
+            (self.numbers, numbers),
+            (self.adapters, adapters),
+            (self.positions, rows[6:].t() if self.has_prefix else rows[6]),
         ):
             tensor[slots] = values
         self.counts.index_fill_(0, slots, 0)

@@ -9,17 +9,19 @@ from itertools import chain, islice
 from typing import Any
 
 from utils.answer_files import Answer, AnswerFile
-from utils.batching import left_pad
+from utils.answer_text import TextEnd, decode
 from utils.distributed import gather_from_all, gather_lists, is_main_process, print_once, process_rank
-from utils.engine import GREEDY, MOST_READ, Engine, Task, can_serve, column_bytes
+from utils.engine import Engine, can_serve, column_bytes
+from utils.plain_generation import generate_plainly, halve
+from utils.prompt_packing import MOST_READ, Task
 from utils.prompts import ChatGLMTemplate
 from utils.requests import BASE, Request
 from utils.row_queue import ALONE, Replica, SharedCount, shared_out
-from utils.sampling import Sampling
+from utils.sampling import GREEDY, Sampling
 
 import torch
 from tqdm import tqdm
-from transformers import LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 MOST_SLOTS = 256
 CPU_SLOTS = 16
@@ -44,36 +46,6 @@ class Clock:
     preparing: float = 0.0  # compiling layers, capturing graphs
     reading: float = 0.0  # prompts
     batch_sizes: list[int] = field(default_factory=list)
-
-
-class TextEnd:
-    """Finds the first of some texts in an answer."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]):
-        self.tokenizer, self.texts = tokenizer, texts
-
-    def find(self, answer_ids: Sequence[int]) -> int | None:
-        """How many tokens there are up to and with the one that completes a text; None where none has come."""
-        if not self.texts or not self._holds(answer_ids):
-            return None
-        low, high = 1, len(answer_ids)
-        while low < high:
-            middle = (low + high) // 2
-            low, high = (low, middle) if self._holds(answer_ids[:middle]) else (middle + 1, high)
-        return low
-
-    def _holds(self, answer_ids: Sequence[int]) -> bool:
-        answer = decode(self.tokenizer, answer_ids)
-        return any(text in answer for text in self.texts)
-
-    def cut(self, answer: str) -> str:
-        ends = [answer.find(text) for text in self.texts if text in answer]
-        return answer[: min(ends)] if ends else answer
-
-
-def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
-    """The text of generated tokens. The embedding has rows that the tokenizer does not use; they have no text."""
-    return tokenizer.decode([i for i in ids if i < len(tokenizer)], skip_special_tokens=True)
 
 
 def fitting_slots(model: PreTrainedModel, columns: int, rows: int) -> int:
@@ -154,7 +126,10 @@ def generate_answers(
     if can_serve(model):
         done = _serve(model, source, slots, longest, stop_ids, settings, end, replica, clock)
     else:
-        done = _generate(model, source, slots, stop_ids, tokenizer.pad_token_id, settings, end, device, clock)
+        sizes = clock.batch_sizes
+        done = generate_plainly(
+            model, source, slots, stop_ids, tokenizer.pad_token_id, settings.sampling, end, device, sizes
+        )
     parts: dict[int, list[Task]] = {}
     failed: set[int] = set()
     for task in done:
@@ -231,7 +206,7 @@ def _serve(
             if replica.group is not None:  # the others of a sharded model do not know of it
                 raise
             left = engine.unfinished() if engine else []
-            slots = _halve(slots)
+            slots = halve(slots)
             if slots == 0:
                 yield from left[:1] or islice(source, 1)
                 left, slots = left[1:], 1
@@ -242,96 +217,6 @@ def _serve(
                 clock.reading += engine.reading
         del engine
         torch.cuda.empty_cache()
-
-
-def _generate(
-    model: PreTrainedModel,
-    source: Iterable[Task],
-    size: int,
-    stop_ids: Sequence[int],
-    pad_token_id: int,
-    settings: AnswerSettings,
-    end: TextEnd,
-    device: torch.device,
-    clock: Clock,
-) -> Iterator[Task]:
-    """By transformers' `generate`, batch after batch; raises and yields as `_serve`."""
-    source = iter(source)
-    clock.batch_sizes.append(size)
-    while batch := list(islice(source, size)):
-        try:
-            _generate_batch(model, batch, stop_ids, pad_token_id, settings, end, device)
-        except torch.OutOfMemoryError:
-            size = _halve(size)
-            if size:
-                source = chain(batch, source)
-                clock.batch_sizes.append(size)
-                torch.cuda.empty_cache()
-                continue
-            size = 1
-        yield from batch
-
-
-def _halve(size: int) -> int:
-    if size > 1:
-        print(f"out of memory with {size} rows at once: going on with {size // 2}", file=sys.stderr, flush=True)
-    return size // 2
-
-
-def _generate_batch(model, batch: list[Task], stop_ids, pad_token_id: int, settings, end: TextEnd, device) -> None:
-    inputs = left_pad([task.input_ids for task in batch], pad_token_id)
-    inputs = {name: tensor.to(device) for name, tensor in inputs.items()}
-    width = inputs["input_ids"].shape[1]
-    if choice := getattr(model, "adapter_choice", None):
-        choice.rows = torch.tensor([[task.adapter] for task in batch], device=device)
-    numbers = torch.tensor([task.number for task in batch], device=device)
-    plain = settings.sampling == GREEDY
-    output = model.generate(
-        **inputs,
-        max_new_tokens=settings.max_new_tokens,
-        do_sample=False,
-        num_beams=1,
-        eos_token_id=list(stop_ids),
-        pad_token_id=pad_token_id,
-        logits_processor=[] if plain else [_Choose(settings.sampling, numbers, inputs["attention_mask"], width)],
-        stopping_criteria=[_TextStop(end, width)] if settings.stop else [],
-    )
-    stops = set(stop_ids)
-    for task, ids in zip(batch, output[:, width:].tolist(), strict=True):
-        stop = next((i for i, token in enumerate(ids, start=1) if token in stops), len(ids))
-        task.answer_ids[:] = ids[:stop]
-        found = end.find(task.answer_ids)
-        if found is not None:
-            del task.answer_ids[found:]
-
-
-class _Choose(LogitsProcessor):
-    """Leaves of the logits the one that `Sampling` chooses, so that `generate` samples as the engine does."""
-
-    def __init__(self, sampling: Sampling, numbers: torch.Tensor, attention_mask: torch.Tensor, width: int):
-        self.sampling, self.numbers, self.real, self.width = sampling, numbers, attention_mask.bool(), width
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        seen = None
-        if self.sampling.repetition_penalty != 1:
-            real = torch.nn.functional.pad(self.real, (0, input_ids.shape[1] - self.width), value=True)
-            first = input_ids.gather(1, self.real.long().argmax(1, keepdim=True))
-            seen = torch.zeros_like(scores, dtype=torch.bool)
-            seen.scatter_(1, torch.where(real, input_ids, first), True)
-        counts = torch.full_like(self.numbers, input_ids.shape[1] - self.width)
-        chosen = self.sampling.choose(scores, seen, self.numbers, counts)
-        return torch.full_like(scores, -torch.inf).scatter_(1, chosen[:, None], 0.0)
-
-
-class _TextStop(StoppingCriteria):
-    """(B,) bool: the rows in which a stop text stands."""
-
-    def __init__(self, end: TextEnd, width: int):
-        self.end, self.width = end, width
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs) -> torch.Tensor:
-        found = [self.end.find(ids) is not None for ids in input_ids[:, self.width :].tolist()]
-        return torch.tensor(found, device=input_ids.device)
 
 
 class Progress:

@@ -36,7 +36,7 @@ class MixedLoraLinear(nn.Module):
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """(B, T, in) -> (B, T, out)."""
         inner = nn.functional.linear(hidden_states, self.down)
-        own = self.choice.rows[..., None] == self.owners
+        own = self.choice.rows[..., None].to(self.owners.device) == self.owners
         return self.base_layer(hidden_states) + nn.functional.linear(inner * own, self.up)
 
 

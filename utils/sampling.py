@@ -79,3 +79,6 @@ def _mix(values: torch.Tensor) -> torch.Tensor:
     values = (values ^ ((values >> 30) & ((1 << 34) - 1))) * (0xBF58476D1CE4E5B9 - (1 << 64))
     values = (values ^ ((values >> 27) & ((1 << 37) - 1))) * (0x94D049BB133111EB - (1 << 64))
     return values ^ ((values >> 31) & ((1 << 33) - 1))
+
+
+GREEDY = Sampling()
