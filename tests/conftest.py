@@ -63,11 +63,8 @@ def attend_row_by_row(query, key, value, starts, _, longest, __, scale, window_s
 class Result:
     """What a command left: its exit code and its output."""
 
-    def __init__(self, command: str, process: subprocess.CompletedProcess):
-        self.command = command
-        self.code = process.returncode
-        self.out = process.stdout
-        self.err = process.stderr
+    def __init__(self, command: str, code: int, out: str, err: str):
+        self.command, self.code, self.out, self.err = command, code, out, err
 
     def check(self) -> "Result":
         """Fails the test with the whole output unless the command succeeded."""
@@ -99,7 +96,7 @@ def run_command():
         except BaseException:  # a launcher's workers would live on
             os.killpg(process.pid, signal.SIGKILL)
             raise
-        return Result(command, subprocess.CompletedProcess(command, process.returncode, out, err))
+        return Result(command, process.returncode, out, err)
 
     return run
 
@@ -127,7 +124,18 @@ def run_script():
             os.chdir(directory)
             os.environ.clear()
             os.environ.update(environment)
-        return Result(command, subprocess.CompletedProcess(command, code, out.getvalue(), err.getvalue()))
+        return Result(command, code, out.getvalue(), err.getvalue())
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def run_ranks():
+    """run_ranks(2, "script.py --flags"): the script in 2 processes of its own, without waiting for their imports."""
+    from forked_ranks import run_ranks  # which imports all that scripts do
+
+    def run(processes: int, command: str, cwd: Path = ROOT, timeout: float = 400, **variables: str) -> Result:
+        return Result(command, *run_ranks(processes, command, cwd, timeout, **variables))
 
     return run
 

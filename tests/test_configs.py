@@ -13,13 +13,12 @@ from conftest import ROOT, TINY
 from safetensors.torch import load_file
 
 CONFIGS = ROOT / "configs"
-TORCHRUN = "torchrun --nproc_per_node=2"
-# The flags before and behind the script's name. {n}: the number of a machine; {port}: of this test's own.
+# A launcher, where the file is one's. {n}: the number of a machine; {port}: of this test's own.
 ONE_MACHINE = {
     "accelerate_ddp.yaml": ("accelerate launch --config_file configs/accelerate_ddp.yaml", "DDP"),
     "accelerate_fsdp2.yaml": ("accelerate launch --config_file configs/accelerate_fsdp2.yaml", "FSDP2"),
-    "deepspeed_zero2.json": (TORCHRUN, "DeepSpeed ZeRO-2"),
-    "deepspeed_zero3_cpu_offload.json": (TORCHRUN, "DeepSpeed ZeRO-3"),
+    "deepspeed_zero2.json": (None, "DeepSpeed ZeRO-2"),
+    "deepspeed_zero3_cpu_offload.json": (None, "DeepSpeed ZeRO-3"),
 }
 ON_LOOPBACK = "--num_processes 2 --machine_rank {n} --main_process_ip 127.0.0.1 --main_process_port {port}"
 TWO_MACHINES = {
@@ -48,17 +47,24 @@ def script(tokens):
     )
 
 
-def launch(run_command, script, name, output_dir):
-    launcher, kind = ONE_MACHINE[name]
-    flags = f"--deepspeed configs/{name}" if name.startswith("deepspeed") else ""
-    result = run_command(f"{launcher} {script} --output_dir {output_dir} {flags}").check()
-    assert f"processes 2 ({kind}, " in result.out
-    return load_file(output_dir / "adapter_model.safetensors")
+@pytest.fixture(scope="module")
+def launch(run_command, run_ranks, script):
+    def run(name, output_dir, flags=""):
+        launcher, kind = ONE_MACHINE[name]
+        command = f"{script} --output_dir {output_dir} {flags}"
+        if launcher:
+            result = run_command(f"{launcher} {command}").check()
+        else:
+            result = run_ranks(2, f"{command} --deepspeed configs/{name}").check()
+        assert f"processes 2 ({kind}, " in result.out
+        return load_file(output_dir / "adapter_model.safetensors"), result.out
+
+    return run
 
 
 @pytest.fixture(scope="module")
-def expected(run_command, script, tmp_path_factory):
-    return launch(run_command, script, "accelerate_ddp.yaml", tmp_path_factory.mktemp("ddp"))
+def expected(launch, tmp_path_factory):
+    return launch("accelerate_ddp.yaml", tmp_path_factory.mktemp("ddp"))[0]
 
 
 def check_same(state, expected):
@@ -92,18 +98,15 @@ def test_accelerate_files_differ_in_what_their_names_say():
         assert config["num_machines"] == (2 if "2_machines" in path.name else 1)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in ONE_MACHINE if name != "accelerate_ddp.yaml"])
-def test_two_processes(run_command, script, expected, tmp_path, name):
-    check_same(launch(run_command, script, name, tmp_path), expected)
+def test_two_processes(launch, expected, tmp_path, name):
+    check_same(launch(name, tmp_path)[0], expected)
     if name == "accelerate_fsdp2.yaml":  # goes on from its checkpoint, in shards
         (tmp_path / "adapter_model.safetensors").unlink()
-        longer = script.replace("--max_steps 2", "--max_steps 3") + " --resume_from_checkpoint latest"
-        again = run_command(f"{ONE_MACHINE[name][0]} {longer} --output_dir {tmp_path}").check()
-        assert f"resuming from {tmp_path}/checkpoint-2" in again.out and '"steps": 3' in again.out
+        _, said = launch(name, tmp_path, "--max_steps 3 --resume_from_checkpoint latest")
+        assert f"resuming from {tmp_path}/checkpoint-2" in said and '"steps": 3' in said
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", TWO_MACHINES)
 def test_two_machines_on_loopback(run_command, script, expected, tmp_path, name):
     """Both machines' commands on this host, each with one process."""

@@ -2,6 +2,7 @@
 
 import json
 import socket
+from functools import partial
 
 from utils.answer_text import decode
 from utils.checkpoint import Checkpoint, load_model, load_tokenizer
@@ -43,11 +44,12 @@ def workspace(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def answer(run_command, run_script, workspace):
-    """answer("[launcher] script.py", "--flags") -> (the answers' lines, what was printed)."""
+def answer(run_ranks, run_script, workspace):
+    """answer("script.py", "--flags") -> (the answers' lines, what was printed)."""
 
-    def run(script, flags="", output="answers.jsonl"):
-        result = (run_script if script == ONE_PROCESS else run_command)(
+    def run(script, flags="", output="answers.jsonl", processes=1):
+        start = run_script if processes == 1 else partial(run_ranks, processes)
+        result = start(
             f"{script} --model_name_or_path {TINY} --input_path {workspace}/rows.jsonl "
             f"--output_path {workspace}/{output} --max_new_tokens 24 --overwrite {flags}"
         ).check()
@@ -125,11 +127,11 @@ def test_offloaded_in_half_precision(answer, workspace):
     assert answer(ONE_PROCESS, f"{flags} --max_memory cpu=3MiB")[0] == whole
 
 
-def test_temporary_offload_folder_is_removed(run_command, tmp_path):
+def test_temporary_offload_folder_is_removed(run_ranks, tmp_path):
     paths = f"--model_name_or_path {TINY} --output_path {tmp_path}/answers"
     (tmp_path / "tmp").mkdir()
-    command = f"python {ONE_PROCESS} {paths} --max_new_tokens 2 --max_memory cpu=6MiB"
-    assert "on disk" in run_command(command, TMPDIR=str(tmp_path / "tmp")).check().out
+    command = f"{ONE_PROCESS} {paths} --max_new_tokens 2 --max_memory cpu=6MiB"
+    assert "on disk" in run_ranks(1, command, TMPDIR=str(tmp_path / "tmp")).check().out
     assert not list((tmp_path / "tmp").glob("offload-*"))
 
 
@@ -142,40 +144,35 @@ def test_random_checkpoints_answer(run_script, tmp_path, shape):
     assert '"rows": 8, "errors": 0' in run_script(command).check().out
 
 
-@pytest.mark.slow
-def test_four_shards_give_the_answers_of_one_process(answer, workspace, adapted):
-    """Two are what test_family.py and test_readme.py run."""
-    script = "deepspeed --num_gpus 4 chatglm_deepspeed_inference.py"
-    lines, result = answer(script, f"--adapter_path {workspace}/adapter --tp_size 4")
-    assert lines == adapted and "1 replicas of the model, each on 4 processes" in result.out
+@pytest.mark.parametrize("processes", (2, 4))
+def test_shards_give_the_answers_of_one_process(answer, workspace, adapted, processes):
+    flags = f"--adapter_path {workspace}/adapter --tp_size {processes}"
+    lines, result = answer("chatglm_deepspeed_inference.py", flags, processes=processes)
+    assert lines == adapted and f"1 replicas of the model, each on {processes} processes" in result.out
 
 
-@pytest.mark.slow
-def test_the_dispatching_script_under_deepspeed(answer, plain):
-    lines, result = answer("deepspeed --num_gpus 2 chatglm_milti_gpu_inference.py")
+def test_the_dispatching_script_on_two_processes(answer, plain):
+    lines, result = answer(ONE_PROCESS, processes=2)
     assert lines == plain and "2 replicas of the model, each on 1 processes" in result.out
 
 
-@pytest.mark.slow
 def test_replicas_that_are_sharded(answer):
     """And each row's several answers come from one replica."""
     sampled = "--temperature 6 --top_k 50 --num_return_sequences 2"
     alone, _ = answer(ONE_PROCESS, sampled)
     assert len(alone) == len(ROWS) and "answers" in alone[0]
-    script = "torchrun --nproc_per_node=4 chatglm_deepspeed_inference.py"
-    lines, result = answer(script, f"{sampled} --tp_size 2 --batch_size 1")
+    flags = f"{sampled} --tp_size 2 --batch_size 1"
+    lines, result = answer("chatglm_deepspeed_inference.py", flags, processes=4)
     assert lines == alone and "2 replicas of the model, each on 2 processes" in result.out
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "name, processes",
-    [("chatglm-6b-tiny", 2), ("glm-4-9b-chat-tiny", 4)],
+    [("chatglm-6b-tiny", 2), ("chatglm2-6b-tiny", 2), ("glm-4-9b-chat-tiny", 2), ("glm-4-9b-chat-tiny", 4)],
 )
-def test_shards_are_shards_and_logits_agree(run_command, name, processes):
+def test_shards_are_shards_and_logits_agree(run_ranks, name, processes):
     """With 2 key/value heads and 4 processes the heads are repeated."""
-    command = f"torchrun --nproc_per_node={processes} tests/tensor_parallel_check.py {GOLDEN / name}"
-    result = run_command(command, PYTHONPATH=".").check()
+    result = run_ranks(processes, f"tests/tensor_parallel_check.py {GOLDEN / name}").check()
     assert result.out.count("tensor parallel ok") == processes
 
 
@@ -239,7 +236,6 @@ def test_engine_batches_prompts_of_like_length(workspace):
     assert lengths == sorted(lengths) and len(done) == len(ROWS)
 
 
-@pytest.mark.slow
 def test_a_port_in_use_is_refused(run_command):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))

@@ -114,15 +114,14 @@ def test_packed_training_is_padded_training(run_script, workspace):
     assert largest_difference(workspace, "packed") <= 1e-5
 
 
-@pytest.mark.slow
-def test_packs_on_two_processes(run_command, workspace):
+def test_packs_on_two_processes(run_ranks, workspace):
     """However the packs fall on the ranks, their targets are unequal in number: the loss is a mean over tokens."""
     dataset = load_examples(str(workspace / "tokens"))
     packs = pack_rows(row_lengths(dataset), 150, seed=42)
     targets = [sum(label >= 0 for i in pack for label in dataset[i]["labels"]) for pack in packs]
     assert len(packs) == 4 and all(2 * (targets[0] + other) != sum(targets) for other in targets[1:])
-    command = f"torchrun --nproc_per_node=2 {TRAIN} --dataset_path {workspace}/tokens --packing --pack_tokens 150"
-    result = run_command(f"{command} --per_device_train_batch_size 2 --output_dir {workspace}/ddp").check()
+    command = f"{TRAIN} --dataset_path {workspace}/tokens --packing --pack_tokens 150"
+    result = run_ranks(2, f"{command} --per_device_train_batch_size 2 --output_dir {workspace}/ddp").check()
     assert "8 rows in 4 packs" in result.out and "global batch 4" in result.out
     assert largest_difference(workspace, "ddp") <= 1e-4
 

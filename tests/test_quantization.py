@@ -193,29 +193,27 @@ def workspace(run_script, tokens, tmp_path_factory):
     return path
 
 
-@pytest.mark.slow
-def test_ddp_trains_the_adapter_of_one_process(run_command, tokens, workspace):
-    command = f"torchrun --nproc_per_node=2 {TRAIN} --dataset_path {tokens} --quantize int4"
-    run_command(f"{command} --per_device_train_batch_size 2 --output_dir {workspace}/ddp").check()
+def test_ddp_trains_the_adapter_of_one_process(run_ranks, tokens, workspace):
+    command = f"{TRAIN} --dataset_path {tokens} --quantize int4"
+    run_ranks(2, f"{command} --per_device_train_batch_size 2 --output_dir {workspace}/ddp").check()
     expected, actual = (load_file(workspace / name / "adapter_model.safetensors") for name in ("adapter", "ddp"))
     assert actual.keys() == expected.keys()
     assert all((actual[key] - expected[key]).abs().max() <= 1e-4 for key in expected)
 
 
-@pytest.mark.slow
-def test_every_placement_gives_the_same_answers(run_script, run_command, workspace):
-    def answers(command, run):
+def test_every_placement_gives_the_same_answers(run_ranks, workspace):
+    def answers(command, processes=1):
         flags = f"--quantize int4 --adapter_path {workspace}/adapter --max_new_tokens 12 --batch_size 3"
         paths = f"--model_name_or_path {TINY} --output_path {workspace}/answers --overwrite"
-        result = run(f"{command} {paths} {flags}").check()
+        result = run_ranks(processes, f"{command} {paths} {flags}").check()
         return (workspace / "answers").read_text(), result.out
 
-    plain, _ = answers("chatglm_milti_gpu_inference.py", run_script)
+    plain, _ = answers("chatglm_milti_gpu_inference.py")
     assert len(plain.splitlines()) == 8
     limits = f"--max_memory cpu=2MiB --offload_folder {workspace}/offload"
-    offloaded, said = answers(f"chatglm_milti_gpu_inference.py {limits}", run_script)
+    offloaded, said = answers(f"chatglm_milti_gpu_inference.py {limits}")
     assert "on disk" in said and offloaded == plain
-    replicated, said = answers("deepspeed --num_gpus 2 chatglm_deepspeed_inference.py", run_command)
+    replicated, said = answers("chatglm_deepspeed_inference.py", processes=2)
     assert said.count("int4 weights are not sharded") == 1 and replicated == plain
 
 
@@ -240,9 +238,9 @@ def test_every_generation_trains_and_answers(run_script, tmp_path, name):
     assert len((tmp_path / "answers").read_text().splitlines()) == 8
 
 
-def test_zero3_is_refused(run_script, tokens, tmp_path):
+def test_zero3_is_refused(run_ranks, tokens, tmp_path):
     command = f"{TRAIN} --dataset_path {tokens} --output_dir {tmp_path}/none --quantize int8"
-    result = run_script(f"{command} --deepspeed ds_config_zero3.json")
+    result = run_ranks(1, f"{command} --deepspeed ds_config_zero3.json")
     assert result.code == 2 and "a quantised base cannot be partitioned by ZeRO-3" in result.err
     assert "Traceback" not in result.err
 

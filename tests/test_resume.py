@@ -185,16 +185,16 @@ def test_stopped_and_killed_and_resumed(workspace, started, tmp_path):
     assert kill_training.same_adapter(kill_training.reference("one process", workspace), tmp_path / "run")
 
 
-@pytest.mark.slow
-def test_resumed_under_zero3(workspace, tmp_path):
+def test_resumed_under_zero3(run_ranks, workspace, tmp_path):
     """From the checkpoint that the whole run left before its last; and no run leaves shared memory behind."""
     shared = set(Path("/dev/shm").glob("deepspeed_allreduce_buffer_*"))
-    whole = kill_training.reference("zero3", workspace)
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    run_ranks(2, f"{kill_training.arguments(workspace, whole)} --deepspeed ds_config_zero3.json").check()
     before_last = list_checkpoints(whole)[-2]
-    shutil.copytree(before_last, tmp_path / before_last.name)
-    kill_training.finish(kill_training.command("zero3", workspace, tmp_path), workspace / "log")
-    assert f"resuming from {tmp_path}/{before_last.name}" in (workspace / "log").read_text()
-    assert kill_training.same_adapter(whole, tmp_path)
+    shutil.copytree(before_last, resumed / before_last.name)
+    result = run_ranks(2, f"{kill_training.arguments(workspace, resumed)} --deepspeed ds_config_zero3.json").check()
+    assert f"resuming from {resumed}/{before_last.name}" in result.out
+    assert kill_training.same_adapter(whole, resumed)
     assert set(Path("/dev/shm").glob("deepspeed_allreduce_buffer_*")) <= shared
 
 

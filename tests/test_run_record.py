@@ -99,13 +99,13 @@ def test_packed_evaluation_is_the_same(train, whole, tmp_path):
     assert curve(tmp_path, "eval_tokens")[0] == curve(whole, "eval_tokens")[0]
 
 
-@pytest.mark.slow
-def test_evaluation_under_zero3_is_the_same(run_command, tokens, whole, tmp_path):
+def test_evaluation_under_zero3_is_the_same(run_ranks, tokens, whole, tmp_path):
     """In batches of another size, of which one process has more than the other."""
-    result = run_command(
-        f"torchrun --nproc_per_node=2 multi_gpu_fintune_belle.py --dataset_path {tokens} --model_name_or_path {TINY} "
+    result = run_ranks(
+        2,
+        f"multi_gpu_fintune_belle.py --dataset_path {tokens} --model_name_or_path {TINY} "
         f"{FLAGS} --per_device_train_batch_size 1 --per_device_eval_batch_size 7 --eval_fraction 0.1 --eval_on_start "
-        f"--max_steps 2 --load_best_model_at_end --output_dir {tmp_path} --deepspeed ds_config_zero3.json"
+        f"--max_steps 2 --load_best_model_at_end --output_dir {tmp_path} --deepspeed ds_config_zero3.json",
     ).check()
     assert curve(tmp_path, "eval_tokens") == {0: curve(whole, "eval_tokens")[0], 2: curve(whole, "eval_tokens")[0]}
     for step in (0, 2):
