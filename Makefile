@@ -2,12 +2,12 @@
 PYTHON ?= python3
 VENV := .venv
 RUN := PATH="$(CURDIR)/$(VENV)/bin:$$PATH" OMP_NUM_THREADS=1
-TEST_PACKAGES := pytest==9.2.0 hypothesis==6.170.17 ruff==0.17.6 tensorboard==2.21.0 playwright==1.65.2
+TEST_PACKAGES := pytest==9.2.0 pytest-xdist==3.8.0 hypothesis==6.170.17 ruff==0.17.6 tensorboard==2.21.0 playwright==1.65.2
 
 .PHONY: test demo lint clean
 
 test: $(VENV)/installed lint
-	$(RUN) pytest
+	$(RUN) pytest -n 2
 
 demo: $(VENV)/installed
 	$(RUN) python tools/demo.py

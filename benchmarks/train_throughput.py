@@ -16,6 +16,7 @@ import json
 import math
 import os
 import random
+import re
 import shlex
 import shutil
 import subprocess
@@ -23,6 +24,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from importlib.metadata import version
 from multiprocessing import get_context
 from pathlib import Path
@@ -100,28 +102,50 @@ def dataset_of(args: argparse.Namespace, checkpoint: Path, work_dir: Path) -> Pa
     return path
 
 
-def run_script(checkpoint: Path, rows: Path, work_dir: Path, processes: int, flags: list[str]) -> dict[str, Any]:
-    """What the training script says in its last line of its speed; exits with its output where it fails."""
-    output_dir = work_dir / "output"
-    shutil.rmtree(output_dir, ignore_errors=True)
+def run_script(checkpoint: Path, rows: Path, work_dir: Path, processes: int, flags: list[str]) -> str | None:
+    """What the training script says, or None where memory does not suffice; exits with its output where it fails."""
+    output_dir, compiled = work_dir / "output", work_dir / "compiled"
+    for path in (output_dir, compiled):  # each run compiles its layers: --plan would do it for the run behind it
+        shutil.rmtree(path, ignore_errors=True)
     torchrun = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}"]
     paths = {"model_name_or_path": checkpoint, "dataset_path": rows, "output_dir": output_dir}
     command = [sys.executable, *(torchrun if processes > 1 else []), SCRIPT, *flags]
     command += [word for name, path in paths.items() for word in (f"--{name}", str(path.resolve()))]
     print(shlex.join(command), flush=True)
-    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(compiled.resolve())}
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
     output = run.stdout + run.stderr
     if run.returncode == 0:
-        summary = json.loads(run.stdout.strip().splitlines()[-1])
-        said = ("memory", "warning", "weights", "packs", "rows")
-        print("\n".join(line for line in run.stdout.splitlines() if line.startswith(said)))
-        return {name: summary[name] for name in REPORTED if name in summary}
+        said = ("memory", "warning", "weights", "packs", "rows", "measured", "the run takes")
+        print("\n".join(line for line in run.stdout.splitlines() if line.startswith(said)), flush=True)
+        return run.stdout
     if OUT_OF_MEMORY in output:
-        return {"oom": True}
+        return None
     sys.exit(f"{output[-6000:]}\n{SCRIPT} failed with exit code {run.returncode}")
 
 
-REPORTED = ("tokens_per_second", "padding", "mfu", "of_peak_tflops", "peak_gib", "first_step_seconds", "train_loss")
+REPORTED = (
+    *("tokens_per_second", "padding", "mfu", "of_peak_tflops", "peak_gib"),
+    *("first_step_seconds", "train_runtime", "train_loss"),
+)
+
+
+def read_summary(said: str | None) -> dict[str, Any]:
+    """The speed in the last line of a run of `run_script`."""
+    if said is None:
+        return {"oom": True}
+    summary = json.loads(said.strip().splitlines()[-1])
+    return {name: summary[name] for name in REPORTED if name in summary}
+
+
+def compare_plan(planned: str, found: dict[str, Any]) -> dict[str, Any]:
+    """What --plan foresaw, and by what share it was off what the run then took."""
+    seconds = int(re.search(r"the run takes .* \((\d+) s\)", planned)[1])
+    plan = {"seconds": seconds, "seconds_off": round(seconds / found["train_runtime"] - 1, 3)}
+    if "peak_gib" in found:
+        estimated = float(re.search(r"at its peak, ([0-9.]+) estimated", planned)[1])
+        plan |= {"estimated_gib": estimated, "memory_off": round(estimated / found["peak_gib"] - 1, 3)}
+    return plan
 
 
 def run_baseline(shape: str, rows: Path, device: str, batch_size: int, steps: int) -> dict[str, Any]:
@@ -166,12 +190,15 @@ def measure(args: argparse.Namespace, work_dir: Path) -> dict[str, Any]:
         limit = f"per_process_memory_fraction:{args.memory_fraction}"
         os.environ["PYTORCH_CUDA_ALLOC_CONF"] = f"{given},{limit}" if given else limit
     flags = [*FLAGS.split(), *(GPU_FLAGS if has_gpu else CPU_FLAGS).split(), *args.training_flags]
-    results = {"ours": run_script(checkpoint, rows, work_dir, args.num_proc, flags)}
+    run = partial(run_script, checkpoint, rows, work_dir, args.num_proc)
+    planned = run([*flags, "--plan"]) if args.plan else None
+    results = {"ours": read_summary(run(flags))}
     print(describe("ours", results["ours"]), flush=True)
     if not args.no_baseline:
         steps = args.baseline_steps or (14 if has_gpu else 3)
         results["baseline"] = apart(run_baseline, args.shape, rows, device, args.baseline_batch_size, steps)
         print(describe("baseline", results["baseline"]), flush=True)
+    plan = {"plan": compare_plan(planned, results["ours"])} if planned else {}
     speeds = [found.get("tokens_per_second") for found in results.values()]
     return {
         "shape": args.shape,
@@ -181,6 +208,7 @@ def measure(args: argparse.Namespace, work_dir: Path) -> dict[str, Any]:
         **{package: version(package) for package in ("torch", "transformers", "peft")},
         "flags": " ".join(flags),
         **results,
+        **plan,
         "speedup": round(speeds[0] / speeds[1], 2) if len(speeds) == 2 and all(speeds) else None,
     }
 
@@ -195,6 +223,7 @@ def main() -> None:
     parser.add_argument("--num_proc", type=int, default=1, help="processes, a card each (default: %(default)s)")
     parser.add_argument("--memory_fraction", type=float, default=1.0, help="of a card's memory that may be used")
     parser.add_argument("--no_baseline", action="store_true", help="the training script alone")
+    parser.add_argument("--plan", action="store_true", help="also what --plan says, before the run that it plans")
     parser.add_argument("--baseline_batch_size", type=int, default=8, help="rows (default: %(default)s)")
     parser.add_argument("--baseline_steps", type=int, help="default: 14, without a GPU 3")
     parser.add_argument("--seed", type=int, default=0, help="of the random rows (default: %(default)s)")

@@ -60,6 +60,14 @@ def attend_row_by_row(query, key, value, starts, _, longest, __, scale, window_s
     return output
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """For `pytest -n`: in one process, and first, what starts launchers; a file's other tests stay together."""
+    items.sort(key=lambda item: item.get_closest_marker("launcher") is None)
+    for item in items:
+        group = "launchers" if item.get_closest_marker("launcher") else item.path.name
+        item.add_marker(pytest.mark.xdist_group(group))
+
+
 class Result:
     """What a command left: its exit code and its output."""
 

@@ -9,7 +9,6 @@ import runpy
 import shlex
 import sys
 import time
-from functools import cache
 from multiprocessing import forkserver
 from pathlib import Path
 
@@ -22,9 +21,8 @@ import deepspeed  # noqa: F401
 SERVER = multiprocessing.get_context("forkserver")
 
 
-@cache
 def _start_server() -> None:
-    """It finds what it is to import by PYTHONPATH alone; a name that it does not find it leaves out."""
+    """Where none runs. It finds what it is to import by PYTHONPATH alone; a name that it does not find it leaves out."""
     SERVER.set_forkserver_preload([__name__])
     before = os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))

@@ -262,7 +262,6 @@ def test_no_memory_for_one_row(rows, expected, monkeypatch):
         assert ("no memory" in row.get("error", "")) == (length > 12)
 
 
-@pytest.mark.slow
 def test_killed_inference_loses_nothing(tmp_path):
     assert kill_inference.torture(tmp_path, kills=2, seed=1)["kills"] == 2
 

@@ -122,7 +122,6 @@ def page(tmp_path, flags):
         process.wait(timeout=30)
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(not CHROMIUM, reason="no Chromium on this machine (apt-get install chromium)")
 def test_page(page, tmp_path, expected):
     """Two questions typed; both columns answer, each with its own history."""

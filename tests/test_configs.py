@@ -98,6 +98,7 @@ def test_accelerate_files_differ_in_what_their_names_say():
         assert config["num_machines"] == (2 if "2_machines" in path.name else 1)
 
 
+@pytest.mark.launcher
 @pytest.mark.parametrize("name", [name for name in ONE_MACHINE if name != "accelerate_ddp.yaml"])
 def test_two_processes(launch, expected, tmp_path, name):
     check_same(launch(name, tmp_path)[0], expected)
@@ -107,6 +108,7 @@ def test_two_processes(launch, expected, tmp_path, name):
         assert f"resuming from {tmp_path}/checkpoint-2" in said and '"steps": 3' in said
 
 
+@pytest.mark.launcher
 @pytest.mark.parametrize("name", TWO_MACHINES)
 def test_two_machines_on_loopback(run_command, script, expected, tmp_path, name):
     """Both machines' commands on this host, each with one process."""

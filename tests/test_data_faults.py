@@ -15,7 +15,6 @@ sys.path.insert(0, str(ROOT / "tests" / "faults"))
 import kill_data_scripts
 
 
-@pytest.mark.slow
 def test_killed_at_any_moment(tmp_path):
     """Two kills a script, of which tests/faults/kill_data_scripts.py makes more."""
     kills = kill_data_scripts.torture(tmp_path, kills=4, seed=1)

@@ -9,7 +9,7 @@ import pytest
 from conftest import ROOT, TINY
 
 
-@pytest.mark.slow
+@pytest.mark.launcher
 def test_demo_learns_the_task(run_command, tmp_path):
     result = run_command(f"python tools/demo.py --work_dir {tmp_path}/demo", timeout=600).check()
     summary = json.loads(result.out.strip().splitlines()[-1])

@@ -217,7 +217,6 @@ def test_every_placement_gives_the_same_answers(run_ranks, workspace):
     assert said.count("int4 weights are not sharded") == 1 and replicated == plain
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ("chatglm2-6b-tiny", "chatglm3-6b-tiny", "glm-4-9b-chat-tiny", *RELEASED))
 def test_every_generation_trains_and_answers(run_script, tmp_path, name):
     """Released integers are found; full weights are quantised on load."""

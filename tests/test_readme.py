@@ -58,7 +58,7 @@ def workspace(tmp_path):
     return tmp_path
 
 
-@pytest.mark.slow
+@pytest.mark.launcher
 def test_commands_in_order(run_command, workspace):
     clone, ran = workspace / "clone", []
     script = ["set -e"]

@@ -22,7 +22,6 @@ ROWS = {
 }
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ("chatglm-6b-tiny", "chatglm2-6b-tiny", "chatglm3-6b-tiny", "glm-4-9b-chat-tiny"))
 def test_stops_by_itself(run_script, tmp_path, name):
     model = f"--model_name_or_path {GOLDEN / name}"

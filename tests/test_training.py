@@ -24,6 +24,11 @@ DISTRIBUTIONS = {
     "zero3 one process": (1, 2, 2, ZERO3),
     "accelerate zero3 offload": (ACCELERATE, 2, 1, ""),
 }
+COMPARED = [
+    pytest.param(name, marks=[pytest.mark.launcher] if how == ACCELERATE else [])
+    for name, (how, *_) in DISTRIBUTIONS.items()
+    if name != "one process"
+]
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +62,7 @@ def run_distribution(train, name, output_dir):
     return output_dir
 
 
-@pytest.mark.parametrize("name", [name for name in DISTRIBUTIONS if name != "one process"])
+@pytest.mark.parametrize("name", COMPARED)
 def test_every_distribution_makes_the_same_adapter(train, reference, tmp_path, name):
     output_dir = run_distribution(train, name, tmp_path)
     expected = load_file(reference / "adapter_model.safetensors")

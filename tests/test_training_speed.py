@@ -93,7 +93,6 @@ def test_attention_without_a_mask(shape, monkeypatch):
     assert (actual[:, : expected.shape[1]] - expected).abs().max() <= 1e-5
 
 
-@pytest.mark.slow
 def test_compiled_layers_train_the_same_adapter(run_script, tmp_path):
     """With batches that are filled up to one shape, as compiled layers need them, made by a process beside."""
     base = f"{tmp_path}/base"
@@ -123,13 +122,13 @@ def test_rows_of_a_batch_are_of_similar_length():
     assert list(rows) != first
 
 
-@pytest.mark.slow
 def test_the_benchmark(run_command):
     flags = "--packing false --per_device_train_batch_size 4 --pack_tokens 1024"
-    command = f"{sys.executable} benchmarks/train_throughput.py --shape tiny --rows 100 -- {flags}"
+    command = f"{sys.executable} benchmarks/train_throughput.py --shape tiny --rows 100 --plan -- {flags}"
     result = json.loads(run_command(command).check().out.splitlines()[-1])
     assert result["ours"]["tokens_per_second"] > 0 and result["baseline"]["tokens_per_second"] > 0
     assert 0 < result["ours"]["padding"] < 1 and result["flags"].endswith(flags) and result["speedup"] > 0
+    assert result["plan"]["seconds"] > 0
 
 
 def test_throughput_counts_since_the_first_step(monkeypatch):
