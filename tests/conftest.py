@@ -16,6 +16,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ROOT / "data" / "chatglm-tiny"
 GOLDEN = ROOT / "tests" / "golden"
+LONGEST = ("test_readme", "test_configs", "test_demo", "test_resume", "test_training", "test_answers")
 TEXTS = (
     "改成一个问题:\n小明今天在公园放风筝",
     "找出句子里的地点:\n老师昨天在图书馆看书",
@@ -61,11 +62,8 @@ def attend_row_by_row(query, key, value, starts, _, longest, __, scale, window_s
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """For `pytest -n`: in one process, and first, what starts launchers; a file's other tests stay together."""
-    items.sort(key=lambda item: item.get_closest_marker("launcher") is None)
-    for item in items:
-        group = "launchers" if item.get_closest_marker("launcher") else item.path.name
-        item.add_marker(pytest.mark.xdist_group(group))
+    """Begins with the files that take longest, so that several processes (`pytest -n`) end at about the same time."""
+    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
 
 
 class Result:

@@ -22,7 +22,7 @@ SERVER = multiprocessing.get_context("forkserver")
 
 
 def _start_server() -> None:
-    """Where none runs. It finds what it is to import by PYTHONPATH alone; a name that it does not find it leaves out."""
+    """Where none runs. It finds what it is to import by PYTHONPATH alone, and leaves out what it does not find."""
     SERVER.set_forkserver_preload([__name__])
     before = os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))

@@ -13,23 +13,18 @@ from conftest import ROOT, TINY
 from safetensors.torch import load_file
 
 CONFIGS = ROOT / "configs"
-# A launcher, where the file is one's. {n}: the number of a machine; {port}: of this test's own.
+# A launcher, where the file is one's, on a port of its own. {n}: the number of a machine.
+ACCELERATE = "accelerate launch --main_process_port {port} --config_file configs/"
 ONE_MACHINE = {
-    "accelerate_ddp.yaml": ("accelerate launch --config_file configs/accelerate_ddp.yaml", "DDP"),
-    "accelerate_fsdp2.yaml": ("accelerate launch --config_file configs/accelerate_fsdp2.yaml", "FSDP2"),
+    "accelerate_ddp.yaml": (f"{ACCELERATE}accelerate_ddp.yaml", "DDP"),
+    "accelerate_fsdp2.yaml": (f"{ACCELERATE}accelerate_fsdp2.yaml", "FSDP2"),
     "deepspeed_zero2.json": (None, "DeepSpeed ZeRO-2"),
     "deepspeed_zero3_cpu_offload.json": (None, "DeepSpeed ZeRO-3"),
 }
-ON_LOOPBACK = "--num_processes 2 --machine_rank {n} --main_process_ip 127.0.0.1 --main_process_port {port}"
+ON_LOOPBACK = "--num_processes 2 --machine_rank {n} --main_process_ip 127.0.0.1"
 TWO_MACHINES = {
-    "accelerate_ddp_2_machines.yaml": (
-        f"accelerate launch --config_file configs/accelerate_ddp_2_machines.yaml {ON_LOOPBACK}",
-        "DDP",
-    ),
-    "accelerate_fsdp2_2_machines.yaml": (
-        f"accelerate launch --config_file configs/accelerate_fsdp2_2_machines.yaml {ON_LOOPBACK}",
-        "FSDP2",
-    ),
+    "accelerate_ddp_2_machines.yaml": (f"{ACCELERATE}accelerate_ddp_2_machines.yaml {ON_LOOPBACK}", "DDP"),
+    "accelerate_fsdp2_2_machines.yaml": (f"{ACCELERATE}accelerate_fsdp2_2_machines.yaml {ON_LOOPBACK}", "FSDP2"),
     "hostfile": (
         "deepspeed --hostfile {work}/hostfile --no_ssh --node_rank {n} --master_addr 127.0.0.1 --master_port {port}",
         "DeepSpeed ZeRO-2",
@@ -53,7 +48,7 @@ def launch(run_command, run_ranks, script):
         launcher, kind = ONE_MACHINE[name]
         command = f"{script} --output_dir {output_dir} {flags}"
         if launcher:
-            result = run_command(f"{launcher} {command}").check()
+            result = run_command(f"{launcher.format(port=free_port())} {command}").check()
         else:
             result = run_ranks(2, f"{command} --deepspeed configs/{name}").check()
         assert f"processes 2 ({kind}, " in result.out
@@ -98,7 +93,6 @@ def test_accelerate_files_differ_in_what_their_names_say():
         assert config["num_machines"] == (2 if "2_machines" in path.name else 1)
 
 
-@pytest.mark.launcher
 @pytest.mark.parametrize("name", [name for name in ONE_MACHINE if name != "accelerate_ddp.yaml"])
 def test_two_processes(launch, expected, tmp_path, name):
     check_same(launch(name, tmp_path)[0], expected)
@@ -108,7 +102,6 @@ def test_two_processes(launch, expected, tmp_path, name):
         assert f"resuming from {tmp_path}/checkpoint-2" in said and '"steps": 3' in said
 
 
-@pytest.mark.launcher
 @pytest.mark.parametrize("name", TWO_MACHINES)
 def test_two_machines_on_loopback(run_command, script, expected, tmp_path, name):
     """Both machines' commands on this host, each with one process."""

@@ -4,14 +4,15 @@ import json
 
 from tools.tiny_corpus import BASE_TASKS, sample_files
 from utils.checkpoint import Checkpoint
+from utils.distributed import free_port
 
-import pytest
 from conftest import ROOT, TINY
 
 
-@pytest.mark.launcher
 def test_demo_learns_the_task(run_command, tmp_path):
-    result = run_command(f"python tools/demo.py --work_dir {tmp_path}/demo", timeout=600).check()
+    result = run_command(
+        f"python tools/demo.py --work_dir {tmp_path}/demo --master_port {free_port()}", timeout=600
+    ).check()
     summary = json.loads(result.out.strip().splitlines()[-1])
     assert summary["exact_match_before"] <= 0.05
     assert summary["exact_match_after"] >= 0.9

@@ -14,7 +14,6 @@ sys.path.insert(0, str(ROOT / "tests" / "faults"))
 import kill_training
 
 
-@pytest.mark.launcher
 @pytest.mark.parametrize("launcher, victim", [("ddp", 1)])
 def test_a_killed_rank_is_named_by_the_others(tokens, tmp_path, launcher, victim):
     (tmp_path / "tokens").symlink_to(tokens)

@@ -58,7 +58,6 @@ def workspace(tmp_path):
     return tmp_path
 
 
-@pytest.mark.launcher
 def test_commands_in_order(run_command, workspace):
     clone, ran = workspace / "clone", []
     script = ["set -e"]

@@ -170,7 +170,6 @@ def started(workspace, tmp_path):
     return run
 
 
-@pytest.mark.launcher
 def test_stopped_and_killed_and_resumed(workspace, started, tmp_path):
     """SIGTERM saves and ends well; then one SIGKILL, of which tests/faults/kill_training.py makes more."""
     process = started("one process")
@@ -198,7 +197,6 @@ def test_resumed_under_zero3(run_ranks, workspace, tmp_path):
     assert set(Path("/dev/shm").glob("deepspeed_allreduce_buffer_*")) <= shared
 
 
-@pytest.mark.launcher
 def test_workers_end_with_their_launcher(started, tmp_path):
     process = started("ddp")
     workers = kill_training.descendants(process.pid)[1:]
@@ -218,7 +216,6 @@ def test_a_directory_in_use_is_refused(train, tmp_path):
     assert result.code == 2 and "is in use by a run that has not ended" in result.err
 
 
-@pytest.mark.launcher
 def test_sigterm_on_two_processes(started, tmp_path):
     """Whichever process the signal reaches first, all stop after the same step."""
     process = started("ddp")

@@ -20,10 +20,11 @@ MODEL = "data/chatglm-tiny"
 HELD_OUT = "data/sample.heldout.json"
 
 
-def commands(work: str) -> dict[str, str]:
-    """What runs, by the name of its row in the table."""
+def commands(work: str, port: int | None) -> dict[str, str]:
+    """What runs, by the name of its row in the table; with launchers on that port or on their own."""
+    listen = f" --master_port {port}" if port else ""
     answer = (
-        f"deepspeed --num_gpus 2 chatglm_deepspeed_inference.py --model_name_or_path {MODEL} "
+        f"deepspeed --num_gpus 2{listen} chatglm_deepspeed_inference.py --model_name_or_path {MODEL} "
         f"--input_path {HELD_OUT} --batch_size 32 --max_new_tokens 64"
     )
     return {
@@ -31,8 +32,8 @@ def commands(work: str) -> dict[str, str]:
         "tokenize": f"python tokenize_dataset_rows_belle.py --jsonl_path {work}/train.json --save_path {work}/tokens "
         f"--max_seq_length 200 --skip_overlength --model_name_or_path {MODEL}",
         "answers before": f"{answer} --output_path {work}/before.jsonl",
-        "train": f"torchrun --nproc_per_node=2 multi_gpu_fintune_belle.py --dataset_path {work}/tokens --lora_rank 8 "
-        f"--per_device_train_batch_size 8 --num_train_epochs 8 --learning_rate 3e-3 --save_steps 1000 "
+        "train": f"torchrun --nproc_per_node=2{listen} multi_gpu_fintune_belle.py --dataset_path {work}/tokens "
+        f"--lora_rank 8 --per_device_train_batch_size 16 --num_train_epochs 8 --learning_rate 6e-3 --save_steps 1000 "
         f"--save_total_limit 2 --logging_steps 20 --fp16 --output_dir {work}/adapter "
         f"--deepspeed ds_config_zero3.json --model_name_or_path {MODEL}",
         "answers after": f"{answer} --adapter_path {work}/adapter --output_path {work}/after.jsonl",
@@ -51,11 +52,13 @@ def exact_match(answers_path: Path) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work_dir", type=Path, default=ROOT / "data" / "demo", help="emptied first (%(default)s)")
-    work = parser.parse_args().work_dir.resolve()
+    parser.add_argument("--master_port", type=int, help="of the launchers, where another run has their own")
+    args = parser.parse_args()
+    work = args.work_dir.resolve()
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
     seconds = {}
-    for name, command in commands(str(work)).items():
+    for name, command in commands(str(work), args.master_port).items():
         print(f"\n$ {command}", flush=True)
         started = time.perf_counter()
         if subprocess.run(shlex.split(command), cwd=ROOT).returncode:

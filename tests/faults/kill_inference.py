@@ -13,12 +13,15 @@ import os
 import random
 import shlex
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
+
+from utils.distributed import free_port
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 ROWS = 60
@@ -31,10 +34,7 @@ SCRIPT = (
 def start(work: Path, out: Path, processes: int) -> subprocess.Popen:
     launcher = sys.executable
     if processes > 1:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        launcher += f" -m torch.distributed.run --nproc_per_node {processes} --master_port {port}"
+        launcher += f" -m torch.distributed.run --nproc_per_node {processes} --master_port {free_port()}"
     words = shlex.split(f"{launcher} {SCRIPT.format(work=work, out=out)}")
     return subprocess.Popen(words, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True)
 

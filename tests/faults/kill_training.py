@@ -20,14 +20,20 @@ import tempfile
 import time
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
+
+from utils.distributed import free_port
+
 from safetensors.torch import load_file
 
 ROOT = Path(__file__).resolve().parent.parent.parent
+TORCHRUN = "torchrun --nproc_per_node=2 --master_port {port}"
+OFFLOAD = "accelerate_ds_zero3_cpu_offload_config.yaml"
 LAUNCHERS = {
     "one process": ("python", ""),
-    "ddp": ("torchrun --nproc_per_node=2", ""),
-    "zero3": ("torchrun --nproc_per_node=2", "--deepspeed ds_config_zero3.json"),
-    "zero3 offload": ("accelerate launch --config_file accelerate_ds_zero3_cpu_offload_config.yaml", ""),
+    "ddp": (TORCHRUN, ""),
+    "zero3": (TORCHRUN, "--deepspeed ds_config_zero3.json"),
+    "zero3 offload": (f"accelerate launch --config_file {OFFLOAD} --main_process_port {{port}}", ""),
     "zero3 one process": ("python", "--deepspeed ds_config_zero3.json"),
 }
 STEPS = 12
@@ -45,7 +51,7 @@ def arguments(work: Path, output_dir: Path) -> str:
 
 def command(launcher: str, work: Path, output_dir: Path) -> list[str]:
     start, flags = LAUNCHERS[launcher]
-    return shlex.split(f"{start} {arguments(work, output_dir)} {flags}")
+    return shlex.split(f"{start.format(port=free_port())} {arguments(work, output_dir)} {flags}")
 
 
 def start(words: list[str], log: Path) -> subprocess.Popen:
