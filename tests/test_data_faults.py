@@ -1,5 +1,6 @@
 """The data scripts killed at any moment, on a full disk, without their input: no row lost, twice or half written."""
 
+import contextlib
 import json
 import os
 import subprocess
@@ -54,6 +55,30 @@ def test_a_full_disk_in_tokenising(run_script, small_disk, tmp_path):
     result = run_script(f"{command} --save_path {small_disk}/tokens")
     assert result.code == 1 and "No space left on device" in result.err and "Traceback" not in result.err, result.err
     assert not (small_disk / "tokens").exists()
+
+
+@pytest.mark.parametrize("free_pages, left", [(2, "some"), (5, "none")])
+def test_a_full_disk_in_inference(run_script, small_disk, tmp_path, free_pages, left):
+    """In the journal, and when all is answered, in the output: nothing of what was answered is computed again."""
+    rows = [{"prompt": f"你好{number}" * 4} for number in range(60)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    command = (
+        f"chatglm_milti_gpu_inference.py --model_name_or_path {TINY} --input_path {tmp_path}/rows.jsonl "
+        "--max_new_tokens 8 --batch_size 4 --output_path"
+    )
+    run_script(f"{command} {tmp_path}/whole.jsonl").check()
+    filler = small_disk / "filler"
+    with contextlib.suppress(OSError), filler.open("wb", buffering=0) as file:
+        while True:
+            file.write(bytes(4096))
+    os.truncate(filler, filler.stat().st_size - free_pages * 4096)
+    result = run_script(f"{command} {small_disk}/out.jsonl")
+    assert result.code == 1 and "No space left on device: free some space" in result.err, result.err
+    assert "Traceback" not in result.err and not (small_disk / "out.jsonl").exists()
+    filler.unlink()
+    summary = json.loads(run_script(f"{command} {small_disk}/out.jsonl").check().out.splitlines()[-1])
+    assert (0 < summary["answered_before"] < 60) if left == "some" else summary["answered_before"] == 60
+    assert (small_disk / "out.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
 
 
 def test_an_output_that_cannot_be_written(run_script, tmp_path):

@@ -85,7 +85,7 @@ class AnswerFile:
         """Begins this process's journal, or goes on with it behind its last whole line."""
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.journal = self.journal_path.open("ab")
+            self.journal = self.journal_path.open("ab", buffering=0)  # what a full disk refused is not tried again
             if self.overwrite:
                 self.journal.truncate(0)
             self.journal.truncate(_whole_lines(self.journal_path))
@@ -102,8 +102,9 @@ class AnswerFile:
             self.synced = time.monotonic()
 
     def _append(self, row: dict[str, Any]) -> None:
-        self.journal.write(dump_row(row).encode())
-        self.journal.flush()
+        data = dump_row(row).encode()
+        while data:  # a disk that is nearly full takes a part of it
+            data = data[self.journal.write(data) :]
 
     def close(self) -> None:
         if self.journal is not None:

@@ -201,6 +201,11 @@ def resolve_checkpointing(request: Request, flags: Any, args: TrainingArguments,
     decided = "decided from that" if wanted is None else "by the flag"
     state = "on" if checkpointing else "off"
     print_once(f"memory {describe(load)} of {free:.1f} GiB free: gradient checkpointing {state}, {decided}")
+    if checkpointing and wanted is None and load.packing and load.gib() <= room:
+        smaller = replace(load, checkpointing=False, tokens=max(load.tokens // 2, load.longest))
+        if smaller.gib() <= room:
+            flags = f"--per_device_train_batch_size 1 --pack_tokens {smaller.tokens}"
+            print_once(f"fewer tokens at once need no gradient checkpointing and are faster: {flags}")
     if load.gib() > room:
         if not checkpointing and replace(load, checkpointing=True).gib() <= room:
             mend = "leave --gradient_checkpointing False out"
