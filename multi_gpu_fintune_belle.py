@@ -11,6 +11,7 @@ directory, lands in --output_dir.
 
 import json
 import sys
+from argparse import Action, ArgumentDefaultsHelpFormatter
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -54,17 +55,28 @@ from peft import PeftModel
 from transformers import HfArgumentParser, TrainerCallback, TrainingArguments
 
 
-@dataclass
-class FinetuneArguments:
-    _argument_group_name = "this script (the other options are those of transformers' TrainingArguments)"
+@dataclass(kw_only=True)
+class DataArguments:
+    _argument_group_name = "data"
 
-    dataset_path: str = field(metadata={"help": "dataset made by tokenize_dataset_rows_belle.py"})
+    dataset_path: str = field(metadata={"help": "dataset made by tokenize_dataset_rows_belle.py (required)"})
     eval_dataset_path: str | None = field(
         default=None, metadata={"help": "held-out rows, tokenised likewise: their loss and perplexity, the best kept"}
     )
     eval_fraction: float = field(
         default=0.0, metadata={"help": "share of --dataset_path to hold out for that instead, 0 to 1, by prompt"}
     )
+    packing: bool = field(
+        default=False,
+        metadata={"help": "lay rows end to end: a batch then counts sequences of --pack_tokens, not rows"},
+    )
+    pack_tokens: int = field(default=8192, metadata={"help": "tokens of a packed sequence, at most"})
+
+
+@dataclass(kw_only=True)
+class ModelArguments:
+    _argument_group_name = "model"
+
     model_name_or_path: str = field(default=DEFAULT_MODEL, metadata={"help": "checkpoint directory or hub id"})
     quantize: Literal["int8", "int4", "fp8"] | None = field(
         default=None,
@@ -73,15 +85,16 @@ class FinetuneArguments:
             "and newer, is for speed"
         },
     )
-    packing: bool = field(
-        default=False,
-        metadata={"help": "lay rows end to end: a batch then counts sequences of --pack_tokens, not rows"},
-    )
-    pack_tokens: int = field(default=8192, metadata={"help": "tokens of a packed sequence, at most"})
     compile_layers: bool | None = field(
         default=None, metadata={"help": "compile the model's layers (with --packing on a GPU, unless it is false)"}
     )
     plan: bool = field(default=False, metadata={"help": "say what the run will be, its memory and speed, and end"})
+
+
+@dataclass(kw_only=True)
+class AdapterArguments:
+    _argument_group_name = "adapter"
+
     lora_rank: int = field(default=8, metadata={"help": "rank of the adapter"})
     lora_alpha: int = field(default=32, metadata={"help": "the adapter is scaled by lora_alpha / lora_rank"})
     lora_dropout: float = field(default=0.0, metadata={"help": "dropout on the adapter's input, 0 to 1"})
@@ -90,9 +103,28 @@ class FinetuneArguments:
     )
 
 
+@dataclass(kw_only=True)
+class FinetuneArguments(DataArguments, ModelArguments, AdapterArguments):
+    """This script's own flags."""
+
+
+class DefaultsHelpFormatter(ArgumentDefaultsHelpFormatter):
+    """Leaves out a default of None, of which the text says what it means."""
+
+    def _get_help_string(self, action: Action) -> str | None:
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
 def parse_arguments(argv: list[str]):
     """Returns FinetuneArguments, TrainingArguments, what they name, and the weights' dtype; joins the processes."""
-    parser = HfArgumentParser((FinetuneArguments, TrainingArguments), description=__doc__)
+    TrainingArguments._argument_group_name = "training (transformers' TrainingArguments)"  # read by the parser
+    parts = (DataArguments, ModelArguments, AdapterArguments, TrainingArguments)
+    parser = HfArgumentParser(
+        parts,
+        usage="%(prog)s --dataset_path DIR [--FLAG VALUE ...]",
+        description=__doc__.partition("\n\n")[2],
+        formatter_class=DefaultsHelpFormatter,
+    )
     decided = ("gradient_checkpointing", "dataloader_num_workers", "per_device_eval_batch_size")  # where no flag does
     parser.set_defaults(train_sampling_strategy=BY_LENGTH, **dict.fromkeys(decided))
     values = parser.parse_args(argv)
@@ -110,10 +142,11 @@ def parse_arguments(argv: list[str]):
     if values.packing and values.train_sampling_strategy == BY_LENGTH:  # packs are of one length
         values.train_sampling_strategy = "random"
     try:
-        finetune_args, training_args = parser.parse_dict(vars(values))
+        *ours, training_args = parser.parse_dict(vars(values))
     except ValueError as error:
         raise UsageError(" ".join(str(error).split())) from None
     training_args._n_gpu = min(training_args.n_gpu, 1)  # one process, one card: never DataParallel
+    finetune_args = FinetuneArguments(**{name: value for part in ours for name, value in vars(part).items()})
     return finetune_args, training_args, request, dtype
 
 

@@ -21,10 +21,10 @@ HELD_OUT = "data/sample.heldout.json"
 
 
 def commands(work: str, port: int | None) -> dict[str, str]:
-    """What runs, by the name of its row in the table; with launchers on that port or on their own."""
+    """What runs, by the name of its row in the table; torchrun on that port or on its own."""
     listen = f" --master_port {port}" if port else ""
     answer = (
-        f"deepspeed --num_gpus 2{listen} chatglm_deepspeed_inference.py --model_name_or_path {MODEL} "
+        f"python chatglm_milti_gpu_inference.py --model_name_or_path {MODEL} "
         f"--input_path {HELD_OUT} --batch_size 32 --max_new_tokens 64"
     )
     return {
@@ -52,7 +52,7 @@ def exact_match(answers_path: Path) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work_dir", type=Path, default=ROOT / "data" / "demo", help="emptied first (%(default)s)")
-    parser.add_argument("--master_port", type=int, help="of the launchers, where another run has their own")
+    parser.add_argument("--master_port", type=int, help="of torchrun, where another run has its own")
     args = parser.parse_args()
     work = args.work_dir.resolve()
     shutil.rmtree(work, ignore_errors=True)
