@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -59,6 +60,16 @@ def attend_row_by_row(query, key, value, starts, _, longest, __, scale, window_s
             )
             output[start:end] = attended[0].transpose(0, 1)
     return output
+
+
+def accelerate_variables(config_file: str) -> dict[str, str]:
+    """What `accelerate launch --config_file` puts into the environment of the processes that it starts."""
+    from accelerate.commands.launch import launch_command, launch_command_parser
+
+    given = {}
+    with mock.patch("torch.distributed.run.run", lambda _: given.update(os.environ)):
+        launch_command(launch_command_parser().parse_args(["--config_file", config_file, "script.py"]))
+    return {name: value for name, value in given.items() if os.environ.get(name) != value}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

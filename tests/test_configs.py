@@ -9,18 +9,18 @@ from utils.distributed import free_port
 
 import pytest
 import yaml
-from conftest import ROOT, TINY
+from conftest import ROOT, TINY, accelerate_variables
 from safetensors.torch import load_file
 
 CONFIGS = ROOT / "configs"
-# A launcher, where the file is one's, on a port of its own. {n}: the number of a machine.
-ACCELERATE = "accelerate launch --main_process_port {port} --config_file configs/"
 ONE_MACHINE = {
-    "accelerate_ddp.yaml": (f"{ACCELERATE}accelerate_ddp.yaml", "DDP"),
-    "accelerate_fsdp2.yaml": (f"{ACCELERATE}accelerate_fsdp2.yaml", "FSDP2"),
-    "deepspeed_zero2.json": (None, "DeepSpeed ZeRO-2"),
-    "deepspeed_zero3_cpu_offload.json": (None, "DeepSpeed ZeRO-3"),
+    "accelerate_ddp.yaml": "DDP",
+    "accelerate_fsdp2.yaml": "FSDP2",
+    "deepspeed_zero2.json": "DeepSpeed ZeRO-2",
+    "deepspeed_zero3_cpu_offload.json": "DeepSpeed ZeRO-3",
 }
+# {n}: the number of a machine; {port}: of this test's own.
+ACCELERATE = "accelerate launch --main_process_port {port} --config_file configs/"
 ON_LOOPBACK = "--num_processes 2 --machine_rank {n} --main_process_ip 127.0.0.1"
 TWO_MACHINES = {
     "accelerate_ddp_2_machines.yaml": (f"{ACCELERATE}accelerate_ddp_2_machines.yaml {ON_LOOPBACK}", "DDP"),
@@ -43,15 +43,12 @@ def script(tokens):
 
 
 @pytest.fixture(scope="module")
-def launch(run_command, run_ranks, script):
+def launch(run_ranks, script):
     def run(name, output_dir, flags=""):
-        launcher, kind = ONE_MACHINE[name]
-        command = f"{script} --output_dir {output_dir} {flags}"
-        if launcher:
-            result = run_command(f"{launcher.format(port=free_port())} {command}").check()
-        else:
-            result = run_ranks(2, f"{command} --deepspeed configs/{name}").check()
-        assert f"processes 2 ({kind}, " in result.out
+        by_accelerate = name.startswith("accelerate")
+        command = f"{script} --output_dir {output_dir} {flags} " + f"--deepspeed configs/{name}" * (not by_accelerate)
+        result = run_ranks(2, command, **(accelerate_variables(f"configs/{name}") if by_accelerate else {})).check()
+        assert f"processes 2 ({ONE_MACHINE[name]}, " in result.out
         return load_file(output_dir / "adapter_model.safetensors"), result.out
 
     return run

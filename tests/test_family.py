@@ -4,10 +4,14 @@ import json
 from pathlib import Path
 
 import pytest
-from conftest import GOLDEN
+from conftest import GOLDEN, accelerate_variables
 from safetensors.torch import load_file
 
-DISTRIBUTIONS = {"ddp": "", "zero3": "--deepspeed ds_config_zero3.json"}
+DISTRIBUTIONS = {  # flags, and accelerate's configuration
+    "ddp": ("", None),
+    "zero3": ("--deepspeed ds_config_zero3.json", None),
+    "accelerate zero3 offload": ("", "accelerate_ds_zero3_cpu_offload_config.yaml"),
+}
 # What half of each model takes in CPU memory: the rest goes to disk.
 NAMES = {"chatglm2-6b-tiny": "1MB", "chatglm3-6b-tiny": "1MB", "glm-4-9b-chat-tiny": "1600KB"}
 PROMPTS = [
@@ -35,15 +39,16 @@ class Trained:
             f"--model_name_or_path {self.model} --max_seq_length 60"
         ).check()
         (directory / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in PROMPTS))
-        self.adapter = self.train(1, "")
+        self.adapter = self.train(1, "", None)
 
-    def train(self, processes: int, flags: str) -> Path:
+    def train(self, processes: int, flags: str, accelerate_config: str | None) -> Path:
         output_dir = self.directory / f"adapter{len(list(self.directory.iterdir()))}"
         result = self.run_ranks(
             processes,
             f"multi_gpu_fintune_belle.py --dataset_path {self.directory}/tokens --lora_rank 4 "
             f"--model_name_or_path {self.model} --learning_rate 2e-3 --max_steps 4 --fp16 --logging_steps 2 "
             f"--per_device_train_batch_size {4 // processes} --output_dir {output_dir} {flags}",
+            **(accelerate_variables(accelerate_config) if accelerate_config else {}),
         ).check()
         assert "global batch 4 " in result.out
         return output_dir
@@ -68,7 +73,7 @@ def test_two_processes_make_the_same_adapter(trained, distribution):
     expected = load_file(trained.adapter / "adapter_model.safetensors")
     assert len(expected) == 2 * 3 * 3  # A and B of q, k and v in three layers
     assert any(key.endswith("k_proj.lora_B.weight") for key in expected)
-    actual = load_file(trained.train(2, DISTRIBUTIONS[distribution]) / "adapter_model.safetensors")
+    actual = load_file(trained.train(2, *DISTRIBUTIONS[distribution]) / "adapter_model.safetensors")
     assert actual.keys() == expected.keys()
     for key, value in expected.items():
         assert (actual[key] - value).abs().max() <= 1e-4, key

@@ -4,34 +4,36 @@ import json
 
 from utils.batching import PaddingCollator
 from utils.checkpoint import load_model
-from utils.distributed import free_port
 from utils.lora import attach_adapter, load_adapter, merge_adapter, save_adapter
 
 import pytest
 import torch
 import yaml
-from conftest import ROOT, TINY
+from conftest import ROOT, TINY, accelerate_variables
 from peft import PeftModel
 from safetensors.torch import load_file
 
-ACCELERATE = "accelerate launch --config_file accelerate_ds_zero3_cpu_offload_config.yaml --main_process_port"
+OFFLOAD = "accelerate_ds_zero3_cpu_offload_config.yaml"
 ZERO3 = "--deepspeed ds_config_zero3.json"
-# processes or launcher, rows a device, accumulation steps, extra flags: always 4 rows a step
+# processes, rows a device, accumulation steps, flags, accelerate's configuration: always 4 rows a step
 DISTRIBUTIONS = {
-    "one process": (1, 4, 1, ""),
-    "one process accumulating": (1, 1, 4, ""),
-    "ddp accumulating and checkpointing": (2, 1, 2, "--gradient_checkpointing"),
-    "zero3": (2, 1, 2, ZERO3),
-    "zero3 one process": (1, 2, 2, ZERO3),
-    "accelerate zero3 offload": (ACCELERATE, 2, 1, ""),
+    "one process": (1, 4, 1, "", None),
+    "one process accumulating": (1, 1, 4, "", None),
+    "ddp accumulating and checkpointing": (2, 1, 2, "--gradient_checkpointing", None),
+    "zero3": (2, 1, 2, ZERO3, None),
+    "zero3 one process": (1, 2, 2, ZERO3, None),
+    "accelerate zero3 offload": (2, 2, 1, "", OFFLOAD),
 }
 
 
 @pytest.fixture(scope="module")
-def train(run_command, run_ranks, tokens):
-    def run(how, flags):
-        command = f"multi_gpu_fintune_belle.py --dataset_path {tokens} --model_name_or_path {TINY} {flags}"
-        return run_ranks(how, command) if isinstance(how, int) else run_command(f"{how} {free_port()} {command}")
+def train(run_ranks, tokens):
+    def run(processes, flags, accelerate_config):
+        return run_ranks(
+            processes,
+            f"multi_gpu_fintune_belle.py --dataset_path {tokens} --model_name_or_path {TINY} {flags}",
+            **(accelerate_variables(accelerate_config) if accelerate_config else {}),
+        )
 
     return run
 
@@ -42,12 +44,13 @@ def reference(train, tmp_path_factory):
 
 
 def run_distribution(train, name, output_dir):
-    how, rows, accumulation, extra = DISTRIBUTIONS[name]
+    processes, rows, accumulation, extra, accelerate_config = DISTRIBUTIONS[name]
     result = train(
-        how,
+        processes,
         f"--lora_rank 4 --lora_target_modules query_key_value dense_h_to_4h --learning_rate 2e-3 --max_steps 6 "
         f"--per_device_train_batch_size {rows} --gradient_accumulation_steps {accumulation} --fp16 "
         f"--save_steps 4 --save_total_limit 2 --logging_steps 4 --output_dir {output_dir} {extra}",
+        accelerate_config,
     ).check()
     summary = json.loads(next(line for line in reversed(result.out.splitlines()) if line.startswith('{"output_dir"')))
     assert summary["steps"] == 6
