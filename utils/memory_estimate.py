@@ -205,7 +205,7 @@ def resolve_checkpointing(request: Request, flags: Any, args: TrainingArguments,
         smaller = replace(load, checkpointing=False, tokens=max(load.tokens // 2, load.longest))
         if smaller.gib() <= room:
             flags = f"--per_device_train_batch_size 1 --pack_tokens {smaller.tokens}"
-            print_once(f"fewer tokens at once need no gradient checkpointing and are faster: {flags}")
+            print_once(f"fewer tokens at once need no gradient checkpointing, which is mostly faster: {flags}")
     if load.gib() > room:
         if not checkpointing and replace(load, checkpointing=True).gib() <= room:
             mend = "leave --gradient_checkpointing False out"
