@@ -3,6 +3,7 @@
 import contextlib
 import io
 import os
+import re
 import runpy
 import shlex
 import signal
@@ -17,7 +18,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ROOT / "data" / "chatglm-tiny"
 GOLDEN = ROOT / "tests" / "golden"
-LONGEST = ("test_readme", "test_configs", "test_demo", "test_resume", "test_training", "test_answers")
+LONGEST = ("test_readme", "test_family", "test_configs", "test_demo", "test_resume", "test_training", "test_answers")
 TEXTS = (
     "改成一个问题:\n小明今天在公园放风筝",
     "找出句子里的地点:\n老师昨天在图书馆看书",
@@ -60,6 +61,14 @@ def attend_row_by_row(query, key, value, starts, _, longest, __, scale, window_s
             )
             output[start:end] = attended[0].transpose(0, 1)
     return output
+
+
+def readme_commands(name: str = "README.md") -> list[str]:
+    """The lines of a README's bash blocks, continued lines joined and comments dropped."""
+    text = (ROOT / name).read_text(encoding="utf-8")
+    blocks = re.findall(r"^```bash\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)
+    lines = "".join(blocks).replace("\\\n", " ").splitlines()
+    return [" ".join(line.split("#")[0].split()) for line in lines if line.split("#")[0].strip()]
 
 
 def accelerate_variables(config_file: str) -> dict[str, str]:

@@ -1,6 +1,6 @@
 """
 A script's processes as torchrun starts them, forked from a server that has imported the libraries: importing takes
-longer than most runs of a test. Launchers themselves are run by test_readme.py, test_configs.py and test_resume.py.
+longer than most runs of a test. Launchers are run by test_readme.py, test_family.py, test_configs.py, test_resume.py.
 """
 
 import multiprocessing

@@ -46,8 +46,8 @@ def test_answers_are_those_of_generate(made):
     with torch.no_grad():
         eos = model.config.eos_token_id
         model.lm_head.register_forward_hook(lambda *args: args[2].index_fill(-1, torch.tensor(eos), -torch.inf))
-    for slots in (1, 3, 7):
-        engine = Engine(model, slots, columns=64, stop_ids=sorted(stops))
+    for slots, steps in ((1, 1), (3, 1), (7, 1), (1, 3), (3, 4), (7, 2)):
+        engine = Engine(model, slots, columns=64, stop_ids=sorted(stops), steps=steps)
         done = list(engine.answer(Task(number, prompt, 20) for number, prompt in enumerate(prompts)))
         assert [task.answer_ids for task in sorted(done, key=lambda task: task.number)] == expected
 

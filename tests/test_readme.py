@@ -7,7 +7,7 @@ import shutil
 from importlib.metadata import version
 
 import pytest
-from conftest import ROOT, TINY
+from conftest import ROOT, TINY, readme_commands
 
 DATA_FILES = {  # what the two downloads bring, in miniature
     "Belle.train.json": [{"input": "你好", "target": "你好!"}],
@@ -22,17 +22,9 @@ NOT_RUN_HERE = {
 }
 
 
-def commands(name):
-    """The lines of a README's bash blocks, continued lines joined and comments dropped."""
-    text = (ROOT / name).read_text(encoding="utf-8")
-    blocks = re.findall(r"^```bash\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)
-    lines = "".join(blocks).replace("\\\n", " ").splitlines()
-    return [" ".join(line.split("#")[0].split()) for line in lines if line.split("#")[0].strip()]
-
-
 def test_both_languages_have_the_same_commands():
-    assert len(commands("README.md")) >= 15
-    assert commands("README.md") == commands("README_zh.md")
+    assert len(readme_commands()) >= 15
+    assert readme_commands() == readme_commands("README_zh.md")
 
 
 @pytest.fixture
@@ -61,7 +53,7 @@ def workspace(tmp_path):
 def test_commands_in_order(run_command, workspace):
     clone, ran = workspace / "clone", []
     script = ["set -e"]
-    for command in commands("README.md"):
+    for command in readme_commands():
         if command in NOT_RUN_HERE:
             continue
         if any(name in command for name in TAKES_MODEL):
@@ -78,7 +70,7 @@ def test_commands_in_order(run_command, workspace):
     result = run_command(
         f"sh -c 'PATH={workspace}/bin:$PATH exec bash {workspace}/commands.sh'", cwd=clone, timeout=600
     ).check()
-    assert len(ran) == len(commands("README.md")) - len(NOT_RUN_HERE)
+    assert len(ran) == len(readme_commands()) - len(NOT_RUN_HERE)
     assert result.out.count('"steps": 3') == sum("multi_gpu_fintune" in command for command in ran) == 3
     answering = [command for command in ran if "_inference.py" in command and "--merge_and_save" not in command]
     assert result.out.count('"rows": 8') == len(answering) == 4

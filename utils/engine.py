@@ -2,13 +2,15 @@
 Many prompts through one model: a fixed number of slots, rows that come and go, and a step that the host only starts.
 
 A step is the same kernels over the same memory whatever the rows are, so on a GPU it is captured once as a CUDA graph
-for each batch size, its layers compiled. What stopped is looked at every few steps. Prompts are read laid end to end,
-all but their last tokens, which are what the next step begins with: for each of a few lengths that is a graph too.
+for each batch size, its layers compiled. What stopped is looked at every few steps, when the next few are under way,
+for a GPU should not wait. Prompts are read laid end to end, all but their last tokens, which are what the next step
+begins with: for each of a few lengths that is a graph too.
 """
 
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import islice
 
 from utils.chatglm.modeling_chatglm import (
@@ -29,7 +31,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 WIDTH_GRAIN = 128  # columns; a captured step reads a multiple of it
-GPU_STEPS = 16  # between two looks at what stopped
+GPU_STEPS = 4  # between two looks at what stopped
 MOST_MASKED = 1024  # tokens of the prompts that are read at once where a mask keeps rows apart
 RECOMPILES = 64
 
@@ -59,6 +61,16 @@ def step_size(slots: int, running: int, on_gpu: bool) -> int:
     return size
 
 
+@dataclass
+class Steps:
+    """Steps that were started: what they choose, (slots, steps) on the host, is there when `done` has come."""
+
+    tasks: list[Task | None]  # of each slot, then
+    chosen: torch.Tensor
+    done: torch.cuda.Event | None
+    reads: list[tuple[torch.cuda.Event, torch.cuda.Event]]  # of prompts, before them
+
+
 class Engine:
     """
     Args:
@@ -69,6 +81,8 @@ class Engine:
         stop_ids: tokens that end an answer.
         find_end: called with an answer's tokens as they grow; where text in them ends the answer, how many it has.
         compile_layers: compile the layers of a step; None is on a GPU. Graphs are for a GPU alone.
+        steps: between two looks at what stopped; where it is more than one, as on a GPU, the next ones are started
+            before the look.
 
     `preparing` and `reading` are the seconds that went into compiling and capturing, and into reading prompts.
     """
@@ -82,6 +96,7 @@ class Engine:
         sampling: Sampling = GREEDY,
         find_end: Callable[[Sequence[int]], int | None] = lambda answer_ids: None,
         compile_layers: bool | None = None,
+        steps: int | None = None,
     ):
         started = time.perf_counter()
         self.model = model.get_base_model() if isinstance(model, PeftModel) else model
@@ -94,7 +109,8 @@ class Engine:
         self.device, self.dtype = self.embed.weight.device, self.model.dtype
         self.on_gpu = self.device.type == "cuda"
         self.kernels = self.on_gpu and self.dtype.itemsize == 2 and decode_kernels() is not None
-        self.steps = GPU_STEPS if self.on_gpu else 1
+        self.steps = steps or (GPU_STEPS if self.on_gpu else 1)
+        self.ahead = int(self.steps > 1)
         self.slots = slots
         self.columns = -(-columns // WIDTH_GRAIN) * WIDTH_GRAIN
         self.sampling = sampling
@@ -108,7 +124,8 @@ class Engine:
         self.layers: list[LayerSlots] = []
         self.graphs: dict[tuple[int, int] | int, torch.cuda.CUDAGraph] = {}  # of steps, and of reading
         self.inputs: dict[int, tuple[torch.Tensor, ...]] = {}  # what the latter read
-        self.reads: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []  # since the last look
+        self.reads: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []  # since the last steps
+        self.started: deque[Steps] = deque()
         self.running: list[Task | None] = [None] * slots
         self.waiting: deque[Task] = deque()
 
@@ -139,7 +156,7 @@ class Engine:
         lengths, and are taken when there is a slot for them.
         """
         source = iter(tasks)
-        few = -(-self.slots // (16 if self.slots < 128 else 8))  # slots that are worth reading prompts for
+        few = -(-self.slots // 16)  # slots that are worth reading prompts for
         while True:
             free = [slot for slot, task in enumerate(self.running) if task is None]
             if len(free) >= few:
@@ -148,27 +165,55 @@ class Engine:
                 self._admit(free)
             if not any(self.running):
                 if not self.waiting:
+                    self.started.clear()
                     return
                 continue
-            size = self._compact()
-            width = self._width()
-            for _ in range(self.steps):
-                self._step(size, width)
-            looked_at = self.history[:, :size].t().tolist()
-            self.reading += sum(begin.elapsed_time(end) for begin, end in self.reads) / 1e3
-            self.reads.clear()
-            for slot, ids in enumerate(looked_at):
-                task = self.running[slot]
-                if task and self._extend(task, ids):
-                    self.running[slot] = None
-                    yield task
+            goes_on = self._goes_on()
+            if goes_on:
+                self._start_steps()
+            if len(self.started) > self.ahead or not goes_on:
+                yield from self._look()
+
+    def _goes_on(self) -> bool:
+        """Whether a row can need more steps than those under way."""
+        under_way = {id(task) for steps in self.started for task in steps.tasks}
+        return any(
+            task and len(task.answer_ids) + self.steps * (id(task) in under_way) < task.max_new_tokens
+            for task in self.running
+        )
+
+    def _start_steps(self) -> None:
+        size = self._compact()
+        width = self._width()
+        for _ in range(self.steps):
+            self._step(size, width)
+        chosen = self.history[:, :size].t().clone().to("cpu", non_blocking=True)
+        done = torch.cuda.Event() if self.on_gpu else None
+        if done:
+            done.record()
+        self.started.append(Steps(self.running[:size], chosen, done, self.reads))
+        self.reads = []
+
+    def _look(self) -> Iterator[Task]:
+        """Yields the tasks that the oldest steps under way complete."""
+        steps = self.started.popleft()
+        if steps.done:
+            steps.done.synchronize()
+        self.reading += sum(begin.elapsed_time(end) for begin, end in steps.reads) / 1e3
+        slots = {id(task): slot for slot, task in enumerate(self.running) if task}
+        for task, ids in zip(steps.tasks, steps.chosen.tolist(), strict=True):
+            slot = slots.get(id(task))  # none where it had ended before these steps
+            if slot is not None and self._extend(task, ids):
+                self.running[slot] = None
+                yield task
 
     def _width(self) -> int:
-        """Columns that the next steps may read; the kernels read what is filled."""
+        """Columns that the next steps may read, behind those under way; the kernels read what is filled."""
         if self.kernels:
             return self.columns
         longest = max(len(task.input_ids) + len(task.answer_ids) for task in self.running if task)
-        return min(-(-(longest + self.steps) // WIDTH_GRAIN) * WIDTH_GRAIN, self.columns)
+        steps = self.steps * (1 + len(self.started))
+        return min(-(-(longest + steps) // WIDTH_GRAIN) * WIDTH_GRAIN, self.columns)
 
     def unfinished(self) -> list[Task]:
         """The tasks that were taken and not yet answered, their answers forgotten: what an error leaves to do."""
