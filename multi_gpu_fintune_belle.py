@@ -54,6 +54,8 @@ import torch
 from peft import PeftModel
 from transformers import HfArgumentParser, TrainerCallback, TrainingArguments
 
+GO_ON = "go on with --resume_from_checkpoint latest"
+
 
 @dataclass(kw_only=True)
 class DataArguments:
@@ -131,7 +133,8 @@ def parse_arguments(argv: list[str]):
     request = open_request(values)
     settle_evaluation(values)
     dtype = resolve_precision(values)
-    init_process_group(bool(values.deepspeed) or launched_by_accelerate_with_deepspeed())
+    by_deepspeed = bool(values.deepspeed) or launched_by_accelerate_with_deepspeed()
+    init_process_group(by_deepspeed, mend=GO_ON)
     values.use_cpu = values.use_cpu or not torch.cuda.is_available()  # else accelerate makes each process a world of 1
     if values.dataloader_num_workers is None:  # beside a GPU batches are made ahead, by a process of their own
         values.dataloader_num_workers = 0 if values.use_cpu else 1
@@ -183,7 +186,7 @@ def main() -> None:
         result = trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
         if stop.stopped:
             step = result.global_step
-            print_once(f"stopped by SIGTERM after step {step}: go on with --resume_from_checkpoint latest")
+            print_once(f"stopped by SIGTERM after step {step}: {GO_ON}")
             return
         trainer.save_model()
     # Trainer counts the steps since the last log by this process's rows alone.

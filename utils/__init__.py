@@ -13,5 +13,6 @@ if os.environ.get("RANK", "0") != "0" or not sys.stderr.isatty():
     for variable in ("TQDM_DISABLE", "HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS"):
         os.environ.setdefault(variable, "1")
 os.environ.setdefault("DS_LOG_LEVEL", "error")
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a dead process's store and sockets, with C++ stacks
 os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"  # no pickle runs code, whoever loads it: DeepSpeed would let it
 warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.|transformers\.|deepspeed\.|accelerate\.")

@@ -67,10 +67,10 @@ def check_port() -> None:
             ) from None
 
 
-def init_process_group(use_deepspeed: bool) -> None:
+def init_process_group(use_deepspeed: bool, mend: str = "the same command goes on where this one was") -> None:
     """
     Joins the processes the launcher started: NCCL with GPUs, gloo without. A lone process joins nothing, unless
-    DeepSpeed asks for a group of one.
+    DeepSpeed asks for a group of one. `mend` is what to do when a process is lost.
 
     On the CPU this must come before `TrainingArguments`, which leaves the group to be made later than `zero.Init`
     needs it.
@@ -91,7 +91,7 @@ def init_process_group(use_deepspeed: bool) -> None:
     elif not torch.distributed.is_initialized():
         torch.distributed.init_process_group(_backend())
     if world_size() > 1:
-        _peers.append(Peers(process_rank(), world_size()))
+        _peers.append(Peers(process_rank(), world_size(), mend))
 
 
 def _backend() -> str:

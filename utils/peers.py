@@ -1,8 +1,10 @@
 """A process of a distributed run watches the others: when one dies or is cut off, the rest end soon, and say why."""
 
+import contextlib
 import json
 import os
 import re
+import signal
 import socket
 import sys
 import threading
@@ -15,6 +17,7 @@ import torch
 
 BEAT = 1.0  # seconds
 SILENCE = 30.0  # seconds without a sign of life, after which a process counts as lost
+KILLED = "was killed, perhaps for want of memory (dmesg says so)"
 VERDICT = SILENCE + 10  # seconds that a process whose connection broke waits to learn whose fault it was
 CONNECTION = re.compile("gloo|nccl|connection|socket|store|timed out|broken pipe|process ?group", re.IGNORECASE)
 
@@ -23,10 +26,11 @@ class Peers:
     """
     Every process says through the launcher's store that it lives, and looks whether the others do: by their process id
     on the same machine, by their signs of life elsewhere. Threads of their own do it, since the main one waits for
-    ever in a collective whose other side is gone.
+    ever in a collective whose other side is gone. `mend` tells a user what to do where one was lost.
     """
 
-    def __init__(self, process_rank: int, world_size: int):
+    def __init__(self, process_rank: int, world_size: int, mend: str):
+        self.mend = mend
         self.rank, self.others = process_rank, [rank for rank in range(world_size) if rank != process_rank]
         self.host = f"{socket.gethostname()}/{os.readlink('/proc/self/ns/net')}"
         self.master = os.environ["MASTER_ADDR"]
@@ -39,16 +43,20 @@ class Peers:
         self.who = {rank: json.loads(self.store.get(f"who.{rank}")) for rank in self.others}
         self.answered = time.monotonic()  # when the store last did
         self.heard = dict.fromkeys(self.others, (b"", self.answered))
+        self.done: set[int] = set()  # those that said they end as they should
         self.ended = threading.Event()
         self.threads = [threading.Thread(target=work, daemon=True) for work in (self._beat, self._watch_store)]
         for thread in self.threads:
             thread.start()
         failing.append(self.tell)
+        if signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:  # training has its own way to end
+            signal.signal(signal.SIGTERM, self._terminate)
 
     def close(self) -> None:
         """Says that this process ends as it should."""
         failing.remove(self.tell)
-        self.store.set(f"ended.{self.rank}", "done")
+        with contextlib.suppress(RuntimeError):  # the process that holds the store has ended already
+            self.store.set(f"ended.{self.rank}", "done")
         self._stop()
 
     def tell(self, error: BaseException) -> None:
@@ -78,7 +86,10 @@ class Peers:
                 self.store.set(f"beat.{self.rank}", str(beat))
                 for rank in self.others:
                     self._look(rank)
-            except RuntimeError:  # the store does not answer; `_watch_store` counts how long
+            except RuntimeError:  # the store died with its process, or `_watch_store` counts how long it is silent
+                dead = self._dead_here()
+                if dead is not None and not self.ended.wait(BEAT):
+                    self._end(dead, KILLED)
                 continue
             self.answered = time.monotonic()
 
@@ -87,18 +98,33 @@ class Peers:
             reason = self.store.get(f"ended.{rank}").decode()
             if reason != "done":
                 self._end(rank, f"ended: {reason}", heard=self.who[rank][0] == self.host)
+            self.done.add(rank)
             return
-        host, process_id = self.who[rank]
-        if host == self.host and not os.path.exists(f"/proc/{process_id}"):
+        if rank == self._dead_here():
             time.sleep(BEAT)  # a process that ends well says so before it is gone
             if not self.store.check([f"ended.{rank}"]):
-                self._end(rank, "was killed, perhaps for want of memory (dmesg says so)")
+                self._end(rank, KILLED)
             return
         beat = self.store.get(f"beat.{rank}") if self.store.check([f"beat.{rank}"]) else b""
         if beat != self.heard[rank][0]:
             self.heard[rank] = (beat, time.monotonic())
         elif time.monotonic() - self.heard[rank][1] > SILENCE:
             self._end(rank, f"gave no sign of life for {SILENCE:.0f} s: it was killed, or its machine is cut off")
+
+    def _dead_here(self) -> int | None:
+        """A rank of this machine whose process is gone, and which did not say that it ends."""
+        for rank, (host, process_id) in self.who.items():
+            if host == self.host and rank not in self.done and not os.path.exists(f"/proc/{process_id}"):
+                return rank
+        return None
+
+    def _terminate(self, *_) -> None:
+        """At SIGTERM, by which a launcher ends those that are left: says first which one died."""
+        dead = self._dead_here()
+        if dead is not None:
+            self._end(dead, KILLED)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGTERM)
 
     def _watch_store(self) -> None:
         while not self.ended.wait(BEAT):
@@ -112,7 +138,7 @@ class Peers:
         if not heard and all(self.rank < other for other in here):
             print(
                 f"{os.path.basename(sys.argv[0])}: error: rank {rank} (process {process_id} on {host.split('/')[0]}) "
-                f"{why}; go on with --resume_from_checkpoint latest",
+                f"{why}; {self.mend}",
                 file=sys.stderr,
                 flush=True,
             )

@@ -34,6 +34,7 @@ LAUNCHERS = {
     "ddp": (TORCHRUN, ""),
     "zero3": (TORCHRUN, "--deepspeed ds_config_zero3.json"),
     "zero3 offload": (f"accelerate launch --config_file {OFFLOAD} --main_process_port {{port}}", ""),
+    "deepspeed": ("deepspeed --num_gpus 2 --master_port {port}", "--deepspeed configs/deepspeed_zero2.json"),
     "zero3 one process": ("python", "--deepspeed ds_config_zero3.json"),
 }
 STEPS = 12
