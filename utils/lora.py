@@ -27,7 +27,6 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
-from transformers.integrations import is_deepspeed_zero3_enabled
 
 
 def attach_adapter(
@@ -49,8 +48,7 @@ def attach_adapter(
         lora_dropout=lora_dropout,
         target_modules=target_modules,
     )
-    if not is_deepspeed_zero3_enabled():  # which must see a weight's own module called, to gather it
-        config._register_custom_module({torch.nn.Linear: LoraLinear})
+    config._register_custom_module({torch.nn.Linear: LoraLinear})
     torch.manual_seed(seed)
     return get_peft_model(model, config)
 

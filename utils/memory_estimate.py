@@ -138,8 +138,6 @@ class Load:
             values += PREFIX * (qkv + attended)
         if not self.compiled:
             values *= LAYERNORM if sizes.has_prefix else RMSNORM
-        if self.partitions and not self.fsdp:  # PEFT's own layers, each of which has its input in float32
-            values += sum(4 / sizes.value_bytes * sizes.linear[name][0] for name in targets)
         return values
 
     def adapter_parameters(self) -> int:

@@ -16,7 +16,7 @@ def decoder_blocks(model: PeftModel) -> list[GradientCheckpointingLayer]:
 
 
 def partitions_weights(args: TrainingArguments) -> bool:
-    """Whether it is ZeRO-3, which gathers a weight when its own module is called."""
+    """Whether it is ZeRO-3."""
     return args.deepspeed_plugin is not None and args.deepspeed_plugin.zero_stage == 3
 
 
@@ -24,7 +24,19 @@ def resolve_compile(wanted: bool | None, packing: bool, args: TrainingArguments)
     """Without a wish: where batches have one shape, which packs make possible, and a GPU waits."""
     if wanted is not None:
         return wanted
-    return packing and not args.use_cpu and not partitions_weights(args)
+    return packing and not args.use_cpu
+
+
+def gather_by_block(model: PeftModel) -> None:
+    """
+    Has DeepSpeed gather a block's weights at once when it is called: inside it there are then no hooks, of which each
+    linear layer would have four, and what is compiled finds every weight.
+    """
+    from deepspeed.utils import set_z3_leaf_modules
+
+    set_z3_leaf_modules(model, list({type(block) for block in decoder_blocks(model)}))
+    # A block whose input has no gradient would be taken as done before its backward pass.
+    model.enable_input_require_grads()
 
 
 def speed_up(
@@ -40,7 +52,9 @@ def speed_up(
     half = model.dtype in (torch.float16, torch.bfloat16)
     if packing and half and not args.use_cpu:
         model.get_base_model().set_attn_implementation(VARLEN)
-    if not partitions_weights(args):
+    if partitions_weights(args):
+        gather_by_block(model)
+    else:
         fuse_projections(model)
     if fp8:
         convert_to_fp8(model, {*generation.linear_layers, "qkv_proj"}, trains=True)
