@@ -48,7 +48,7 @@ from utils.training import (
     set_checkpointing,
     settle_evaluation,
 )
-from utils.training_speed import decoder_blocks, resolve_compile, speed_up
+from utils.training_speed import decoder_blocks, resolve_compile, settle_zero3, speed_up
 
 import torch
 from peft import PeftModel
@@ -241,6 +241,7 @@ def prepare_model(
     args: FinetuneArguments, training_args: TrainingArguments, dtype: torch.dtype, generation: Generation
 ) -> PeftModel:
     """The base model, frozen, with the adapter that trains; its loss is that of the targets alone."""
+    settle_zero3(training_args, args.compile_layers)
     model = load_model(args.model_name_or_path, dtype=dtype, quantize=stored_bits(args.quantize))
     model.config.use_cache = False
     lora = (args.lora_rank, args.lora_alpha, args.lora_dropout, args.lora_target_modules)

@@ -38,8 +38,8 @@ def load_of(checkpoint, tokens, compiled=True, longest=1024, packing=True, **fla
     [
         (V3, 16384, {}, 55.6),  # with --quantize fp8 55.5: the weights take as much
         (V1, 16384, {}, 59.0),
-        (V1, 8192, ZERO3, 51.8),
-        (V3, 8192, ZERO3 | {"partitions": 2}, 58.1),
+        (V1, 16384, {"partitions": 1}, 60.8),
+        (V3, 16384, {"partitions": 1}, 55.7),
         (replace(V1, quantization=INT4, quantizes=True), 8192, {"checkpointing": True}, 9.27),
         (V3, 8 * 1024, {"compiled": False, "checkpointing": True}, 14.8),
     ],

@@ -93,22 +93,29 @@ def test_attention_without_a_mask(shape, monkeypatch):
     assert (actual[:, : expected.shape[1]] - expected).abs().max() <= 1e-5
 
 
-def test_compiled_layers_train_the_same_adapter(run_script, tmp_path):
-    """With batches that are filled up to one shape, as compiled layers need them, made by a process beside."""
+def test_compiled_layers_train_the_same_adapter(run_script, run_ranks, tmp_path):
+    """
+    With batches that are filled up to one shape, as compiled layers need them, made by a process beside; and where
+    ZeRO-3 gathers and releases their weights.
+    """
     base = f"{tmp_path}/base"
     run_script(f"tools/random_checkpoint.py --shape tiny-glm --output_dir {base}").check()
     data = f"--model_name_or_path {base}"
     run_script(
         f"tokenize_dataset_rows_belle.py --jsonl_path data/sample.train.json --save_path {tmp_path}/tokens {data}"
     ).check()
-    flags = f"--dataset_path {tmp_path}/tokens {data} --packing --pack_tokens 1024 --per_device_train_batch_size 1"
+    flags = f"--dataset_path {tmp_path}/tokens {data} --packing --pack_tokens 1024 --max_steps 3 --logging_steps 1"
+    zero3 = f"--deepspeed ds_config_zero3.json --compile_layers true --output_dir {tmp_path}/zero3"
+    run_ranks(2, f"{TRAIN} {flags} --per_device_train_batch_size 1 {zero3}").check()
     for compiled, workers in (("true", 1), ("false", 0)):
-        how = f"--compile_layers {compiled} --dataloader_num_workers {workers}"
-        out = f"--max_steps 3 --logging_steps 1 {how} --output_dir {tmp_path}/{compiled}"
+        how = f"--compile_layers {compiled} --dataloader_num_workers {workers} --per_device_train_batch_size 2"
+        out = f"{how} --output_dir {tmp_path}/{compiled}"
         output = run_script(f"{TRAIN} {flags} {out}").check().out
         assert "'tokens_per_second'" in output and "'seconds_left'" in output and '"first_step_seconds"' in output
-    compiled, plain = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("true", "false"))
-    assert all((compiled[name] - plain[name]).abs().max() <= 1e-6 for name in plain)
+    plain, *compiled = (
+        load_file(tmp_path / name / "adapter_model.safetensors") for name in ("false", "true", "zero3")
+    )
+    assert all((state[name] - plain[name]).abs().max() <= 1e-6 for state in compiled for name in plain)
 
 
 def test_rows_of_a_batch_are_of_similar_length():

@@ -155,7 +155,7 @@ def advise(load: Load, request: Request, processes: int, room: float, dtype: tor
     recipes = [(name, replace(kind, checkpointing=on), file) for on in (False, True) for name, kind, file in kinds]
     if request.checkpoint.quantization is None:
         if processes > 1:
-            sharded = replace(spread, compiled=False, partitions=processes)
+            sharded = replace(spread, partitions=processes)
             recipes += [("ZeRO-3", replace(sharded, checkpointing=on), "ds_config_zero3.json") for on in (False, True)]
         integers = replace(request.checkpoint, quantization=Quantization(4), quantizes=True)
         small = replace(whole, sizes=ModelSizes.of(integers, dtype), checkpointing=True)

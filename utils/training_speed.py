@@ -27,6 +27,16 @@ def resolve_compile(wanted: bool | None, packing: bool, args: TrainingArguments)
     return packing and not args.use_cpu
 
 
+def settle_zero3(args: TrainingArguments, compile_layers: bool) -> None:
+    """
+    Before the model is loaded: no linear product of DeepSpeed's own where layers are compiled. It is compiled anew for
+    each block, and on a GPU its gradients are then wrong; what it is for, that no gathered weight is kept for the
+    backward pass, compiled layers do by themselves.
+    """
+    if compile_layers and partitions_weights(args):
+        args.deepspeed_plugin.hf_ds_config.config["zero_optimization"]["memory_efficient_linear"] = False
+
+
 def gather_by_block(model: PeftModel) -> None:
     """
     Has DeepSpeed gather a block's weights at once when it is called: inside it there are then no hooks, of which each
@@ -59,5 +69,5 @@ def speed_up(
     if fp8:
         convert_to_fp8(model, {*generation.linear_layers, "qkv_proj"}, trains=True)
     if compile_layers:
-        for block in decoder_blocks(model):
-            block.compile()
+        for block in decoder_blocks(model):  # without their hooks, DeepSpeed's
+            block.forward = torch.compile(block.forward)
