@@ -3,10 +3,10 @@ torchrun --nproc_per_node=2 multi_gpu_fintune_belle.py --dataset_path data/alpac
     --per_device_train_batch_size 1 --gradient_accumulation_steps 2 --learning_rate 2e-5 --fp16 --num_train_epochs 2 \\
     --save_steps 1000 --save_total_limit 2 --logging_steps 50 --output_dir output --deepspeed ds_config_zero3.json
 
-LoRA fine-tuning of ChatGLM-6B on a dataset made by tokenize_dataset_rows_belle.py. The launcher decides what runs:
-torchrun with --deepspeed is ZeRO, without it plain DDP; accelerate launch brings its own configuration; python alone
-is one process. Besides the flags below it takes those of transformers' TrainingArguments. The adapter, a PEFT
-directory, lands in --output_dir.
+LoRA fine-tuning of ChatGLM-6B, 2, 3 and GLM-4-9B on a dataset made by tokenize_dataset_rows_belle.py. The launcher
+decides what runs: torchrun with --deepspeed is ZeRO, without it plain DDP; accelerate launch brings its own
+configuration; python alone is one process. Besides the flags below it takes those of transformers' TrainingArguments.
+The adapter, a PEFT directory, lands in --output_dir.
 """
 
 import json

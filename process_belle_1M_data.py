@@ -38,21 +38,22 @@ LINES_AT_ONCE = 64  # in one call of write
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("--input", nargs="+", default=[BELLE_1M], help="files or quoted patterns (default: %(default)s)")
-    add("--output", default="data/Belle_1M.train.json", help="default: %(default)s")
+    add = parser.add_argument_group("files").add_argument
+    add("--input", nargs="+", default=[BELLE_1M], help=f"files or quoted patterns ({BELLE_1M})")
+    add("--output", default="data/Belle_1M.train.json", help="(%(default)s)")
+    add("--split", help="shares such as 0.98,0.01,0.01: OUTPUT's name gets .train, .valid and .test (one file)")
+    add = parser.add_argument_group("rows").add_argument
     add(
         "--dedup",
         nargs="?",
         const="near",
         choices=("exact", "near"),
-        help="drop rows whose prompt came before, or (near, also without a value) a prompt almost like it",
+        help="drop rows whose prompt came before, or (near, also without a value) a prompt almost like it (all stay)",
     )
-    add("--shuffle", action="store_true", help="write the rows in a random order")
-    add("--seed", type=int, default=0, help="of --shuffle (default: %(default)s)")
-    add("--max_rows", type=int, help="write so many at most: the first, or with --shuffle any")
-    add("--split", help="shares such as 0.98,0.01,0.01: OUTPUT's name gets .train, .valid and .test")
-    add("--strict", action="store_true", help="stop with exit code 1 at the first row that cannot be used")
+    add("--shuffle", action="store_true", help="write the rows in a random order (their own)")
+    add("--seed", type=int, default=0, help="of --shuffle (%(default)s)")
+    add("--max_rows", type=int, help="rows to write at most: the first, or with --shuffle any (all)")
+    add("--strict", action="store_true", help="stop with exit code 1 at the first row that cannot be used (list it)")
     args = parser.parse_args()
     if args.max_rows is not None and args.max_rows < 1:
         raise UsageError(f"--max_rows {args.max_rows} must be at least 1")

@@ -31,22 +31,24 @@ from transformers import PreTrainedTokenizerBase
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
+    add = parser.add_argument_group("files").add_argument
     add("--jsonl_path", nargs="+", required=True, help="files of rows, or quoted patterns")
     add("--save_path", required=True, help="directory of the dataset; an older one is replaced")
-    add("--max_seq_length", type=int, default=384, help="tokens of a whole row (default: %(default)s)")
-    add("--skip_overlength", action="store_true", help="skip longer rows rather than cut them")
     add("--model_name_or_path", default=DEFAULT_MODEL, help="whose tokenizer: a directory or hub id (%(default)s)")
+    add = parser.add_argument_group("rows").add_argument
+    add("--max_seq_length", type=int, default=384, help="tokens of a whole row, at most (%(default)s)")
+    add("--skip_overlength", action="store_true", help="skip longer rows (cut them)")
     add(
         "--template",
         choices=TEMPLATES,
         default="native",
-        help="prompts as the model's own chat has them (native), or not",
+        help="form of the prompts: that of the model's own chat, or the first training script's (%(default)s)",
     )
     add("--loss_on", choices=LOSS_ON, default="last", help="assistant turns that are trained on (%(default)s)")
-    add("--num_proc", type=int, default=len(os.sched_getaffinity(0)), help="processes (all cores: %(default)s)")
-    add("--preview", type=int, default=0, metavar="N", help="show N rows, the trained tokens marked, and go on")
-    add("--strict", action="store_true", help="stop with exit code 1 at the first row that cannot be used")
+    add("--strict", action="store_true", help="stop with exit code 1 at the first row that cannot be used (list it)")
+    add = parser.add_argument_group("run").add_argument
+    add("--num_proc", type=int, default=len(os.sched_getaffinity(0)), help="processes (one a core: %(default)s)")
+    add("--preview", type=int, default=0, metavar="N", help="show N rows, the trained tokens marked (%(default)s)")
     args = parser.parse_args()
     for name in ("max_seq_length", "num_proc"):
         if getattr(args, name) < 1:

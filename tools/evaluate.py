@@ -56,7 +56,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     model.add_argument("--adapter_path", nargs="+", default=[], metavar="ADAPTER", help="adapters to compare (none)")
     model.add_argument("--any_base", action="store_true", help="take adapters that were trained on other weights")
-    model.add_argument("--lora_alpha", type=int, help="of a chatglm-lora.pt, which does not record it")
+    model.add_argument("--lora_alpha", type=int, help="of a chatglm-lora.pt, which does not record it (32)")
     model.add_argument("--quantize", choices=BITS, help="hold the weights in 8 or 4 bits")
     model.add_argument("--fp16", action="store_true", help="float16 weights: the default on a GPU")
     model.add_argument("--bf16", action="store_true", help="bfloat16 weights")

@@ -121,9 +121,9 @@ def write_checkpoint(shape: str, directory: Path, device: str, seed: int = 0) ->
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", choices=SHAPES, default="chatglm-6b")
-    parser.add_argument("--output_dir", type=Path, required=True)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--shape", choices=SHAPES, default="chatglm-6b", help="(%(default)s)")
+    parser.add_argument("--output_dir", type=Path, required=True, help="written anew")
+    parser.add_argument("--seed", type=int, default=0, help="of the weights (%(default)s)")
     args = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     parameters = write_checkpoint(args.shape, args.output_dir, device, args.seed)

@@ -102,11 +102,11 @@ def exact_match(model, tokenizer, count: int, device: str) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=8000)
-    parser.add_argument("--batch_size", type=int, default=96)
-    parser.add_argument("--learning_rate", type=float, default=1e-3)
-    parser.add_argument("--vocab_size", type=int, default=900, help="pieces of the SentencePiece model")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps", type=int, default=8000, help="of the optimizer (%(default)s)")
+    parser.add_argument("--batch_size", type=int, default=96, help="rows a step (%(default)s)")
+    parser.add_argument("--learning_rate", type=float, default=1e-3, help="at its height (%(default)s)")
+    parser.add_argument("--vocab_size", type=int, default=900, help="pieces of the SentencePiece model (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of text and weights (%(default)s)")
     args = parser.parse_args()
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
