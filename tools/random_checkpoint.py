@@ -59,6 +59,13 @@ GLM = {
         "seq_length": 131072,
         "rope_ratio": 500,
     },
+    "chatglm3-1b": CHATGLM3  # no release: small enough to train all of it
+    | {
+        "padded_vocab_size": 1024,
+        "hidden_size": 2048,
+        "ffn_hidden_size": 5632,
+        "num_attention_heads": 16,
+    },
     "tiny-glm": CHATGLM3
     | {
         "padded_vocab_size": 1024,
@@ -105,10 +112,9 @@ def write_tokenizer(shape: str, directory: Path) -> None:
         shutil.copyfile(TOKENIZER / "ice_text.model", directory / "tokenizer.model")
 
 
-def write_checkpoint(shape: str, directory: Path, device: str, seed: int = 0) -> int:
-    """Writes the files of one of SHAPES; returns its number of parameters."""
+def save_checkpoint(shape: str, model: PreTrainedModel, directory: Path) -> None:
+    """Writes a model of one of SHAPES, and a tokenizer."""
     directory.mkdir(parents=True, exist_ok=True)
-    model = random_model(shape, device, torch.float16, seed)
     if shape in CHATGLM:
         model.save_pretrained(directory, max_shard_size="2GB")
     else:
@@ -116,6 +122,12 @@ def write_checkpoint(shape: str, directory: Path, device: str, seed: int = 0) ->
         released = {"model_type": "chatglm", **GLM[shape], **REQUIRED}
         (directory / "config.json").write_text(json.dumps(released, indent=2) + "\n", encoding="utf-8")
     write_tokenizer(shape, directory)
+
+
+def write_checkpoint(shape: str, directory: Path, device: str, seed: int = 0) -> int:
+    """Writes the files of one of SHAPES; returns its number of parameters."""
+    model = random_model(shape, device, torch.float16, seed)
+    save_checkpoint(shape, model, directory)
     return model.num_parameters()
 
 
