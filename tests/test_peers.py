@@ -1,6 +1,7 @@
 """A process of a run dies: the others end within a minute, say which and why, and the run goes on from there."""
 
 import re
+import signal
 import sys
 
 import pytest
@@ -22,8 +23,18 @@ def test_a_killed_rank_is_named_by_the_others(tokens, tmp_path, launcher, rank, 
     (tmp_path / "tokens").symlink_to(tokens)
     kill_rank.write_rows(tmp_path)
     log = tmp_path / "log"
-    assert kill_rank.kill_begun(launcher, tmp_path, tmp_path / "run", log, rank) < kill_rank.ENDS_WITHIN
+    process = kill_rank.start(launcher, tmp_path, tmp_path / "run", log)
+    assert kill_rank.kill_rank(process, log, rank) < kill_rank.ENDS_WITHIN
     said = log.read_text()
     (line,) = re.findall(r"error: rank \d.*", said)
     assert "was killed" in line and line.endswith(mend)
     assert not [line for line in said.splitlines() if "gloo" in line or "frame #" in line], said
+
+
+def test_nobody_is_called_killed_where_all_are_stopped(tmp_path):
+    kill_rank.write_rows(tmp_path)
+    log = tmp_path / "log"
+    process = kill_rank.start("torchrun, replicas", tmp_path, tmp_path / "answers", log)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=kill_rank.ENDS_WITHIN) != 0
+    assert "was killed" not in log.read_text()

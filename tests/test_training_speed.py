@@ -3,6 +3,7 @@
 import copy
 import json
 import sys
+from types import SimpleNamespace
 
 from tools.random_checkpoint import random_model
 from utils import varlen_attention
@@ -13,6 +14,7 @@ from utils.lora import attach_adapter
 from utils.lora_layers import Absorbed, fuse_projections
 from utils.packing import PackShape
 from utils.throughput import Throughput
+from utils.training_speed import settle_zero3
 
 import pytest
 import torch
@@ -118,6 +120,16 @@ def test_compiled_layers_train_the_same_adapter(run_script, run_ranks, tmp_path)
     assert all((state[name] - plain[name]).abs().max() <= 1e-6 for state in compiled for name in plain)
 
 
+def test_compiled_layers_have_torchs_own_product():
+    """With DeepSpeed's, gradients were wrong on a GPU; on a CPU they are right with either."""
+    zero = {"stage": 3, "memory_efficient_linear": True}
+    plugin = SimpleNamespace(zero_stage=3, hf_ds_config=SimpleNamespace(config={"zero_optimization": zero}))
+    settle_zero3(SimpleNamespace(deepspeed_plugin=plugin), compile_layers=False)
+    assert zero["memory_efficient_linear"]
+    settle_zero3(SimpleNamespace(deepspeed_plugin=plugin), compile_layers=True)
+    assert zero["memory_efficient_linear"] is False
+
+
 def test_rows_of_a_batch_are_of_similar_length():
     lengths = torch.randint(1, 200, (803,), generator=torch.Generator().manual_seed(0)).tolist()
     rows = RowsByLength(lengths, global_batch=8, seed=3)
@@ -164,6 +176,7 @@ def test_kernels_over_integers(run_command, tmp_path):
     script.write_text(
         f"""
 import sys
+from types import SimpleNamespace
 sys.path.insert(0, {str(ROOT)!r})
 import torch
 from utils import quantized_kernels

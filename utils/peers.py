@@ -43,7 +43,7 @@ class Peers:
         self.who = {rank: json.loads(self.store.get(f"who.{rank}")) for rank in self.others}
         self.answered = time.monotonic()  # when the store last did
         self.heard = dict.fromkeys(self.others, (b"", self.answered))
-        self.done: set[int] = set()  # those that said they end as they should
+        self.done: set[int] = set()  # those that said that they end
         self.ended = threading.Event()
         self.threads = [threading.Thread(target=work, daemon=True) for work in (self._beat, self._watch_store)]
         for thread in self.threads:
@@ -119,10 +119,14 @@ class Peers:
         return None
 
     def _terminate(self, *_) -> None:
-        """At SIGTERM, by which a launcher ends those that are left: says first which one died."""
+        """At SIGTERM, by which a launcher ends those that are left, or all: says first which one died, if one did."""
+        with contextlib.suppress(RuntimeError):  # the store may have died
+            self.done.update(rank for rank in self.others if self.store.check([f"ended.{rank}"]))
         dead = self._dead_here()
-        if dead is not None:
+        if dead is not None and not self.ended.is_set():
             self._end(dead, KILLED)
+        with contextlib.suppress(RuntimeError):
+            self.store.set(f"ended.{self.rank}", "stopped by SIGTERM")
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         os.kill(os.getpid(), signal.SIGTERM)
 

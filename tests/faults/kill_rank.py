@@ -13,6 +13,7 @@ import json
 import os
 import shlex
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -43,14 +44,9 @@ def workers_of(process_id: int) -> dict[int, int]:
     return ranks
 
 
-def kill_rank(words: list[str], log: Path, rank: int, has_begun) -> float:
+def kill_rank(process: subprocess.Popen, log: Path, rank: int) -> float:
     """Seconds until all had ended. Raises RuntimeError where they do not, or not as they should."""
-    process = kill_training.start(words, log)
-    while not has_begun():
-        if process.poll() is not None:
-            raise RuntimeError(f"{shlex.join(words)} ended before it was killed:\n{log.read_text()}")
-        time.sleep(0.02)
-    left = kill_training.descendants(process.pid)
+    words, left = process.args, kill_training.descendants(process.pid)
     os.kill(workers_of(process.pid)[rank], signal.SIGKILL)
     killed = time.monotonic()
     try:
@@ -82,20 +78,25 @@ def command(name: str, work: Path, output: Path) -> list[str]:
     )
 
 
-def kill_begun(name: str, work: Path, output: Path, log: Path, rank: int) -> float:
-    """The same, after the first step or the first answer."""
+def start(name: str, work: Path, output: Path, log: Path) -> subprocess.Popen:
+    """The same, started, after its first step or its first answer."""
 
     def has_begun() -> bool:
         if name in TRAINING:
             return "'loss'" in log.read_text()
         return any(journal.stat().st_size for journal in output.parent.glob(f"{output.name}.partial-*"))
 
-    return kill_rank(command(name, work, output), log, rank, has_begun)
+    process = kill_training.start(command(name, work, output), log)
+    while not has_begun():
+        if process.poll() is not None:
+            raise RuntimeError(f"{shlex.join(process.args)} ended before it was killed:\n{log.read_text()}")
+        time.sleep(0.02)
+    return process
 
 
 def kill_and_go_on(name: str, work: Path, rank: int) -> float:
     log, output = work / "log", work / f"{name} {rank}".replace(" ", "-")
-    seconds = kill_begun(name, work, output, log, rank)
+    seconds = kill_rank(start(name, work, output, log), log, rank)
     kill_training.finish(command(name, work, output), log)
     if name in TRAINING:
         differs = kill_training.difference(kill_training.reference(name, work), output)
