@@ -109,9 +109,10 @@ def init_deepspeed() -> None:
             print(f"removed {lock}, left behind by a build that was killed", flush=True)
     from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
     from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
 
     # What its checkpoints hold beside tensors; utils/__init__.py lets nothing else be loaded.
-    torch.serialization.add_safe_globals([LossScaler, DynamicLossScaler, ZeroStageEnum])
+    torch.serialization.add_safe_globals([LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address])
     deepspeed.init_distributed(dist_backend=_backend())
     if _backend() == "gloo":
         _forget_shared_memory()
