@@ -28,7 +28,7 @@ from utils.distributed import (
 )
 from utils.errors import UsageError, run
 from utils.fp8 import FP8
-from utils.lora import attach_adapter
+from utils.lora import attach_adapter, scale_losses_under_zero3
 from utils.memory_estimate import resolve_checkpointing
 from utils.preflight import Request, open_request
 from utils.quantization import stored_bits
@@ -48,7 +48,7 @@ from utils.training import (
     set_checkpointing,
     settle_evaluation,
 )
-from utils.training_speed import decoder_blocks, resolve_compile, settle_zero3, speed_up
+from utils.training_speed import decoder_blocks, partitions_weights, resolve_compile, settle_zero3, speed_up
 
 import torch
 from peft import PeftModel
@@ -246,6 +246,8 @@ def prepare_model(
     model.config.use_cache = False
     lora = (args.lora_rank, args.lora_alpha, args.lora_dropout, args.lora_target_modules)
     model = attach_adapter(model, *lora, seed=training_args.seed)
+    if partitions_weights(training_args) and dtype == torch.float16:
+        scale_losses_under_zero3(model)
     if training_args.gradient_checkpointing:
         model.enable_input_require_grads()
     use_target_loss(model.get_base_model())

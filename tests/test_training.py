@@ -1,6 +1,7 @@
 """multi_gpu_fintune_belle.py in every distribution, with real processes; and what guards the adapter's save."""
 
 import json
+import shutil
 
 from utils.batching import PaddingCollator
 from utils.checkpoint import load_model
@@ -11,7 +12,7 @@ import torch
 import yaml
 from conftest import ROOT, TINY, accelerate_variables
 from peft import PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 OFFLOAD = "accelerate_ds_zero3_cpu_offload_config.yaml"
 ZERO3 = "--deepspeed ds_config_zero3.json"
@@ -74,6 +75,32 @@ def test_every_distribution_makes_the_same_adapter(train, reference, tmp_path, n
     assert abs(losses[0] - losses[1]) <= 1e-4
     assert sorted(path.name for path in output_dir.glob("checkpoint-*")) == ["checkpoint-4", "checkpoint-6"]
     assert (output_dir / "checkpoint-4" / "adapter_model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("config", ["ds_config_zero3.json", "configs/deepspeed_zero2.json"])
+def test_float16_losses_are_scaled(run_ranks, tokens, tmp_path, config):
+    """On a base whose gradients are none in float16 as they are; resumed, scaled as before."""
+    weights = load_file(TINY / "model.safetensors")
+    weights["lm_head.weight"] = weights["transformer.word_embeddings.weight"] * 1e-2
+    weights["transformer.final_layernorm.weight"] *= 1e-3
+    shutil.copytree(TINY, tmp_path / "base")
+    save_file(weights, tmp_path / "base" / "model.safetensors", {"format": "pt"})
+    settings = json.loads((TINY / "config.json").read_text()) | {"tie_word_embeddings": False}
+    (tmp_path / "base" / "config.json").write_text(json.dumps(settings))
+
+    def train(name, steps, more=""):
+        run_ranks(
+            2,
+            f"tests/float16_on_cpu.py multi_gpu_fintune_belle.py --dataset_path {tokens} --max_steps {steps} --fp16 "
+            f"--model_name_or_path {tmp_path}/base --output_dir {tmp_path}/{name} --deepspeed {config} --lora_rank 2 "
+            f"--lr_scheduler_type constant --save_steps 2 --logging_steps 1 {more}",
+        ).check()
+        return load_file(tmp_path / name / "adapter_model.safetensors")
+
+    whole = train("whole", 4)
+    train("resumed", 2)
+    resumed = train("resumed", 4, "--resume_from_checkpoint latest")
+    assert all(torch.equal(resumed[key], value) for key, value in whole.items())
 
 
 def test_adapter_is_a_normal_peft_directory(reference):

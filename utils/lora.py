@@ -53,6 +53,16 @@ def attach_adapter(
     return get_peft_model(model, config)
 
 
+def scale_losses_under_zero3(model: PeftModel) -> None:
+    """
+    For float16. DeepSpeed's ZeRO-3 scales losses only where the trained weights are float16; PEFT makes them float32,
+    and the gradients, float16 on their way, would underflow. The optimizer keeps float32 copies of its own.
+    """
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.half()
+
+
 # The embedding is never trained; PEFT would read the base's config.json again to find that out.
 adapter_weights = partial(get_peft_model_state_dict, save_embedding_layers=False)
 
