@@ -31,7 +31,6 @@ TEXTS = (
 )
 
 sys.path.insert(0, str(ROOT))
-os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # more are processes that import torch, which takes longer
 
 
 def check_text_case(tokenizer, case: dict) -> None:
