@@ -18,7 +18,10 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ROOT / "data" / "chatglm-tiny"
 GOLDEN = ROOT / "tests" / "golden"
-LONGEST = ("test_readme", "test_family", "test_configs", "test_demo", "test_resume", "test_training", "test_answers")
+LONGEST = (
+    *("test_readme", "test_family", "test_training_speed", "test_configs", "test_demo", "test_resume", "test_answers"),
+    *("test_memory_estimate", "test_training", "test_peers", "test_inference", "test_export", "test_data_faults"),
+)
 TEXTS = (
     "改成一个问题:\n小明今天在公园放风筝",
     "找出句子里的地点:\n老师昨天在图书馆看书",

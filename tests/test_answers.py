@@ -266,11 +266,11 @@ def test_killed_inference_loses_nothing(tmp_path):
     assert kill_inference.torture(tmp_path, kills=1, seed=1)["kills"] == 1
 
 
-def test_the_benchmark_runs(run_command):
+def test_the_benchmark_runs(run_script):
     command = (
-        "python benchmarks/inference_throughput.py --shape tiny-glm --batch_size 3 --prompt_tokens 9 --new_tokens 6 "
+        "benchmarks/inference_throughput.py --shape tiny-glm --batch_size 3 --prompt_tokens 9 --new_tokens 6 "
         "--job 6 --agreement"
     )
-    result = json.loads(run_command(command).check().out.splitlines()[-1])
+    result = json.loads(run_script(command).check().out.splitlines()[-1])
     assert result["tokens_per_second"] > 0 and result["job"]["rows"] == 6
     assert result["engine_agreement"] == 1.0

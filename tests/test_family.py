@@ -1,4 +1,7 @@
-"""README's training and inference commands, launchers included, on ChatGLM2-6B, ChatGLM3-6B and GLM-4-9B in small."""
+"""
+README's commands on ChatGLM2-6B, ChatGLM3-6B and GLM-4-9B in small: each launcher starts one training or inference by
+itself, and what else it starts in the README runs in forked processes.
+"""
 
 import json
 import re
@@ -13,6 +16,9 @@ from safetensors.torch import load_file
 # What half of each model takes in CPU memory: the rest goes to disk.
 NAMES = {"chatglm2-6b-tiny": "1MB", "chatglm3-6b-tiny": "1MB", "glm-4-9b-chat-tiny": "1600KB"}
 TRAINING = [command for command in readme_commands() if "multi_gpu_fintune_belle.py" in command]
+TORCHRUN = "torchrun --nproc_per_node=2 "
+DDP = next(command for command in TRAINING if command.startswith(TORCHRUN) and "--deepspeed" not in command)
+REPLICAS = "deepspeed --num_gpus 2 chatglm_milti_gpu_inference.py"  # by the launcher that the shards have
 INFERENCE = [command for command in readme_commands() if re.search(r"_inference.py$", command)]
 PROMPTS = [
     {"prompt": "今天天气怎么样？"},
@@ -58,8 +64,12 @@ class Trained:
         )
 
     def train(self, command: str) -> Path:
+        """By its launcher, but for plain DDP: torchrun starts ZeRO-3's processes in the same way."""
         output_dir = self.directory / f"adapter{len(list(self.directory.iterdir()))}"
-        result = self.run_command(f"{on_a_free_port(command)} {self.flags(output_dir)}").check()
+        if command == DDP:
+            result = self.run_ranks(2, f"{command.removeprefix(TORCHRUN)} {self.flags(output_dir)}").check()
+        else:
+            result = self.run_command(f"{on_a_free_port(command)} {self.flags(output_dir)}").check()
         assert "global batch 4 " in result.out
         return output_dir
 
@@ -72,6 +82,8 @@ class Trained:
         )
         if command.startswith("python "):
             self.run_ranks(1, command.removeprefix("python ")).check()
+        elif command.startswith(REPLICAS):
+            self.run_ranks(2, command.removeprefix("deepspeed --num_gpus 2 ")).check()
         else:
             self.run_command(on_a_free_port(command)).check()
         return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
@@ -99,7 +111,7 @@ def test_every_placement_gives_the_same_answers(trained):
     assert list((trained.directory / "offload").glob("*.dat"))
     assert [row["index"] for row in offloaded] == [0, 1, 2]
     assert all(row["answer_tokens"] for row in offloaded)
-    assert len(INFERENCE) == 3
+    assert len(INFERENCE) == 3 and REPLICAS in INFERENCE
     for command in INFERENCE:
         command += " --tp_size 2" if "chatglm_deepspeed_inference.py" in command else ""
         assert trained.answers(command) == offloaded, command

@@ -237,11 +237,13 @@ def test_engine_batches_prompts_of_like_length(workspace):
     assert lengths == sorted(lengths) and len(done) == len(ROWS)
 
 
-def test_a_port_in_use_is_refused(run_command):
+def test_a_port_in_use_is_refused(run_ranks):
+    """By the first of two processes, which listens where DeepSpeed's launcher started it."""
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        launcher = f"deepspeed --num_gpus 2 --master_port {taken.getsockname()[1]}"
-        result = run_command(f"{launcher} chatglm_deepspeed_inference.py --model_name_or_path {TINY}")
+        first = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+        first |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(taken.getsockname()[1])}
+        result = run_ranks(1, f"chatglm_deepspeed_inference.py --model_name_or_path {TINY}", **first)
     assert "is in use, by another run perhaps: give the launcher --master_port" in result.err
     assert result.code and "Traceback" not in result.err

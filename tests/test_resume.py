@@ -14,6 +14,7 @@ from types import SimpleNamespace
 from utils.run_checkpoints import MANIFEST_FILE, compare, find_damage, list_checkpoints, rotate, seal
 from utils.training import ExactOffload
 
+import datasets
 import pytest
 import torch
 from conftest import ROOT, TINY
@@ -83,9 +84,10 @@ def test_resumed_from_the_last_whole_checkpoint(train, tmp_path):
         )
 
 
-def test_resumed_in_the_second_epoch(train, tmp_path):
+def test_resumed_in_the_second_epoch(train, workspace, tmp_path):
     """Whose order of rows, by length, is another than the first one's."""
-    flags = FLAGS.replace("batch_size 2", "batch_size 128")  # 3 steps an epoch
+    datasets.load_from_disk(str(workspace / "tokens")).select(range(30)).save_to_disk(str(tmp_path / "tokens"))
+    flags = FLAGS.replace("batch_size 2", f"batch_size 12 --dataset_path {tmp_path}/tokens")  # 3 steps an epoch
     train(tmp_path / "whole", settings=flags).check()
     shutil.copytree(tmp_path / "whole" / "checkpoint-4", tmp_path / "resumed" / "checkpoint-4")
     train(tmp_path / "resumed", "--resume_from_checkpoint latest", settings=flags).check()
@@ -170,7 +172,7 @@ def started(workspace, tmp_path):
     return run
 
 
-def test_stopped_and_killed_and_resumed(workspace, started, tmp_path):
+def test_stopped_and_killed_and_resumed(run_script, workspace, started, tmp_path):
     """SIGTERM saves and ends well; then one SIGKILL, of which tests/faults/kill_training.py makes more."""
     process = started("one process")
     process.send_signal(signal.SIGTERM)
@@ -181,17 +183,19 @@ def test_stopped_and_killed_and_resumed(workspace, started, tmp_path):
     words = kill_training.command("one process", workspace, tmp_path / "run")
     assert kill_training.kill_once(words, tmp_path / "log", random.Random(1))
     kill_training.finish(words, tmp_path / "log")
-    assert kill_training.same_adapter(kill_training.reference("one process", workspace), tmp_path / "run")
+    run_script(kill_training.arguments(workspace, tmp_path / "whole")).check()
+    assert kill_training.same_adapter(tmp_path / "whole", tmp_path / "run")
 
 
 def test_resumed_under_zero3(run_ranks, workspace, tmp_path):
     """From the checkpoint that the whole run left before its last; and no run leaves shared memory behind."""
     shared = set(Path("/dev/shm").glob("deepspeed_allreduce_buffer_*"))
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"
-    run_ranks(2, f"{kill_training.arguments(workspace, whole)} --deepspeed ds_config_zero3.json").check()
+    flags = "--deepspeed ds_config_zero3.json --max_steps 4"
+    run_ranks(2, f"{kill_training.arguments(workspace, whole)} {flags}").check()
     before_last = list_checkpoints(whole)[-2]
     shutil.copytree(before_last, resumed / before_last.name)
-    result = run_ranks(2, f"{kill_training.arguments(workspace, resumed)} --deepspeed ds_config_zero3.json").check()
+    result = run_ranks(2, f"{kill_training.arguments(workspace, resumed)} {flags}").check()
     assert f"resuming from {resumed}/{before_last.name}" in result.out
     assert kill_training.same_adapter(whole, resumed)
     assert set(Path("/dev/shm").glob("deepspeed_allreduce_buffer_*")) <= shared

@@ -141,10 +141,10 @@ def test_rows_of_a_batch_are_of_similar_length():
     assert list(rows) != first
 
 
-def test_the_benchmark(run_command):
+def test_the_benchmark(run_script):
     flags = "--packing false --per_device_train_batch_size 4 --pack_tokens 1024"
-    command = f"{sys.executable} benchmarks/train_throughput.py --shape tiny --rows 100 --plan -- {flags}"
-    result = json.loads(run_command(command).check().out.splitlines()[-1])
+    command = f"benchmarks/train_throughput.py --shape tiny --rows 100 --plan -- {flags}"
+    result = json.loads(run_script(command).check().out.splitlines()[-1])
     assert result["ours"]["tokens_per_second"] > 0 and result["baseline"]["tokens_per_second"] > 0
     assert 0 < result["ours"]["padding"] < 1 and result["flags"].endswith(flags) and result["speedup"] > 0
     assert result["plan"]["seconds"] > 0
@@ -175,7 +175,6 @@ def test_kernels_over_integers(run_command, tmp_path):
     script = tmp_path / "kernels.py"
     script.write_text(
         f"""
-import sys
 from types import SimpleNamespace
 sys.path.insert(0, {str(ROOT)!r})
 import torch
