@@ -175,6 +175,7 @@ def test_kernels_over_integers(run_command, tmp_path):
     script = tmp_path / "kernels.py"
     script.write_text(
         f"""
+import sys
 from types import SimpleNamespace
 sys.path.insert(0, {str(ROOT)!r})
 import torch
