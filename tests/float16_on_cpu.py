@@ -13,6 +13,7 @@ from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
 
 def resolve_precision(arguments: Namespace) -> torch.dtype:
     os.environ["ACCELERATE_MIXED_PRECISION"] = "fp16"
+    arguments.fp16 = True
     return torch.float16
 
 

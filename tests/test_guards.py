@@ -120,6 +120,25 @@ def test_rows_without_a_trained_token_are_left_out(run_script, tokens, tmp_path)
     assert result.code == 2 and "no row has a token to train on" in result.err
 
 
+def test_every_step_skipped(run_ranks, tokens, tmp_path):
+    """In float16 under DeepSpeed, whose loss scale has not come down far enough yet."""
+
+    def enlarge(weights):
+        weights["lm_head.weight"] = weights[EMBEDDING] * 12
+        weights["transformer.final_layernorm.weight"] *= 12
+
+    base = changed_base(tmp_path / "base", enlarge, tie_word_embeddings=False)
+    result = run_ranks(
+        1,
+        f"tests/float16_on_cpu.py {TRAIN} --dataset_path {tokens} --model_name_or_path {base} --logging_steps 1 "
+        f"--output_dir {tmp_path}/out --deepspeed ds_config_zero3.json",
+    )
+    assert result.code == 1 and "all 3 steps were skipped" in result.err
+    lines = (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line, parse_constant=pytest.fail).get("grad_norm", 0) for line in lines] == [None] * 3 + [0]
+    assert not (tmp_path / "out" / "adapter_model.safetensors").exists()
+
+
 def test_a_loss_scale_that_finds_no_bottom():
     """The scaler that torch and accelerate have on a GPU, here on the CPU: steps are really skipped."""
     weight = torch.nn.Parameter(torch.ones(1))

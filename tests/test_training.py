@@ -91,7 +91,7 @@ def test_float16_losses_are_scaled(run_ranks, tokens, tmp_path, config):
     def train(name, more=""):
         run_ranks(
             2,
-            f"tests/float16_on_cpu.py multi_gpu_fintune_belle.py --dataset_path {tokens} --max_steps 2 --fp16 "
+            f"tests/float16_on_cpu.py multi_gpu_fintune_belle.py --dataset_path {tokens} --max_steps 2 "
             f"--model_name_or_path {tmp_path}/base --output_dir {tmp_path}/{name} --deepspeed {config} --lora_rank 2 "
             f"--save_steps 1 --logging_steps 1 {more}",
         ).check()

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import os
 import shlex
 import subprocess
@@ -154,12 +155,19 @@ class Curves(TrainerCallback):
             return
         directory = Path(args.output_dir)
         with atomic_writer(directory / METRICS_FILE) as file:
-            file.writelines(dump_row({"step": row["step"]} | row) for row in state.log_history)
+            file.writelines(dump_row({"step": row["step"]} | _finite(row)) for row in state.log_history)
         begun = time.monotonic()
         if begun - self.drawn > FIGURE_SHARE * self.cost or "train_runtime" in state.log_history[-1]:
             draw(state.log_history, directory / FIGURE_FILE)
             self.drawn = time.monotonic()
             self.cost = self.drawn - begun
+
+
+def _finite(row: dict[str, Any]) -> dict[str, Any]:
+    """With null for what JSON has no number for: the norm of gradients that overflowed."""
+    return {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in row.items()
+    }
 
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:

@@ -20,18 +20,23 @@ CALMER = "train with --bf16, or with a lower --learning_rate"
 
 
 class OverflowWatch(TrainerCallback):
-    """Ends a float16 run whose gradients overflow at every loss scale: the scaler would skip its steps without end."""
+    """
+    Ends a float16 run whose gradients overflow at every loss scale: the scaler would skip its steps without end.
+
+    `in_a_row` and `in_all` are the steps that this run skipped.
+    """
 
     def __init__(self):
-        self.skipped = 0
+        self.in_a_row = self.in_all = 0
 
     def on_optimizer_step(self, args, state, control, optimizer: AcceleratedOptimizer, **kwargs) -> None:
         """
         Raises:
             RunError: no step was made for `SKIPPED_STEPS` steps. Every process sees the same.
         """
-        self.skipped = self.skipped + 1 if optimizer.step_was_skipped else 0
-        if self.skipped == SKIPPED_STEPS:
+        self.in_all += optimizer.step_was_skipped
+        self.in_a_row = self.in_a_row + 1 if optimizer.step_was_skipped else 0
+        if self.in_a_row == SKIPPED_STEPS:
             raise RunError(
                 f"step {state.global_step + 1}: the float16 gradients overflowed in {SKIPPED_STEPS} steps one after "
                 f"the other, at every loss scale: {CALMER}"
@@ -54,7 +59,8 @@ class GuardedTrainer(Trainer):
         self.batches: list[dict[str, Any]] = []  # of this step
         self.losses: list[torch.Tensor] = []  # theirs
         self.saw_a_loss = False
-        self.add_callback(OverflowWatch())
+        self.overflows = OverflowWatch()
+        self.add_callback(self.overflows)
 
     def compute_loss(self, model, inputs, *args, **kwargs):
         result = super().compute_loss(model, inputs, *args, **kwargs)
@@ -99,8 +105,13 @@ class GuardedTrainer(Trainer):
         Every process must call it.
 
         Raises:
-            RunError: every loss on every process was exactly 0.
+            RunError: every loss on every process was exactly 0, or no step was made that did not overflow.
         """
+        if self.overflows.in_all == self.state.global_step > 0:
+            raise RunError(
+                f"the adapter is not saved: all {self.state.global_step} steps were skipped, as their float16 "
+                "gradients overflowed while the loss scale came down: train for more steps, or with --bf16"
+            )
         if not any_process(self.saw_a_loss):
             raise RunError("the adapter is not saved: every loss was exactly 0, so nothing was trained on")
 
