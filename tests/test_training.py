@@ -89,17 +89,18 @@ def test_float16_losses_are_scaled(run_ranks, tokens, tmp_path, config):
     (tmp_path / "base" / "config.json").write_text(json.dumps(settings))
 
     def train(name, more=""):
-        run_ranks(
+        result = run_ranks(
             2,
             f"tests/float16_on_cpu.py multi_gpu_fintune_belle.py --dataset_path {tokens} --max_steps 2 "
             f"--model_name_or_path {tmp_path}/base --output_dir {tmp_path}/{name} --deepspeed {config} --lora_rank 2 "
             f"--save_steps 1 --logging_steps 1 {more}",
-        ).check()
-        return load_file(tmp_path / name / "adapter_model.safetensors")
+        )
+        return result.check().out, load_file(tmp_path / name / "adapter_model.safetensors")
 
-    whole = train("whole")
+    _, whole = train("whole")
     shutil.copytree(tmp_path / "whole" / "checkpoint-1", tmp_path / "resumed" / "checkpoint-1")
-    resumed = train("resumed", "--resume_from_checkpoint latest")
+    said, resumed = train("resumed", "--resume_from_checkpoint latest")
+    assert f"resuming from {tmp_path}/resumed/checkpoint-1" in said
     assert all(torch.equal(resumed[key], value) for key, value in whole.items())
 
 

@@ -176,7 +176,6 @@ def test_kernels_over_integers(run_command, tmp_path):
     script.write_text(
         f"""
 import sys
-from types import SimpleNamespace
 sys.path.insert(0, {str(ROOT)!r})
 import torch
 from utils import quantized_kernels
