@@ -9,7 +9,7 @@ they come. Both products accumulate and end in the activations' dtype.
 from collections.abc import Iterable
 
 from utils.errors import UsageError
-from utils.optional_kernels import decode_kernels
+from utils.optional_kernels import few_rows_product
 
 import torch
 from torch import nn
@@ -60,7 +60,7 @@ class Fp8Linear(nn.Module):
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.bias = linear.bias
-        self.kernels = None if trains else decode_kernels()
+        self.kernels = None if trains else few_rows_product()
         weight = linear.weight.detach().cuda()
         self._hold("weight", weight)
         self._hold("columns", weight.t() if trains else weight[:0])
@@ -70,15 +70,24 @@ class Fp8Linear(nn.Module):
         self.register_buffer(name, quantized.contiguous(), persistent=False)
         self.register_buffer(f"{name}_scale", scale.t().contiguous(), persistent=False)
 
+    @property
+    def for_few_rows(self) -> bool:
+        return self.kernels is not None and self.kernels.fits(self.weight)
+
+    def few_rows(self, hidden_states: torch.Tensor, gated: bool = False) -> torch.Tensor:
+        """(..., K), of few rows in all -> (..., N), see `few_rows_product.fp8_product`."""
+        quantized = quantize_rows(hidden_states.reshape(-1, self.in_features))
+        output = self.kernels.fp8_product(*quantized, self.weight, self.weight_scale, gated)
+        return output.view(*hidden_states.shape[:-1], -1)
+
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        values = hidden_states.reshape(-1, self.in_features)
-        if self.kernels and len(values) <= self.kernels.ROWS and self.kernels.fits_fp8_product(self.weight):
-            output = self.kernels.fp8_product(*quantize_rows(values), self.weight, self.weight_scale)
+        if self.for_few_rows and hidden_states.shape[:-1].numel() <= self.kernels.ROWS:
+            output = self.few_rows(hidden_states)
         else:
+            values = hidden_states.reshape(-1, self.in_features)
             output = _Fp8Product.apply(values, self.weight, self.weight_scale, self.columns, self.columns_scale)
-        if self.bias is not None:
-            output = output + self.bias
-        return output.view(*hidden_states.shape[:-1], self.out_features)
+            output = output.view(*hidden_states.shape[:-1], self.out_features)
+        return output if self.bias is None else output + self.bias
 
 
 def convert_to_fp8(model: nn.Module, names: Iterable[str], trains: bool) -> None:

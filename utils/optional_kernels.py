@@ -11,6 +11,15 @@ CAPABILITY = (8, 0)  # bfloat16 products
 
 def decode_kernels() -> ModuleType | None:
     """utils/decode_kernels.py, or None where it cannot run."""
-    if not torch.cuda.is_available() or torch.cuda.get_device_capability() < CAPABILITY:
+    return _module("decode_kernels", CAPABILITY)
+
+
+def few_rows_product() -> ModuleType | None:
+    """utils/few_rows_product.py, or None where it cannot run, or was not measured to be worth it."""
+    return _module("few_rows_product", (9, 0))
+
+
+def _module(name: str, capability: tuple[int, int]) -> ModuleType | None:
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability() < capability:
         return None
-    return importlib.import_module("utils.decode_kernels") if importlib.util.find_spec("triton") else None
+    return importlib.import_module(f"utils.{name}") if importlib.util.find_spec("triton") else None
