@@ -1,5 +1,7 @@
 """The engine's greedy answers are those of plain `generate`, whatever shares the batch."""
 
+import sys
+
 from tools.random_checkpoint import random_model
 from utils import varlen_attention
 from utils.checkpoint import load_model, load_tokenizer
@@ -8,7 +10,7 @@ from utils.prompt_packing import MOST_READ, Task, pack_prompts, read_size
 
 import pytest
 import torch
-from conftest import TEXTS, TINY, attend_row_by_row
+from conftest import ROOT, TEXTS, TINY, attend_row_by_row
 
 
 def trained_chatglm() -> tuple:
@@ -46,8 +48,11 @@ def test_answers_are_those_of_generate(made):
     with torch.no_grad():
         eos = model.config.eos_token_id
         model.lm_head.register_forward_hook(lambda *args: args[2].index_fill(-1, torch.tensor(eos), -torch.inf))
-    for slots, steps in ((1, 1), (3, 1), (7, 1), (1, 3), (3, 4), (7, 2)):
-        engine = Engine(model, slots, columns=64, stop_ids=sorted(stops), steps=steps)
+    for slots, steps, compiled in (
+        *((1, 1, False), (3, 1, False), (7, 1, False), (1, 3, False), (7, 2, False)),
+        (3, 4, made is random_glm),
+    ):
+        engine = Engine(model, slots, columns=64, stop_ids=sorted(stops), steps=steps, compile_layers=compiled)
         done = list(engine.answer(Task(number, prompt, 20) for number, prompt in enumerate(prompts)))
         assert [task.answer_ids for task in sorted(done, key=lambda task: task.number)] == expected
 
@@ -56,6 +61,12 @@ def test_reads_are_of_few_sizes():
     sizes = {read_size(tokens) for tokens in range(1, MOST_READ + 1)}
     assert len(sizes) == 11 and max(sizes) == MOST_READ
     assert all(tokens <= read_size(tokens) < max(1.5 * tokens + 1, 129) for tokens in range(1, 10000))
+
+
+def test_kernels_of_a_step(run_command):
+    """By Triton's interpreter without a GPU, where Triton is installed; torch without a GPU comes without it."""
+    pytest.importorskip("triton")
+    assert "equal" in run_command(f"{sys.executable} {ROOT}/tests/decode_kernels_check.py").check().out
 
 
 @pytest.mark.parametrize("made", [trained_chatglm, random_glm])
@@ -74,7 +85,7 @@ def test_reading_without_a_mask(made, monkeypatch):
     assert packed.tokens.shape[1] == 128 and packed.rows.shape[1] == 6
     filled._compute_read(packed.rows, packed.tokens, packed.starts)
     for name in ("tokens", "lengths", "left", "numbers", "counts", "adapters", "positions"):
-        assert getattr(masked, name).equal(getattr(filled, name))
+        assert getattr(masked.state, name).equal(getattr(filled.state, name))
     for slot, task in zip(slots, tasks, strict=True):
         for ours, theirs in zip(filled.layers, masked.layers, strict=True):
             for kind in ("keys", "values"):

@@ -22,9 +22,11 @@ from utils.chatglm.modeling_chatglm import (
 from utils.joined_projections import join_projections
 from utils.kv_cache import SLOTS, LayerSlots, PromptRecorder
 from utils.mixed_adapters import AdapterChoice
-from utils.optional_kernels import decode_kernels
+from utils.optional_kernels import decode_kernels, few_rows_product
 from utils.prompt_packing import MOST_READ, Task, pack_prompts
 from utils.sampling import GREEDY, Sampling
+from utils.slot_state import SlotState
+from utils.step_graphs import StepGraphs
 
 import torch
 from peft import PeftModel
@@ -34,6 +36,7 @@ WIDTH_GRAIN = 128  # columns; a captured step reads a multiple of it
 GPU_STEPS = 4  # between two looks at what stopped
 MOST_MASKED = 1024  # tokens of the prompts that are read at once where a mask keeps rows apart
 RECOMPILES = 64
+COMPILED_TOGETHER = 4  # layers: one's end and the next one's beginning are one kernel
 
 
 def can_serve(model: torch.nn.Module) -> bool:
@@ -109,6 +112,8 @@ class Engine:
         self.device, self.dtype = self.embed.weight.device, self.model.dtype
         self.on_gpu = self.device.type == "cuda"
         self.kernels = self.on_gpu and self.dtype.itemsize == 2 and decode_kernels() is not None
+        if self.kernels and few_rows_product() is not None:
+            few_rows_product().convert_layers(self.body.layers)
         self.steps = steps or (GPU_STEPS if self.on_gpu else 1)
         self.ahead = int(self.steps > 1)
         self.slots = slots
@@ -119,30 +124,28 @@ class Engine:
         compiled = self.on_gpu if compile_layers is None else compile_layers
         if compiled:  # for each batch size once, also of engines before this one
             torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILES)
-        self.run_block = torch.compile(_run_block, dynamic=False) if compiled else _run_block
-        self.read_block = torch.compile(_read_block, dynamic=True) if compiled else _read_block
+
+        def compile_if(wanted: bool, call: Callable, dynamic: bool = False, **options: bool) -> Callable:
+            return torch.compile(call, dynamic=dynamic, options=compile_options(options)) if wanted else call
+
+        self.begin_step = compile_if(compiled, _begin_step)
+        # A row's maximum and what is computed with it are one kernel.
+        self.run_blocks = compile_if(compiled, _run_blocks, split_reductions=False)
+        self.end_step = compile_if(compiled, _end_step)
+        # What is drawn is not to depend on how a compiler computes for a size of the batch.
+        self.choose = compile_if(compiled and sampling.temperature == 0, sampling.choose)
+        self.read_block = compile_if(compiled, _read_block, dynamic=True)
         self.layers: list[LayerSlots] = []
-        self.graphs: dict[tuple[int, int] | int, torch.cuda.CUDAGraph] = {}  # of steps, and of reading
-        self.inputs: dict[int, tuple[torch.Tensor, ...]] = {}  # what the latter read
+        self.graphs = StepGraphs()
+        self.inputs: dict[int, tuple[torch.Tensor, ...]] = {}  # what graphs of reading read
         self.reads: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []  # since the last steps
         self.started: deque[Steps] = deque()
         self.running: list[Task | None] = [None] * slots
         self.waiting: deque[Task] = deque()
-
-        def zeros(*shape: int) -> torch.Tensor:
-            return torch.zeros(*shape, dtype=torch.int64, device=self.device)
-
-        self.stops = torch.tensor(sorted(self.stop_ids), device=self.device)
-        self.tokens, self.lengths, self.left, self.numbers, self.counts = (zeros(slots) for _ in range(5))
-        self.adapters = zeros(slots)
+        remembered = self.head.weight.shape[0] if sampling.repetition_penalty != 1 else 0
+        self.state = SlotState(slots, 2 if self.has_prefix else 1, self.steps, stop_ids, remembered, self.device)
+        self.advance = compile_if(compiled, self.state.advance)
         self.choice = getattr(self.model, "adapter_choice", None) or AdapterChoice()
-        # ChatGLM-6B's first coordinate stays where the answer began.
-        self.positions = zeros(slots, 2) if self.has_prefix else zeros(slots)
-        self.advance = torch.tensor([0, 1], device=self.device) if self.has_prefix else 1
-        self.history, self.clock = zeros(self.steps, slots), zeros(1)
-        vocabulary = self.head.weight.shape[0]
-        penalised = sampling.repetition_penalty != 1
-        self.seen = torch.zeros(slots, vocabulary, dtype=torch.bool, device=self.device) if penalised else None
         self.preparing, self.reading = time.perf_counter() - started, 0.0
 
     @property
@@ -187,7 +190,7 @@ class Engine:
         width = self._width()
         for _ in range(self.steps):
             self._step(size, width)
-        chosen = self.history[:, :size].t().clone().to("cpu", non_blocking=True)
+        chosen = self.state.history[:, :size].t().clone().to("cpu", non_blocking=True)
         done = torch.cuda.Event() if self.on_gpu else None
         if done:
             done.record()
@@ -281,10 +284,10 @@ class Engine:
             return
         if size not in self.inputs:
             self.inputs[size] = tuple(values.to(self.device) for values in inputs)
-            self._capture(size, lambda: self._compute_read(*self.inputs[size]))
+            self.preparing += self.graphs.capture(size, lambda: self._compute_read(*self.inputs[size]))
         for static, values in zip(self.inputs[size], inputs, strict=True):
             static.copy_(values.pin_memory(), non_blocking=True)
-        self.graphs[size].replay()
+        self.graphs.replay(size)
 
     def _positions(self, input_ids: Sequence[int]) -> list[tuple[int, ...]]:
         """Of each of a prompt's tokens; ChatGLM-6B's have two."""
@@ -297,23 +300,8 @@ class Engine:
         self, rows: torch.Tensor, tokens: torch.Tensor, starts: torch.Tensor | None, mask: torch.Tensor | None = None
     ) -> None:
         """For the arguments see `PackedPrompts`; with `mask`, its own, `starts` is not needed."""
-        slots, following, lengths, left, numbers, adapters = rows[:6]
         ids, place, columns, choice = tokens[:4]
-        for tensor, values in (
-            (self.tokens, following),
-            (self.lengths, lengths),
-            (self.left, left),
-            (self.numbers, numbers),
-            (self.adapters, adapters),
-            (self.positions, rows[6:].t() if self.has_prefix else rows[6]),
-        ):
-            tensor[slots] = values
-        self.counts.index_fill_(0, slots, 0)
-        if self.seen is not None:
-            true = torch.ones((), dtype=torch.bool, device=self.device)
-            self.seen.index_fill_(0, slots, False)
-            self.seen.index_put_((place, ids), true)
-            self.seen.index_put_((slots, following), true)
+        self.state.place(rows, ids, place)
         self.choice.rows = choice[None]
         longest = min(self.columns, len(ids))
         hidden_states = self.embed(ids[None])
@@ -326,7 +314,7 @@ class Engine:
                 _, K, _, D = keys.shape
                 shape = (self.slots, K, self.columns, D)
                 pair = (torch.zeros(shape, dtype=keys.dtype, device=self.device) for _ in range(2))
-                self.layers.append(LayerSlots(*pair, self.lengths))
+                self.layers.append(LayerSlots(*pair, self.state.lengths))
             self.layers[index].keys[place, :, columns] = keys[0].transpose(0, 1)
             self.layers[index].values[place, :, columns] = values[0].transpose(0, 1)
 
@@ -339,9 +327,8 @@ class Engine:
         moving = [slot for slot in busy if slot >= size]
         holes = [slot for slot in range(size) if self.running[slot] is None][: len(moving)]
         old, new = torch.tensor(moving, device=self.device), torch.tensor(holes, device=self.device)
-        state = [self.tokens, self.lengths, self.left, self.numbers, self.counts, self.positions, self.adapters]
-        state += [tensor for layer in self.layers for tensor in (layer.keys, layer.values)]
-        for tensor in state if self.seen is None else (*state, self.seen):
+        caches = [tensor for layer in self.layers for tensor in (layer.keys, layer.values)]
+        for tensor in (*self.state.of_slots(), *caches):
             tensor[new] = tensor[old]
         for source, target in zip(moving, holes, strict=True):
             self.running[target], self.running[source] = self.running[source], None
@@ -359,56 +346,51 @@ class Engine:
             self._compute_step(size, width)
             return
         if (size, width) not in self.graphs:
-            state = [self.tokens, self.lengths, self.left, self.counts, self.positions, self.clock]
-            state += [] if self.seen is None else [self.seen]
+            state = [*self.state.of_slots(), self.state.clock]
             before = [tensor.clone() for tensor in state]
-            self._capture((size, width), lambda: self._compute_step(size, width))
+            self.preparing += self.graphs.capture((size, width), lambda: self._compute_step(size, width))
             for tensor, value in zip(state, before, strict=True):
                 tensor.copy_(value)
-        self.graphs[size, width].replay()
-
-    def _capture(self, key: tuple[int, int] | int, call: Callable[[], None]) -> None:
-        """Runs `call`, which compiles, and records it."""
-        torch.cuda.synchronize()
-        started = time.perf_counter()
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            call()
-        torch.cuda.current_stream().wait_stream(stream)
-        torch.cuda.synchronize()
-        pool = next(iter(self.graphs.values())).pool() if self.graphs else None
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool):
-            call()
-        self.graphs[key] = graph
-        torch.cuda.synchronize()
-        self.preparing += time.perf_counter() - started
+        self.graphs.replay((size, width))
 
     def _compute_step(self, size: int, width: int) -> None:
         """One token more for each of the first `size` slots; rows that stopped write over their last column."""
-        tokens, lengths, counts = self.tokens[:size], self.lengths[:size], self.counts[:size]
+        state = self.state
+        lengths, positions = state.lengths[:size], state.positions[:size]
         mask = lengths if self.kernels else self._mask(lengths, width)
-        hidden_states = self.embed(tokens[:, None])
-        embeddings = self.body.rotary_emb(hidden_states, self.positions[:size, ..., None])
-        self.choice.rows = self.adapters[:size, None]
-        for block, layer in zip(self.body.layers, self.layers, strict=True):
+        positions = positions[..., None] if self.has_prefix else positions
+        hidden_states, embeddings = self.begin_step(self.embed, self.body.rotary_emb, state.tokens[:size], positions)
+        self.choice.rows = state.adapters[:size, None]
+        for layer in self.layers:
             layer.columns = lengths
-            hidden_states = self.run_block(block, hidden_states, embeddings, mask, layer)
-        logits = self.head(self.norm(hidden_states))[:, 0]
-        seen = None if self.seen is None else self.seen[:size]
-        chosen = self.sampling.choose(logits, seen, self.numbers[:size], counts)
-        goes_on = (self.left[:size] > 0).long()
-        if seen is not None:
-            seen.scatter_(1, chosen[:, None], True)
-        tokens.copy_(chosen)
-        self.history[:, :size].index_copy_(0, self.clock, chosen[None])
-        lengths += goes_on
-        counts += goes_on
-        self.positions[:size] += (goes_on[:, None] if self.has_prefix else goes_on) * self.advance
-        left = torch.where(torch.isin(chosen, self.stops), 0, self.left[:size] - goes_on)
-        self.left[:size].copy_(left)
-        self.clock.copy_((self.clock + 1) % self.steps)
+        blocks = list(self.body.layers)
+        for first in range(0, len(blocks), COMPILED_TOGETHER):
+            some = slice(first, first + COMPILED_TOGETHER)
+            hidden_states = self.run_blocks(blocks[some], hidden_states, embeddings, mask, self.layers[some])
+        logits = self.end_step(self.norm, self.head, hidden_states)
+        seen = None if state.seen is None else state.seen[:size]
+        self.advance(self.choose(logits, seen, state.numbers[:size], state.counts[:size]))
+
+
+def compile_options(options: dict[str, bool]) -> dict[str, bool]:
+    """These, and that kernels start while those before them end, where torch's compiler knows how."""
+    early = "triton.enable_pdl"
+    return options | ({early: True} if early in torch._inductor.list_options() else {})
+
+
+def _begin_step(embed, rotary_emb, tokens, positions) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
+    hidden_states = embed(tokens[:, None])
+    return hidden_states, rotary_emb(hidden_states, positions)
+
+
+def _run_blocks(blocks, hidden_states, position_embeddings, mask, caches) -> torch.Tensor:
+    for block, cache in zip(blocks, caches, strict=True):
+        hidden_states = _run_block(block, hidden_states, position_embeddings, mask, cache)
+    return hidden_states
+
+
+def _end_step(norm, head, hidden_states) -> torch.Tensor:
+    return head(norm(hidden_states))[:, 0]
 
 
 def _run_block(block, hidden_states, position_embeddings, mask, cache, **attention) -> torch.Tensor:

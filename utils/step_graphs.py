@@ -1,0 +1,37 @@
+"""Work that a GPU repeats over the same memory, captured once as CUDA graphs."""
+
+import time
+from collections.abc import Callable, Hashable
+
+import torch
+
+
+class StepGraphs:
+    """Graphs by any key; they share one pool of memory, so no two run at once."""
+
+    def __init__(self):
+        self.graphs: dict[Hashable, torch.cuda.CUDAGraph] = {}
+
+    def __contains__(self, key: Hashable) -> bool:
+        return key in self.graphs
+
+    def capture(self, key: Hashable, call: Callable[[], None]) -> float:
+        """Runs `call`, which compiles, and records it; how many seconds that took."""
+        torch.cuda.synchronize()
+        started = time.perf_counter()
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            call()
+        torch.cuda.current_stream().wait_stream(stream)
+        torch.cuda.synchronize()
+        pool = next(iter(self.graphs.values())).pool() if self.graphs else None
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=pool):
+            call()
+        self.graphs[key] = graph
+        torch.cuda.synchronize()
+        return time.perf_counter() - started
+
+    def replay(self, key: Hashable) -> None:
+        self.graphs[key].replay()
