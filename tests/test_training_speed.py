@@ -120,6 +120,25 @@ def test_compiled_layers_train_the_same_adapter(run_script, run_ranks, tmp_path)
     assert all((state[name] - plain[name]).abs().max() <= 1e-6 for state in compiled for name in plain)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="on a CPU they are right either way")
+def test_gradients_of_zero3_on_a_gpu(run_script, run_command, tmp_path):
+    """Where DeepSpeed's product is in compiled layers they are a sixth too small."""
+    base = f"{tmp_path}/base"
+    run_script(f"tools/random_checkpoint.py --shape tiny-glm --output_dir {base}").check()
+    data = f"--model_name_or_path {base}"
+    run_script(
+        f"tokenize_dataset_rows_belle.py --jsonl_path data/sample.train.json --save_path {tmp_path}/tokens {data}"
+    ).check()
+    flags = f"--dataset_path {tmp_path}/tokens {data} --packing --pack_tokens 1024 --max_steps 3 --logging_steps 1"
+    norms = {}
+    for name, zero3 in (("plain", ""), ("zero3", "--deepspeed ds_config_zero3.json")):
+        output = f"--output_dir {tmp_path}/{name}"
+        run_command(f"{sys.executable} {TRAIN} {flags} --bf16 {zero3} {output}").check()
+        lines = (tmp_path / name / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        norms[name] = [values["grad_norm"] for values in map(json.loads, lines) if "grad_norm" in values]
+    assert len(norms["plain"]) == 3 and norms["zero3"] == pytest.approx(norms["plain"], rel=0.01)
+
+
 def test_compiled_layers_have_torchs_own_product():
     """With DeepSpeed's, gradients were wrong on a GPU; on a CPU they are right with either."""
     zero = {"stage": 3, "memory_efficient_linear": True}
