@@ -364,8 +364,9 @@ class Engine:
         for layer in self.layers:
             layer.columns = lengths
         blocks = list(self.body.layers)
-        for first in range(0, len(blocks), COMPILED_TOGETHER):
-            some = slice(first, first + COMPILED_TOGETHER)
+        together = COMPILED_TOGETHER if size == self.slots else 1  # fewer rows are the last ones: a step more or less
+        for first in range(0, len(blocks), together):
+            some = slice(first, first + together)
             hidden_states = self.run_blocks(blocks[some], hidden_states, embeddings, mask, self.layers[some])
         logits = self.end_step(self.norm, self.head, hidden_states)
         seen = None if state.seen is None else state.seen[:size]
