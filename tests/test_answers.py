@@ -225,7 +225,7 @@ def test_out_of_memory_halves_the_batch(rows, expected, monkeypatch, capsys):
     steps = Engine._compute_step
 
     def limited(engine, size, width):
-        if size > 2 and engine.lengths.max() > 12:
+        if size > 2 and engine.state.lengths.max() > 12:
             raise torch.OutOfMemoryError("out of memory")
         steps(engine, size, width)
 
