@@ -1,5 +1,6 @@
 """The kernels of a step of decoding beside torch in float32: on a GPU, or by Triton's interpreter without one."""
 
+import copy
 import os
 import sys
 from pathlib import Path
@@ -11,6 +12,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from utils import decode_kernels, few_rows_product
 from utils.fp8 import quantize_rows
+
+from transformers import GlmConfig
+from transformers.models.glm.modeling_glm import GlmMLP
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
@@ -51,6 +55,19 @@ def check_products(M: int, N: int, K: int) -> None:
     check(few_rows_product.fp8_product(*quantized, gated=True), gated(expected), FP8)
 
 
+def check_modules() -> None:
+    """An MLP of plain layers, for a token of each of few rows and for more tokens, which stay with torch."""
+    config = GlmConfig(hidden_size=512, intermediate_size=2048, hidden_act="silu")
+    converted = GlmMLP(config).to(DEVICE, DTYPE)
+    exact = copy.deepcopy(converted).float()
+    few_rows_product.convert_layers([converted])
+    assert type(converted) is few_rows_product.FewRowsMLP
+    assert {type(layer) for layer in (converted.gate_up_proj, converted.down_proj)} == {few_rows_product.FewRowsLinear}
+    for shape in ((3, 1, 512), (1, 3, 512), (few_rows_product.ROWS + 1, 1, 512)):
+        hidden_states = random(*shape)
+        check(converted(hidden_states), exact(hidden_states.float()), 4 * EXACT)
+
+
 def check_attention(B: int, H: int, K: int, D: int, S: int) -> None:
     query, keys, values = random(B, H, 1, D), random(B + 1, K, S, D), random(B + 1, K, S, D)
     last = torch.randint(0, S - 1, (B,), device=DEVICE)
@@ -68,6 +85,7 @@ with torch.no_grad():
     large = ((64, 27392, 4096), (3, 4608, 4096), (64, 4096, 13696), (17, 4000, 16384), (40, 512, 4096))
     for M, N, K in large if ON_GPU else ((5, 100, 256), (33, 130, 384), (17, 70, 8192)):
         check_products(M, N, K)
+    check_modules()
     # in one part, in several, of one head for all and of one for each
     for shape in ((3, 8, 2, 32, 256), (2, 32, 2, 128, 512), (5, 4, 4, 64, 128), (520, 4, 1, 16, 64)):
         check_attention(*shape)

@@ -95,24 +95,28 @@ def test_attention_without_a_mask(shape, monkeypatch):
     assert (actual[:, : expected.shape[1]] - expected).abs().max() <= 1e-5
 
 
-def test_compiled_layers_train_the_same_adapter(run_script, run_ranks, tmp_path):
+@pytest.fixture
+def packed_run(run_script, tmp_path):
+    """The flags of three steps of a random model on packed rows."""
+    base = f"--model_name_or_path {tmp_path}/base"
+    run_script(f"tools/random_checkpoint.py --shape tiny-glm --output_dir {tmp_path}/base").check()
+    run_script(
+        f"tokenize_dataset_rows_belle.py --jsonl_path data/sample.train.json --save_path {tmp_path}/tokens {base}"
+    ).check()
+    return f"{base} --dataset_path {tmp_path}/tokens --packing --pack_tokens 1024 --max_steps 3 --logging_steps 1"
+
+
+def test_compiled_layers_train_the_same_adapter(run_script, run_ranks, packed_run, tmp_path):
     """
     With batches that are filled up to one shape, as compiled layers need them, made by a process beside; and where
     ZeRO-3 gathers and releases their weights.
     """
-    base = f"{tmp_path}/base"
-    run_script(f"tools/random_checkpoint.py --shape tiny-glm --output_dir {base}").check()
-    data = f"--model_name_or_path {base}"
-    run_script(
-        f"tokenize_dataset_rows_belle.py --jsonl_path data/sample.train.json --save_path {tmp_path}/tokens {data}"
-    ).check()
-    flags = f"--dataset_path {tmp_path}/tokens {data} --packing --pack_tokens 1024 --max_steps 3 --logging_steps 1"
     zero3 = f"--deepspeed ds_config_zero3.json --compile_layers true --output_dir {tmp_path}/zero3"
-    run_ranks(2, f"{TRAIN} {flags} --per_device_train_batch_size 1 {zero3}").check()
+    run_ranks(2, f"{TRAIN} {packed_run} --per_device_train_batch_size 1 {zero3}").check()
     for compiled, workers in (("true", 1), ("false", 0)):
         how = f"--compile_layers {compiled} --dataloader_num_workers {workers} --per_device_train_batch_size 2"
         out = f"{how} --output_dir {tmp_path}/{compiled}"
-        output = run_script(f"{TRAIN} {flags} {out}").check().out
+        output = run_script(f"{TRAIN} {packed_run} {out}").check().out
         assert "'tokens_per_second'" in output and "'seconds_left'" in output and '"first_step_seconds"' in output
     plain, *compiled = (
         load_file(tmp_path / name / "adapter_model.safetensors") for name in ("false", "true", "zero3")
@@ -121,19 +125,12 @@ def test_compiled_layers_train_the_same_adapter(run_script, run_ranks, tmp_path)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="on a CPU they are right either way")
-def test_gradients_of_zero3_on_a_gpu(run_script, run_command, tmp_path):
+def test_gradients_of_zero3_on_a_gpu(run_command, packed_run, tmp_path):
     """Where DeepSpeed's product is in compiled layers they are a sixth too small."""
-    base = f"{tmp_path}/base"
-    run_script(f"tools/random_checkpoint.py --shape tiny-glm --output_dir {base}").check()
-    data = f"--model_name_or_path {base}"
-    run_script(
-        f"tokenize_dataset_rows_belle.py --jsonl_path data/sample.train.json --save_path {tmp_path}/tokens {data}"
-    ).check()
-    flags = f"--dataset_path {tmp_path}/tokens {data} --packing --pack_tokens 1024 --max_steps 3 --logging_steps 1"
     norms = {}
     for name, zero3 in (("plain", ""), ("zero3", "--deepspeed ds_config_zero3.json")):
         output = f"--output_dir {tmp_path}/{name}"
-        run_command(f"{sys.executable} {TRAIN} {flags} --bf16 {zero3} {output}").check()
+        run_command(f"{sys.executable} {TRAIN} {packed_run} --bf16 {zero3} {output}").check()
         lines = (tmp_path / name / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
         norms[name] = [values["grad_norm"] for values in map(json.loads, lines) if "grad_norm" in values]
     assert len(norms["plain"]) == 3 and norms["zero3"] == pytest.approx(norms["plain"], rel=0.01)

@@ -13,20 +13,16 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
-from utils.chatglm.modeling_chatglm import (
-    CACHE_KEY,
-    ChatGLMBlock,
-    ChatGLMForConditionalGeneration,
-    derive_position_ids,
-)
+from utils.chatglm.modeling_chatglm import ChatGLMForConditionalGeneration, derive_position_ids
 from utils.joined_projections import join_projections
-from utils.kv_cache import SLOTS, LayerSlots, PromptRecorder
+from utils.kv_cache import SLOTS, LayerSlots
 from utils.mixed_adapters import AdapterChoice
 from utils.optional_kernels import decode_kernels, few_rows_product
 from utils.prompt_packing import MOST_READ, Task, pack_prompts
 from utils.sampling import GREEDY, Sampling
 from utils.slot_state import SlotState
 from utils.step_graphs import StepGraphs
+from utils.step_parts import StepParts
 
 import torch
 from peft import PeftModel
@@ -35,7 +31,6 @@ from transformers import PreTrainedModel
 WIDTH_GRAIN = 128  # columns; a captured step reads a multiple of it
 GPU_STEPS = 4  # between two looks at what stopped
 MOST_MASKED = 1024  # tokens of the prompts that are read at once where a mask keeps rows apart
-RECOMPILES = 64
 COMPILED_TOGETHER = 4  # layers: one's end and the next one's beginning are one kernel
 
 
@@ -78,7 +73,8 @@ class Engine:
     """
     Args:
         model: of any generation, whole on one device, in eval mode; a PEFT model computes with its adapter. Its
-            attention becomes the engine's, and query, key and value one product.
+            attention becomes the engine's, query, key and value one product, and on a GPU that gains by it products of
+            few rows a kernel of ours.
         slots: rows at once.
         columns: no prompt and its answer are longer together, in tokens.
         stop_ids: tokens that end an answer.
@@ -118,23 +114,8 @@ class Engine:
         self.ahead = int(self.steps > 1)
         self.slots = slots
         self.columns = -(-columns // WIDTH_GRAIN) * WIDTH_GRAIN
-        self.sampling = sampling
         self.stop_ids = set(stop_ids)
         self.find_end = find_end
-        compiled = self.on_gpu if compile_layers is None else compile_layers
-        if compiled:  # for each batch size once, also of engines before this one
-            torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILES)
-
-        def compile_if(wanted: bool, call: Callable, dynamic: bool = False, **options: bool) -> Callable:
-            return torch.compile(call, dynamic=dynamic, options=compile_options(options)) if wanted else call
-
-        self.begin_step = compile_if(compiled, _begin_step)
-        # A row's maximum and what is computed with it are one kernel.
-        self.run_blocks = compile_if(compiled, _run_blocks, split_reductions=False)
-        self.end_step = compile_if(compiled, _end_step)
-        # What is drawn is not to depend on how a compiler computes for a size of the batch.
-        self.choose = compile_if(compiled and sampling.temperature == 0, sampling.choose)
-        self.read_block = compile_if(compiled, _read_block, dynamic=True)
         self.layers: list[LayerSlots] = []
         self.graphs = StepGraphs()
         self.inputs: dict[int, tuple[torch.Tensor, ...]] = {}  # what graphs of reading read
@@ -144,7 +125,8 @@ class Engine:
         self.waiting: deque[Task] = deque()
         remembered = self.head.weight.shape[0] if sampling.repetition_penalty != 1 else 0
         self.state = SlotState(slots, 2 if self.has_prefix else 1, self.steps, stop_ids, remembered, self.device)
-        self.advance = compile_if(compiled, self.state.advance)
+        compiled = self.on_gpu if compile_layers is None else compile_layers
+        self.parts = StepParts(sampling, self.state, compiled)
         self.choice = getattr(self.model, "adapter_choice", None) or AdapterChoice()
         self.preparing, self.reading = time.perf_counter() - started, 0.0
 
@@ -307,7 +289,7 @@ class Engine:
         hidden_states = self.embed(ids[None])
         embeddings = self.body.rotary_emb(hidden_states, tokens[4:][None] if self.has_prefix else tokens[4:])
         for index, block in enumerate(self.body.layers):
-            hidden_states, keys, values = self.read_block(
+            hidden_states, keys, values = self.parts.read_block(
                 block, hidden_states, embeddings, mask, starts, longest, not self.has_prefix
             )
             if len(self.layers) == index:
@@ -359,52 +341,17 @@ class Engine:
         lengths, positions = state.lengths[:size], state.positions[:size]
         mask = lengths if self.kernels else self._mask(lengths, width)
         positions = positions[..., None] if self.has_prefix else positions
-        hidden_states, embeddings = self.begin_step(self.embed, self.body.rotary_emb, state.tokens[:size], positions)
+        hidden_states, embeddings = self.parts.begin_step(
+            self.embed, self.body.rotary_emb, state.tokens[:size], positions
+        )
         self.choice.rows = state.adapters[:size, None]
         for layer in self.layers:
             layer.columns = lengths
         blocks = list(self.body.layers)
-        together = COMPILED_TOGETHER if size == self.slots else 1  # fewer rows are the last ones: a step more or less
+        together = COMPILED_TOGETHER if size == self.slots else 1  # smaller ones serve the last rows, and compile sooner
         for first in range(0, len(blocks), together):
             some = slice(first, first + together)
-            hidden_states = self.run_blocks(blocks[some], hidden_states, embeddings, mask, self.layers[some])
-        logits = self.end_step(self.norm, self.head, hidden_states)
+            hidden_states = self.parts.run_blocks(blocks[some], hidden_states, embeddings, mask, self.layers[some])
+        logits = self.parts.end_step(self.norm, self.head, hidden_states)
         seen = None if state.seen is None else state.seen[:size]
-        self.advance(self.choose(logits, seen, state.numbers[:size], state.counts[:size]))
-
-
-def compile_options(options: dict[str, bool]) -> dict[str, bool]:
-    """These, and that kernels start while those before them end, where torch's compiler knows how."""
-    early = "triton.enable_pdl"
-    return options | ({early: True} if early in torch._inductor.list_options() else {})
-
-
-def _begin_step(embed, rotary_emb, tokens, positions) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
-    hidden_states = embed(tokens[:, None])
-    return hidden_states, rotary_emb(hidden_states, positions)
-
-
-def _run_blocks(blocks, hidden_states, position_embeddings, mask, caches) -> torch.Tensor:
-    for block, cache in zip(blocks, caches, strict=True):
-        hidden_states = _run_block(block, hidden_states, position_embeddings, mask, cache)
-    return hidden_states
-
-
-def _end_step(norm, head, hidden_states) -> torch.Tensor:
-    return head(norm(hidden_states))[:, 0]
-
-
-def _run_block(block, hidden_states, position_embeddings, mask, cache, **attention) -> torch.Tensor:
-    key = "cache" if isinstance(block, ChatGLMBlock) else CACHE_KEY  # our own block has one name in every version
-    attention[key] = cache
-    return block(hidden_states, attention_mask=mask, position_embeddings=position_embeddings, **attention)
-
-
-def _read_block(
-    block, hidden_states, position_embeddings, mask, starts, longest: int, causal: bool
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Hidden states of prompts behind the block, and what it made of their keys and values, (1, K, N, D)."""
-    recorder = PromptRecorder()
-    attention = {} if starts is None else {"cu_seq_lens_q": starts, "max_length_q": longest, "causal": causal}
-    hidden_states = _run_block(block, hidden_states, position_embeddings, mask, recorder, **attention)
-    return hidden_states, recorder.keys, recorder.values
+        self.parts.advance(self.parts.choose(logits, seen, state.numbers[:size], state.counts[:size]))

@@ -7,6 +7,7 @@ from types import ModuleType
 import torch
 
 CAPABILITY = (8, 0)  # bfloat16 products
+PRODUCT_CAPABILITY = (9, 0)  # on older GPUs it was not measured
 
 
 def decode_kernels() -> ModuleType | None:
@@ -15,8 +16,8 @@ def decode_kernels() -> ModuleType | None:
 
 
 def few_rows_product() -> ModuleType | None:
-    """utils/few_rows_product.py, or None where it cannot run, or was not measured to be worth it."""
-    return _module("few_rows_product", (9, 0))
+    """utils/few_rows_product.py, or None where it cannot run or is not known to be worth it."""
+    return _module("few_rows_product", PRODUCT_CAPABILITY)
 
 
 def _module(name: str, capability: tuple[int, int]) -> ModuleType | None:

@@ -40,14 +40,14 @@ class SlotState:
 
     def place(self, rows: torch.Tensor, ids: torch.Tensor, slot_of_ids: torch.Tensor) -> None:
         """Rows come into slots: `rows` of `PackedPrompts`, and each token of their prompts with its slot."""
-        slots, following, lengths, left, numbers, adapters, *positions = rows
+        slots, following, lengths, left, numbers, adapters = rows[:6]
         for tensor, values in (
             (self.tokens, following),
             (self.lengths, lengths),
             (self.left, left),
             (self.numbers, numbers),
             (self.adapters, adapters),
-            (self.positions, torch.stack(positions, dim=1)),
+            (self.positions, rows[6:].t()),
         ):
             tensor[slots] = values
         self.counts.index_fill_(0, slots, 0)
