@@ -348,7 +348,7 @@ class Engine:
         for layer in self.layers:
             layer.columns = lengths
         blocks = list(self.body.layers)
-        together = COMPILED_TOGETHER if size == self.slots else 1  # smaller ones serve the last rows, and compile sooner
+        together = COMPILED_TOGETHER if size == self.slots else 1  # smaller ones compile sooner, for the last rows
         for first in range(0, len(blocks), together):
             some = slice(first, first + together)
             hidden_states = self.parts.run_blocks(blocks[some], hidden_states, embeddings, mask, self.layers[some])
