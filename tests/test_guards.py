@@ -55,16 +55,46 @@ def test_a_loss_that_is_not_finite_names_its_rows(run_script, tokens, tmp_path, 
         weights[EMBEDDING][only_here] = 3e38
 
     base = changed_base(tmp_path / "base", overflow, tie_word_embeddings=False)
-    result = run_script(
-        f"{TRAIN} --dataset_path {tokens} --model_name_or_path {base} --output_dir {tmp_path}/out "
-        f"--per_device_train_batch_size 1 --gradient_accumulation_steps 2 --max_steps 8 {packing}"
+    command = (
+        f"{TRAIN} --dataset_path {tokens} --model_name_or_path {base} --per_device_train_batch_size 1 "
+        f"--gradient_accumulation_steps 2 {packing} --output_dir {tmp_path}"
     )
+    result = run_script(f"{command}/out --max_steps 8 --save_strategy steps --save_steps 2")
     assert result.code == 1 and "Traceback" not in result.err
-    assert re.search(r"step \d, rank 0: the loss is nan; the rows of its batch are in .*rows_at_fault", result.err)
+    step = int(
+        re.search(r"step (\d), rank 0: the loss is nan; the rows of its batch are in .*rows_at_fault", result.err)[1]
+    )
+    saved = {int(path.name.removeprefix("checkpoint-")) for path in (tmp_path / "out").glob("checkpoint-*")}
+    assert saved == set(range(2, step, 2))
+    last = run_script(f"{command}/last --max_steps {step}")  # after which there is no other
+    assert last.code == 1 and f"step {step}, rank 0: the loss is nan" in last.err
+    assert not (tmp_path / "last" / "adapter_model.safetensors").exists()
     rows = [json.loads(line) for line in (tmp_path / "out" / "rows_at_fault.rank0.jsonl").read_text().splitlines()]
     assert [row["text"].startswith(BAD) for row in rows if row["row"] == 5] == [True]
     assert packing or len(rows) == 1
     assert not (tmp_path / "out" / "adapter_model.safetensors").exists()
+
+
+def test_no_optimizer_uses_what_is_wrong(run_script, tokens, tmp_path, monkeypatch):
+    """It is looked at a step later, and the step was not made."""
+    seen = []
+    plain = GuardedTrainer._get_grad_norm
+
+    def get_grad_norm(self, model, grad_norm=None):
+        if len(seen) == 1:  # of the second step
+            grad_norm = grad_norm * torch.nan
+        weights = [parameter.detach().clone() for parameter in model.parameters() if parameter.requires_grad]
+        seen.append((weights, self.optimizer.optimizer.state_dict()["state"][0]["step"].clone() if seen else 0))
+        return plain(self, model, grad_norm)
+
+    monkeypatch.setattr(GuardedTrainer, "_get_grad_norm", get_grad_norm)
+    result = run_script(
+        f"{TRAIN} --dataset_path {tokens} --model_name_or_path {TINY} --output_dir {tmp_path}/out --logging_steps 50"
+    )
+    assert result.code == 1 and "step 2, rank 0: the gradients' norm is nan" in result.err
+    (start, _), (first, made), (second, made_then) = seen
+    assert not all(a.equal(b) for a, b in zip(start, first, strict=True))
+    assert all(a.equal(b) for a, b in zip(first, second, strict=True)) and made == made_then == 1
 
 
 def test_gradients_that_are_all_zero(run_script, tokens, tmp_path):
@@ -88,14 +118,13 @@ def test_an_adapter_that_did_not_change_is_not_saved(run_script, tokens, tmp_pat
 
 
 def test_losses_that_are_all_zero(run_script, tokens, tmp_path, monkeypatch):
-    plain = GuardedTrainer._get_grad_norm
+    plain = GuardedTrainer.look_back
 
-    def get_grad_norm(self, *args, **kwargs):
-        norm = plain(self, *args, **kwargs)
+    def look_back(self):
+        plain(self)
         self.saw_a_loss = False  # as if it had been 0
-        return norm
 
-    monkeypatch.setattr(GuardedTrainer, "_get_grad_norm", get_grad_norm)
+    monkeypatch.setattr(GuardedTrainer, "look_back", look_back)
     result = run_script(f"{TRAIN} --dataset_path {tokens} --model_name_or_path {TINY} --output_dir {tmp_path}/out")
     assert result.code == 1 and "every loss was exactly 0" in result.err
 

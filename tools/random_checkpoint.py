@@ -2,8 +2,9 @@
 python tools/random_checkpoint.py --shape chatglm3-6b --output_dir /tmp/chatglm3-6b-random
 
 Writes a checkpoint of a real model's shape with random weights (float16, safetensors in shards, the released names)
-and a small tokenizer: to measure speed and memory where the real weights are not at hand. Uses a GPU where there is
-one.
+and a small tokenizer: to measure speed and memory where the real weights are not at hand. Greedy answers are made of
+the tokenizer's tokens, so that they have texts to compare; but ChatGLM-6B's head is its embedding, and random weights
+then repeat one token. Uses a GPU where there is one.
 """
 
 import argparse
@@ -112,6 +113,13 @@ def write_tokenizer(shape: str, directory: Path) -> None:
         shutil.copyfile(TOKENIZER / "ice_text.model", directory / "tokenizer.model")
 
 
+def silence_unused_ids(shape: str, model: PreTrainedModel) -> None:
+    """Gives ids that are not of `write_tokenizer`'s vocabulary the logit 0, which the largest of the others exceeds."""
+    size = 256 if shape == "glm-4-9b" else len(load_tokenizer(str(TOKENIZER)))
+    with torch.no_grad():
+        model.get_output_embeddings().weight[size:] = 0
+
+
 def save_checkpoint(shape: str, model: PreTrainedModel, directory: Path) -> None:
     """Writes a model of one of SHAPES, and a tokenizer."""
     directory.mkdir(parents=True, exist_ok=True)
@@ -127,6 +135,7 @@ def save_checkpoint(shape: str, model: PreTrainedModel, directory: Path) -> None
 def write_checkpoint(shape: str, directory: Path, device: str, seed: int = 0) -> int:
     """Writes the files of one of SHAPES; returns its number of parameters."""
     model = random_model(shape, device, torch.float16, seed)
+    silence_unused_ids(shape, model)
     save_checkpoint(shape, model, directory)
     return model.num_parameters()
 

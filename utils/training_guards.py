@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -43,10 +44,22 @@ class OverflowWatch(TrainerCallback):
             )
 
 
+@dataclass
+class StepNumbers:
+    """A step's losses and its gradients' norm, which are on the host when `there` has come, and where they are from."""
+
+    step: int
+    batches: list[dict[str, Any]]
+    losses: torch.Tensor  # (batches,) float32
+    norm: torch.Tensor | float | None
+    there: torch.cuda.Event | None = None
+
+
 class GuardedTrainer(Trainer):
     """
-    Stops at a loss or gradients that are not finite, and at gradients that are all zero, before an optimizer of
-    torch's uses them. Looking at them waits for the device, once a step.
+    Stops at a loss or gradients that are not finite, and at gradients that are all zero. No optimizer of torch's uses
+    them: one that can leave a step out by itself is told to on the device, and they are looked at in the next step, when
+    they have long been there, or before anything is logged, evaluated or saved; otherwise the device is waited for.
 
     Args:
         rows: the dataset whose rows the batches hold.
@@ -58,6 +71,7 @@ class GuardedTrainer(Trainer):
         self.rows, self.tokenizer = rows, tokenizer
         self.batches: list[dict[str, Any]] = []  # of this step
         self.losses: list[torch.Tensor] = []  # theirs
+        self.last_step: StepNumbers | None = None  # which was not looked at yet
         self.saw_a_loss = False
         self.overflows = OverflowWatch()
         self.add_callback(self.overflows)
@@ -68,37 +82,69 @@ class GuardedTrainer(Trainer):
         self.losses.append((result[0] if isinstance(result, tuple) else result).detach())
         return result
 
-    def _check_losses_of_step(self) -> None:
-        """
-        Raises:
-            RankError: a loss is not finite.
-        """
-        for inputs, loss in zip(self.batches, torch.stack(self.losses).tolist(), strict=True):
-            if not math.isfinite(loss):
-                self.batches = [inputs]
-                advice = (
-                    f"float16 overflowed, or the rows are at fault: {CALMER}" if self.args.fp16 else "look at the rows"
-                )
-                raise RankError(self._blame(f"the loss is {loss}", advice))
-            self.saw_a_loss |= loss != 0
-        self.losses.clear()
+    def _fused_optimizer(self) -> torch.optim.AdamW | None:
+        """The optimizer, if it is one that leaves a step out whose `found_inf` is 1 on the device."""
+        optimizer = getattr(self.optimizer, "optimizer", None)
+        sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
+        fused = type(optimizer) is torch.optim.AdamW and all(group["fused"] for group in optimizer.param_groups)
+        return optimizer if fused and not sharded and not self.args.fp16 else None
 
     def _get_grad_norm(self, model, grad_norm=None):
         """
         Raises:
+            RunError, RankError: see `look_back`.
+        """
+        self.look_back()
+        norm = super()._get_grad_norm(model, grad_norm)
+        losses = torch.stack(self.losses).float()
+        self.last_step = StepNumbers(self.state.global_step + 1, self.batches, losses, norm)
+        self.batches, self.losses = [], []
+        optimizer = self._fused_optimizer()
+        if optimizer is None:
+            self.look_back()
+            return norm
+        is_wrong = ~losses.isfinite().all() | ~norm.isfinite() | (norm == 0)
+        optimizer.found_inf = is_wrong.float()
+        if losses.is_cuda:
+            self.last_step.losses = losses.to("cpu", non_blocking=True)
+            self.last_step.norm = norm.to("cpu", non_blocking=True)
+            self.last_step.there = torch.cuda.Event()
+            self.last_step.there.record()
+        return norm
+
+    def look_back(self) -> None:
+        """
+        At the last step, if that was not done yet.
+
+        Raises:
+            RankError: a loss is not finite.
             RunError: the gradients of a step are all zero; or not finite, where no loss scaler deals with that. Every
                 process sees the same.
-            RankError: see `_check_losses_of_step`.
         """
-        self._check_losses_of_step()
-        grad_norm = super()._get_grad_norm(model, grad_norm)
-        norm = None if grad_norm is None else float(grad_norm)
+        step, self.last_step = self.last_step, None
+        if step is None:
+            return
+        if step.there:
+            step.there.synchronize()
+        for inputs, loss in zip(step.batches, step.losses.tolist(), strict=True):
+            if not math.isfinite(loss):
+                advice = (
+                    f"float16 overflowed, or the rows are at fault: {CALMER}" if self.args.fp16 else "look at the rows"
+                )
+                raise RankError(self._blame(step.step, [inputs], f"the loss is {loss}", advice))
+            self.saw_a_loss |= loss != 0
+        norm = None if step.norm is None else float(step.norm)
         if norm == 0 and not self.optimizer.step_was_skipped:
-            raise RunError(self._blame("all gradients are zero", "is anything of the adapter used and trainable?"))
+            advice = "is anything of the adapter used and trainable?"
+            raise RunError(self._blame(step.step, step.batches, "all gradients are zero", advice))
         if norm is not None and not math.isfinite(norm) and not self.args.fp16:
-            raise RunError(self._blame(f"the gradients' norm is {norm}", "look at the rows and the --learning_rate"))
-        self.batches.clear()
-        return grad_norm
+            advice = "look at the rows and the --learning_rate"
+            raise RunError(self._blame(step.step, step.batches, f"the gradients' norm is {norm}", advice))
+
+    def _maybe_log_save_evaluate(self, *args, **kwargs) -> None:
+        if self.control.should_log or self.control.should_evaluate or self.control.should_save:
+            self.look_back()
+        super()._maybe_log_save_evaluate(*args, **kwargs)
 
     def check_losses(self) -> None:
         """
@@ -106,7 +152,9 @@ class GuardedTrainer(Trainer):
 
         Raises:
             RunError: every loss on every process was exactly 0, or no step was made that did not overflow.
+            RunError, RankError: see `look_back`.
         """
+        self.look_back()
         if self.overflows.in_all == self.state.global_step > 0:
             raise RunError(
                 f"the adapter is not saved: all {self.state.global_step} steps were skipped, as their float16 "
@@ -115,18 +163,15 @@ class GuardedTrainer(Trainer):
         if not any_process(self.saw_a_loss):
             raise RunError("the adapter is not saved: every loss was exactly 0, so nothing was trained on")
 
-    def _blame(self, fault: str, advice: str) -> str:
-        """Keeps the rows of this step's batches in a file; says what is wrong and where they are."""
+    def _blame(self, step: int, batches: list[dict[str, Any]], fault: str, advice: str) -> str:
+        """Keeps the rows of the batches in a file; says what is wrong and where they are."""
         path = Path(self.args.output_dir) / f"rows_at_fault.rank{process_rank()}.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("w", encoding="utf-8") as file:
-            for input_ids in (ids for batch in self.batches for ids in rows_of(batch)):
+            for input_ids in (ids for batch in batches for ids in rows_of(batch)):
                 row = {"row": find_row(self.rows, input_ids), "text": self.tokenizer.decode(input_ids)}
                 file.write(json.dumps(row | {"input_ids": input_ids}, ensure_ascii=False) + "\n")
-        return (
-            f"step {self.state.global_step + 1}, rank {process_rank()}: {fault}; the rows of its batch are in {path}: "
-            f"{advice}"
-        )
+        return f"step {step}, rank {process_rank()}: {fault}; the rows of its batch are in {path}: {advice}"
 
 
 def rows_of(batch: dict[str, Any]) -> Iterator[list[int]]:

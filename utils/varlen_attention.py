@@ -5,7 +5,6 @@ import inspect
 import torch
 from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface
-from transformers.masking_utils import AttentionMaskInterface
 
 VARLEN = "varlen"  # its name in transformers' attention interface
 CAUSAL, BOTH_WAYS = (-1, 0), (-1, -1)  # windows
@@ -54,5 +53,4 @@ def varlen_attention_forward(
     return output.unsqueeze(0), None
 
 
-AttentionInterface.register(VARLEN, varlen_attention_forward)
-AttentionMaskInterface.register(VARLEN, lambda *args, **kwargs: None)
+AttentionInterface.register(VARLEN, varlen_attention_forward)  # and no mask: transformers then makes none
