@@ -114,7 +114,7 @@ def write_tokenizer(shape: str, directory: Path) -> None:
 
 
 def silence_unused_ids(shape: str, model: PreTrainedModel) -> None:
-    """Gives ids that are not of `write_tokenizer`'s vocabulary the logit 0, which the largest of the others exceeds."""
+    """Gives ids that `write_tokenizer`'s vocabulary lacks the logit 0, which the largest of the others exceeds."""
     size = 256 if shape == "glm-4-9b" else len(load_tokenizer(str(TOKENIZER)))
     with torch.no_grad():
         model.get_output_embeddings().weight[size:] = 0

@@ -46,7 +46,7 @@ class OverflowWatch(TrainerCallback):
 
 @dataclass
 class StepNumbers:
-    """A step's losses and its gradients' norm, which are on the host when `there` has come, and where they are from."""
+    """A step's losses and its gradients' norm, on the host when `there` has come, and what they are from."""
 
     step: int
     batches: list[dict[str, Any]]
@@ -58,8 +58,8 @@ class StepNumbers:
 class GuardedTrainer(Trainer):
     """
     Stops at a loss or gradients that are not finite, and at gradients that are all zero. No optimizer of torch's uses
-    them: one that can leave a step out by itself is told to on the device, and they are looked at in the next step, when
-    they have long been there, or before anything is logged, evaluated or saved; otherwise the device is waited for.
+    them. One that can leave a step out by itself is told to on the device, and they are looked at in the next step, or
+    before anything is logged, evaluated or saved; with any other the device is waited for.
 
     Args:
         rows: the dataset whose rows the batches hold.
