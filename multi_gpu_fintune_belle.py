@@ -149,7 +149,8 @@ def parse_arguments(argv: list[str]):
     except ValueError as error:
         raise UsageError(" ".join(str(error).split())) from None
     if values.accelerator_config is None and not values.use_cpu:
-        training_args.accelerator_config.non_blocking = True  # batches lie in pinned memory: no step waits for its own
+        # what lies in pinned memory is copied while the step before runs
+        training_args.accelerator_config.non_blocking = training_args.dataloader_pin_memory
     training_args._n_gpu = min(training_args.n_gpu, 1)  # one process, one card: never DataParallel
     finetune_args = FinetuneArguments(**{name: value for part in ours for name, value in vars(part).items()})
     return finetune_args, training_args, request, dtype
