@@ -144,6 +144,13 @@ def test_random_checkpoints_answer(run_script, tmp_path, shape):
     assert '"rows": 8, "errors": 0' in run_script(command).check().out
     answers = {json.loads(line)["answer"] for line in (tmp_path / "answers").read_text().splitlines()}
     assert shape == "tiny" or len(answers) == 8 and min(map(len, answers)) > 20  # texts that can be compared
+    tokenizer, model = load_tokenizer(f"{tmp_path}/random"), load_model(f"{tmp_path}/random", torch.float32)
+    head = model.get_output_embeddings().weight
+    assert (
+        len(tokenizer) < len(head)
+        and not head[len(tokenizer) :].any()
+        and head[: len(load_tokenizer(str(TINY)))].any(dim=1).all()
+    )
 
 
 @pytest.mark.parametrize("processes", (2, 4))
