@@ -36,21 +36,31 @@ def quantize_rows(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return (values / scale).to(torch.float8_e4m3fn), scale
 
 
-def scaled_product(values: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor) -> torch.Tensor:
-    """(M, K) bfloat16 x e4m3 (N, K) with its scales (1, N) -> (M, N) bfloat16; scales a row go with no other dtype."""
-    quantized, scale = quantize_rows(values)
-    return torch._scaled_mm(quantized, weight.t(), scale, weight_scale, out_dtype=values.dtype, use_fast_accum=True)
+def quantized_product(
+    quantized: torch.Tensor,
+    scale: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    bias: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """
+    e4m3 (M, K) with its scales (M, 1) x e4m3 (N, K) with its scales (1, N), + (N,) bfloat16 -> (M, N) bfloat16;
+    scales a row go with no other dtype.
+    """
+    factors = (quantized, weight.t(), scale, weight_scale, bias)
+    return torch._scaled_mm(*factors, out_dtype=torch.bfloat16, use_fast_accum=True)
 
 
 class _Fp8Product(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, values, weight, weight_scale, columns, columns_scale):
+    def forward(ctx, values, weight, weight_scale, columns, columns_scale, bias):
         ctx.save_for_backward(columns, columns_scale)
-        return scaled_product(values, weight, weight_scale)
+        return quantized_product(*quantize_rows(values), weight, weight_scale, bias)
 
     @staticmethod
     def backward(ctx, gradient):
-        return scaled_product(gradient.contiguous(), *ctx.saved_tensors), None, None, None, None
+        output = quantized_product(*quantize_rows(gradient.contiguous()), *ctx.saved_tensors)
+        return output, None, None, None, None, None
 
 
 class Fp8Linear(nn.Module):
@@ -83,11 +93,14 @@ class Fp8Linear(nn.Module):
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         if self.for_few_rows and hidden_states.shape[:-1].numel() <= self.kernels.ROWS:
             output = self.few_rows(hidden_states)
-        else:
-            values = hidden_states.reshape(-1, self.in_features)
-            output = _Fp8Product.apply(values, self.weight, self.weight_scale, self.columns, self.columns_scale)
-            output = output.view(*hidden_states.shape[:-1], self.out_features)
-        return output if self.bias is None else output + self.bias
+            return output if self.bias is None else output + self.bias
+        values = hidden_states.reshape(-1, self.in_features)
+        output = _Fp8Product.apply(values, *self.factors(), self.bias)
+        return output.view(*hidden_states.shape[:-1], self.out_features)
+
+    def factors(self) -> tuple[torch.Tensor, ...]:
+        """The weight by row and its scales, as `quantized_product` takes them, and both by column."""
+        return self.weight, self.weight_scale, self.columns, self.columns_scale
 
 
 def convert_to_fp8(model: nn.Module, names: Iterable[str], trains: bool) -> None:

@@ -20,6 +20,11 @@ def few_rows_product() -> ModuleType | None:
     return _module("few_rows_product", PRODUCT_CAPABILITY)
 
 
+def activation_kernels() -> ModuleType | None:
+    """utils/activation_kernels.py, or None where it cannot run."""
+    return _module("activation_kernels", CAPABILITY)
+
+
 def _module(name: str, capability: tuple[int, int]) -> ModuleType | None:
     if not torch.cuda.is_available() or torch.cuda.get_device_capability() < capability:
         return None
