@@ -146,9 +146,10 @@ class Curves(TrainerCallback):
         self.drawn, self.cost = 0.0, 0.0
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
-        """Draws what there is, so that the library is loaded before a step is timed."""
+        """Draws twice, so that the library is loaded and a drawing's cost known before a step is timed."""
         if state.is_world_process_zero:
-            draw(state.log_history, Path(args.output_dir) / FIGURE_FILE)
+            for _ in range(2):
+                self._draw(args, state)
 
     def on_log(self, args, state, control, **kwargs) -> None:
         if not state.is_world_process_zero:
@@ -156,11 +157,14 @@ class Curves(TrainerCallback):
         directory = Path(args.output_dir)
         with atomic_writer(directory / METRICS_FILE) as file:
             file.writelines(dump_row({"step": row["step"]} | _finite(row)) for row in state.log_history)
+        if time.monotonic() - self.drawn > FIGURE_SHARE * self.cost or "train_runtime" in state.log_history[-1]:
+            self._draw(args, state)
+
+    def _draw(self, args, state) -> None:
         begun = time.monotonic()
-        if begun - self.drawn > FIGURE_SHARE * self.cost or "train_runtime" in state.log_history[-1]:
-            draw(state.log_history, directory / FIGURE_FILE)
-            self.drawn = time.monotonic()
-            self.cost = self.drawn - begun
+        draw(state.log_history, Path(args.output_dir) / FIGURE_FILE)
+        self.drawn = time.monotonic()
+        self.cost = self.drawn - begun
 
 
 def _finite(row: dict[str, Any]) -> dict[str, Any]:
