@@ -253,7 +253,7 @@ def prepare_model(
         scale_losses_under_zero3(model)
     if training_args.gradient_checkpointing:
         model.enable_input_require_grads()
-    use_target_loss(model.get_base_model())
+    use_target_loss(model.get_base_model(), compiled=args.compile_layers)
     speed_up(
         model,
         generation,

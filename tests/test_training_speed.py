@@ -13,6 +13,7 @@ from utils.fp8 import Fp8Linear
 from utils.lora import attach_adapter
 from utils.lora_layers import Absorbed, fuse_projections
 from utils.packing import PackShape
+from utils.rotary import rotate_neighbours
 from utils.throughput import Throughput
 from utils.training_speed import settle_zero3
 
@@ -21,6 +22,7 @@ import torch
 from conftest import ROOT, attend_row_by_row
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
+from transformers.models.glm.modeling_glm import apply_rotary_pos_emb
 
 TARGETS = {"tiny": ["query_key_value"], "tiny-glm": ["q_proj", "k_proj", "v_proj"]}
 TRAIN = "multi_gpu_fintune_belle.py"
@@ -75,24 +77,42 @@ def test_layers_compute_what_peft_computes(shape):
 
 @pytest.mark.parametrize("shape", TARGETS)
 def test_attention_without_a_mask(shape, monkeypatch):
-    """The same logits as with sdpa's mask, in a batch that is filled up."""
+    """The same logits and gradients as with sdpa's mask, in a batch that is filled up."""
     monkeypatch.setattr(varlen_attention, "varlen_attn", attend_row_by_row)
     model = random_model(shape, "cpu", torch.float32).eval()
     rows, positions = rows_of(model.config, (9, 14, 23, 5)), positions_of(model.config)
 
-    def logits(pack_shape):
+    def logits_and_gradients(pack_shape):
         batch = PackingCollator(positions, 3, pack_shape)([rows])
         inputs = {name: value for name, value in batch.items() if name not in ("labels", "real_tokens")}
         assert inputs.pop("target_ids").tolist() == [token for row in rows for token in row["input_ids"][4:]]
         del inputs["target_positions"]
-        return model(**inputs, use_cache=False).logits
+        logits = model(**inputs, use_cache=False).logits
+        model.zero_grad()
+        (logits[:, :51] * weights).sum().backward()
+        return logits.detach(), {name: parameter.grad for name, parameter in model.named_parameters()}
 
-    with torch.no_grad():
-        expected = logits(None)
-        model.set_attn_implementation(varlen_attention.VARLEN)
-        actual = logits(PackShape(tokens=80, rows=9, longest=23))
+    weights = torch.randn(51, model.config.vocab_size, generator=torch.Generator().manual_seed(1))
+    expected, expected_gradients = logits_and_gradients(None)
+    model.set_attn_implementation(varlen_attention.VARLEN)
+    actual, gradients = logits_and_gradients(PackShape(tokens=80, rows=9, longest=23))
     assert actual.shape[1] == 80 and actual.isfinite().all()
-    assert (actual[:, : expected.shape[1]] - expected).abs().max() <= 1e-5
+    assert (actual[:, :51] - expected).abs().max() <= 1e-5
+    for name, gradient in expected_gradients.items():
+        assert (gradients[name] - gradient).norm() <= 1e-5 * gradient.norm(), name
+
+
+def test_neighbours_are_rotated_as_by_transformers():
+    """To the bit, in bfloat16, whether all of a head turns or half of it."""
+    torch.manual_seed(0)
+    query, key = torch.randn(2, 4, 5, 16).bfloat16(), torch.randn(2, 2, 5, 16).bfloat16()
+    for size in (8, 16):
+        angles = torch.randn(2, 5, size // 2).repeat(1, 1, 2)
+        factors = angles.cos().bfloat16(), angles.sin().bfloat16()
+        for found, expected in zip(
+            rotate_neighbours(query, key, *factors), apply_rotary_pos_emb(query, key, *factors), strict=True
+        ):
+            assert torch.equal(found, expected)
 
 
 @pytest.fixture
@@ -221,7 +241,7 @@ hopper = pytest.mark.skipif(
 @pytest.mark.parametrize("scale", [1.0, 1e-6, 1e-9])
 def test_fp8_products_on_a_gpu(scale):
     """Both directions, also of gradients as small as those of a mean over many tokens."""
-    linear = torch.nn.Linear(4096, 512, bias=False, device="cuda", dtype=torch.bfloat16).requires_grad_(False)
+    linear = torch.nn.Linear(4096, 512, device="cuda", dtype=torch.bfloat16).requires_grad_(False)
     values = torch.randn(256, 4096, device="cuda", dtype=torch.bfloat16, requires_grad=True)
     gradient = torch.randn(256, 512, device="cuda", dtype=torch.bfloat16) * scale
     output = Fp8Linear(linear, trains=True)(values)

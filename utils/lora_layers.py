@@ -3,11 +3,13 @@ The layers that an adapter trains in, at the speed of the hardware: the branch i
 master weights, its second product added by the matrix product itself, and the projections of one input in one.
 """
 
+from utils.rotary import rotate_neighbours
+
 import torch
 from peft.tuners.lora import Linear as PeftLoraLinear
 from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.glm.modeling_glm import GlmAttention, apply_rotary_pos_emb, eager_attention_forward
+from transformers.models.glm.modeling_glm import GlmAttention, eager_attention_forward
 
 QKV = ("q_proj", "k_proj", "v_proj")
 
@@ -74,7 +76,7 @@ class FusedGlmAttention(GlmAttention):
         qkv = add_branch(self.qkv_proj(hidden_states), hidden_states, A, B)
         heads = qkv.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, H + 2 K, T, D)
         query, key, value = heads.split(self.heads, dim=1)
-        query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
+        query, key = rotate_neighbours(query, key, *position_embeddings)
         cache = cache if cache is not None else past_key_values
         if cache is not None:
             key, value = cache.update(key, value, self.layer_idx)

@@ -12,6 +12,17 @@ from transformers.modeling_outputs import CausalLMOutput
 CHUNK = 2048  # target tokens whose logits exist at once
 
 
+def cross_entropy(logits: torch.Tensor, target_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Logits (n, V) and (n,) int64 -> the summed cross-entropy in float32 and its gradient (n, V) in the logits' dtype.
+    Compiled, the logits are read twice and nothing of their size is written but the gradient.
+    """
+    log_shares = logits.log_softmax(-1, dtype=torch.float32)
+    total = -log_shares.gather(1, target_ids[:, None]).sum()
+    is_target = torch.arange(logits.shape[1], device=logits.device) == target_ids[:, None]
+    return total, log_shares.exp_().add_(is_target, alpha=-1).to(logits.dtype)
+
+
 class _HeadLoss(torch.autograd.Function):
     """
     Summed cross-entropy of a frozen head. The gradient of the hidden states is made with the loss, chunk by chunk, so
@@ -19,17 +30,14 @@ class _HeadLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden_states, weight, target_ids):
+    def forward(ctx, hidden_states, weight, target_ids, loss_of_logits):
         total = hidden_states.new_zeros((), dtype=torch.float32)
         gradient = torch.empty_like(hidden_states, dtype=torch.float32)
         for start in range(0, len(target_ids), CHUNK):
             chunk = slice(start, start + CHUNK)
-            targets = target_ids[chunk, None]
-            log_shares = (hidden_states[chunk] @ weight.T).log_softmax(-1, dtype=torch.float32)  # (n, V)
-            total -= log_shares.gather(1, targets).sum()
-            shares = log_shares.exp_()
-            shares.scatter_add_(1, targets, shares.new_full((len(targets), 1), -1.0))
-            gradient[chunk] = (shares.to(weight.dtype) @ weight).float()
+            loss, of_logits = loss_of_logits(hidden_states[chunk] @ weight.T, target_ids[chunk])
+            total += loss
+            gradient[chunk] = (of_logits @ weight).float()
         ctx.save_for_backward(gradient)
         ctx.dtype = hidden_states.dtype
         return total
@@ -37,18 +45,19 @@ class _HeadLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_output):
         (gradient,) = ctx.saved_tensors
-        return (gradient * grad_output).to(ctx.dtype), None, None
+        return (gradient * grad_output).to(ctx.dtype), None, None, None
 
 
-def use_target_loss(model: PreTrainedModel) -> None:
+def use_target_loss(model: PreTrainedModel, compiled: bool = False) -> None:
     """
     Makes `model(..., target_positions, target_ids)` return the loss of those targets and no logits: the hidden state
     at each of `target_positions` (N,), counted over the flattened batch, predicts one of `target_ids` (N,). With
     `num_items_in_batch` the loss is their sum over that many, else their mean. Other calls stay as they were.
 
     The head must be frozen and without a bias. Its part runs as the head's own forward, which is where ZeRO-3 gathers
-    its weight.
+    its weight. With `compiled` what is done with the logits is compiled.
     """
+    loss_of_logits = torch.compile(cross_entropy) if compiled else cross_entropy
     head = model.get_output_embeddings()
     plain_head, plain_forward = head.forward, model.forward
 
@@ -58,7 +67,7 @@ def use_target_loss(model: PreTrainedModel) -> None:
         weight = self.weight
         if isinstance(self, QuantizedLinear):
             weight = dequantize(weight, self.weight_scale, self.bits, hidden_states.dtype)
-        return _HeadLoss.apply(hidden_states, weight.to(hidden_states.dtype), target_ids)
+        return _HeadLoss.apply(hidden_states, weight.to(hidden_states.dtype), target_ids, loss_of_logits)
 
     def forward(self, *args, target_positions=None, target_ids=None, labels=None, num_items_in_batch=None, **kwargs):
         if target_positions is None:

@@ -12,6 +12,28 @@ CAUSAL, BOTH_WAYS = (-1, 0), (-1, -1)  # windows
 ANNOUNCES_GQA = "enable_gqa" in inspect.signature(varlen_attn).parameters
 
 
+class _Gather(torch.autograd.Function):
+    """
+    (N, H, D) -> (M, H, D), what is at `index` (M,) int64, and zeros where that is below 0. No position may be taken
+    twice: `inverse` (N,) says by which element of the index each is, -1 where by none, so that the gradient is
+    gathered too. torch's own adds it up, row by row.
+    """
+
+    @staticmethod
+    def forward(ctx, values, index, inverse):
+        ctx.save_for_backward(index, inverse)
+        return _gather(values, index)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        index, inverse = ctx.saved_tensors
+        return _gather(gradient, inverse), None, None
+
+
+def _gather(values: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    return torch.where(index[:, None, None] >= 0, values.index_select(0, index.clamp(min=0)), 0)
+
+
 def varlen_attention_forward(
     module,
     query: torch.Tensor,
@@ -48,8 +70,11 @@ def varlen_attention_forward(
     heads = (query, key, value)
     output = attend(heads, cu_seq_lens_q, CAUSAL if causal else BOTH_WAYS)
     if prefix_tokens is not None:  # theirs is a second pass, over the prefixes alone and in both directions
-        prefixes = tuple(states.index_select(0, prefix_tokens) for states in heads)
-        output = output.index_copy(0, prefix_tokens, attend(prefixes, cu_prefix, BOTH_WAYS))
+        order = torch.arange(len(prefix_tokens), device=prefix_tokens.device)
+        places = prefix_tokens.new_full((len(query),), -1).index_copy(0, prefix_tokens, order)
+        prefixes = tuple(_Gather.apply(states, prefix_tokens, places) for states in heads)
+        prefixes = attend(prefixes, cu_prefix, BOTH_WAYS)
+        output = torch.where(places[:, None, None] >= 0, _Gather.apply(prefixes, places, prefix_tokens), output)
     return output.unsqueeze(0), None
 
 
