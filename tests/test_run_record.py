@@ -3,9 +3,11 @@
 import json
 import math
 import shutil
+from types import SimpleNamespace
 
 from utils.batching import PaddingCollator
 from utils.checkpoint import load_model
+from utils.run_record import Curves
 from utils.token_dataset import hold_out, load_examples
 
 import pytest
@@ -52,6 +54,24 @@ def test_metrics_and_figure(whole):
         assert curve(whole, "eval_perplexity")[step] == pytest.approx(math.exp(loss))
     assert (whole / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert list((whole / "tensorboard").glob("events*"))
+
+
+def test_figures_take_a_hundredth_of_the_time(tmp_path):
+    """After the first, none at a log right behind it, but one at the end."""
+    args, figure = SimpleNamespace(output_dir=str(tmp_path)), tmp_path / "loss.png"
+    state = SimpleNamespace(is_world_process_zero=True, log_history=[])
+    curves, drawn = Curves(), []
+    curves.on_train_begin(args, state, None)
+    drawn.append(figure.read_bytes())
+    for row in ({"step": 1, "loss": 3.0}, {"step": 2, "loss": 2.0, "train_runtime": 1.0}):
+        state.log_history.append(row)
+        curves.on_log(args, state, None)
+        drawn.append(figure.read_bytes())
+    assert drawn[0] == drawn[1] != drawn[2]
+    curves.drawn -= 200 * curves.cost
+    state.log_history.append({"step": 3, "loss": 1.0})
+    curves.on_log(args, state, None)
+    assert figure.read_bytes() != drawn[2]
 
 
 def test_run_file_and_log(whole, tokens):

@@ -15,7 +15,7 @@ CHUNK = 2048  # target tokens whose logits exist at once
 def cross_entropy(logits: torch.Tensor, target_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """
     Logits (n, V) and (n,) int64 -> the summed cross-entropy in float32 and its gradient (n, V) in the logits' dtype.
-    Compiled, the logits are read twice and nothing of their size is written but the gradient.
+    Compiled, nothing of the logits' size is written but the gradient.
     """
     log_shares = logits.log_softmax(-1, dtype=torch.float32)
     total = -log_shares.gather(1, target_ids[:, None]).sum()
