@@ -1,19 +1,21 @@
-"""Run by a launcher: the sharded model's logits against the whole one's, and that it is sharded at all."""
+"""
+torchrun tensor_parallel_check.py CHECKPOINT TP_SIZE: what the scripts load is sharded, and its logits are the whole
+model's.
+"""
 
 import sys
 
 from utils.checkpoint import Checkpoint, load_model
-from utils.distributed import init_process_group, shut_down, world_size
-from utils.placement import shard_with_deepspeed
+from utils.distributed import shut_down, world_size
+from utils.placement import load_on_processes
 
 import torch
 
-init_process_group(use_deepspeed=True)
-path = sys.argv[1]
-generation = Checkpoint.open(path).generation
+path, tp_size = sys.argv[1], int(sys.argv[2])
+sharded, replica = load_on_processes(path, torch.float32, None, lambda model, shards: model, tp_size)
+assert replica.replicas == world_size() // tp_size
 whole = load_model(path)
-sharded = shard_with_deepspeed(load_model(path), generation, torch.float32, world_size())
-plan, split = generation.architecture.tensor_parallel, 0
+plan, split = Checkpoint.open(path).generation.architecture.tensor_parallel, 0
 parts = dict(sharded.named_modules())
 for name, module in whole.named_modules():
     columns = any(name.endswith(column) for column in (*plan.columns, *plan.packed_columns))
@@ -22,9 +24,9 @@ for name, module in whole.named_modules():
         whole_size, part_size = module.weight.shape[dimension], parts[name].weight.shape[dimension]
         sizes = torch.tensor(part_size)
         torch.distributed.all_reduce(sizes)
-        repeats = max(1, world_size() // getattr(whole.config, "num_key_value_heads", world_size()))
+        repeats = max(1, tp_size // getattr(whole.config, "num_key_value_heads", tp_size))
         expected = whole_size * (repeats if name.endswith(("k_proj", "v_proj")) else 1)
-        assert 0 < part_size < whole_size and sizes == expected, (name, part_size, whole_size)
+        assert 0 < part_size < whole_size and sizes == replica.replicas * expected, (name, part_size, whole_size)
         split += 1
 assert split == (len(plan.columns) + len(plan.packed_columns) + len(plan.rows)) * whole.config.num_hidden_layers
 config = whole.config

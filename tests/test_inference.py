@@ -176,12 +176,18 @@ def test_replicas_that_are_sharded(answer):
 
 
 @pytest.mark.parametrize(
-    "name, processes",
-    [("chatglm-6b-tiny", 2), ("chatglm2-6b-tiny", 2), ("glm-4-9b-chat-tiny", 2), ("glm-4-9b-chat-tiny", 4)],
+    "name, processes, tp_size",
+    [
+        ("chatglm-6b-tiny", 2, 2),
+        ("chatglm-6b-tiny", 4, 2),
+        ("chatglm2-6b-tiny", 2, 2),
+        ("glm-4-9b-chat-tiny", 2, 2),
+        ("glm-4-9b-chat-tiny", 4, 4),
+    ],
 )
-def test_shards_are_shards_and_logits_agree(run_ranks, name, processes):
-    """With 2 key/value heads and 4 processes the heads are repeated."""
-    result = run_ranks(processes, f"tests/tensor_parallel_check.py {GOLDEN / name}").check()
+def test_shards_are_shards_and_logits_agree(run_ranks, name, processes, tp_size):
+    """With 2 key/value heads on 4 processes the heads are repeated; 4 processes of which 2 share are 2 replicas."""
+    result = run_ranks(processes, f"tests/tensor_parallel_check.py {GOLDEN / name} {tp_size}").check()
     assert result.out.count("tensor parallel ok") == processes
 
 

@@ -75,7 +75,7 @@ def load_on_processes(
         init_deepspeed()
         model = adapt(load_model(path_or_id, dtype=dtype), shards=True)
         group, cpu_group, leader = tensor_parallel_groups(tp_size)
-        model = shard_with_deepspeed(model, checkpoint.generation, dtype, tp_size, group)
+        model = shard_with_deepspeed(model, checkpoint.generation, dtype, group)
         first = process_rank() == leader
         return model, Replica(processes // tp_size, first, leader, cpu_group)
     device = torch.device(f"cuda:{local_rank()}" if torch.cuda.is_available() else "cpu")
@@ -146,12 +146,12 @@ def check_heads(config: PretrainedConfig, processes: int) -> None:
 
 
 def shard_with_deepspeed(
-    model: PreTrainedModel, generation: Generation, dtype: torch.dtype, tp_size: int, group: Any = None
+    model: PreTrainedModel, generation: Generation, dtype: torch.dtype, group: torch.distributed.ProcessGroup
 ) -> PreTrainedModel:
     """
-    Splits the attention heads and the MLPs over `tp_size` processes (tensor parallelism) with DeepSpeed's inference
-    engine and moves this process's part to its device. Every process of `group` (of all, if None) must give the same
-    inputs and gets the same logits.
+    Splits the attention heads and the MLPs over the processes of `group` (tensor parallelism) with DeepSpeed's
+    inference engine and moves this process's part to its device. All must give the same inputs and get the same
+    logits.
 
     DeepSpeed's own guess would take ChatGLM-6B's `query_key_value` as [Q; K; V] where it goes head by head, and its
     MLP as gated; both compute something else without an error. The generation says how its layers are split instead.
@@ -159,12 +159,15 @@ def shard_with_deepspeed(
     Raises:
         UsageError: the key/value heads cannot be repeated evenly.
     """
+    from deepspeed.comm import comm
     from deepspeed.inference.config import DeepSpeedInferenceConfig
     from deepspeed.inference.engine import InferenceEngine
     from deepspeed.module_inject.autotp_config import AutoTPConfig, PartitionType, TPLayerSpec
 
+    tp_size = torch.distributed.get_world_size(group)
+    if tp_size < world_size():  # on the CPU its sums over shared memory, which know no groups, are of all processes
+        comm.cdb.shm_vector_kernel_level = 0
     repeat_key_value_heads(model, tp_size)
-
     plan = generation.architecture.tensor_parallel
     partition = AutoTPConfig(
         tp_size=tp_size,
@@ -193,9 +196,11 @@ def shard_with_deepspeed(
         tensor_parallel={
             "tp_size": tp_size,
             "tp_grain_size": grain,
-            "mpu": SimpleNamespace(get_model_parallel_group=lambda: group) if group is not None else None,
+            # The engine takes its group from one, its layers theirs from the other: without it they stay whole.
+            "mpu": SimpleNamespace(get_model_parallel_group=lambda: group),
+            "tp_group": group,
         },
-        injection_policy={plan.block: plan.rows} if tp_size > 1 else None,
+        injection_policy={plan.block: plan.rows},
     )
     return InferenceEngine(model, config=config).module
 

@@ -27,7 +27,7 @@ class StepGraphs:
         torch.cuda.synchronize()
         pool = next(iter(self.graphs.values())).pool() if self.graphs else None
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool):
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):  # NCCL has threads of its own
             call()
         self.graphs[key] = graph
         torch.cuda.synchronize()
