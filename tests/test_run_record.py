@@ -57,7 +57,7 @@ def test_metrics_and_figure(whole):
 
 
 def test_figures_take_a_hundredth_of_the_time(tmp_path):
-    """After the first, none at a log right behind it, but one at the end."""
+    """After the first, none at a log right behind it, but one at the end; others at the end of the step behind a log."""
     args, figure = SimpleNamespace(output_dir=str(tmp_path)), tmp_path / "loss.png"
     state = SimpleNamespace(is_world_process_zero=True, log_history=[])
     curves, drawn = Curves(), []
@@ -71,7 +71,13 @@ def test_figures_take_a_hundredth_of_the_time(tmp_path):
     curves.drawn -= 200 * curves.cost
     state.log_history.append({"step": 3, "loss": 1.0})
     curves.on_log(args, state, None)
-    assert figure.read_bytes() != drawn[2]
+    assert figure.read_bytes() == drawn[2]
+    curves.on_step_end(args, state, None)
+    drawn.append(figure.read_bytes())
+    assert drawn[2] != drawn[3]
+    state.log_history.append({"step": 4, "loss": 0.5})
+    curves.on_step_end(args, state, None)
+    assert figure.read_bytes() == drawn[3]
 
 
 def test_run_file_and_log(whole, tokens):

@@ -140,10 +140,14 @@ class Curves(TrainerCallback):
     """
     Keeps metrics.jsonl, one line a log, and loss.png up to date. Both hold what the state of the run holds, which a
     checkpoint carries: a resumed run goes on where the checkpoint was, whatever had been logged behind it.
+
+    A log is made when the device has nothing to do, so a figure waits for the end of the next step, which the device
+    is then about to compute.
     """
 
     def __init__(self):
         self.drawn, self.cost = 0.0, 0.0
+        self.is_due = False
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
         """Draws twice, so that the library is loaded and a drawing's cost known before a step is timed."""
@@ -157,10 +161,16 @@ class Curves(TrainerCallback):
         directory = Path(args.output_dir)
         with atomic_writer(directory / METRICS_FILE) as file:
             file.writelines(dump_row({"step": row["step"]} | _finite(row)) for row in state.log_history)
-        if time.monotonic() - self.drawn > FIGURE_SHARE * self.cost or "train_runtime" in state.log_history[-1]:
+        self.is_due = time.monotonic() - self.drawn > FIGURE_SHARE * self.cost
+        if "train_runtime" in state.log_history[-1]:
+            self._draw(args, state)
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        if self.is_due:
             self._draw(args, state)
 
     def _draw(self, args, state) -> None:
+        self.is_due = False
         begun = time.monotonic()
         draw(state.log_history, Path(args.output_dir) / FIGURE_FILE)
         self.drawn = time.monotonic()
