@@ -1,4 +1,4 @@
-"""MLPs whose activation is a kernel: what is around the kernels, which tests/activation_kernels_check.py looks at."""
+"""MLPs whose activation is a kernel: what is around the kernels, which tests/training_kernels_check.py looks at."""
 
 import copy
 import importlib.util
@@ -28,7 +28,7 @@ MLPS = {
 def test_the_kernels(run_command):
     """By Triton's interpreter without a GPU, where Triton is installed; torch without a GPU comes without it."""
     pytest.importorskip("triton")
-    assert "equal" in run_command(f"{sys.executable} {ROOT}/tests/activation_kernels_check.py").check().out
+    assert "equal" in run_command(f"{sys.executable} {ROOT}/tests/training_kernels_check.py").check().out
 
 
 def activate(inputs: torch.Tensor, gated: bool) -> torch.Tensor:

@@ -13,7 +13,6 @@ from utils.fp8 import Fp8Linear
 from utils.lora import attach_adapter
 from utils.lora_layers import Absorbed, fuse_projections
 from utils.packing import PackShape
-from utils.rotary import rotate_neighbours
 from utils.throughput import Throughput
 from utils.training_speed import settle_zero3
 
@@ -22,7 +21,6 @@ import torch
 from conftest import ROOT, attend_row_by_row
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
-from transformers.models.glm.modeling_glm import apply_rotary_pos_emb
 
 TARGETS = {"tiny": ["query_key_value"], "tiny-glm": ["q_proj", "k_proj", "v_proj"]}
 TRAIN = "multi_gpu_fintune_belle.py"
@@ -100,19 +98,6 @@ def test_attention_without_a_mask(shape, monkeypatch):
     assert (actual[:, :51] - expected).abs().max() <= 1e-5
     for name, gradient in expected_gradients.items():
         assert (gradients[name] - gradient).norm() <= 1e-5 * gradient.norm(), name
-
-
-def test_neighbours_are_rotated_as_by_transformers():
-    """To the bit, in bfloat16, whether all of a head turns or half of it."""
-    torch.manual_seed(0)
-    query, key = torch.randn(2, 4, 5, 16).bfloat16(), torch.randn(2, 2, 5, 16).bfloat16()
-    for size in (8, 16):
-        angles = torch.randn(2, 5, size // 2).repeat(1, 1, 2)
-        factors = angles.cos().bfloat16(), angles.sin().bfloat16()
-        for found, expected in zip(
-            rotate_neighbours(query, key, *factors), apply_rotary_pos_emb(query, key, *factors), strict=True
-        ):
-            assert torch.equal(found, expected)
 
 
 @pytest.fixture

@@ -62,6 +62,18 @@ class FusedGlmAttention(GlmAttention):
         for name in QKV:
             getattr(self, name).base_layer = Absorbed()
 
+    def branch(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """A (3 r, in) and the scaled B (out, 3 r) of all three."""
+        branches = [getattr(self, name).branch() for name in QKV]
+        return torch.cat([A for A, _ in branches]), torch.block_diag(*[B for _, B in branches])
+
+    def heads_of(self, hidden_states: torch.Tensor, position_embeddings) -> tuple[torch.Tensor, ...]:
+        """Query (B, H, T, D) and key (B, K, T, D) rotated, and value (B, K, T, D)."""
+        qkv = add_branch(self.qkv_proj(hidden_states), hidden_states, *self.branch())
+        heads = qkv.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, H + 2 K, T, D)
+        query, key, value = heads.split(self.heads, dim=1)
+        return *rotate_neighbours(query, key, *position_embeddings), value
+
     def forward(
         self,
         hidden_states,
@@ -71,12 +83,7 @@ class FusedGlmAttention(GlmAttention):
         cache=None,
         **kwargs,
     ):
-        branches = [getattr(self, name).branch() for name in QKV]
-        A, B = torch.cat([A for A, _ in branches]), torch.block_diag(*[B for _, B in branches])
-        qkv = add_branch(self.qkv_proj(hidden_states), hidden_states, A, B)
-        heads = qkv.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, H + 2 K, T, D)
-        query, key, value = heads.split(self.heads, dim=1)
-        query, key = rotate_neighbours(query, key, *position_embeddings)
+        query, key, value = self.heads_of(hidden_states, position_embeddings)
         cache = cache if cache is not None else past_key_values
         if cache is not None:
             key, value = cache.update(key, value, self.layer_idx)

@@ -20,6 +20,11 @@ def few_rows_product() -> ModuleType | None:
     return _module("few_rows_product", PRODUCT_CAPABILITY)
 
 
+def heads_kernels() -> ModuleType | None:
+    """utils/heads_kernels.py, or None where it cannot run."""
+    return _module("heads_kernels", CAPABILITY)
+
+
 def activation_kernels() -> ModuleType | None:
     """utils/activation_kernels.py, or None where it cannot run."""
     return _module("activation_kernels", CAPABILITY)

@@ -2,6 +2,7 @@
 
 from utils.chatglm.generations import Generation
 from utils.fp8 import convert_to_fp8
+from utils.fused_heads import fuse_heads
 from utils.fused_mlp import fuse_mlps
 from utils.lora_layers import fuse_projections
 from utils.varlen_attention import VARLEN
@@ -71,6 +72,7 @@ def speed_up(
         convert_to_fp8(model, {*generation.linear_layers, "qkv_proj"}, trains=True)
     if half and not args.use_cpu:
         fuse_mlps(model)
+        fuse_heads(model)
     if compile_layers:
         for block in decoder_blocks(model):  # without their hooks, DeepSpeed's
             block.forward = torch.compile(block.forward)

@@ -121,22 +121,27 @@ class ChatGLMAttention(nn.Module):
         self.query_key_value = nn.Linear(config.hidden_size, 3 * config.hidden_size)
         self.dense = nn.Linear(config.hidden_size, config.hidden_size)
 
-    def forward(self, hidden_states, position_embeddings, attention_mask=None, cache: Cache | None = None, **kwargs):
+    def heads_of(self, hidden_states: torch.Tensor, position_embeddings) -> tuple[torch.Tensor, ...]:
+        """Query and key rotated, and value, each (B, H, T, D)."""
         B, T, _ = hidden_states.shape
         # The rows of query_key_value go head by head: [q0 k0 v0 q1 k1 v1 ...]. Under tensor parallelism H is the
         # number of this rank's heads.
         qkv = self.query_key_value(hidden_states).view(B, T, -1, 3 * self.head_dim).transpose(1, 2)
-        query, key, value = qkv.chunk(3, dim=-1)  # each (B, H, T, D)
+        query, key, value = qkv.chunk(3, dim=-1)
         cos, sin = position_embeddings
         query = query * cos + rotate_half_2d(query) * sin
         key = key * cos + rotate_half_2d(key) * sin
+        return query, key, value
+
+    def forward(self, hidden_states, position_embeddings, attention_mask=None, cache: Cache | None = None, **kwargs):
+        query, key, value = self.heads_of(hidden_states, position_embeddings)
         if cache is not None:
             key, value = cache.update(key, value, self.layer_idx)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         output, weights = attend(
             self, query, key, value, attention_mask, dropout=0.0, scaling=self.scaling, **kwargs
         )  # (B, T, H, D)
-        return self.dense(output.reshape(B, T, -1)), weights
+        return self.dense(output.flatten(-2)), weights
 
 
 class ChatGLMMLP(nn.Module):
