@@ -57,7 +57,7 @@ def test_metrics_and_figure(whole):
 
 
 def test_figures_take_a_hundredth_of_the_time(tmp_path):
-    """After the first, none at a log right behind it, but one at the end; others at the end of the step behind a log."""
+    """After the first, none at a log right behind it, but one at the end; others as the step after a log ends."""
     args, figure = SimpleNamespace(output_dir=str(tmp_path)), tmp_path / "loss.png"
     state = SimpleNamespace(is_world_process_zero=True, log_history=[])
     curves, drawn = Curves(), []
