@@ -98,7 +98,11 @@ def test_heads_are_those_without_a_kernel(family, is_compiled, ops, monkeypatch)
     fused = copy.deepcopy(plain)
     fused_heads.fuse_heads(fused)
     assert type(fused) is type(plain)  # without a kernel
-    monkeypatch.setattr(fused_heads, "heads_kernels", lambda: SimpleNamespace(fits=lambda size: size == 16))
+    sizes = []
+    kernels = SimpleNamespace(fits=lambda *size: sizes.append(size) or len(sizes) > 1)
+    monkeypatch.setattr(fused_heads, "heads_kernels", lambda: kernels)
+    fused_heads.fuse_heads(fused)
+    assert type(fused) is type(plain) and sizes == [(16, 4 if family is chatglm else 12)]  # where it does not fit
     fused_heads.fuse_heads(fused)
     assert isinstance(fused, type(plain)) and type(fused) is not type(plain)
     hidden_states = torch.randn(2, 9, 64)

@@ -128,6 +128,7 @@ def check_all_heads(dtype: torch.dtype, tolerance: float) -> None:
 torch.manual_seed(0)
 fused_mlp.activation_kernels = lambda: activation_kernels
 fused_heads.heads_kernels = lambda: heads_kernels
+assert heads_kernels.fits(128, 3 * 32) and not heads_kernels.fits(128, 3 * 64)
 check_all_heads(*((torch.bfloat16, 2 * HALF) if ON_GPU else (torch.float32, 1e-5)))
 for gated in (True, False):
     for T, F in ((300, 13696), (7, 16384), (5, 48)) if ON_GPU else ((3, 13696), (5, 48)):

@@ -1,7 +1,7 @@
 """Heads of attention in training: one kernel from the product of the frozen weight to rotated query, key and value."""
 
 from utils.chatglm.modeling_chatglm import ChatGLMAttention
-from utils.lora_layers import FusedGlmAttention, LoraLinear
+from utils.lora_layers import QKV, FusedGlmAttention, LoraLinear
 from utils.optional_kernels import heads_kernels
 
 import torch
@@ -63,9 +63,13 @@ def fuse_heads(model: nn.Module) -> None:
     """Changes every attention of `model` with one adapter on its query, key and value, on a GPU, in place."""
     kernels = heads_kernels()
     for module in model.modules() if kernels is not None else ():
-        if type(module) is FusedGlmAttention and kernels.fits(module.head_dim):
-            module.__class__ = KernelGlmAttention
-        elif type(module) is ChatGLMAttention and kernels.fits(module.head_dim):
-            layer = module.query_key_value
-            if isinstance(layer, LoraLinear) and layer.is_plain():
-                module.__class__ = KernelChatGLMAttention
+        if type(module) is FusedGlmAttention:
+            layers, kind = [getattr(module, name) for name in QKV], KernelGlmAttention
+        elif type(module) is ChatGLMAttention:
+            layers, kind = [module.query_key_value], KernelChatGLMAttention
+        else:
+            continue
+        if all(isinstance(layer, LoraLinear) and layer.is_plain() for layer in layers):
+            rank = sum(layer.r[layer.active_adapters[0]] for layer in layers)
+            if kernels.fits(module.head_dim, rank):
+                module.__class__ = kind

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 TOKENS = 32  # of a program, which has one head
+MOST_OF_B = 128 * 128  # elements of a head, 32 KiB of a program's shared memory in 16 bits
 
 
 @triton.jit
@@ -117,9 +118,9 @@ def _heads_kernel(
         _store_pairs(key_ptr, apart, turned, partner, inside, NEIGHBOURS, D, TOKENS)
 
 
-def fits(size: int) -> bool:
-    """Whether heads of D = `size` are such that a program can hold."""
-    return 32 <= size <= 256 and size == triton.next_power_of_2(size)
+def fits(size: int, rank: int) -> bool:
+    """Whether heads of D = `size` and a branch of R = `rank` are such that a program of any GPU can hold."""
+    return 32 <= size <= 256 and size == triton.next_power_of_2(size) and size * rank <= MOST_OF_B
 
 
 def _launch(heads, query, key, value, cos, sin, branch, neighbours: bool) -> None:
