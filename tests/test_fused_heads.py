@@ -75,19 +75,23 @@ def chatglm():
     return model, ChatGLMRotaryEmbedding(config)(torch.zeros(1), torch.randint(0, 300, (2, 2, 9)))
 
 
-def glm():
+def glm(partitioned=False):
     config = GlmConfig(
         hidden_size=64, num_attention_heads=4, num_key_value_heads=2, head_dim=16, num_hidden_layers=1,
         intermediate_size=64, vocab_size=64, attention_bias=True, pad_token_id=0,
     )  # fmt: skip
     model = attach_adapter(GlmForCausalLM(config), 4, 8, 0.0, ["q_proj", "k_proj", "v_proj"], seed=0)
-    fuse_projections(model)
+    fuse_projections(model, partitioned)
     return model, GlmRotaryEmbedding(config)(torch.zeros(1), torch.randint(0, 300, (2, 9)))
+
+
+def partitioned_glm():
+    return glm(partitioned=True)
 
 
 @pytest.mark.skipif(HAS_TRITON, reason="the operators are the kernel there")
 @pytest.mark.parametrize("is_compiled", [False, True])
-@pytest.mark.parametrize("family", [chatglm, glm])
+@pytest.mark.parametrize("family", [chatglm, glm, partitioned_glm])
 def test_heads_are_those_without_a_kernel(family, is_compiled, ops, monkeypatch):
     torch.manual_seed(0)
     model, factors = family()

@@ -11,10 +11,10 @@ from utils.batching import PackingCollator, RowsByLength
 from utils.chatglm.modeling_chatglm import derive_position_ids
 from utils.fp8 import Fp8Linear
 from utils.lora import attach_adapter
-from utils.lora_layers import Absorbed, fuse_projections
+from utils.lora_layers import Absorbed, JoinedLinear, fuse_projections
 from utils.packing import PackShape
 from utils.throughput import Throughput
-from utils.training_speed import settle_zero3
+from utils.training_speed import PREFETCHED, decoder_blocks, gather_by_block, settle_zero3
 
 import pytest
 import torch
@@ -62,15 +62,33 @@ def test_layers_compute_what_peft_computes(shape):
     config = LoraConfig(task_type="CAUSAL_LM", r=8, lora_alpha=32, target_modules=TARGETS[shape])
     reference = get_peft_model(copy.deepcopy(base), config)
     model = attach_adapter(base, 8, 32, 0.0, TARGETS[shape], seed=0)
+    absorbed, joined = copy.deepcopy(model), copy.deepcopy(model)
+    fuse_projections(absorbed)
+    fuse_projections(joined, partitioned=True)
+    for found, kind in ((absorbed, Absorbed), (joined, JoinedLinear)):
+        assert any(isinstance(module, kind) for module in found.modules()) == (shape == "tiny-glm")
     expected_loss, expected = loss_and_gradients(reference)
-    for fused in (False, True):
-        if fused:
-            fuse_projections(model)
-            assert any(isinstance(module, Absorbed) for module in model.modules()) == (shape == "tiny-glm")
-        loss, gradients = loss_and_gradients(model)
+    for found in (model, absorbed, joined):
+        loss, gradients = loss_and_gradients(found)
         assert gradients.keys() == expected.keys() and (loss - expected_loss).abs() <= 1e-6
         assert all((gradients[name] - value).abs().max() <= 1e-6 for name, value in expected.items())
-    assert model.get_nb_trainable_parameters() == reference.get_nb_trainable_parameters()
+        assert found.get_nb_trainable_parameters() == reference.get_nb_trainable_parameters()
+    assert joined.state_dict().keys() == model.state_dict().keys()
+
+
+def test_no_joined_weight_waits_for_the_backward_pass():
+    """ZeRO-3 frees the parameters that compiled layers kept, and gathers them again; nothing else of their size."""
+    layers = [torch.nn.Linear(96, rows).requires_grad_(False) for rows in (96, 32, 32)]
+    product = torch.compile(JoinedLinear(layers), backend="aot_eager_decomp_partition", fullgraph=True)
+    inputs, kept = torch.randn(2, 5, 96, requires_grad=True), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        output = product(inputs)
+    weights = {layer.weight.data_ptr() for layer in layers}
+    assert weights <= {tensor.data_ptr() for tensor in kept}
+    assert all(tensor.data_ptr() in weights for tensor in kept if tensor.numel() >= 32 * 96)
+    assert (output - torch.cat([layer(inputs) for layer in layers], dim=-1)).abs().max() <= 1e-6
+    output.sum().backward()
+    assert (inputs.grad - sum(layer.weight.sum(dim=0) for layer in layers)).abs().max() <= 1e-5
 
 
 @pytest.mark.parametrize("shape", TARGETS)
@@ -149,6 +167,16 @@ def test_compiled_layers_have_torchs_own_product():
     assert zero["memory_efficient_linear"]
     settle_zero3(SimpleNamespace(deepspeed_plugin=plugin), compile_layers=True)
     assert zero["memory_efficient_linear"] is False
+
+
+@pytest.mark.parametrize("configured", [{PREFETCHED: "auto"}, {}, {PREFETCHED: 7}])
+def test_the_next_block_is_gathered_whole(configured):
+    model = attach_adapter(random_model("tiny-glm", "cpu", torch.float32), 8, 32, 0.0, TARGETS["tiny-glm"], seed=0)
+    zero = {"stage": 3, **configured}
+    plugin = SimpleNamespace(zero_stage=3, hf_ds_config=SimpleNamespace(config={"zero_optimization": zero}))
+    gather_by_block(model, SimpleNamespace(deepspeed_plugin=plugin))
+    size = sum(weight.numel() for weight in decoder_blocks(model)[0].parameters())
+    assert zero[PREFETCHED] == (7 if configured.get(PREFETCHED) == 7 else size) and size > 0
 
 
 def test_rows_of_a_batch_are_of_similar_length():

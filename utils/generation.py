@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import chain, islice
+from statistics import mean
 from typing import Any
 
 from utils.answer_files import Answer, AnswerFile
@@ -287,11 +288,13 @@ def answer_rows(
     output.close()
     answers = gather_lists(answers)
     seconds = time.perf_counter() - started
+    clocks = gather_from_all(clock)
+    preparing, reading = mean(c.preparing for c in clocks), mean(c.reading for c in clocks)
     if not is_main_process():
         return
     output.finish(sorted([*known.values(), *answers], key=lambda answer: answer["index"]))
     new_tokens = sum(answer.get("answer_tokens", 0) for answer in answers)
-    working = seconds - clock.preparing
+    working = seconds - preparing
     summary = {
         "output_path": str(output.path),
         "rows": len(known) + len(answers),
@@ -301,8 +304,8 @@ def answer_rows(
         "new_tokens": new_tokens,
         "prompt_tokens": sum(answer.get("prompt_tokens", 0) for answer in answers),
         "seconds": round(working, 2),
-        "preparation_seconds": round(clock.preparing, 2),
-        "reading_seconds": round(clock.reading, 2),
+        "preparation_seconds": round(preparing, 2),
+        "reading_seconds": round(reading, 2),
         "new_tokens_per_second": round(new_tokens / working, 1),
         "finish_reasons": _count(answer["finish_reason"] for answer in answers),
     }

@@ -3,11 +3,14 @@ The layers that an adapter trains in, at the speed of the hardware: the branch i
 master weights, its second product added by the matrix product itself, and the projections of one input in one.
 """
 
+from collections.abc import Sequence
+
 from utils.rotary import rotate_neighbours
 
 import torch
 from peft.tuners.lora import Linear as PeftLoraLinear
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.glm.modeling_glm import GlmAttention, eager_attention_forward
 
@@ -47,13 +50,37 @@ class Absorbed(nn.Module):
         raise RuntimeError("this projection's weight is part of qkv_proj")
 
 
+class JoinedLinear(nn.Module):
+    """
+    One product of several linear layers, their weights laid together when it is called and again in the backward
+    pass: for those that ZeRO-3 gathers. For compiled layers: elsewhere the product would be made again too.
+    """
+
+    def __init__(self, layers: Sequence[nn.Linear]):
+        super().__init__()
+        self.layers = tuple(layers)  # which stay registered where they are
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return checkpoint(self._product, hidden_states, use_reentrant=False)
+
+    def _product(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        bias = None if self.layers[0].bias is None else torch.cat([layer.bias for layer in self.layers])
+        return nn.functional.linear(hidden_states, torch.cat([layer.weight for layer in self.layers]), bias)
+
+
 class FusedGlmAttention(GlmAttention):
     """`GlmAttention` whose query, key and value come from one product; their adapters keep their places."""
 
-    def absorb(self) -> None:
-        """Moves the three projections' weights into `qkv_proj`. For an attention that has become of this class."""
+    def fuse(self, partitioned: bool) -> None:
+        """Makes `qkv_proj` of the three projections. For an attention that has become of this class."""
         bases = [getattr(self, name).base_layer for name in QKV]
         self.heads = [base.out_features // self.head_dim for base in bases]
+        if partitioned:
+            self.qkv_proj = JoinedLinear(bases)
+        else:
+            self._absorb(bases)
+
+    def _absorb(self, bases: Sequence[nn.Linear]) -> None:
         rows = sum(base.out_features for base in bases)
         self.qkv_proj = nn.Linear(bases[0].in_features, rows, bases[0].bias is not None, device="meta")
         for kind, _ in list(self.qkv_proj.named_parameters()):
@@ -95,8 +122,13 @@ class FusedGlmAttention(GlmAttention):
         return self.o_proj(output.flatten(-2)), weights
 
 
-def fuse_projections(model: nn.Module) -> None:
-    """Makes one product of query, key and value wherever all three have an adapter over a plain weight."""
+def fuse_projections(model: nn.Module, partitioned: bool = False) -> None:
+    """
+    Makes one product of query, key and value wherever all three have an adapter over a plain weight.
+
+    Args:
+        partitioned: whether ZeRO-3 holds the weights, which then stay where they are.
+    """
     for module in model.modules():
         if type(module) is not GlmAttention:
             continue
@@ -109,4 +141,4 @@ def fuse_projections(model: nn.Module) -> None:
             for projection in projections
         ):
             module.__class__ = FusedGlmAttention
-            module.absorb()
+            module.fuse(partitioned)

@@ -12,6 +12,8 @@ from peft import PeftModel
 from transformers import TrainingArguments
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+PREFETCHED = "stage3_prefetch_bucket_size"  # parameters
+
 
 def decoder_blocks(model: PeftModel) -> list[GradientCheckpointingLayer]:
     return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
@@ -39,14 +41,20 @@ def settle_zero3(args: TrainingArguments, compile_layers: bool) -> None:
         args.deepspeed_plugin.hf_ds_config.config["zero_optimization"]["memory_efficient_linear"] = False
 
 
-def gather_by_block(model: PeftModel) -> None:
+def gather_by_block(model: PeftModel, args: TrainingArguments) -> None:
     """
     Has DeepSpeed gather a block's weights at once when it is called: inside it there are then no hooks, of which each
-    linear layer would have four, and what is compiled finds every weight.
+    linear layer would have four, and what is compiled finds every weight. The next block's are gathered meanwhile,
+    all of them, where the configuration leaves that to us.
     """
     from deepspeed.utils import set_z3_leaf_modules
 
-    set_z3_leaf_modules(model, list({type(block) for block in decoder_blocks(model)}))
+    blocks = decoder_blocks(model)
+    set_z3_leaf_modules(model, list({type(block) for block in blocks}))
+    zero = args.deepspeed_plugin.hf_ds_config.config["zero_optimization"]
+    if zero.get(PREFETCHED, "auto") == "auto":
+        sizes = [[getattr(weight, "ds_numel", weight.numel()) for weight in block.parameters()] for block in blocks]
+        zero[PREFETCHED] = max(map(sum, sizes))  # the adapter's weights are not in shards yet
     # A block whose input has no gradient would be taken as done before its backward pass.
     model.enable_input_require_grads()
 
@@ -64,10 +72,11 @@ def speed_up(
     half = model.dtype in (torch.float16, torch.bfloat16)
     if packing and half and not args.use_cpu:
         model.get_base_model().set_attn_implementation(VARLEN)
-    if partitions_weights(args):
-        gather_by_block(model)
-    else:
-        fuse_projections(model)
+    partitioned = partitions_weights(args)
+    if partitioned:
+        gather_by_block(model, args)
+    if compile_layers or not partitioned:  # without compiling a joined weight would be kept for the backward pass
+        fuse_projections(model, partitioned)
     if fp8:
         convert_to_fp8(model, {*generation.linear_layers, "qkv_proj"}, trains=True)
     if half and not args.use_cpu:
