@@ -1,13 +1,15 @@
 """
-torchrun tensor_parallel_check.py CHECKPOINT TP_SIZE: what the scripts load is sharded, and its logits are the whole
-model's.
+torchrun tensor_parallel_check.py CHECKPOINT TP_SIZE [compiled]: what the scripts load is sharded, and its logits are
+the whole model's; with `compiled` also the engine's answers, its layers compiled as on a GPU.
 """
 
 import sys
 
 from utils.checkpoint import Checkpoint, load_model
 from utils.distributed import shut_down, world_size
+from utils.engine import Engine
 from utils.placement import load_on_processes
+from utils.prompt_packing import Task
 
 import torch
 
@@ -36,5 +38,12 @@ if hasattr(config, "gmask_token_id"):
 with torch.no_grad():
     difference = (sharded(input_ids=input_ids).logits - whole(input_ids=input_ids).logits).abs().max().item()
 assert difference <= 1e-4, difference
+if "compiled" in sys.argv:
+    answers = []
+    for model, is_compiled in ((whole.eval(), False), (sharded.eval(), True)):
+        engine = Engine(model, slots=2, columns=40, stop_ids=[-1], compile_layers=is_compiled)
+        tasks = [Task(number, ids, 8) for number, ids in enumerate(input_ids[:, :12].tolist())]
+        answers.append({task.number: task.answer_ids for task in engine.answer(tasks)})
+    assert answers[0] == answers[1] and len(answers[0]) == 2, answers
 print("tensor parallel ok")
 shut_down()

@@ -176,18 +176,18 @@ def test_replicas_that_are_sharded(answer):
 
 
 @pytest.mark.parametrize(
-    "name, processes, tp_size",
+    "name, processes, flags",
     [
         ("chatglm-6b-tiny", 2, 2),
         ("chatglm-6b-tiny", 4, 2),
-        ("chatglm2-6b-tiny", 2, 2),
+        ("chatglm2-6b-tiny", 2, "2 compiled"),
         ("glm-4-9b-chat-tiny", 2, 2),
         ("glm-4-9b-chat-tiny", 4, 4),
     ],
 )
-def test_shards_are_shards_and_logits_agree(run_ranks, name, processes, tp_size):
+def test_shards_are_shards_and_logits_agree(run_ranks, name, processes, flags):
     """With 2 key/value heads on 4 processes the heads are repeated; 4 processes of which 2 share are 2 replicas."""
-    result = run_ranks(processes, f"tests/tensor_parallel_check.py {GOLDEN / name} {tp_size}").check()
+    result = run_ranks(processes, f"tests/tensor_parallel_check.py {GOLDEN / name} {flags}").check()
     assert result.out.count("tensor parallel ok") == processes
 
 

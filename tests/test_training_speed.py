@@ -14,7 +14,7 @@ from utils.lora import attach_adapter
 from utils.lora_layers import Absorbed, JoinedLinear, fuse_projections
 from utils.packing import PackShape
 from utils.throughput import Throughput
-from utils.training_speed import PREFETCHED, decoder_blocks, gather_by_block, settle_zero3
+from utils.training_speed import settle_zero3
 
 import pytest
 import torch
@@ -167,16 +167,6 @@ def test_compiled_layers_have_torchs_own_product():
     assert zero["memory_efficient_linear"]
     settle_zero3(SimpleNamespace(deepspeed_plugin=plugin), compile_layers=True)
     assert zero["memory_efficient_linear"] is False
-
-
-@pytest.mark.parametrize("configured", [{PREFETCHED: "auto"}, {}, {PREFETCHED: 7}])
-def test_the_next_block_is_gathered_whole(configured):
-    model = attach_adapter(random_model("tiny-glm", "cpu", torch.float32), 8, 32, 0.0, TARGETS["tiny-glm"], seed=0)
-    zero = {"stage": 3, **configured}
-    plugin = SimpleNamespace(zero_stage=3, hf_ds_config=SimpleNamespace(config={"zero_optimization": zero}))
-    gather_by_block(model, SimpleNamespace(deepspeed_plugin=plugin))
-    size = sum(weight.numel() for weight in decoder_blocks(model)[0].parameters())
-    assert zero[PREFETCHED] == (7 if configured.get(PREFETCHED) == 7 else size) and size > 0
 
 
 def test_rows_of_a_batch_are_of_similar_length():

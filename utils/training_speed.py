@@ -12,8 +12,6 @@ from peft import PeftModel
 from transformers import TrainingArguments
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-PREFETCHED = "stage3_prefetch_bucket_size"  # parameters
-
 
 def decoder_blocks(model: PeftModel) -> list[GradientCheckpointingLayer]:
     return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
@@ -41,20 +39,14 @@ def settle_zero3(args: TrainingArguments, compile_layers: bool) -> None:
         args.deepspeed_plugin.hf_ds_config.config["zero_optimization"]["memory_efficient_linear"] = False
 
 
-def gather_by_block(model: PeftModel, args: TrainingArguments) -> None:
+def gather_by_block(model: PeftModel) -> None:
     """
     Has DeepSpeed gather a block's weights at once when it is called: inside it there are then no hooks, of which each
-    linear layer would have four, and what is compiled finds every weight. The next block's are gathered meanwhile,
-    all of them, where the configuration leaves that to us.
+    linear layer would have four, and what is compiled finds every weight.
     """
     from deepspeed.utils import set_z3_leaf_modules
 
-    blocks = decoder_blocks(model)
-    set_z3_leaf_modules(model, list({type(block) for block in blocks}))
-    zero = args.deepspeed_plugin.hf_ds_config.config["zero_optimization"]
-    if zero.get(PREFETCHED, "auto") == "auto":
-        sizes = [[getattr(weight, "ds_numel", weight.numel()) for weight in block.parameters()] for block in blocks]
-        zero[PREFETCHED] = max(map(sum, sizes))  # the adapter's weights are not in shards yet
+    set_z3_leaf_modules(model, list({type(block) for block in decoder_blocks(model)}))
     # A block whose input has no gradient would be taken as done before its backward pass.
     model.enable_input_require_grads()
 
@@ -74,8 +66,8 @@ def speed_up(
         model.get_base_model().set_attn_implementation(VARLEN)
     partitioned = partitions_weights(args)
     if partitioned:
-        gather_by_block(model, args)
-    if compile_layers or not partitioned:  # without compiling a joined weight would be kept for the backward pass
+        gather_by_block(model)
+    if compile_layers or not partitioned:  # else the joined product would be made twice
         fuse_projections(model, partitioned)
     if fp8:
         convert_to_fp8(model, {*generation.linear_layers, "qkv_proj"}, trains=True)
