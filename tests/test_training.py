@@ -71,8 +71,9 @@ def test_every_distribution_makes_the_same_adapter(train, reference, tmp_path, n
     for key, value in expected.items():
         assert value.dtype == actual[key].dtype == torch.float32
         assert (actual[key] - value).abs().max() <= 1e-4, key
-    losses = [json.loads((path / "summary.json").read_text())["train_loss"] for path in (reference, output_dir)]
-    assert abs(losses[0] - losses[1]) <= 1e-4
+    summaries = [json.loads((path / "summary.json").read_text()) for path in (reference, output_dir)]
+    assert abs(summaries[0]["train_loss"] - summaries[1]["train_loss"]) <= 1e-4
+    assert summaries[0]["total_flos"] == summaries[1]["total_flos"] > 0
     assert sorted(path.name for path in output_dir.glob("checkpoint-*")) == ["checkpoint-4", "checkpoint-6"]
     assert (output_dir / "checkpoint-4" / "adapter_model.safetensors").is_file()
 

@@ -54,6 +54,7 @@ class Throughput:
     target_flops: float
     steps: int = -1  # on the clock, which the end of the first one starts
     first_step_seconds: float = 0.0
+    batch_flops: float = 0.0  # of the micro-batch counted last
 
     def __post_init__(self):
         self.counts = Counter()
@@ -73,6 +74,10 @@ class Throughput:
     def count(self, real: int, total: int, targets: int) -> None:
         """The tokens of one micro-batch: without padding, with it, and trained on."""
         self.counts.update(real=real, total=total, targets=targets)
+        self.batch_flops = self.flops(real, targets)
+
+    def flops(self, real: int, targets: int) -> float:
+        return real * self.token_flops + targets * self.target_flops
 
     def end_step(self) -> None:
         """After each optimizer step."""
@@ -112,7 +117,7 @@ class Throughput:
             "padding": round(1 - counts["real"] / counts["total"], 4),
         }
         if peak := peak_tflops():
-            flops = counts["real"] * self.token_flops + counts["targets"] * self.target_flops
+            flops = self.flops(counts["real"], counts["targets"])
             found |= {"mfu": round(flops / seconds / len(everyone) / peak / 1e12, 4), "of_peak_tflops": peak}
         if torch.cuda.is_available():
             found["peak_gib"] = round(max(peak for _, peak in everyone), 2)

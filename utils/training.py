@@ -223,6 +223,10 @@ class AdapterTrainer(GuardedTrainer):
         self.throughput.count(inputs.pop("real_tokens"), inputs["input_ids"].numel(), len(inputs["target_ids"]))
         return super().training_step(model, inputs, num_items_in_batch)
 
+    def floating_point_ops(self, inputs) -> float:
+        """Of the last micro-batch, as `mfu` counts them: Trainer's miss weights in shards or integers."""
+        return self.throughput.batch_flops
+
     @torch.no_grad()
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
         """
