@@ -1,6 +1,8 @@
 """The engine's greedy answers are those of plain `generate`, whatever shares the batch."""
 
+import gc
 import sys
+import weakref
 
 from tools.random_checkpoint import random_model
 from utils import varlen_attention
@@ -55,6 +57,20 @@ def test_answers_are_those_of_generate(made):
         engine = Engine(model, slots, columns=64, stop_ids=sorted(stops), steps=steps, compile_layers=compiled)
         done = list(engine.answer(Task(number, prompt, 20) for number, prompt in enumerate(prompts)))
         assert [task.answer_ids for task in sorted(done, key=lambda task: task.number)] == expected
+
+
+def test_an_engine_goes_with_its_last_reference():
+    """And its graphs with it, without a cycle: see `shut_down`."""
+    model, prompts = random_glm()
+    gc.disable()
+    try:
+        engine = Engine(model, 2, columns=64, stop_ids=[-1], compile_layers=False)
+        assert len(list(engine.answer(Task(number, prompt, 3) for number, prompt in enumerate(prompts)))) == 7
+        left = [weakref.ref(part) for part in (engine, engine.graphs, engine.state)]
+        del engine
+        assert [part() for part in left] == [None, None, None]
+    finally:
+        gc.enable()
 
 
 def test_reads_are_of_few_sizes():

@@ -182,7 +182,10 @@ def free_port() -> int:
 
 
 def shut_down() -> None:
-    """Leaves the process group, so that no rank ends while another still talks to it."""
+    """
+    Leaves the process group, so that no rank ends while another still talks to it. CUDA graphs with NCCL's sums in
+    them must be gone by then: with an engine still there, it did not return.
+    """
     if _peers:
         barrier()
         _peers.pop().close()
