@@ -1,7 +1,8 @@
 """Heads of attention in training: one kernel from the product of the frozen weight to rotated query, key and value."""
 
+from utils.chatglm.generations import QKV
 from utils.chatglm.modeling_chatglm import ChatGLMAttention
-from utils.lora_layers import QKV, FusedGlmAttention, LoraLinear
+from utils.lora_layers import FusedGlmAttention, LoraLinear
 from utils.optional_kernels import heads_kernels
 
 import torch

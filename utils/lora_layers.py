@@ -5,16 +5,15 @@ master weights, its second product added by the matrix product itself, and the p
 
 from collections.abc import Sequence
 
+from utils.chatglm.generations import QKV
+from utils.joined_projections import JoinedGlmAttention, join_linear
 from utils.rotary import rotate_neighbours
 
 import torch
 from peft.tuners.lora import Linear as PeftLoraLinear
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.glm.modeling_glm import GlmAttention, eager_attention_forward
-
-QKV = ("q_proj", "k_proj", "v_proj")
+from transformers.models.glm.modeling_glm import GlmAttention
 
 
 def add_branch(output: torch.Tensor, hidden_states: torch.Tensor, A: torch.Tensor, B: torch.Tensor) -> torch.Tensor:
@@ -68,24 +67,16 @@ class JoinedLinear(nn.Module):
         return nn.functional.linear(hidden_states, torch.cat([layer.weight for layer in self.layers]), bias)
 
 
-class FusedGlmAttention(GlmAttention):
-    """`GlmAttention` whose query, key and value come from one product; their adapters keep their places."""
+class FusedGlmAttention(JoinedGlmAttention):
+    """What a `GlmAttention` becomes whose three projections have adapters, which keep their places."""
 
     def fuse(self, partitioned: bool) -> None:
-        """Makes `qkv_proj` of the three projections. For an attention that has become of this class."""
         bases = [getattr(self, name).base_layer for name in QKV]
         self.heads = [base.out_features // self.head_dim for base in bases]
         if partitioned:
             self.qkv_proj = JoinedLinear(bases)
-        else:
-            self._absorb(bases)
-
-    def _absorb(self, bases: Sequence[nn.Linear]) -> None:
-        rows = sum(base.out_features for base in bases)
-        self.qkv_proj = nn.Linear(bases[0].in_features, rows, bases[0].bias is not None, device="meta")
-        for kind, _ in list(self.qkv_proj.named_parameters()):
-            joined = torch.cat([getattr(base, kind).detach() for base in bases])
-            setattr(self.qkv_proj, kind, nn.Parameter(joined, requires_grad=False))
+            return
+        self.qkv_proj = join_linear(bases)
         for name in QKV:
             getattr(self, name).base_layer = Absorbed()
 
@@ -95,31 +86,9 @@ class FusedGlmAttention(GlmAttention):
         return torch.cat([A for A, _ in branches]), torch.block_diag(*[B for _, B in branches])
 
     def heads_of(self, hidden_states: torch.Tensor, position_embeddings) -> tuple[torch.Tensor, ...]:
-        """Query (B, H, T, D) and key (B, K, T, D) rotated, and value (B, K, T, D)."""
         qkv = add_branch(self.qkv_proj(hidden_states), hidden_states, *self.branch())
-        heads = qkv.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, H + 2 K, T, D)
-        query, key, value = heads.split(self.heads, dim=1)
+        query, key, value = self.heads_apart(qkv)
         return *rotate_neighbours(query, key, *position_embeddings), value
-
-    def forward(
-        self,
-        hidden_states,
-        position_embeddings=None,
-        attention_mask=None,
-        past_key_values=None,
-        cache=None,
-        **kwargs,
-    ):
-        query, key, value = self.heads_of(hidden_states, position_embeddings)
-        cache = cache if cache is not None else past_key_values
-        if cache is not None:
-            key, value = cache.update(key, value, self.layer_idx)
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
-        dropout = self.attention_dropout if self.training else 0.0
-        output, weights = attend(
-            self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs
-        )
-        return self.o_proj(output.flatten(-2)), weights
 
 
 def fuse_projections(model: nn.Module, partitioned: bool = False) -> None:

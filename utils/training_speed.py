@@ -4,6 +4,7 @@ from utils.chatglm.generations import Generation
 from utils.fp8 import convert_to_fp8
 from utils.fused_heads import fuse_heads
 from utils.fused_mlp import fuse_mlps
+from utils.joined_projections import JOINED
 from utils.lora_layers import fuse_projections
 from utils.varlen_attention import VARLEN
 
@@ -70,7 +71,7 @@ def speed_up(
     if compile_layers or not partitioned:  # else the joined product would be made twice
         fuse_projections(model, partitioned)
     if fp8:
-        convert_to_fp8(model, {*generation.linear_layers, "qkv_proj"}, trains=True)
+        convert_to_fp8(model, {*generation.linear_layers, JOINED}, trains=True)
     if half and not args.use_cpu:
         fuse_mlps(model)
         fuse_heads(model)
