@@ -7,7 +7,16 @@ from utils.adapter_files import RAW_NAME
 from utils.chatglm.released_glm import target_keys
 from utils.checkpoint import Checkpoint, load_model
 from utils.errors import UsageError
-from utils.lora import AdapterOrigin, attach_adapter, check_base, load_adapter, merge_adapter, save_adapter
+from utils.hub import refuse_pointer
+from utils.lora import (
+    AdapterOrigin,
+    attach_adapter,
+    check_base,
+    load_adapter,
+    merge_adapter,
+    read_origin,
+    save_adapter,
+)
 
 import pytest
 import torch
@@ -187,3 +196,32 @@ def test_any_base_overrides_the_check(recorded, run_script, tmp_path):
     refused = run_script(command)
     assert refused.code == 2 and "--any_base" in refused.err
     run_script(f"{command} --any_base").check()
+
+
+def test_the_origin_lies_beside_a_file_too(recorded):
+    origin = read_origin(recorded)
+    assert read_origin(recorded / "adapter_model.safetensors") == origin and origin.tokenizer is None
+    values = json.loads((recorded / "adapter_origin.json").read_text())
+    for change, words in (
+        ({"base": {"norms": "0"}}, "is not what this toolkit writes"),
+        ({"template": "other"}, "is not what this toolkit writes"),
+        ({"tokenizer": 3}, "is not what this toolkit writes"),
+        ({"template": None}, "'template' is NoneType, not str"),
+    ):
+        (recorded / "adapter_origin.json").write_text(json.dumps(values | change))
+        with pytest.raises(UsageError, match=words):
+            read_origin(recorded)
+    for content in ("", "[]", '{"base":' * 50_000):
+        (recorded / "adapter_origin.json").write_text(content)
+        with pytest.raises(UsageError, match="adapter_origin.json"):
+            read_origin(recorded)
+    del values["tokenizer"]  # what was written before
+    (recorded / "adapter_origin.json").write_text(json.dumps(values | {"later": 1}))
+    assert read_origin(recorded) == origin
+
+
+def test_a_pointer_of_git_lfs_is_named(tmp_path):
+    (tmp_path / "tokenizer.model").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n")
+    with pytest.raises(UsageError, match="tokenizer.model is a Git LFS pointer, not the file: run `git lfs pull`"):
+        refuse_pointer(tmp_path / "tokenizer.model")
+    refuse_pointer(GOLDEN / BASES["v1"] / "ice_text.model")

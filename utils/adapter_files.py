@@ -26,6 +26,12 @@ LORA_KEY = re.compile(r"(?:module\.)*(?:base_model\.model\.)?(.+)\.lora_(A|B)(?:
 State = dict[str, torch.Tensor]
 
 
+def adapter_directory(path: str | Path) -> Path:
+    """Where an adapter's configuration and origin lie: beside it where `path` is one of its files."""
+    path = Path(path)
+    return path if path.is_dir() else path.parent
+
+
 def read_adapter(path: str | Path, model: PreTrainedModel, lora_alpha: int | None) -> tuple[LoraConfig, State]:
     """
     An adapter's configuration and weights for `model`, under the names that PEFT gives them there.

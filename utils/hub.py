@@ -17,6 +17,7 @@ TOKENIZER_FILES = [
     "tokenization_chatglm.py",
 ]
 HUB_TIMEOUT = 10  # seconds
+POINTER = b"version https://git-lfs.github.com/spec/"  # how each file begins that Git LFS leaves in place of another
 
 
 def local_directory(path_or_id: str, weights: bool = True) -> Path:
@@ -54,3 +55,13 @@ def _hub_answers() -> bool:
     except Exception:  # whatever its transport raises (httpx or httpx2, by version) means the same here
         return False
     return True
+
+
+def refuse_pointer(file: Path) -> None:
+    """
+    Raises:
+        UsageError: `file` is what Git LFS leaves where the real file was not downloaded.
+    """
+    with file.open("rb") as opened:
+        if opened.read(len(POINTER)) == POINTER:
+            raise UsageError(f"{file} is a Git LFS pointer, not the file: run `git lfs pull`, or download it again")

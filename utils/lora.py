@@ -7,10 +7,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from utils.adapter_files import read_adapter
+from utils.adapter_files import adapter_directory, read_adapter
 from utils.checkpoint import Checkpoint
 from utils.errors import RunError, UsageError
+from utils.json_files import read_object
 from utils.lora_layers import LoraLinear
+from utils.prompts import TEMPLATES
 from utils.quantization import is_quantized
 
 import torch
@@ -129,12 +131,28 @@ class AdapterOrigin:
     template: str  # one of utils.prompts.TEMPLATES
     base: dict[str, Any]  # Checkpoint.fingerprint of the base model
     model_name_or_path: str
+    tokenizer: str | None = None  # fingerprint of the tokenizer that made its rows; adapters of before have none
+
+
+ORIGIN_TYPES = {"template": str, "base": dict, "model_name_or_path": str}
 
 
 def read_origin(path: str | Path) -> AdapterOrigin | None:
-    """The origin recorded in an adapter's directory; None for an adapter that another tool made."""
-    file = Path(path) / ORIGIN_FILE
-    return AdapterOrigin(**json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else None
+    """
+    The origin recorded beside an adapter; None for an adapter that another tool made.
+
+    Raises:
+        UsageError: the file is not what `save_adapter` writes.
+    """
+    file = adapter_directory(path) / ORIGIN_FILE
+    if not file.exists():
+        return None
+    values = read_object(file, ORIGIN_TYPES)
+    tokenizer = values.get("tokenizer")
+    written = {"norms", "matrices", "bits"} <= values["base"].keys() and isinstance(tokenizer, str | None)
+    if not written or values["template"] not in TEMPLATES:
+        raise UsageError(f"{file} is not what this toolkit writes: without it the base is not checked")
+    return AdapterOrigin(**{name: values[name] for name in ORIGIN_TYPES}, tokenizer=tokenizer)
 
 
 def check_base(path: str | Path, checkpoint: Checkpoint) -> None:
