@@ -25,7 +25,7 @@ from pathlib import Path
 
 from utils.dedup import Deduplicator
 from utils.errors import RowError, UsageError, run
-from utils.jsonl import atomic_writer, dump_pair, dump_row, scratch_directory
+from utils.jsonl import atomic_writer, check_output, dump_pair, dump_row, scratch_directory
 from utils.line_order import parse_split, shuffle_lines, side_of, side_paths
 from utils.raw_files import input_paths
 from utils.rejections import Rejections
@@ -83,11 +83,16 @@ def read_lines(paths: list[str], counts: Counter, rejections: Rejections) -> Ite
             yield dump_conversation(row)
 
 
+def output_paths(args: argparse.Namespace) -> tuple[list[float], list[str]]:
+    """The ends of the shares of --split, and the output of each."""
+    ends = parse_split(args.split) if args.split else [1.0]
+    return ends, side_paths(args.output, ends) if args.split else [args.output]
+
+
 def write_lines(lines: Iterator[str], args: argparse.Namespace) -> int:
     """Writes the output, or one output a side, all of them at the end; returns how many rows went in."""
     written = 0
-    ends = parse_split(args.split) if args.split else [1.0]
-    paths = side_paths(args.output, ends) if args.split else [args.output]
+    ends, paths = output_paths(args)
     with contextlib.ExitStack() as stack:
         files = [stack.enter_context(atomic_writer(path)) for path in paths]
         while chunk := list(itertools.islice(lines, LINES_AT_ONCE)):
@@ -107,9 +112,9 @@ def main() -> None:
     if args.input == [BELLE_1M] and not Path(BELLE_1M).is_file():
         raise UsageError(f"{BELLE_1M} is not a file: download it with `{DOWNLOAD}`, or name another with --input")
     paths = input_paths(args.input)
-    if args.split:
-        parse_split(args.split)
     counts, rejections = Counter(read=0), Rejections(args.output, args.strict)
+    for path in (*output_paths(args)[1], rejections.path):
+        check_output(path, paths, "--output")
     with scratch_directory(f"{args.output}.scratch") as scratch:
         lines = read_lines(paths, counts, rejections)
         dedup = Deduplicator(scratch, prompt_of, args.dedup == "near")

@@ -17,6 +17,7 @@ import shutil
 from pathlib import Path
 
 from utils.errors import RowError, UsageError, run
+from utils.jsonl import check_output
 from utils.prompts import LOSS_ON, TEMPLATES, ChatGLMTemplate, encode_rows, fingerprint, template_for
 from utils.raw_files import input_paths
 from utils.rejections import Rejections
@@ -112,12 +113,13 @@ def make_dataset(
 def main() -> None:
     args = parse_arguments()
     target = Path(args.save_path)
-    check_target(target)
     paths = input_paths(args.jsonl_path)
+    rejections = Rejections(args.save_path, args.strict)
+    check_target(target, paths)
+    check_output(rejections.path, paths, "--save_path")
     tokenizer = load_tokenizer(args.model_name_or_path)
     template = template_for(tokenizer, args.template)
     options = TokenizeOptions(args.template, args.max_seq_length, args.skip_overlength, args.loss_on)
-    rejections = Rejections(args.save_path, args.strict)
     if args.preview:
         show_preview(tokenizer, template, options, paths, args.preview)
     key = cache_key(tokenizer, template, options, paths)

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -91,6 +92,64 @@ def test_an_output_that_cannot_be_written(run_script, tmp_path):
     ):
         result = run_script(command)
         assert result.code == 2 and "cannot be written: " in result.err, result.err
+
+
+def outputs_that_destroy(directory):
+    """Names under `directory` that are its input rows.json, or nothing that a finished file may replace."""
+    (directory / "sub").mkdir()
+    (directory / "link.json").symlink_to("rows.json")
+    os.link(directory / "rows.json", directory / "hard.json")
+    os.mkfifo(directory / "pipe")
+    (directory / "null").symlink_to("/dev/null")
+    inputs = ("rows.json", "./rows.json", "sub/../rows.json", "link.json", "hard.json")
+    return [(name, "is an input") for name in inputs] + [
+        *((name, "is a device or a pipe") for name in ("pipe", "null", "/dev/null", "/dev/stdout", "/proc/self/fd/2")),
+        *((name, "is a directory") for name in ("sub", "sub/", "new/", ".")),
+        ("rows.json/out.json", "is not a directory"),
+    ]
+
+
+def test_an_output_replaces_no_input_and_no_device(run_script, tmp_path):
+    content = '{"input": "问", "target": "答"}\n{"input": "bad"}\n'
+    (tmp_path / "rows.json").write_text(content)
+    names = outputs_that_destroy(tmp_path)
+    before = sorted(path.name for path in tmp_path.iterdir())
+    for name, words in names:
+        result = run_script(f"process_belle_1M_data.py --input rows.json --output {name}", cwd=tmp_path)
+        assert result.code == 2 and words in result.err and len(result.err.splitlines()) == 1, (name, result.err)
+    # one of several inputs, a side of a split, and the list of rejected rows
+    (tmp_path / "rows.valid.json").write_text(content)
+    os.link(tmp_path / "rows.json", tmp_path / "new.json.rejected.jsonl")
+    for flags in ("--output ./rows.valid.json", "--output rows.json --split 0.5,0.5", "--output new.json"):
+        result = run_script(f"process_belle_1M_data.py --input 'rows*.json' {flags}", cwd=tmp_path)
+        assert result.code == 2 and "is an input" in result.err, (flags, result.err)
+    assert (tmp_path / "rows.json").read_text() == (tmp_path / "rows.valid.json").read_text() == content
+    (tmp_path / "rows.valid.json").unlink(), (tmp_path / "new.json.rejected.jsonl").unlink()
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+def test_a_dataset_replaces_none_of_its_rows(run_script, tokens, tmp_path):
+    shutil.copytree(tokens, tmp_path / "tokens")
+    (tmp_path / "rows.json").write_text('{"input": "问", "target": "答"}\n')
+    shutil.copy(tmp_path / "rows.json", tmp_path / "tokens" / "rows.json")
+    (tmp_path / "tokens" / "link.json").symlink_to("../rows.json")
+    (tmp_path / "again").symlink_to("tokens")
+    (tmp_path / "lost").symlink_to("nowhere")
+    for source, target, words in (
+        ("tokens/rows.json", "tokens", "which would be lost"),
+        ("tokens/rows.json", "again", "which would be lost"),
+        ("tokens/link.json", "./tokens", "which would be lost"),
+        ("rows.json", "rows.json", "which would be lost"),
+        ("rows.json", "lost", "is not a dataset"),
+        ("rows.json", "/dev/null", "is not a dataset"),
+        ("rows.json", "rows.json/tokens", "is not a directory"),
+    ):
+        result = run_script(
+            f"tokenize_dataset_rows_belle.py --jsonl_path {source} --save_path {target} --model_name_or_path {TINY}",
+            cwd=tmp_path,
+        )
+        assert result.code == 2 and words in result.err and len(result.err.splitlines()) == 1, (target, result.err)
+    assert (tmp_path / "tokens" / "rows.json").is_file() and (tmp_path / "tokens" / "link.json").is_file()
 
 
 def test_an_input_that_disappears(run_script, tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""One line of JSON Lines -> values, and files that appear whole or not at all."""
+"""One line of JSON Lines -> values, and files that appear whole or not at all, in the place of no input."""
 
 import ast
 import contextlib
@@ -7,8 +7,9 @@ import json
 import os
 import re
 import shutil
+import stat
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from json.encoder import encode_basestring
 from pathlib import Path
 from typing import IO, Any
@@ -101,6 +102,38 @@ def values_of(line: str) -> list[Any | RowError]:
     return values
 
 
+def check_output(path: str | os.PathLike, inputs: Iterable[str | os.PathLike] = (), flag: str = "") -> None:
+    """
+    Refuses, before the work, an output that `atomic_writer` could not write or that would destroy something.
+
+    Args:
+        path: the file to be.
+        inputs: files and directories that the command reads.
+        flag: the flag that names `path`, for the message.
+
+    Raises:
+        UsageError: `path` is a directory, a device or a pipe; is one of `inputs`, also by another name or link; lies
+            where nothing can be written.
+    """
+    name = f"{flag} {os.fspath(path)}".strip()
+    absolute = os.path.abspath(path)
+    parent = os.path.realpath(os.path.dirname(absolute))
+    if os.path.isdir(absolute) or os.fspath(path).endswith("/"):
+        raise UsageError(f"{name} is a directory: name a file")
+    mode = os.stat(path).st_mode if os.path.exists(path) else stat.S_IFREG
+    if not stat.S_ISREG(mode) or parent == "/dev" or parent.startswith("/proc/"):
+        raise UsageError(f"{name} is a device or a pipe, which a finished file would replace: name a file")
+    for source in inputs:
+        if os.path.exists(path) and os.path.exists(source) and os.path.samefile(path, source):
+            raise UsageError(f"{name} is an input ({os.fspath(source)}), which would be lost: name another file")
+    while not os.path.lexists(parent):
+        parent = os.path.dirname(parent)
+    if not os.path.isdir(parent):
+        raise UsageError(f"{name} cannot be written: {parent} is not a directory")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise UsageError(f"{name} cannot be written: no permission to write in {parent}")
+
+
 @contextlib.contextmanager
 def atomic_writer(path: str | os.PathLike) -> Iterator[IO[str]]:
     """
@@ -108,8 +141,9 @@ def atomic_writer(path: str | os.PathLike) -> Iterator[IO[str]]:
     What a killed run of this machine left behind is removed.
 
     Raises:
-        UsageError: the directory cannot be made or written to.
+        UsageError: the directory cannot be made or written to, or `path` is no plain file.
     """
+    check_output(path)
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:

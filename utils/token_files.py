@@ -1,6 +1,7 @@
 """Writing the Arrow dataset between tokenising and training, without the datasets library, which is slow to import."""
 
 import json
+import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -74,12 +75,17 @@ def replace_dataset(new: Path, target: Path) -> None:
     shutil.rmtree(older, ignore_errors=True)
 
 
-def check_target(target: Path) -> None:
+def check_target(target: Path, inputs: Sequence[str] = ()) -> None:
     """
     Raises:
-        UsageError: something that is not a dataset stands where one is to be written.
+        UsageError: something that is not a dataset stands where one is to be written, or it is or holds an input.
     """
-    if target.exists() and not is_dataset(target):
+    place = target.resolve()
+    for path in map(Path, inputs):
+        found = (path.resolve(), path.absolute().parent.resolve())  # the latter of a link in `target` to elsewhere
+        if any(place == each or place in each.parents for each in found):
+            raise UsageError(f"--save_path {target} is or holds the input {path}, which would be lost: choose another")
+    if os.path.lexists(target) and not is_dataset(target):
         raise UsageError(f"--save_path {target} exists and is not a dataset: remove it or choose another path")
 
 
