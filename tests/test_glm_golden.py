@@ -4,7 +4,7 @@ import json
 import shutil
 from functools import cached_property
 
-from utils.chatglm.generations import CHATGLM2, CHATGLM3, GLM4, GLM4_HF, identify
+from utils.chatglm.generations import CHATGLM2, CHATGLM3, GLM4, GLM4_HF
 from utils.chatglm.released_glm import glm_config, target_keys
 from utils.chatglm.tokenization_chatglm2 import ChatGLM2Tokenizer, ChatGLM3Tokenizer
 from utils.checkpoint import Checkpoint, load_model, load_tokenizer
@@ -274,17 +274,6 @@ def test_interpolated_positions_of_chatglm2_32k(tmp_path):
     stretched = model(input_ids=input_ids, position_ids=positions * 4).logits
     assert largest_difference(stretched, golden.tensors["prompt.1.logits"]) <= LOGITS
     assert largest_difference(model(input_ids=input_ids).logits, golden.tensors["prompt.1.logits"]) > 1
-
-
-def test_generation_by_name_or_role_tokens(tmp_path):
-    golden = Golden("chatglm3-6b-tiny")
-    directory = copy_with(golden, tmp_path / "plain", _name_or_path=None)
-    (directory / "tokenizer_config.json").write_text("{}")
-    config = json.loads((directory / "config.json").read_text())
-    assert identify(directory, config) is CHATGLM2  # nothing there tells
-    (directory / "tokenization_chatglm.py").write_text('role_special_tokens = ["<|system|>", "<|user|>"]')
-    assert identify(directory, config) is CHATGLM3
-    assert identify(directory, config | {"_name_or_path": "THUDM/chatglm2-6b-32k"}) is CHATGLM2
 
 
 @pytest.mark.parametrize(

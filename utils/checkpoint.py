@@ -90,6 +90,11 @@ class Checkpoint:
 
     def _named_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         for key, tensor in read_weights(self.directory):
+            if ".prefix_encoder." in key:
+                raise UsageError(
+                    f"{self.directory}: {key} is a P-tuning prefix, which is not supported: pass the base model, and "
+                    "train a LoRA adapter on it"
+                )
             if not self.converts:
                 yield key, tensor
                 continue

@@ -14,7 +14,10 @@ TOKENIZER_FILES = [
     "ice_text.model",
     "tokenizer.model",
     "tokenizer.json",
+    "added_tokens.json",
+    "special_tokens_map.json",
     "tokenization_chatglm.py",
+    "modeling_chatglm.py",
 ]
 HUB_TIMEOUT = 10  # seconds
 POINTER = b"version https://git-lfs.github.com/spec/"  # how each file begins that Git LFS leaves in place of another

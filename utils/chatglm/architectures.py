@@ -72,7 +72,11 @@ def model_config(generation: Generation, released: dict[str, Any]) -> ChatGLMCon
         ValueError: values under which the model is another one.
     """
     if not generation.is_glm:
-        return ChatGLMConfig.from_dict(released)
+        bos = released.get("bos_token_id")
+        derived = (
+            {} if bos is None else {"mask_token_id": bos - 4, "gmask_token_id": bos - 3}
+        )  # early releases name none
+        return ChatGLMConfig.from_dict(derived | released)
     if not generation.released_layout:
         return GlmConfig.from_dict(released)
     return glm_config(released, positions_interpolated=generation is CHATGLM2)

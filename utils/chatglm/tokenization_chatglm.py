@@ -1,7 +1,9 @@
 """ChatGLM-6B's SentencePiece tokenizer (`ice_text.model`), as the released `tokenization_chatglm.py` behaves."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 from utils.chatglm.vocab_file import VocabFileTokenizer
 
@@ -9,11 +11,14 @@ import numpy as np
 import sentencepiece
 from transformers import AddedToken
 
+# The first release's model file ends before these pieces; its code appends them.
+CONTROL_PIECES = ("[MASK]", "[gMASK]", "[sMASK]", "<unused_0>", "<sop>", "<eop>", "<ENC>", "<dBLOCK>")
+FIRST_IMAGE_TOKENS = 20000  # of the first release, and what its code takes where no file says a number
 NEWLINE_PIECE = "<n>"
 TAB_PIECE = "<|tab|>"
 LONGEST_BLANK = 80
 _BLANKS = re.compile(f"  [ ]{{0,{LONGEST_BLANK - 2}}}")  # two literal spaces first: searched for 5 times as fast
-_BLANK_PIECE = re.compile(r"<\|blank_(\d+)\|>")
+_BLANK_PIECE = re.compile(r"<\|blank_([1-9]\d?)\|>")
 
 
 def encode_whitespace(text: str) -> str:
@@ -33,12 +38,40 @@ def decode_whitespace(text: str) -> str:
     )
 
 
+def load_pieces(vocab_file: str | Path) -> sentencepiece.SentencePieceProcessor:
+    """
+    The SentencePiece model in `vocab_file`; that of the first release with the pieces that its code appends.
+
+    Source: `SPTokenizer` in the first release's `tokenization_chatglm.py`, and the pieces of the later model file.
+    """
+    model = sentencepiece.SentencePieceProcessor(model_file=str(vocab_file))
+    if model.piece_to_id(CONTROL_PIECES[0]) != model.unk_id():
+        return model
+    from sentencepiece import sentencepiece_model_pb2  # needs protobuf, and takes a while to import
+
+    proto = sentencepiece_model_pb2.ModelProto()
+    proto.ParseFromString(Path(vocab_file).read_bytes())
+    kinds = proto.SentencePiece
+    blanks = [TAB_PIECE, *(f"<|blank_{length}|>" for length in range(2, LONGEST_BLANK + 1))]
+    appended = [(piece, kinds.CONTROL) for piece in CONTROL_PIECES]
+    appended += [(piece, kinds.USER_DEFINED) for piece in blanks]
+    appended += [(f"<0x{byte:02X}>", kinds.BYTE) for byte in range(256)]
+    there = {piece.piece for piece in proto.pieces}
+    for piece, kind in appended:
+        if piece not in there:
+            proto.pieces.add(piece=piece, score=0.0, type=kind)
+    proto.trainer_spec.byte_fallback = True
+    return sentencepiece.SentencePieceProcessor(model_proto=proto.SerializeToString())
+
+
 class ChatGLMTokenizer(VocabFileTokenizer):
     """
     Tokenizer of ChatGLM-6B.
 
     `tokenizer(text)` appends `[gMASK] <sop>`; a pair becomes `A [gMASK] <sop> B <eop>`. Padding is on the left.
     `attention_mask` is (B, T) of 0/1; the released tokenizer's 4-D masks and positions are derived in the model.
+    The first release (150,528 rows) has 20,000 image tokens before the pieces, appends the special pieces to its model
+    file as it loads, and calls `</s>` its eos token; here its tokens have the names of the later release.
 
     Args:
         vocab_file: the SentencePiece model.
@@ -70,14 +103,19 @@ class ChatGLMTokenizer(VocabFileTokenizer):
         self.num_image_tokens = num_image_tokens
         self.end_token = end_token
         self.gmask_token = gmask_token
-        self.sp_model = sentencepiece.SentencePieceProcessor(model_file=str(vocab_file))
+        self.sp_model = load_pieces(vocab_file)
+        if str(eos_token) == end_token:
+            eos_token = kwargs.pop("eop_token", "<eop>")
 
         # The released code strips the white space around a special token that it finds in the text.
-        kwargs["added_tokens_decoder"] = {
-            self._convert_token_to_id(str(token)): AddedToken(
-                str(token), lstrip=True, rstrip=True, normalized=False, special=True
-            )
+        specials = {
+            str(token): self._convert_token_to_id(str(token))
             for token in (bos_token, eos_token, unk_token, pad_token, mask_token)
+        }
+        own = self.own_tokens(kwargs.get("added_tokens_decoder"), specials)
+        kwargs["added_tokens_decoder"] = own | {
+            index: AddedToken(token, lstrip=True, rstrip=True, normalized=False, special=True)
+            for token, index in specials.items()
         }
         kwargs.pop("model_specific_special_tokens", None)  # [gMASK] and </s> are not special to the released one
         super().__init__(
@@ -92,6 +130,18 @@ class ChatGLMTokenizer(VocabFileTokenizer):
             clean_up_tokenization_spaces=clean_up_tokenization_spaces,
             **kwargs,
         )
+
+    @staticmethod
+    def options_of(config: Mapping[str, Any], vocab_file: Path) -> dict[str, Any]:
+        """
+        `num_image_tokens`, which the tokenizer's files may leave out: it shows in the id that `config.json` gives
+        `<sop>`. Without that id it is what the released code takes.
+        """
+        bos_id = config.get("bos_token_id")
+        if bos_id is not None and bos_id < FIRST_IMAGE_TOKENS:
+            return {"num_image_tokens": 0}
+        without = bos_id == load_pieces(vocab_file).piece_to_id("<sop>")
+        return {"num_image_tokens": 0 if without else FIRST_IMAGE_TOKENS}
 
     @property
     def vocab_size(self) -> int:
@@ -119,7 +169,7 @@ class ChatGLMTokenizer(VocabFileTokenizer):
     def _tokenize(self, text: str, **kwargs) -> list[str]:
         return self.sp_model.encode(self._normalize(text), out_type=str)
 
-    def encode_texts(self, texts: Sequence[str]) -> list[np.ndarray]:
+    def _encode_texts(self, texts: Sequence[str]) -> list[np.ndarray]:
         joined = "\0".join(texts)
         if joined.count("\0") == len(texts) - 1 and not (self.remove_space or self.do_lower_case):
             normalized = encode_whitespace(joined).split("\0")  # the pieces do not reach over a "\0"

@@ -2,7 +2,8 @@
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from utils.chatglm.vocab_file import VocabFileTokenizer
@@ -23,12 +24,17 @@ class ChatGLM2Tokenizer(VocabFileTokenizer):
 
     Args:
         vocab_file: the SentencePiece model.
-        pad_with_unk: pad with `<unk>` (0) and leave the spaces of decoded text alone, as later releases of the
-            tokenizer do; the first pads with `</s>` (2) and cleans them up.
+        pad_with_unk: pad with `<unk>` (0) and leave the spaces of decoded text alone, as later revisions of the
+            tokenizer do; the first pads with `</s>` (2) and cleans them up. Later revisions have a `pad_token_id` in
+            `config.json`.
     """
 
     vocab_files_names = {"vocab_file": "tokenizer.model"}
     special_pieces: tuple[str, ...] = SPECIAL_TOKENS
+
+    @staticmethod
+    def options_of(config: Mapping[str, Any], vocab_file: Path) -> dict[str, Any]:
+        return {"pad_with_unk": config.get("pad_token_id") == 0}
 
     def __init__(self, vocab_file: str, pad_with_unk: bool = False, **kwargs):
         self.vocab_file = vocab_file
@@ -42,15 +48,9 @@ class ChatGLM2Tokenizer(VocabFileTokenizer):
             if self.sp_model.piece_to_id(piece) != self.sp_model.unk_id()
         }
         self._special_by_id = {index: piece for piece, index in self.special_ids.items()}
+        kwargs["added_tokens_decoder"] = self.own_tokens(kwargs.get("added_tokens_decoder"), self.special_ids)
         # None of these is a special token to transformers: nothing in a text is ever split off as one.
-        for name in (
-            "bos_token",
-            "eos_token",
-            "pad_token",
-            "unk_token",
-            "added_tokens_decoder",
-            "extra_special_tokens",
-        ):
+        for name in ("bos_token", "eos_token", "pad_token", "unk_token", "extra_special_tokens"):
             kwargs.pop(name, None)
         kwargs.setdefault("clean_up_tokenization_spaces", not pad_with_unk)
         super().__init__(pad_with_unk=pad_with_unk, **kwargs)
@@ -68,6 +68,14 @@ class ChatGLM2Tokenizer(VocabFileTokenizer):
         return self.sp_model.id_to_piece(self.pad_token_id)
 
     @property
+    def unk_token(self) -> str | None:
+        return self.sp_model.id_to_piece(0) if self.pad_with_unk else None
+
+    @property
+    def unk_token_id(self) -> None:
+        return None  # as the released class answers
+
+    @property
     def eos_token_id(self) -> int:
         return EOS_ID
 
@@ -77,12 +85,12 @@ class ChatGLM2Tokenizer(VocabFileTokenizer):
 
     def get_vocab(self) -> dict[str, int]:
         vocab = {self.sp_model.id_to_piece(i): i for i in range(self.sp_model.vocab_size())}
-        return vocab | self.special_ids
+        return vocab | self.special_ids | self._added_tokens_encoder
 
     def _tokenize(self, text: str, **kwargs) -> list[str]:
         return self.sp_model.encode(text, out_type=str)
 
-    def encode_texts(self, texts: Sequence[str]) -> list[np.ndarray]:
+    def _encode_texts(self, texts: Sequence[str]) -> list[np.ndarray]:
         encoded = self.sp_model.encode_as_numpy(list(texts), num_threads=1)  # read-only arrays
         for piece_id, index in self._special_by_piece_id.items():
             encoded = [np.where(ids == piece_id, index, ids) for ids in encoded]
@@ -120,14 +128,6 @@ class ChatGLM3Tokenizer(ChatGLM2Tokenizer):
         self.encode_special_tokens = encode_special_tokens
         kwargs["pad_with_unk"] = True
         super().__init__(vocab_file, encode_special_tokens=encode_special_tokens, **kwargs)
-
-    @property
-    def unk_token(self) -> str:
-        return self.sp_model.id_to_piece(0)
-
-    @property
-    def unk_token_id(self) -> None:
-        return None  # as the released class answers
 
     def _tokenize(self, text: str, **kwargs) -> list[str]:
         if not self.encode_special_tokens:

@@ -19,12 +19,13 @@ PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|"
     r"\s+(?!\S)|\s+"
 )
-# They follow the vocabulary in this order.
+# They follow the vocabulary in this order; a checkpoint's `added_tokens_decoder` may put others in their places.
 SPECIAL_TOKENS = (
     "<|endoftext|> [MASK] [gMASK] [sMASK] <sop> <eop> <|system|> <|user|> <|assistant|> <|observation|> "
     "<|begin_of_image|> <|end_of_image|> <|begin_of_video|> <|end_of_video|>"
 )
 PREFIX = ("[gMASK]", "<sop>")
+END_OF_TEXT = "<|endoftext|>"
 # What the released template puts before the tools of a system message.
 TOOLS_PREAMBLE = (
     "你是一个名为 GLM-4 的人工智能助手。你是基于智谱AI训练的语言模型 GLM-4 模型开发的，"
@@ -49,21 +50,17 @@ def read_ranks(path: str | Path) -> dict[bytes, int]:
 
 
 def merges_of(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
-    """The merges that tiktoken's ranks imply: of each longer token, the two parts that its lower ranks lead to."""
-    merges = []
-    for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
-        if len(token) == 1:
-            continue
-        parts = [bytes([byte]) for byte in token]
-        while len(parts) > 2:
-            pairs = [ranks.get(parts[i] + parts[i + 1], rank) for i in range(len(parts) - 1)]
-            lowest = min(range(len(pairs)), key=pairs.__getitem__)
-            if pairs[lowest] >= rank:
-                break
-            parts[lowest : lowest + 2] = [parts[lowest] + parts[lowest + 1]]
-        if len(parts) == 2:
-            merges.append((parts[0], parts[1]))
-    return merges
+    """
+    The merges that tiktoken's ranks stand for, lowest rank first: every split of a token into two tokens.
+
+    Source: tiktoken joins whatever neighbours make the token of the lowest rank, however training made that token.
+    """
+    return [
+        (token[:end], token[end:])
+        for token in sorted(ranks, key=ranks.__getitem__)
+        for end in range(1, len(token))
+        if token[:end] in ranks and token[end:] in ranks
+    ]
 
 
 class ChatGLM4Tokenizer(VocabFileTokenizer):
@@ -99,17 +96,20 @@ class ChatGLM4Tokenizer(VocabFileTokenizer):
                 pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
             ]
         )
-        specials = SPECIAL_TOKENS.split()
-        kwargs["added_tokens_decoder"] = {
-            len(ranks) + i: AddedToken(token, normalized=False, special=True) for i, token in enumerate(specials)
+        released = {
+            len(ranks) + i: AddedToken(token, normalized=False, special=True)
+            for i, token in enumerate(SPECIAL_TOKENS.split())
         }
+        added = released | {int(index): token for index, token in kwargs.get("added_tokens_decoder", {}).items()}
+        kwargs["added_tokens_decoder"] = self.own_tokens(added, {})
+        specials = [token.content for token in kwargs["added_tokens_decoder"].values() if token.special]
         kwargs.pop("additional_special_tokens", None)
         kwargs["extra_special_tokens"] = specials
         super().__init__(
             padding_side=padding_side,
             clean_up_tokenization_spaces=clean_up_tokenization_spaces,
-            eos_token=specials[0],
-            pad_token=specials[0],
+            eos_token=END_OF_TEXT,
+            pad_token=END_OF_TEXT,
             **{key: value for key, value in kwargs.items() if key not in ("eos_token", "pad_token")},
         )
 
@@ -124,15 +124,15 @@ class ChatGLM4Tokenizer(VocabFileTokenizer):
         """Ids of a text in which nothing is special."""
         return self.bpe.encode(text, add_special_tokens=False).ids
 
-    def encode_texts(self, texts: Sequence[str]) -> list[np.ndarray]:
+    def _encode_texts(self, texts: Sequence[str]) -> list[np.ndarray]:
         encoded = self.bpe.encode_batch_fast(list(texts), add_special_tokens=False)
         return [np.array(encoding.ids, np.int32) for encoding in encoded]
 
     def _tokenize(self, text: str, **kwargs) -> list[str]:
         return self.bpe.encode(text, add_special_tokens=False).tokens
 
-    def _convert_token_to_id(self, token: str) -> int:
-        return self._ids[token]
+    def _convert_token_to_id(self, token: str) -> int | None:
+        return self._ids.get(token)
 
     def _convert_id_to_token(self, index: int) -> str:
         return self._pieces.get(index, "")

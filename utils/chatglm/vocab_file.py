@@ -1,19 +1,56 @@
 """What the family's tokenizers do alike: each has one vocabulary file and saves itself by copying it."""
 
+import re
 import shutil
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from transformers import PreTrainedTokenizer
+from transformers import AddedToken, PreTrainedTokenizer
 
 
 class VocabFileTokenizer(PreTrainedTokenizer, ABC):
-    """A tokenizer whose only file is `self.vocab_file`; padding is on the left."""
+    """
+    A tokenizer whose only vocabulary is `self.vocab_file`; padding is on the left.
+
+    A fine-tuned checkpoint may have tokens of its own, in `added_tokens.json` or the `added_tokens_decoder` of
+    `tokenizer_config.json`. Their ids follow the release's; those that are not special are found in every text.
+    """
 
     model_input_names = ["input_ids", "attention_mask"]
     padding_side = "left"
+
+    @staticmethod
+    def options_of(config: Mapping[str, Any], vocab_file: Path) -> dict[str, Any]:
+        """The arguments that a checkpoint's `config.json` decides and its tokenizer's files do not."""
+        return {}
+
+    def own_tokens(self, added: Mapping[int, AddedToken] | None, released: Mapping[str, int]) -> dict[int, AddedToken]:
+        """
+        The tokens in `added` beyond the release's, by id.
+
+        Args:
+            added: what the checkpoint's files add.
+            released: the special tokens of the release and their ids.
+
+        Raises:
+            ValueError: a released token under another id, or a token under an id of the release.
+        """
+        own: dict[int, AddedToken] = {}
+        for index, token in sorted((added or {}).items()):
+            expected = released.get(token.content)
+            if index == expected or self._convert_token_to_id(token.content) == index < self.vocab_size:
+                continue  # older libraries write the release's own tokens down as added ones
+            if expected is not None:
+                raise ValueError(f"its files give {token.content} the id {index}, and the release {expected}")
+            if index < self.vocab_size or index in released.values():
+                raise ValueError(f"its files give {token.content} the id {index}, which another token has")
+            if token.content in [other.content for other in own.values()]:
+                raise ValueError(f"its files give {token.content} two ids")
+            own[index] = token
+        return own
 
     def save_vocabulary(self, save_directory: str, filename_prefix: str | None = None) -> tuple[str]:
         name = (f"{filename_prefix}-" if filename_prefix else "") + self.vocab_files_names["vocab_file"]
@@ -22,9 +59,23 @@ class VocabFileTokenizer(PreTrainedTokenizer, ABC):
             shutil.copyfile(self.vocab_file, target)
         return (str(target),)
 
-    @abstractmethod
     def encode_texts(self, texts: Sequence[str]) -> list[np.ndarray]:
         """
-        Of each text the ids, int32, that `encode(text, add_special_tokens=False, split_special_tokens=True)` gives,
-        many texts in one call of the library that encodes them.
+        Of each text the ids, int32, that `encode(text, add_special_tokens=False)` gives where no special token is
+        found in a text; many texts in one call of the library that encodes them.
         """
+        own = {token.content: i for i, token in self.added_tokens_decoder.items() if not token.special}
+        if not own:
+            return self._encode_texts(texts)
+        pattern = re.compile("(" + "|".join(map(re.escape, sorted(own, key=len, reverse=True))) + ")")
+        pieces = [[piece for piece in pattern.split(text) if piece] for text in texts]
+        encoded = iter(self._encode_texts([piece for parts in pieces for piece in parts if piece not in own]))
+        empty = np.array([], np.int32)
+        return [
+            np.concatenate([empty, *(np.array([own[p]], np.int32) if p in own else next(encoded) for p in parts)])
+            for parts in pieces
+        ]
+
+    @abstractmethod
+    def _encode_texts(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """`encode_texts` of texts without tokens of the checkpoint's own."""
