@@ -21,7 +21,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from utils.errors import UsageError, run
-from utils.tokenizer_files import open_directory
+from utils.hub import refuse_pointer
+from utils.tokenizer_files import GENERATION_FLAGS, choose_generation, load_tokenizer, open_directory
 from utils.weight_files import read_index, weight_files
 
 import torch
@@ -35,7 +36,7 @@ Finding = tuple[str, str, str | None]  # what, as it is, the mend where it is wr
 def look_at_versions() -> Iterator[Finding]:
     yield "python", platform.python_version(), None if sys.version_info >= (3, 11) else "install Python 3.11 or newer"
     for line in (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines():
-        name, _, pinned = line.partition("==")
+        name, _, pinned = (word.strip() for word in line.partition("#")[0].partition("=="))
         if not pinned:
             continue
         try:
@@ -43,7 +44,7 @@ def look_at_versions() -> Iterator[Finding]:
         except PackageNotFoundError:
             yield name, "not installed", "pip install -r requirements.txt"
             continue
-        yield name, found if found == pinned.strip() else f"{found} (tested: {pinned.strip()})", None
+        yield name, found if found == pinned else f"{found} (tested: {pinned})", None
 
 
 def look_at_devices() -> Iterator[Finding]:
@@ -104,24 +105,23 @@ def look_at_model(path_or_id: str) -> Iterator[Finding]:
         yield "model", path_or_id, str(error)
         return
     yield "model", f"{directory}: {generation.name}", None
-    vocabulary = directory / generation.vocab_file
-    yield (
-        vocabulary.name,
-        "there" if vocabulary.is_file() else "missing",
-        None if vocabulary.is_file() else "download it",
-    )
-    size = sum(file.stat().st_size for file in files)
+    try:
+        yield generation.vocab_file, f"{len(load_tokenizer(path_or_id)):,} tokens", None
+    except UsageError as error:
+        yield generation.vocab_file, "cannot be used", str(error)
     for file in files:
-        fault = find_cut(file)
+        fault = find_fault(file)
         yield file.name, f"{file.stat().st_size:,} bytes", fault and f"{fault}: download it again"
-    for index in directory.glob("*.index.json"):
-        wanted = json.loads(index.read_text(encoding="utf-8")).get("metadata", {}).get("total_size", 0)
-        short = f"the index speaks of {wanted:,} bytes, the files have {size:,}" if size < wanted else None
-        yield index.name, f"{len(read_index(index))} weights, {wanted:,} bytes", short
+    for index in directory.glob("*.index.json"):  # its total_size is no sum of files: releases count otherwise
+        yield index.name, f"{len(read_index(index))} weights", None
 
 
-def find_cut(file: Path) -> str | None:
-    """Says in words how a weight file is shorter than its own header says; None where it is whole."""
+def find_fault(file: Path) -> str | None:
+    """Says in words how a weight file is no such file, or shorter than its own header says; None where it is whole."""
+    try:
+        refuse_pointer(file)
+    except UsageError:
+        return "it is a Git LFS pointer, not the file (git lfs pull)"
     size = file.stat().st_size
     with file.open("rb") as opened:
         if file.suffix == ".safetensors":
@@ -132,8 +132,6 @@ def find_cut(file: Path) -> str | None:
             tensors = json.loads(opened.read(length))
             end = max((value["data_offsets"][1] for key, value in tensors.items() if key != "__metadata__"), default=0)
             return None if size == 8 + length + end else f"its header speaks of {8 + length + end:,} bytes"
-        if opened.read(7) == b"version":
-            return "it is the pointer of git-lfs, not the file (git lfs pull)"
         opened.seek(max(0, size - 65558))
         return None if b"PK\x05\x06" in opened.read() else "its end is missing, or it was written before torch 1.6"
 
@@ -141,8 +139,11 @@ def find_cut(file: Path) -> str | None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model_name_or_path", help="checkpoint directory or hub id to look at")
+    parser.add_argument("--generation", choices=GENERATION_FLAGS, help="what it is, where its files leave that open")
     parser.add_argument("--output_dir", type=Path, default=Path("output"), help="where runs will write (%(default)s)")
     args = parser.parse_args()
+    if args.model_name_or_path:
+        choose_generation(args.model_name_or_path, args.generation)
     parts = [
         look_at_versions(),
         look_at_devices(),
