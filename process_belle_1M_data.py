@@ -21,15 +21,17 @@ import itertools
 import json
 from collections import Counter
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
-from utils.dedup import Deduplicator
+from utils.columns import AS_NAMED, COLUMNS_HELP, ColumnMap
+from utils.dedup import TURN_END, Deduplicator
 from utils.errors import RowError, UsageError, run
 from utils.jsonl import atomic_writer, check_output, dump_pair, dump_row, scratch_directory
 from utils.line_order import parse_split, shuffle_lines, side_of, side_paths
 from utils.raw_files import input_paths
 from utils.rejections import Rejections
-from utils.rows import Row, parse_row, read_rows
+from utils.rows import Row, check_columns, parse_row, read_rows
 
 BELLE_1M = "data/belle_open_source_1M.train.json"
 DOWNLOAD = f"wget -P data https://huggingface.co/datasets/BelleGroup/generated_train_1M_CN/resolve/main/{BELLE_1M[5:]}"
@@ -52,6 +54,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     add("--shuffle", action="store_true", help="write the rows in a random order (their own)")
     add("--seed", type=int, default=0, help="of --shuffle (%(default)s)")
+    add("--columns", type=ColumnMap.parse, default=AS_NAMED, help=COLUMNS_HELP)
     add("--max_rows", type=int, help="rows to write at most: the first, or with --shuffle any (all)")
     add("--strict", action="store_true", help="stop with exit code 1 at the first row that cannot be used (list it)")
     args = parser.parse_args()
@@ -62,20 +65,23 @@ def parse_arguments() -> argparse.Namespace:
 
 def dump_conversation(row: Row) -> str:
     """A row as a line of the output."""
-    if len(row.messages) == 2:
+    if len(row.messages) == 2 and not row.untrained:
         return dump_pair(row.messages[0].content, row.messages[1].content)
-    return dump_row({"messages": [message._asdict() for message in row.messages]})
+    messages = [message._asdict() for message in row.messages]
+    for number in row.untrained:
+        messages[number]["loss"] = False
+    return dump_row({"messages": messages})
 
 
 def prompt_of(line: str) -> str:
-    """The prompt of a line that `dump_conversation` made."""
+    """The prompt of a line that `dump_conversation` made, as `Deduplicator` takes it."""
     raw = json.loads(line)
-    return raw["input"] if "input" in raw else "\x1e".join(message["content"] for message in raw["messages"][:-1])
+    return raw["input"] if "input" in raw else TURN_END.join(message["content"] for message in raw["messages"][:-1])
 
 
-def read_lines(paths: list[str], counts: Counter, rejections: Rejections) -> Iterator[str]:
+def read_lines(paths: list[str], columns: ColumnMap, counts: Counter, rejections: Rejections) -> Iterator[str]:
     """The usable rows as lines of the output; counts what is read."""
-    for path, line, row in read_rows(paths, parse_row):
+    for path, line, row in read_rows(paths, partial(parse_row, columns=columns)):
         counts["read"] += 1
         if isinstance(row, RowError):
             rejections.add(path, line, row)
@@ -115,8 +121,9 @@ def main() -> None:
     counts, rejections = Counter(read=0), Rejections(args.output, args.strict)
     for path in (*output_paths(args)[1], rejections.path):
         check_output(path, paths, "--output")
+    check_columns(args.columns, paths)
     with scratch_directory(f"{args.output}.scratch") as scratch:
-        lines = read_lines(paths, counts, rejections)
+        lines = read_lines(paths, args.columns, counts, rejections)
         dedup = Deduplicator(scratch, prompt_of, args.dedup == "near")
         if args.dedup:
             lines = dedup(lines)

@@ -10,18 +10,19 @@ used is listed in SAVE_PATH.rejected.jsonl, and what became of the rows in SAVE_
 """
 
 import argparse
-import itertools
+import contextlib
 import json
 import os
 import shutil
 from pathlib import Path
 
+from utils.columns import AS_NAMED, COLUMNS_HELP, ColumnMap
 from utils.errors import RowError, UsageError, run
 from utils.jsonl import check_output
-from utils.prompts import LOSS_ON, TEMPLATES, ChatGLMTemplate, encode_rows, fingerprint, template_for
+from utils.prompts import LOSS_ON, TEMPLATES, ChatGLMTemplate, encode_rows, fingerprint, rows_to_train, template_for
 from utils.raw_files import input_paths
 from utils.rejections import Rejections
-from utils.rows import Row, parse_row, read_rows
+from utils.rows import Row, check_columns, read_rows
 from utils.token_files import Origin, check_target, complete_dataset, is_dataset, replace_dataset
 from utils.token_parts import REPORTS, PartMaker, TokenizeOptions, cache_key, make_parts, parts_directory
 from utils.token_report import REPORT_FILE, TokenReport, import_matplotlib, preview
@@ -46,6 +47,7 @@ def parse_arguments() -> argparse.Namespace:
         help="form of the prompts: that of the model's own chat, or the first training script's (%(default)s)",
     )
     add("--loss_on", choices=LOSS_ON, default="last", help="assistant turns that are trained on (%(default)s)")
+    add("--columns", type=ColumnMap.parse, default=AS_NAMED, help=COLUMNS_HELP)
     add("--strict", action="store_true", help="stop with exit code 1 at the first row that cannot be used (list it)")
     add = parser.add_argument_group("run").add_argument
     add("--num_proc", type=int, default=len(os.sched_getaffinity(0)), help="processes (one a core: %(default)s)")
@@ -61,9 +63,13 @@ def show_preview(
     tokenizer: PreTrainedTokenizerBase, template: ChatGLMTemplate, options: TokenizeOptions, paths: list[str], n: int
 ) -> None:
     """Prints the first rows of the files as they are trained on."""
-    usable = (row for _, _, row in read_rows(paths, parse_row) if isinstance(row, Row))
-    unfolded = itertools.chain.from_iterable(map(template.unfold, usable)) if options.loss_on == "every" else usable
-    rows = list(itertools.islice(unfolded, n))
+    rows = []
+    for _, _, row in read_rows(paths, options.parse):
+        with contextlib.suppress(RowError):  # which the run lists
+            rows += rows_to_train(row, template, options.loss_on) if isinstance(row, Row) else []
+        if len(rows) >= n:
+            break
+    rows = rows[:n]
     encoded = encode_rows(tokenizer, rows, options.max_seq_length, template, options.loss_on)
     for line in preview(tokenizer, (row.example() for row in encoded if not isinstance(row, RowError))):
         print(line)
@@ -117,9 +123,10 @@ def main() -> None:
     rejections = Rejections(args.save_path, args.strict)
     check_target(target, paths)
     check_output(rejections.path, paths, "--save_path")
+    check_columns(args.columns, paths)
     tokenizer = load_tokenizer(args.model_name_or_path)
     template = template_for(tokenizer, args.template)
-    options = TokenizeOptions(args.template, args.max_seq_length, args.skip_overlength, args.loss_on)
+    options = TokenizeOptions(args.template, args.max_seq_length, args.skip_overlength, args.loss_on, args.columns)
     if args.preview:
         show_preview(tokenizer, template, options, paths, args.preview)
     key = cache_key(tokenizer, template, options, paths)
@@ -129,7 +136,13 @@ def main() -> None:
     else:
         with parts_directory(target, key) as directory:
             maker = PartMaker(tokenizer, template, options, directory)
-            origin = Origin(args.template, fingerprint(tokenizer, template), args.model_name_or_path, args.loss_on)
+            origin = Origin(
+                args.template,
+                fingerprint(tokenizer, template),
+                args.model_name_or_path,
+                args.loss_on,
+                template.system_turns,
+            )
             report = make_dataset(maker, args, paths, origin, key, rejections)
     for line in report.lines(args.max_seq_length):
         print(line)

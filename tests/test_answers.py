@@ -7,6 +7,7 @@ import sys
 from utils.answer_files import AnswerFile
 from utils.checkpoint import Checkpoint, load_model, load_tokenizer
 from utils.engine import Engine
+from utils.errors import UsageError
 from utils.generation import AnswerSettings, generate_answers
 from utils.lora import AdapterOrigin, attach_adapter, save_adapter
 from utils.prompts import template_for
@@ -95,6 +96,54 @@ def test_text_is_a_prompt_a_line(answer, tmp_path, expected):
     file = tmp_path / "rows.txt"
     file.write_text("你好\n\n谢谢\n")
     assert [row["answer"] for row in answer(file)[0]] == [expected[2], expected[4]]
+
+
+@pytest.fixture(scope="module")
+def read():
+    """read(file) -> its requests, without a model."""
+    tokenizer = load_tokenizer(str(TINY))
+    return lambda file: read_requests(str(file), tokenizer, template_for(tokenizer))
+
+
+def test_a_line_of_text_ends_at_its_newline_alone(read, tmp_path):
+    text = "a\u2028b\u2029c\x85d\x0ce\x0bf\x1cg\x1dh\x1ei"
+    for end in ("\n", "\r\n", "\r"):
+        (tmp_path / "rows.txt").write_bytes(f"\ufeff{text}{end}{end}二{end}".encode())
+        assert [request.prompt for request in read(tmp_path / "rows.txt")] == [text, "二"]
+    (tmp_path / "rows.csv").write_text(f"prompt\r{text}\r二\r", newline="")
+    assert [request.prompt for request in read(tmp_path / "rows.csv")] == [text, "二"]
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": text}, ensure_ascii=False) + "\r\n", newline="")
+    assert [request.prompt for request in read(tmp_path / "rows.jsonl")] == [text]
+
+
+@pytest.mark.parametrize(
+    "table, words",
+    [
+        ('prompt,id\n一,1\n"二,2\n三,3\n四,4\n', r":3: a quote \(\"\) .* is not closed"),
+        ('prompt,id\n一,1\n"二,2\n三,3\n"四",4\n', r":3: a quote .* line 5"),
+        ('prompt,id\n"一"说,1\n', r":2: a quote .* is not closed before a separator"),
+        ('"prompt,id\n一,1\n', ":1: a quote"),
+        ("prompt,prompt\n一,1\n", "several columns are named prompt"),
+        (",,\n一,1,2\n", "no names of columns"),
+        ("", "no names of columns"),
+        ("prompt,id\n", "has no rows"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["csv", "tsv"])
+def test_a_table_that_is_none_is_refused(read, tmp_path, table, words, kind):
+    (tmp_path / f"rows.{kind}").write_text(table.replace(",", "\t") if kind == "tsv" else table)
+    with pytest.raises(UsageError, match=words):
+        read(tmp_path / f"rows.{kind}")
+
+
+def test_cells_of_a_table(read, tmp_path):
+    """A quote inside a cell is one; blank lines are no rows; a row without a cell, or with one more, is an error."""
+    table = '\n,prompt , id\n0,他说"好",1\n\n1,"a ""b""\r\nc",2\n2,d\n3,e,5,6\n'
+    (tmp_path / "rows.csv").write_text(table, newline="")
+    good, quoted, fewer, more = read(tmp_path / "rows.csv")
+    assert (good.prompt, quoted.prompt) == ('他说"好"', 'a "b"\r\nc')
+    assert fewer.error.endswith("rows.csv:7: 2 cells, but 3 columns")
+    assert more.error.endswith("rows.csv:8: 4 cells, but 3 columns")
 
 
 @pytest.mark.parametrize("output", ["answers.jsonl", "answers.csv"])

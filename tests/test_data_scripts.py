@@ -57,7 +57,8 @@ def test_schemas(raw, prompt, target):
     "raw, reason",
     [
         ([], "object"),
-        ({"question": "问"}, "known columns"),
+        ({"q": "问"}, "known columns"),
+        ({"question": "问"}, "no target"),
         ({"input": "问"}, "no target"),
         ({"input": "  ", "target": "答"}, "blank"),
         ({"input": "问", "target": ""}, "blank"),

@@ -141,7 +141,7 @@ def test_split_must_add_up(split):
 
 
 def test_rejected_rows_are_listed_and_strict_stops(process, tmp_path):
-    rows = [*pairs("问"), {"input": "无"}, {"question": "?"}, *pairs("再问")]
+    rows = [*pairs("问"), {"input": "无"}, {"q": "?"}, *pairs("再问")]
     summary, made = process(rows)
     listed = [json.loads(line) for line in (tmp_path / "out.json.rejected.jsonl").read_text().splitlines()]
     assert [(item["file"], item["line"]) for item in listed] == [(f"{tmp_path}/in.json", line) for line in (2, 3)]

@@ -36,7 +36,7 @@ def read(tmp_path, data):
         ({"instruction": "Human：你好\n\nAssistant：", "input": "", "output": "你好！"}, 2),
         ({"id": "1", "conversations": [{"from": "human", "value": "问"}, {"from": "assistant", "value": "答"}]}, 2),
         ({"conversations": [{"from": "human", "value": "问"}, {"from": "gpt", "value": "答"}]}, 2),
-        ({"messages": [{"role": role, "content": role} for role in ("system", "user", "assistant")]}, 2),
+        ({"messages": [{"role": role, "content": role} for role in ("system", "user", "assistant")]}, 3),
     ],
 )
 def test_conversations(raw, expected):
@@ -53,9 +53,9 @@ def test_tags_are_turns_only_in_the_form_of_the_multi_turn_file():
         parse_row({"instruction": "Human: a\nHuman: b\nAssistant:", "output": "c"})
 
 
-def test_system_text_stands_before_the_first_question():
+def test_system_text_is_the_first_message():
     chat = [{"role": "system", "content": "说短些"}, {"role": "user", "content": "你好"}]
-    assert parse_prompt({"messages": chat}).messages == (Message("user", "说短些\n你好"),)
+    assert parse_prompt({"messages": chat}).messages == (Message("system", "说短些"), Message("user", "你好"))
     for bad, reason in (([chat[1], chat[0]], "at the start"), (chat[:1], "alone")):
         with pytest.raises(RowError, match=reason):
             parse_prompt({"messages": bad})

@@ -13,12 +13,14 @@ import io
 import json
 import sys
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from utils.checkpoint import DEFAULT_MODEL, load_tokenizer
+from utils.columns import AS_NAMED, COLUMNS_HELP, ColumnMap
 from utils.errors import Faults, RowError, UsageError, run
 from utils.generation import AnswerSettings, generate_answers
 from utils.inference_options import adapter_names, check_adapters, resolve_dtype, resolve_template
@@ -28,7 +30,7 @@ from utils.placement import dispatch, input_device
 from utils.prompts import TEMPLATES, encode_prompt
 from utils.quantization import BITS
 from utils.requests import BASE, Request
-from utils.rows import Row, parse_row, read_rows
+from utils.rows import Row, check_columns, parse_row, read_rows
 
 SHOWN = {
     "exact_match": "exact match %",
@@ -63,6 +65,7 @@ def parse_arguments() -> argparse.Namespace:
     model.add_argument("--fp32", action="store_true", help="float32 weights: the default without a GPU")
     rows = parser.add_argument_group("rows")
     rows.add_argument("--input_path", required=True, help="rows with targets, in any form that training reads")
+    rows.add_argument("--columns", type=ColumnMap.parse, default=AS_NAMED, help=COLUMNS_HELP)
     rows.add_argument("--max_rows", type=int, default=0, help="the first so many rows (0: all)")
     rows.add_argument("--template", choices=TEMPLATES, help="form of the prompts (the adapters', else native)")
     answers = parser.add_argument_group("answers")
@@ -91,13 +94,14 @@ def check_arguments(args: argparse.Namespace) -> None:
     check_adapters(args)
 
 
-def read_targets(path: str, most: int) -> list[Row]:
+def read_targets(path: str, columns: ColumnMap, most: int) -> list[Row]:
     """
     Raises:
         UsageError: no such file, or a row without a prompt or a target.
     """
+    check_columns(columns, [path])
     found = []
-    for _, number, row in read_rows(path, parse_row):
+    for _, number, row in read_rows(path, partial(parse_row, columns=columns)):
         if isinstance(row, RowError):
             raise UsageError(f"--input_path {path}:{number}: {row}; every row needs a prompt and a target")
         found.append(row)
@@ -203,7 +207,7 @@ def main() -> None:
     from tools.scores import score_answers  # says so before a model loads where a package is missing
 
     check_arguments(args)
-    rows = read_targets(args.input_path, args.max_rows)
+    rows = read_targets(args.input_path, args.columns, args.max_rows)
     answers = answer_all(args, rows)
     targets = [row.target for row in rows]
     scores = {name: score_answers(of, targets, args.seed) for name, of in answers.items()}

@@ -13,6 +13,7 @@ import numpy as np
 SHINGLE = 4  # characters
 THRESHOLD = 0.8  # of the shingles of two prompts, the share in common (Jaccard) from which they are near-duplicates
 BANDS, BAND_HASHES = 5, 4  # a pair at 0.8 shares a band with probability 0.93, at 0.9 with 0.995, at 0.4 with 0.12
+TURN_END = "\x1e"
 CHUNK_ROWS = 4096
 SORTED_ROWS = 1 << 20  # rows looked at together when repeats are sought
 _MARKS = re.compile(r"[\s,.!?;:'\"()\[\]{}，。！？；：、“”‘’（）【】《》…—~`]+")
@@ -28,7 +29,8 @@ class Deduplicator:
     """
     Drops lines whose prompt came before: the same text, or with `near` one that shares 80 % of its 4-character
     shingles (case, width, blanks and punctuation aside) and has the same numbers and operators in the same order:
-    "3 apples" and "5 apples" are two tasks. Of a chain of near-duplicates the first stays.
+    "3 apples" and "5 apples" are two tasks. Of a chain of near-duplicates the first stays. What stands before the
+    last TURN_END, system text and earlier turns, must be the same letter for letter.
 
     Candidates come from MinHash with banding (Broder 1997; Leskovec, Rajaraman, Ullman, Mining of Massive Datasets,
     chapter 3), and each is compared as text before it is dropped. Everything that grows with the number of rows lies
@@ -36,7 +38,7 @@ class Deduplicator:
 
     Args:
         directory: for those files.
-        prompt_of: the prompt of a line.
+        prompt_of: the prompt of a line; of several turns, those before the last question each with TURN_END behind.
         near: drop near-duplicates too.
     """
 
@@ -92,7 +94,7 @@ class Deduplicator:
 
             def shingles(row: int) -> set[str]:
                 file.seek(int(starts[row]))
-                return shingle_set(self.prompt_of(file.readline().decode()))
+                return shingle_set(self.prompt_of(file.readline().decode()).rpartition(TURN_END)[2])
 
             for band in range(BANDS):
                 for repeats, firsts in repeated(keys[:, 2 + band], dropped):
@@ -143,12 +145,17 @@ def jaccard(one: set[str], other: set[str]) -> float:
     return len(one & other) / max(len(one | other), 1)
 
 
-def near_keys(texts: list[str]) -> np.ndarray:
+def near_keys(prompts: list[str]) -> np.ndarray:
     """
-    (texts, 1 + BANDS) uint64: a hash of the numbers and operators, then one key a band; texts that are near-duplicates
-    have the first and, most likely, one of the others in common.
+    (prompts, 1 + BANDS) uint64: a hash of the earlier turns and of the last question's numbers and operators, then one
+    key a band; prompts that are near-duplicates have the first and, most likely, one of the others in common.
     """
-    numbers = [hash_text(" ".join(_NUMBERS.findall(unicodedata.normalize("NFKC", text)))) for text in texts]
+    parts = [prompt.rpartition(TURN_END) for prompt in prompts]
+    texts = [question for _, _, question in parts]
+    numbers = [
+        hash_text(before + " ".join(_NUMBERS.findall(unicodedata.normalize("NFKC", question))))
+        for before, _, question in parts
+    ]
     guard = np.array(numbers, np.uint64)
     plain = [normalise(text) for text in texts]
     lengths = np.array([max(len(text), SHINGLE) for text in plain])

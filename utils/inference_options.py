@@ -8,6 +8,7 @@ from pathlib import Path
 from utils.adapter_files import RAW_ALPHA
 from utils.answer_files import AnswerFile, digest_of
 from utils.checkpoint import DEFAULT_MODEL, Checkpoint
+from utils.columns import AS_NAMED, COLUMNS_HELP, ColumnMap
 from utils.distributed import is_main_process, print_once, process_rank, world_size
 from utils.engine import can_serve
 from utils.errors import Faults, UsageError
@@ -76,6 +77,7 @@ def add_inference_arguments(parser: argparse.ArgumentParser) -> None:
     form.add_argument(
         "--prompt_template", metavar="TEXT", help="a prompt with columns in braces: \"把'{text}'改写成问句\""
     )
+    rows.add_argument("--columns", type=ColumnMap.parse, default=AS_NAMED, help=COLUMNS_HELP)
     rows.add_argument(
         "--template", choices=TEMPLATES, help="form of the prompts (the one the adapter was trained with, else native)"
     )
@@ -140,6 +142,10 @@ def check_inference_arguments(args: argparse.Namespace) -> None:
     names = adapter_names(args.adapter_path)
     if len(set(names)) < len(names) or (len(names) > 1 and BASE in names):
         faults.add(f"--adapter_path: the names {', '.join(names)} must differ, also from {BASE}: rename a directory")
+    if (args.prompt_column or args.prompt_template) and {"prompt", "input", "messages"} & dict(
+        args.columns.pairs
+    ).keys():
+        faults.add("--columns names a prompt, and so does --prompt_column or --prompt_template: give one")
     if args.quantize == FP8:
         with faults.collect():
             check_device()
@@ -253,7 +259,7 @@ def open_job(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase, dtype
     """
     template = resolve_template(args, tokenizer)
     names = tuple(adapter_names(args.adapter_path)) if len(args.adapter_path) > 1 else ()
-    form = PromptForm(args.prompt_column, args.prompt_template, (*names, BASE) if names else ())
+    form = PromptForm(args.prompt_column, args.prompt_template, (*names, BASE) if names else (), args.columns)
     requests = read_requests(args.input_path or DEFAULT_PROMPTS, tokenizer, template, form)
     sampling = Sampling(args.temperature, args.top_k, args.top_p, args.repetition_penalty, args.seed)
     settings = AnswerSettings(args.max_new_tokens, sampling, args.num_return_sequences, tuple(args.stop), names)

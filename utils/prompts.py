@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -17,6 +17,14 @@ from transformers import PreTrainedTokenizerBase
 
 IGNORE_INDEX = -100  # labels where there is no loss
 MIN_TEXT = 2  # tokens of text, one of the prompt and one of the target, below which a row teaches nothing
+
+
+def fold_system(messages: Sequence[Message]) -> Sequence[Message]:
+    """For a template without system turns: the system text before the first user's, a newline between."""
+    if messages[0].role != "system":
+        return messages
+    system, first, *others = messages
+    return [first._replace(content=f"{system.content}\n{first.content}"), *others]
 
 
 @dataclass(frozen=True)
@@ -54,9 +62,11 @@ class ChatGLMTemplate:
     round_form = "[Round {i}]\n问：{question}\n答：{answer}\n"
     first_round = 0
     answer_mark = "\n答："
+    system_turns = False  # whether a system message is a turn of its own
 
     def render(self, messages: Sequence[Message]) -> str:
         """The prompt as text."""
+        messages = fold_system(messages)
         return messages[0].content if len(messages) == 1 else self.rounds(messages)
 
     def rounds(self, messages: Sequence[Message]) -> str:
@@ -72,7 +82,10 @@ class ChatGLMTemplate:
     def prompt(self, tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> Parts:
         return encode_drafts(tokenizer, [self.prompt_draft(tokenizer, messages)])[0]
 
-    def prompt_draft(self, tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> Draft:
+    def prompt_draft(
+        self, tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], untrained: Collection[int] = ()
+    ) -> Draft:
+        """`untrained` numbers the answers in `messages` that training on every turn leaves out."""
         text = self.render(messages)
         opening, end = constant(tokenizer, "frame", lambda: self.frame(tokenizer))
         return Draft(opening, text, self.answer_mark if text.endswith(self.answer_mark) else "", end)
@@ -103,11 +116,11 @@ class ChatGLMTemplate:
 
     def unfold(self, row: Row) -> list[Row]:
         """
-        The rows whose examples together have every assistant turn as a target: here one a turn. The prompt of
+        The rows whose examples together have every trained assistant turn as a target: here one a turn. The prompt of
         ChatGLM-6B sees itself in both directions, so nothing can be learnt inside it; and that of ChatGLM2 and of
         alpaca is one text, in which an answer's tokens and those round it may be one.
         """
-        return [Row(row.messages[:end]) for end in range(2, len(row.messages) + 1, 2)]
+        return [row.begin(end) for end in row.trained_ends]
 
     def stop_ids(self, tokenizer: PreTrainedTokenizerBase) -> list[int]:
         """Tokens that end an answer; a target ends with the first."""
@@ -129,7 +142,7 @@ class ChatGLM2Template(ChatGLMTemplate):
     answer_mark = "\n\n答："
 
     def render(self, messages: Sequence[Message]) -> str:
-        return self.rounds(messages)
+        return self.rounds(fold_system(messages))
 
     def frame(self, tokenizer: PreTrainedTokenizerBase) -> tuple[list[Span], Span]:
         return [token_span(tokenizer, *PREFIX)], NO_TOKENS
@@ -137,23 +150,27 @@ class ChatGLM2Template(ChatGLMTemplate):
 
 class ChatGLM3Template(ChatGLMTemplate):
     """
-    ChatGLM3-6B: `[gMASK] sop <|user|> \\n prompt <|assistant|> \\n target </s>`.
+    ChatGLM3-6B: `[gMASK] sop <|user|> \\n prompt <|assistant|> \\n target </s>`. A system message is a turn of its own
+    before the user's: `<|system|> \\n text`.
 
     Source: `build_chat_input` of THUDM/chatglm3-6b's tokenizer; each newline is encoded apart from the text.
     """
 
     prefix = ("[gMASK]", "sop")
+    system_turns = True
 
     def render(self, messages: Sequence[Message]) -> str:
         if len(messages) == 1:
             return messages[0].content
         return "".join(f"<|{message.role}|>\n{message.content}" for message in messages) + "<|assistant|>"
 
-    def prompt_draft(self, tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> Draft:
+    def prompt_draft(
+        self, tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], untrained: Collection[int] = ()
+    ) -> Draft:
         newline = encode_constant(tokenizer, "\n")
         spans, answered = [token_span(tokenizer, *self.prefix)], False
-        for message in messages:
-            answers = message.role == "assistant"
+        for number, message in enumerate(messages):
+            answers = message.role == "assistant" and number not in untrained
             # The role token of the user's next turn is what ends an answer.
             role = token_span(tokenizer, f"<|{message.role}|>")
             spans += (Span(role.content, answered), Span(newline, answers), Span(message.content, answers))
@@ -168,7 +185,8 @@ class ChatGLM3Template(ChatGLMTemplate):
         return Draft([newline], text, "", self.stop_span(tokenizer))
 
     def unfold(self, row: Row) -> list[Row]:
-        return [row]  # turns are encoded apart, and a token sees what is before it alone: one example has them all
+        # Turns are encoded apart, and a token sees what is before it alone: one example has them all.
+        return [row.begin(row.trained_ends[-1])]
 
     def stop_ids(self, tokenizer: PreTrainedTokenizerBase) -> list[int]:
         return [tokenizer.eos_token_id, *token_ids(tokenizer, "<|user|>", "<|observation|>")]
@@ -212,7 +230,7 @@ class AlpacaTemplate(ChatGLMTemplate):
     def render(self, messages: Sequence[Message]) -> str:
         turns = [
             self.turn_form.format(question=message.content) if message.role == "user" else f"{message.content}\n\n"
-            for message in messages
+            for message in fold_system(messages)
         ]
         return self.opening + "".join(turns)
 
@@ -272,6 +290,20 @@ def encode_example(
 LOSS_ON = ("last", "every")
 
 
+def rows_to_train(row: Row, template: ChatGLMTemplate, loss_on: str) -> list[Row]:
+    """
+    The rows whose examples have the targets that `loss_on` names.
+
+    Raises:
+        RowError: `loss_on` names the last answer alone, and the row says that it is not trained on.
+    """
+    if loss_on == "every":
+        return template.unfold(row)
+    if len(row.messages) - 1 in row.untrained:
+        raise RowError("the last answer is not to be trained on, and no other is with --loss_on last")
+    return [row]
+
+
 def encode_rows(
     tokenizer: PreTrainedTokenizerBase,
     rows: Sequence[Row],
@@ -291,7 +323,10 @@ def encode_rows(
     template = template or template_for(tokenizer)
     drafts = []
     for row in rows:
-        drafts += (template.prompt_draft(tokenizer, row.prompt), template.target_draft(tokenizer, row.target))
+        drafts += (
+            template.prompt_draft(tokenizer, row.prompt, row.untrained),
+            template.target_draft(tokenizer, row.target),
+        )
     parts = encode_drafts(tokenizer, drafts)
     return [_join(parts[i], parts[i + 1], max_seq_length, loss_on) for i in range(0, len(parts), 2)]
 

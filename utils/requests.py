@@ -3,15 +3,19 @@
 import csv
 import io
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from utils.columns import AS_NAMED, ColumnMap, find_schema
+from utils.distributed import print_once
 from utils.errors import RowError, UsageError
+from utils.jsonl import BLANKS
 from utils.prompts import ChatGLMTemplate, encode_prompt
 from utils.raw_files import decode_text
-from utils.rows import Message, parse_prompt, read_rows
+from utils.rows import Message, check_columns, parse_prompt, parse_question, read_rows
 
 from transformers import PreTrainedTokenizerBase
 
@@ -19,6 +23,7 @@ SEPARATORS = {".csv": ",", ".tsv": "\t"}
 TEXT = ".txt"  # a prompt a line
 ADAPTER = "adapter"  # the column that names one of several
 BASE = "base"  # its value for none
+_LINE_END = re.compile(r"\r\n|\n|\r")
 _PLACE = re.compile(r"\{([^{}]+)\}")
 
 
@@ -47,11 +52,15 @@ class PromptForm:
         column: the column that is the prompt as it stands; None is what utils/rows.py finds.
         template: a text with columns in braces, `把'{text}'改写...`, in the place of `column`.
         adapters: the names that a row's column "adapter" may have; empty where rows have no choice.
+        columns: those that utils/rows.py takes in place of the ones it knows.
+
+    A row's system text and history stand before its prompt in every form, unless a template has them.
     """
 
     column: str | None = None
     template: str | None = None
     adapters: Sequence[str] = ()
+    columns: ColumnMap = AS_NAMED
 
     def parse(self, raw: Any) -> PromptRow:
         """
@@ -64,34 +73,38 @@ class PromptForm:
             if adapter not in self.adapters:
                 raise RowError(f'"{ADAPTER}" is {adapter!r}, not one of {", ".join(self.adapters)}')
         if self.column is None and self.template is None:
-            return PromptRow(parse_prompt(raw).messages, adapter)
+            return PromptRow(parse_prompt(raw, self.columns).messages, adapter)
         if not isinstance(raw, dict):
             raise RowError(f"a row must be an object, not {type(raw).__name__}")
-        text = _PLACE.sub(lambda place: _cell(raw, place[1]), self.template or f"{{{self.column}}}")
-        if not text.strip():
-            raise RowError("the prompt is blank")
-        return PromptRow((Message("user", text),), adapter)
+        text = _PLACE.sub(lambda place: _cell(raw, place[1]), self._text)
+        return PromptRow(parse_question(self.columns.rename(raw), text, _PLACE.findall(self._text)).messages, adapter)
+
+    @property
+    def _text(self) -> str:
+        return self.template or f"{{{self.column}}}"
 
     def check_columns(self, columns: Sequence[str], path: str) -> "PromptForm":
         """
-        The form for a table with these columns: of a table with one column that is the prompt.
+        The form for a table with these columns: of a table with one column that is the prompt, which is said.
 
         Raises:
             UsageError: a column is not there, or none can be taken for the prompt.
         """
+        self.columns.check(columns, path)
+        names = [name for name in columns if name != ADAPTER]
         if self.template is None and self.column is None:
-            names = [name for name in columns if name != ADAPTER]
             try:
-                parse_prompt(dict.fromkeys(names, "x"))
+                find_schema(tuple(self.columns.rename(dict.fromkeys(names))))
             except RowError:
                 if len(names) == 1:
-                    return PromptForm(names[0], None, self.adapters)
+                    print_once(f"{path}: its one column, {names[0]}, is the prompt")
+                    return replace(self, column=names[0])
                 raise UsageError(
                     f"--input_path {path} has the columns {', '.join(names)}: say which is the prompt with "
-                    "--prompt_column, or how they make one with --prompt_template"
+                    "--prompt_column or --columns prompt=NAME, or how they make one with --prompt_template"
                 ) from None
             return self
-        for name in _PLACE.findall(self.template or f"{{{self.column}}}"):
+        for name in _PLACE.findall(self._text):
             if name not in columns:
                 flag = "--prompt_template" if self.template else "--prompt_column"
                 raise UsageError(f"{flag}: {path} has no column {name}, but {', '.join(columns)}")
@@ -133,33 +146,56 @@ def _rows(path: str, form: PromptForm) -> Iterator[tuple[str, PromptRow | RowErr
     if kind in SEPARATORS:
         yield from _table_rows(path, SEPARATORS[kind], form)
     elif kind == TEXT:
-        plain = PromptForm("line", None, form.adapters) if form.template is None else form
-        for number, line in enumerate(_read(path).splitlines(), start=1):
+        plain = replace(form, column="line") if form.template is None else form
+        for number, line in enumerate(_LINE_END.split(_read(path)), start=1):
             if line.strip():
-                yield f"{path}:{number}", _try(plain.parse, {"line": line})
+                yield f"{path}:{number}", _try(plain.parse, {"line": line.removeprefix("\ufeff")})
     else:
+        check_columns(form.columns, [path])
         for _, number, row in read_rows(path, form.parse):
             yield f"{path}:{number}", row
 
 
 def _table_rows(path: str, separator: str, form: PromptForm) -> Iterator[tuple[str, PromptRow | RowError]]:
+    """
+    Raises:
+        UsageError: a quote is not closed or stands where none can, or the header is empty or names a column twice.
+    """
+    lines = _records(path, separator)
+    _, header = next(lines, (1, []))
+    header = [name.strip(BLANKS) for name in header]
+    names = [name for name in header if name]  # pandas writes its index without one
+    if not names:
+        raise UsageError(f"--input_path {path}: no names of columns in its first line")
+    if repeated := [name for name, count in Counter(names).items() if count > 1]:
+        raise UsageError(f"--input_path {path}: several columns are named {', '.join(repeated)}: rename them")
+    form = form.check_columns(names, path)
+    for number, cells in lines:
+        if len(cells) != len(header):
+            yield f"{path}:{number}", RowError(f"{len(cells)} cells, but {len(header)} columns")
+        else:
+            raw = {name: cell for name, cell in zip(header, cells, strict=True) if name}
+            yield f"{path}:{number}", _try(form.parse, raw)
+
+
+def _records(path: str, separator: str) -> Iterator[tuple[int, list[str]]]:
+    """(number of its first line, cells) of each record that is not blank."""
     csv.field_size_limit(1 << 30)
-    reader = csv.DictReader(io.StringIO(_read(path), newline=""), delimiter=separator)
-    form = form.check_columns([name for name in reader.fieldnames or () if name], path)
-    rows = iter(reader)
+    reader = csv.reader(io.StringIO(_read(path), newline=""), delimiter=separator, strict=True)
     while True:
+        first = reader.line_num + 1
         try:
-            raw = next(rows)
+            cells = next(reader)
         except StopIteration:
             return
         except csv.Error as error:
-            yield f"{path}:{reader.line_num}", RowError(f"not CSV: {error}")
-            continue
-        place = f"{path}:{reader.line_num}"
-        if None in raw:
-            yield place, RowError(f"{len(raw[None])} cells more than columns")
-        else:
-            yield place, _try(form.parse, raw)
+            closed = "" if "end of data" in str(error) else f" ({error}, in line {reader.line_num})"
+            raise UsageError(
+                f'--input_path {path}:{first}: a quote (") that opens a cell in this row is not closed before a '
+                f"separator{closed}: close it, and write a quote inside a cell twice"
+            ) from None
+        if cells:
+            yield first, cells
 
 
 def _try(parse: Callable[[Any], PromptRow], raw: Any) -> PromptRow | RowError:

@@ -1,152 +1,173 @@
 """Raw rows of every supported schema -> `Row`; what is wrong with a row, in words."""
 
-import functools
+import itertools
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
+from utils.columns import (
+    ANSWERS,
+    AS_NAMED,
+    DOCUMENTS,
+    HISTORY,
+    MORE,
+    PREFERENCES,
+    SYSTEMS,
+    VERDICTS,
+    WEIGHTS,
+    ColumnMap,
+    Schema,
+    check_refused,
+    find_schema,
+    texts_of,
+)
+from utils.conversations import ROLES, Message, Row, Turn, join, parse_chat, parse_history
 from utils.errors import RowError
 from utils.raw_files import Block, read_blocks
 
-# (columns joined to the prompt, column of the target), the first that fits a row is taken.
-SCHEMAS = (
-    (("instruction", "input"), "output"),  # BELLE today, Alpaca
-    (("input",), "target"),  # BELLE's first files
-    (("context",), "target"),  # the JSONL of ChatGLM-Tuning
-    (("prompt",), "completion"),
-)
-CHATS = ("messages", "conversations")  # the second in BELLE's 3.5M file and ShareGPT, with from/value
-ROLES = {
-    "user": "user",
-    "human": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "system": "system",
-}
 # BELLE's multi-turn files hold the conversation in `instruction`: "Human:...\nAssistant:...\nHuman:...\nAssistant:".
 _TURN = re.compile(r"(?:^|\n)\s*(Human|Assistant)[:：]")
 
 
-class Message(NamedTuple):
-    role: str  # "user" or "assistant"
-    content: str
-
-
-class Row(NamedTuple):
-    """A conversation. A training row ends with the assistant's message, a prompt with the user's."""
-
-    messages: tuple[Message, ...]
-
-    @property
-    def prompt(self) -> tuple[Message, ...]:
-        """The messages before the answer."""
-        return self.messages[:-1] if self.messages[-1].role == "assistant" else self.messages
-
-    @property
-    def target(self) -> str | None:
-        """The answer, or None where the row is a prompt."""
-        return self.messages[-1].content if self.messages[-1].role == "assistant" else None
-
-
-def parse_prompt(raw: Any) -> Row:
+def parse_prompt(raw: Any, columns: ColumnMap = AS_NAMED) -> Row:
     """
     Reads the prompt of a raw row; a target that stands beside it is left out.
 
     `instruction` and `input` are joined by a newline where both hold text. A chat is
     `{"messages": [{"role": "user", "content": ...}, ...]}` or
-    `{"conversations": [{"from": "human", "value": ...}, ...]}` and ends with the user's turn; a system message at its
-    start stands before the first user's text, a newline between.
+    `{"conversations": [{"from": "human", "value": ...}, ...]}` and ends with the user's turn. The text of `system`, or
+    a system message at a chat's start, is the first message; the turns of `history` stand before the others.
 
     Raises:
-        RowError: no schema fits, or the prompt is blank.
+        RowError: no schema fits, the prompt is blank, or the row has something that would be lost.
     """
-    schema = _schema_of(raw)
-    if schema.chat:
-        messages = _parse_chat(raw[schema.chat], schema.chat)
-        return Row(messages[:-1] if messages[-1].role == "assistant" else messages)
-    return Row(_parse_columns(raw, schema))
+    raw = columns.rename(raw)
+    return Row(_conversation(raw, _schema_of(raw)).prompt)
 
 
-def parse_row(raw: Any) -> Row:
+def parse_row(raw: Any, columns: ColumnMap = AS_NAMED) -> Row:
     """
     Reads a training row: a prompt and its target.
 
     Raises:
-        RowError: no schema fits, or the prompt or the target is blank.
+        RowError: see `parse_prompt`; or the target is blank, or not to be trained on.
     """
+    raw = columns.rename(raw)
     schema = _schema_of(raw)
-    if schema.chat:
-        messages = _parse_chat(raw[schema.chat], schema.chat)
-        if messages[-1].role != "assistant" or len(messages) < 2:
-            raise RowError("a training conversation must end with the assistant's answer to a user's message")
-        return Row(messages)
-    prompt = _parse_columns(raw, schema)
-    if schema.target is None:
-        raise RowError(f"no target among {sorted(map(str, raw))}; known are {describe_schemas()}")
-    target = _text(raw, schema.target)
-    if not target or target.isspace():
-        raise RowError(f'the target ("{schema.target}") is blank')
-    return Row((*prompt, Message("assistant", target)))
+    row = _conversation(raw, schema)
+    if schema.carrying:
+        _check_training(raw)
+    if not schema.chat:
+        return row._replace(messages=(*row.messages, Message("assistant", _target(raw, schema))))
+    if row.target is None:
+        raise RowError("a training conversation must end with the assistant's answer to a user's message")
+    if not row.trained_ends:
+        raise RowError("no answer of the conversation is to be trained on")
+    return row
 
 
-class _Schema(NamedTuple):
-    chat: str | None  # the column of a conversation
-    prompt: tuple[str, ...]
-    target: str | None
+def parse_question(raw: Any, text: str, used: Sequence[str]) -> Row:
+    """
+    The prompt whose last question is `text`, which was made of the columns `used`, behind the row's system text and
+    history.
+
+    Raises:
+        RowError: the text is blank, or see `parse_prompt`.
+    """
+    if not text.strip():
+        raise RowError("the prompt is blank")
+    carrying = find_schema(("prompt", *(name for name in raw if name not in used))).carrying
+    return _in_context(raw, carrying, "prompt", [Turn("user", text)])
 
 
-def _schema_of(raw: Any) -> _Schema:
+def _check_training(raw: dict[str, Any]) -> None:
+    """
+    Raises:
+        RowError: the row says that its answer is worse than another, or counts more or less than others.
+    """
+    check_refused(raw, [name for name in PREFERENCES if name in raw])
+    for name in VERDICTS:
+        if raw.get(name) is False:
+            raise RowError(f'"{name}" is false: an answer that is not wanted cannot be trained on')
+    for name in WEIGHTS:
+        weight = raw.get(name)
+        if isinstance(weight, int | float) and weight != 1:
+            raise RowError(f'"{name}" is {weight}: rows cannot count more or less than others')
+
+
+def _schema_of(raw: Any) -> Schema:
     if not isinstance(raw, dict):
         raise RowError(f"a row must be a JSON object, not {type(raw).__name__}")
-    return _find_schema(tuple(raw))
+    return find_schema(tuple(raw))
 
 
-@functools.lru_cache(maxsize=4096)
-def _find_schema(columns: tuple[str, ...]) -> _Schema:
-    """Which of a row's columns hold what."""
-    for column in CHATS:
-        if column in columns:
-            return _Schema(column, (), None)
-    found = [(prompt, target) for prompt, target in SCHEMAS if prompt[0] in columns]
-    if not found:
-        known = f"known are {describe_schemas()}"
-        raise RowError(f"no known columns among {sorted(map(str, columns))}; {known}")
-    targets = [target for _, target in found if target in columns]
-    return _Schema(None, tuple(column for column in found[0][0] if column in columns), targets[0] if targets else None)
+def _conversation(raw: dict[str, Any], schema: Schema) -> Row:
+    """The row's messages: of a chat all, of columns those before the target."""
+    if schema.chat:
+        turns = parse_chat(raw[schema.chat], schema.chat)
+        contents = [turn.content for turn in turns]
+        for name in schema.prompts:
+            if isinstance(raw[name], str) and raw[name].strip() and raw[name] not in contents:
+                raise RowError(
+                    f'"{name}" stands beside "{schema.chat}", which does not hold its text: '
+                    f"--columns messages={schema.chat} leaves it out"
+                )
+        return _in_context(raw, schema.carrying, schema.chat, turns)
+    prompt = _prompt(raw, schema.prompts)
+    turns = _parse_tagged(prompt) if "Human" in prompt and schema.prompts[0] == "instruction" else None
+    if schema.carrying or turns:
+        return _in_context(raw, schema.carrying, schema.prompts[0], turns or [Turn("user", prompt)])
+    return Row((Message("user", prompt),))
 
 
-def _parse_columns(raw: dict[str, Any], schema: _Schema) -> tuple[Message, ...]:
-    """The prompt."""
-    columns = schema.prompt
-    prompt = _text(raw, columns[0])
-    if len(columns) > 1 and (more := _text(raw, columns[1])):
-        prompt = f"{prompt}\n{more}" if prompt else more
+def _in_context(raw: dict[str, Any], carrying: Sequence[str], column: str, turns: list[Turn]) -> Row:
+    """The turns of `column` behind the row's system text and history, which are among the columns `carrying`."""
+    check_refused(raw, [name for name in carrying if name not in PREFERENCES])
+    systems = texts_of(raw, [name for name in SYSTEMS if name in carrying])
+    systems = {name: text for name, text in systems.items() if not text.isspace()}
+    if len(set(systems.values())) > 1:
+        raise RowError(f"{' and '.join(systems)} hold different system texts")
+    history = parse_history(raw[HISTORY], HISTORY) if HISTORY in carrying else []
+    return join(next(iter(systems.values()), ""), [(HISTORY, history), (column, turns)])
+
+
+def _prompt(raw: dict[str, Any], columns: Sequence[str]) -> str:
+    """The text of the first of the columns, with that of one more behind it where that belongs to a prompt."""
+    texts = texts_of(raw, columns)
+    if len(texts) == 2 and _belongs(*texts):
+        prompt = "\n".join(texts.values())
+    else:
+        filled = [name for name, text in texts.items() if not text.isspace()]
+        if len(filled) > 1:
+            names = " and ".join(f'"{name}"' for name in filled)
+            raise RowError(f"{names} could each be the prompt: say which with --columns prompt=NAME")
+        prompt = texts[filled[0]] if filled else ""
     if not prompt or prompt.isspace():
         raise RowError(f"the prompt ({' + '.join(columns)}) is blank")
-    if "Human" in prompt and columns[0] == "instruction" and (turns := _parse_tagged(prompt)):
-        return turns
-    return (Message("user", prompt),)
+    return prompt
 
 
-def _text(raw: dict[str, Any], column: str) -> str:
-    value = raw.get(column)
-    if isinstance(value, str):
-        return value
-    if value is None:
-        return ""
-    raise RowError(f'"{column}" is {type(value).__name__}, not text')
+def _belongs(first: str, more: str) -> bool:
+    """Whether a prompt is the text of the column `first` and behind it that of `more`."""
+    return more in MORE and first not in (*MORE, *DOCUMENTS) and (more != "query" or first == "prompt")
 
 
-def describe_schemas() -> str:
-    return (
-        "; ".join("/".join((*columns, target)) for columns, target in SCHEMAS)
-        + "; instruction/instances; "
-        + ("; ".join(CHATS))
-    )
+def _target(raw: dict[str, Any], schema: Schema) -> str:
+    if not schema.answers:
+        raise RowError(
+            f"no target among {sorted(map(str, raw))}; known are {', '.join(ANSWERS)}; --columns names others"
+        )
+    texts = texts_of(raw, schema.answers)
+    filled = {text: name for name, text in texts.items() if not text.isspace()}
+    if len(filled) > 1:
+        names = " and ".join(f'"{name}"' for name in filled.values())
+        raise RowError(f"{names} could each be the target: say which with --columns response=NAME")
+    if not filled:
+        raise RowError(f'the target ("{schema.answers[0]}") is blank')
+    return next(iter(filled))
 
 
-def _parse_tagged(text: str) -> tuple[Message, ...] | None:
+def _parse_tagged(text: str) -> list[Turn] | None:
     """The turns of a text in BELLE's multi-turn form; None where it does not start and end as one does."""
     tags = list(_TURN.finditer(text))
     if not tags or tags[0][1] != "Human" or text[: tags[0].start()].strip():
@@ -155,43 +176,13 @@ def _parse_tagged(text: str) -> tuple[Message, ...] | None:
     turns = [(tag[1], text[tag.end() : end].strip()) for tag, end in zip(tags, ends, strict=True)]
     if turns[-1] != ("Assistant", ""):
         return None
-    messages = tuple(Message(ROLES[role.lower()], content) for role, content in turns[:-1])
-    for turn, message in enumerate(messages):
-        if message.role != ("user", "assistant")[turn % 2] or not message.content:
+    found = [Turn(ROLES[role.lower()], content) for role, content in turns[:-1]]
+    for number, turn in enumerate(found):
+        if turn.role != ("user", "assistant")[number % 2] or not turn.content:
             raise RowError("the Human: and Assistant: turns of the instruction do not alternate, or one is blank")
-    if messages[-1].role != "user":
+    if found[-1].role != "user":
         raise RowError("the instruction's last turn before Assistant: is not Human:")
-    return messages
-
-
-def _parse_chat(raw: Any, column: str) -> tuple[Message, ...]:
-    if not isinstance(raw, list) or not raw:
-        raise RowError(f'"{column}" must be a list with at least one message')
-    messages, system = [], ""
-    for item in raw:
-        role = ROLES.get(_either(item, "role", "from")) if isinstance(item, dict) else None
-        if role is None:
-            raise RowError('each message needs a "role" (or "from") of "user" or "assistant"')
-        content = _either(item, "content", "value")
-        if not isinstance(content, str) or not content.strip():
-            raise RowError('each message needs a "content" (or "value") that holds text')
-        if role == "system":
-            if messages or system:
-                raise RowError("a system message must stand once, at the start")
-            system = content + "\n"
-        else:
-            messages.append(Message(role, system + content if not messages else content))
-    if not messages:
-        raise RowError(f'"{column}" holds a system message alone')
-    for turn, message in enumerate(messages):
-        if message.role != ("user", "assistant")[turn % 2]:
-            raise RowError("messages must alternate between user and assistant, the user first")
-    return tuple(messages)
-
-
-def _either(item: dict[str, Any], *keys: str) -> Any:
-    value = next((item[key] for key in keys if key in item), None)
-    return value if isinstance(value, str) else None
+    return found
 
 
 class NumberedRow(NamedTuple):
@@ -224,7 +215,7 @@ def _parse_instances(raw: dict[str, Any], parse: Callable[[Any], Row]) -> list[R
     rows = []
     for instance in instances:
         try:
-            rows.append(parse({"instruction": raw.get("instruction"), **instance}))
+            rows.append(parse({**{name: value for name, value in raw.items() if name != "instances"}, **instance}))
         except RowError as error:
             rows.append(error)
     return rows
@@ -240,3 +231,20 @@ def read_rows(paths: str | Iterable[str], parse: Callable[[Any], Row]) -> Iterat
     for path in [paths] if isinstance(paths, str) else paths:
         for block in read_blocks(path):
             yield from rows_of(block, parse)
+
+
+def check_columns(columns: ColumnMap, paths: Iterable[str]) -> None:
+    """
+    Looks into the first block of each file, about 1 MiB.
+
+    Raises:
+        UsageError: a column that --columns names is in none of them.
+    """
+    if not columns.pairs:
+        return
+    paths, found = list(paths), {}
+    for path in paths:
+        for block in itertools.islice(read_blocks(path), 1):
+            for _, raw in block.values():
+                found |= dict.fromkeys(raw) if isinstance(raw, dict) else {}
+    columns.check(found, " ".join(paths))

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from utils.distributed import print_once
 from utils.errors import UsageError
 from utils.prompts import IGNORE_INDEX, encode_prompt, fingerprint, template_for
 from utils.rows import Message
@@ -249,6 +250,8 @@ def check_origin(dataset_path: str, tokenizer: PreTrainedTokenizerBase, model_na
             f"--dataset_path {dataset_path} was made with another tokenizer, that of {origin.model_name_or_path}: "
             f"{again}"
         )
+    if origin.system_turns is None and template_for(tokenizer, origin.template).system_turns:
+        print_once(f"{dataset_path} has system messages, if any, inside the first question, not as turns: {again}")
     return origin.template
 
 

@@ -32,6 +32,7 @@ class Origin:
     tokenizer: str  # utils.prompts.fingerprint
     model_name_or_path: str
     loss_on: str = "last"  # one of utils.prompts.LOSS_ON
+    system_turns: bool | None = None  # whether system messages are turns of their own; None: made before that was so
 
 
 def record_batch(batch: TokenBatch) -> pa.RecordBatch:

@@ -16,14 +16,16 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from utils.chatglm.vocab_file import VocabFileTokenizer
+from utils.columns import AS_NAMED, ColumnMap
 from utils.errors import RowError, RunError, UsageError
 from utils.processes import end_with_parent
-from utils.prompts import IGNORE_INDEX, ChatGLMTemplate, fingerprint
+from utils.prompts import IGNORE_INDEX, ChatGLMTemplate, fingerprint, rows_to_train
 from utils.raw_files import Block, read_blocks
 from utils.rejections import Rejection
-from utils.rows import NumberedRow, parse_row, rows_of
+from utils.rows import NumberedRow, Row, parse_row, rows_of
 from utils.token_batch import TokenBatch, encode_batch
 from utils.token_files import SCHEMA, record_batch
 from utils.token_report import TokenReport
@@ -33,7 +35,7 @@ import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
 PART_BLOCKS = 8  # of a part, which is one Arrow file: about 8 MiB of raw rows
-VERSION = 1  # of what is made of a row; a new one makes every dataset anew
+VERSION = 2  # of what is made of a row; a new one makes every dataset anew
 REPORTS = "reports"  # directory of the finished parts' reports
 
 
@@ -45,6 +47,10 @@ class TokenizeOptions:
     max_seq_length: int
     skip_overlength: bool
     loss_on: str
+    columns: ColumnMap = AS_NAMED
+
+    def parse(self, raw: Any) -> Row:
+        return parse_row(raw, self.columns)
 
 
 @dataclass(frozen=True)
@@ -113,13 +119,14 @@ class PartMaker:
     def _encode(self, block: Block, report: TokenReport, rejections: list[Rejection]) -> TokenBatch:
         """The rows to write; `report` and `rejections` gain what became of all."""
         usable: list[NumberedRow] = []
-        for numbered in rows_of(block, parse_row):
-            if isinstance(numbered.row, RowError):
-                rejections.append(Rejection(numbered.path, numbered.line, str(numbered.row)))
-            elif self.options.loss_on == "every":
-                usable += [numbered._replace(row=row) for row in self.template.unfold(numbered.row)]
-            else:
-                usable.append(numbered)
+        for numbered in rows_of(block, self.options.parse):
+            try:
+                if isinstance(numbered.row, RowError):
+                    raise numbered.row
+                rows = rows_to_train(numbered.row, self.template, self.options.loss_on)
+                usable += [numbered._replace(row=row) for row in rows]
+            except RowError as error:
+                rejections.append(Rejection(numbered.path, numbered.line, str(error)))
         report.read += len(usable) + len(rejections) - report.rejected
         options, rows = self.options, [row for _, _, row in usable]
         batch = encode_batch(self.tokenizer, rows, options.max_seq_length, self.template, options.loss_on)
