@@ -37,6 +37,7 @@ from utils.run_plan import plan
 from utils.run_record import keep_log, settle_reporters, write_run
 from utils.target_loss import use_target_loss
 from utils.token_dataset import fingerprint_rows
+from utils.tokenizer_files import GENERATION_FLAGS, GENERATION_HELP, choose_generation
 from utils.training import (
     BY_LENGTH,
     AdapterTrainer,
@@ -80,6 +81,7 @@ class ModelArguments:
     _argument_group_name = "model"
 
     model_name_or_path: str = field(default=DEFAULT_MODEL, metadata={"help": "checkpoint directory or hub id"})
+    generation: Literal[*GENERATION_FLAGS] | None = field(default=None, metadata={"help": GENERATION_HELP})
     quantize: Literal["int8", "int4", "fp8"] | None = field(
         default=None,
         metadata={
@@ -130,6 +132,7 @@ def parse_arguments(argv: list[str]):
     decided = ("gradient_checkpointing", "dataloader_num_workers", "per_device_eval_batch_size")  # where no flag does
     parser.set_defaults(train_sampling_strategy=BY_LENGTH, **dict.fromkeys(decided))
     values = parser.parse_args(argv)
+    choose_generation(values.model_name_or_path, values.generation)
     request = open_request(values)
     settle_evaluation(values)
     dtype = resolve_precision(values)

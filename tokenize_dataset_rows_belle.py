@@ -26,17 +26,17 @@ from utils.rows import Row, check_columns, read_rows
 from utils.token_files import Origin, check_target, complete_dataset, is_dataset, replace_dataset
 from utils.token_parts import REPORTS, PartMaker, TokenizeOptions, cache_key, make_parts, parts_directory
 from utils.token_report import REPORT_FILE, TokenReport, import_matplotlib, preview
-from utils.tokenizer_files import DEFAULT_MODEL, load_tokenizer
+from utils.tokenizer_files import add_model_flags, choose_generation, load_tokenizer
 
 from transformers import PreTrainedTokenizerBase
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument_group("files").add_argument
+    add = (files := parser.add_argument_group("files")).add_argument
     add("--jsonl_path", nargs="+", required=True, help="files of rows, or quoted patterns")
     add("--save_path", required=True, help="directory of the dataset; an older one is replaced")
-    add("--model_name_or_path", default=DEFAULT_MODEL, help="whose tokenizer: a directory or hub id (%(default)s)")
+    add_model_flags(files, "whose tokenizer: a directory or hub id")
     add = parser.add_argument_group("rows").add_argument
     add("--max_seq_length", type=int, default=384, help="tokens of a whole row, at most (%(default)s)")
     add("--skip_overlength", action="store_true", help="skip longer rows (cut them)")
@@ -53,6 +53,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--num_proc", type=int, default=len(os.sched_getaffinity(0)), help="processes (one a core: %(default)s)")
     add("--preview", type=int, default=0, metavar="N", help="show N rows, the trained tokens marked (%(default)s)")
     args = parser.parse_args()
+    choose_generation(args.model_name_or_path, args.generation)
     for name in ("max_seq_length", "num_proc"):
         if getattr(args, name) < 1:
             raise UsageError(f"--{name} {getattr(args, name)} must be at least 1")

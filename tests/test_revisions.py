@@ -5,12 +5,15 @@ import itertools
 import json
 import random
 import shutil
+from dataclasses import asdict, replace
 
+from utils.chatglm.fast_tokenizer import fast_tokenizer
 from utils.chatglm.generations import CHATGLM, CHATGLM2, CHATGLM3, GLM4, identify
 from utils.chatglm.tokenization_chatglm import CONTROL_PIECES, FIRST_IMAGE_TOKENS
 from utils.chatglm.tokenization_glm4 import ChatGLM4Tokenizer, merges_of
 from utils.checkpoint import Checkpoint, load_model, load_tokenizer
 from utils.errors import UsageError
+from utils.lora import AdapterOrigin, warn_of_old_ids
 from utils.prompts import encode_prompt, fingerprint, template_for
 from utils.rows import Message
 from utils.tokenizer_files import choose_generation
@@ -96,6 +99,29 @@ def test_what_was_made_with_too_few_merges_is_not_taken_for_good(monkeypatch):
         monkeypatch.setattr(template, "ids_version", 1)
         assert fingerprint(tokenizer, template) != now
     assert template_for(other).ids_version == 1  # what others made stands
+
+
+def test_adapters_and_exports_of_older_versions_say_so(tmp_path, capsys):
+    checkpoint, current = Checkpoint.open(str(V4)), tmp_path / "current"
+    current.mkdir()
+    origin = AdapterOrigin("native", checkpoint.fingerprint(), str(V4))
+    (current / "adapter_origin.json").write_text(json.dumps(asdict(origin)))
+    assert "older version" in warn_of_old_ids(current, checkpoint)
+    assert warn_of_old_ids(current, Checkpoint.open(str(V3))) is None
+    (current / "adapter_origin.json").write_text(json.dumps(asdict(replace(origin, tokenizer="0123"))))
+    assert warn_of_old_ids(current, checkpoint) is None
+    assert warn_of_old_ids(tmp_path, checkpoint) is None  # another tool's
+
+    merged = tmp_path / "merged"
+    load_model(str(V4)).save_pretrained(merged)
+    fast_tokenizer(load_tokenizer(str(V4))).save_pretrained(merged)
+    load_tokenizer(str(merged))
+    assert "older version" not in capsys.readouterr().out
+    content = json.loads((merged / "tokenizer.json").read_text(encoding="utf-8"))
+    del content["model"]["merges"][-len(content["model"]["merges"]) // 2 :]
+    (merged / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
+    load_tokenizer(str(merged))
+    assert "tokenizer.json was exported by an older version" in capsys.readouterr().out
 
 
 # ChatGLM-6B's first release
@@ -316,8 +342,6 @@ def test_another_model_of_the_library_is_refused_by_what_it_lacks(tmp_path):
     """glm-edge: transformers' own Glm with a chat of another form."""
     directory = tmp_path / "glm-edge"
     load_model(str(V3)).save_pretrained(directory)
-    from utils.chatglm.fast_tokenizer import fast_tokenizer
-
     fast_tokenizer(load_tokenizer(str(V3))).save_pretrained(directory)
     with pytest.raises(UsageError, match="its tokenizer has no <sop>, <.endoftext.>, so its chats"):
         load_tokenizer(str(directory))

@@ -19,7 +19,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from utils.answer_text import decode
-from utils.checkpoint import DEFAULT_MODEL, load_tokenizer
+from utils.checkpoint import load_tokenizer
 from utils.errors import Faults, UsageError, run
 from utils.inference_options import check_adapters, check_sampling, resolve_dtype, resolve_template
 from utils.lora import load_adapter
@@ -27,6 +27,7 @@ from utils.placement import dispatch, input_device
 from utils.prompts import TEMPLATES, ChatGLMTemplate, encode_prompt
 from utils.quantization import BITS
 from utils.rows import Message
+from utils.tokenizer_files import add_model_flags, choose_generation
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -198,9 +199,7 @@ def make_page(chat: Chat, choices: Choices):
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     model = parser.add_argument_group("model")
-    model.add_argument(
-        "--model_name_or_path", default=DEFAULT_MODEL, help="checkpoint directory or hub id (%(default)s)"
-    )
+    add_model_flags(model)
     model.add_argument("--adapter_path", nargs=1, default=[], metavar="ADAPTER", help="adapter to talk to (none)")
     model.add_argument("--any_base", action="store_true", help="take an adapter that was trained on other weights")
     model.add_argument("--lora_alpha", type=int, help="of a chatglm-lora.pt, which does not record it (32)")
@@ -220,7 +219,9 @@ def parse_arguments() -> argparse.Namespace:
     web.add_argument("--web", action="store_true", help="a page in the browser instead of the terminal")
     web.add_argument("--host", default=LOOPBACK, help="address to listen on; 0.0.0.0: all the network (%(default)s)")
     web.add_argument("--port", type=int, default=7860, help="(%(default)s)")
-    return parser.parse_args()
+    args = parser.parse_args()
+    choose_generation(args.model_name_or_path, args.generation)
+    return args
 
 
 def check_arguments(args: argparse.Namespace) -> None:

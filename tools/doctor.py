@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from utils.errors import UsageError, run
 from utils.hub import refuse_pointer
-from utils.tokenizer_files import GENERATION_FLAGS, choose_generation, load_tokenizer, open_directory
+from utils.tokenizer_files import GENERATION_FLAGS, GENERATION_HELP, choose_generation, load_tokenizer, open_directory
 from utils.weight_files import read_index, weight_files
 
 import torch
@@ -139,7 +139,7 @@ def find_fault(file: Path) -> str | None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model_name_or_path", help="checkpoint directory or hub id to look at")
-    parser.add_argument("--generation", choices=GENERATION_FLAGS, help="what it is, where its files leave that open")
+    parser.add_argument("--generation", choices=GENERATION_FLAGS, help=GENERATION_HELP)
     parser.add_argument("--output_dir", type=Path, default=Path("output"), help="where runs will write (%(default)s)")
     args = parser.parse_args()
     if args.model_name_or_path:

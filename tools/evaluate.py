@@ -19,7 +19,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from utils.checkpoint import DEFAULT_MODEL, load_tokenizer
+from utils.checkpoint import load_tokenizer
 from utils.columns import AS_NAMED, COLUMNS_HELP, ColumnMap
 from utils.errors import Faults, RowError, UsageError, run
 from utils.generation import AnswerSettings, generate_answers
@@ -31,6 +31,7 @@ from utils.prompts import TEMPLATES, encode_prompt
 from utils.quantization import BITS
 from utils.requests import BASE, Request
 from utils.rows import Row, check_columns, parse_row, read_rows
+from utils.tokenizer_files import add_model_flags, choose_generation
 
 SHOWN = {
     "exact_match": "exact match %",
@@ -53,9 +54,7 @@ NOTE = (
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     model = parser.add_argument_group("model")
-    model.add_argument(
-        "--model_name_or_path", default=DEFAULT_MODEL, help="checkpoint directory or hub id (%(default)s)"
-    )
+    add_model_flags(model)
     model.add_argument("--adapter_path", nargs="+", default=[], metavar="ADAPTER", help="adapters to compare (none)")
     model.add_argument("--any_base", action="store_true", help="take adapters that were trained on other weights")
     model.add_argument("--lora_alpha", type=int, help="of a chatglm-lora.pt, which does not record it (32)")
@@ -75,7 +74,9 @@ def parse_arguments() -> argparse.Namespace:
     report.add_argument("--output_dir", default="output/evaluation", help="(%(default)s)")
     report.add_argument("--samples", type=int, default=20, help="rows shown side by side (%(default)s)")
     report.add_argument("--seed", type=int, default=0, help="of the resamples (%(default)s)")
-    return parser.parse_args()
+    args = parser.parse_args()
+    choose_generation(args.model_name_or_path, args.generation)
+    return args
 
 
 def check_arguments(args: argparse.Namespace) -> None:

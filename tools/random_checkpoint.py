@@ -59,6 +59,12 @@ GLM = {
         "layernorm_epsilon": 1.5625e-07,
         "seq_length": 131072,
         "rope_ratio": 500,
+        "eos_token_id": [
+            256,
+            263,
+            265,
+        ],  # of the 256 bytes and specials of `write_tokenizer`
+        "pad_token_id": 256,
     },
     "chatglm3-1b": CHATGLM3  # no release: small enough to train all of it
     | {
@@ -105,7 +111,8 @@ def write_tokenizer(shape: str, directory: Path) -> None:
         for name in ("ice_text.model", "tokenizer_config.json"):
             shutil.copyfile(TOKENIZER / name, directory / name)
         return
-    (directory / "tokenizer_config.json").write_text(json.dumps({"name_or_path": shape}) + "\n", encoding="utf-8")
+    name = shape if "glm-4" in shape or "chatglm" in shape else f"chatglm3-{shape}"  # which tells the generation
+    (directory / "tokenizer_config.json").write_text(json.dumps({"name_or_path": name}) + "\n", encoding="utf-8")
     if shape == "glm-4-9b":
         ranks = (f"{base64.b64encode(bytes([byte])).decode()} {byte}\n" for byte in range(256))
         (directory / "tokenizer.model").write_text("".join(ranks), encoding="ascii")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from utils.adapter_files import RAW_ALPHA
 from utils.answer_files import AnswerFile, digest_of
-from utils.checkpoint import DEFAULT_MODEL, Checkpoint
+from utils.checkpoint import Checkpoint
 from utils.columns import AS_NAMED, COLUMNS_HELP, ColumnMap
 from utils.distributed import is_main_process, print_once, process_rank, world_size
 from utils.engine import can_serve
@@ -15,7 +15,7 @@ from utils.errors import Faults, UsageError
 from utils.export import merge_and_save, read_template
 from utils.fp8 import FP8, check_device
 from utils.generation import AnswerSettings, answer_rows, settings_of
-from utils.lora import check_base, load_adapter, merge_adapter, read_origin
+from utils.lora import check_base, load_adapter, merge_adapter, read_origin, warn_of_old_ids
 from utils.mixed_adapters import add_adapters
 from utils.placement import input_device
 from utils.prompts import TEMPLATES, ChatGLMTemplate, template_for
@@ -23,6 +23,7 @@ from utils.quantization import BITS, stored_bits
 from utils.requests import BASE, PromptForm, Request, read_requests
 from utils.row_queue import ALONE, Replica
 from utils.sampling import Sampling
+from utils.tokenizer_files import add_model_flags, choose_generation
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -33,9 +34,7 @@ DEFAULT_ANSWERS = "output/answers.jsonl"
 
 def add_inference_arguments(parser: argparse.ArgumentParser) -> None:
     model = parser.add_argument_group("model")
-    model.add_argument(
-        "--model_name_or_path", default=DEFAULT_MODEL, help="checkpoint directory or hub id (%(default)s)"
-    )
+    add_model_flags(model)
     model.add_argument(
         "--adapter_path",
         nargs="+",
@@ -119,6 +118,7 @@ def check_inference_arguments(args: argparse.Namespace) -> None:
     Raises:
         UsageError: with every fault: a size that cannot be, or a flag that needs another or excludes it.
     """
+    choose_generation(args.model_name_or_path, args.generation)
     faults = Faults()
     for name, least in (("batch_size", 0), ("max_new_tokens", 1), ("num_return_sequences", 1), ("top_k", 0)):
         if getattr(args, name) < least:
@@ -179,10 +179,14 @@ def check_adapters(args: argparse.Namespace) -> None:
     Raises:
         UsageError: see `check_base`.
     """
-    if args.adapter_path and not args.any_base:
-        checkpoint = Checkpoint.open(args.model_name_or_path, quantize=stored_bits(args.quantize))
-        for path in args.adapter_path:
+    if not args.adapter_path:
+        return
+    checkpoint = Checkpoint.open(args.model_name_or_path, quantize=stored_bits(args.quantize))
+    for path in args.adapter_path:
+        if not args.any_base:
             check_base(path, checkpoint)
+        if warning := warn_of_old_ids(path, checkpoint):
+            print_once(warning)
 
 
 def export_or_answer(args: argparse.Namespace, dtype: torch.dtype) -> bool:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from utils.adapter_files import adapter_directory, read_adapter
+from utils.chatglm.generations import GLM4, GLM4_HF
 from utils.checkpoint import Checkpoint
 from utils.errors import RunError, UsageError
 from utils.json_files import read_object
@@ -172,6 +173,19 @@ def check_base(path: str | Path, checkpoint: Checkpoint) -> None:
             f"--adapter_path {path} was trained on other weights than those in {checkpoint.directory}, on "
             f"{origin.model_name_or_path}: pass that with --model_name_or_path, or --any_base to use it all the same"
         )
+
+
+def warn_of_old_ids(path: str | Path, checkpoint: Checkpoint) -> str | None:
+    """One line where an adapter's rows were made by a version of this toolkit that gave GLM-4 wrong token ids."""
+    if checkpoint.generation.name not in (GLM4.name, GLM4_HF.name):
+        return None
+    origin = read_origin(path)
+    if origin is None or origin.tokenizer is not None:
+        return None
+    return (
+        f"{path} was trained by an older version of this toolkit, in which GLM-4's tokenizer.model gave other token "
+        "ids than the release, and answers worse for it: tokenise the rows again and train it anew"
+    )
 
 
 def save_adapter(

@@ -17,6 +17,7 @@ from utils.errors import Faults, UsageError
 from utils.fp8 import FP8, check_device
 from utils.fsdp import launched_by_accelerate_with_fsdp
 from utils.lora import AdapterOrigin, read_origin
+from utils.prompts import fingerprint, template_for
 from utils.quantization import stored_bits
 from utils.token_dataset import check_origin, hold_out, is_dataset, load_examples, row_lengths, trained_rows
 
@@ -110,7 +111,8 @@ def open_request(values: Namespace) -> Request:
     with faults.collect():
         check_output(values, checkpoint)
     faults.report()
-    origin = AdapterOrigin(template, checkpoint.fingerprint(), values.model_name_or_path)
+    made_by = fingerprint(tokenizer, template_for(tokenizer, template))
+    origin = AdapterOrigin(template, checkpoint.fingerprint(), values.model_name_or_path, made_by)
     check_adapter_there(values, origin)
     return Request(dataset, tokenizer, checkpoint, origin, checkpointing_flag(values), eval_dataset)
 

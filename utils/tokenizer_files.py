@@ -1,5 +1,6 @@
 """A model directory's configuration and tokenizer, without torch."""
 
+import argparse
 import functools
 import os
 from collections.abc import Mapping
@@ -15,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 DEFAULT_MODEL = "THUDM/chatglm-6b"
 GENERATION_FLAGS = tuple(BY_FLAG)
+GENERATION_HELP = "what the model is, where its files leave that open"
 SIDE_FILES = ("added_tokens.json", "special_tokens_map.json")  # transformers reads them beside tokenizer_config.json
 # Keys of a config.json by which libraries find code or packages to run; none decides what a model of this family is.
 CODE_KEYS = {
@@ -45,6 +47,12 @@ LARGEST = {  # sizes in a config.json, by the end of their name; the largest of 
 _chosen: dict[str, str] = {}  # path or hub id -> what --generation says of it
 
 
+def add_model_flags(group: argparse._ActionsContainer, what: str = "checkpoint directory or hub id") -> None:
+    """Adds `--model_name_or_path` and `--generation`, of which `choose_generation` is to be told."""
+    group.add_argument("--model_name_or_path", default=DEFAULT_MODEL, help=f"{what} (%(default)s)")
+    group.add_argument("--generation", choices=GENERATION_FLAGS, help=GENERATION_HELP)
+
+
 def choose_generation(path_or_id: str, flag: str | None) -> None:
     """
     Lets `--generation` decide what `path_or_id` is, for every later opening in this process.
@@ -52,6 +60,7 @@ def choose_generation(path_or_id: str, flag: str | None) -> None:
     Args:
         flag: one of `GENERATION_FLAGS`; None leaves it to the files.
     """
+    _chosen.pop(path_or_id, None)
     if flag is not None:
         _chosen[path_or_id] = flag
 
@@ -152,6 +161,11 @@ def load_tokenizer(path_or_id: str) -> PreTrainedTokenizerBase:
             from transformers import AutoTokenizer  # imports torch
 
             tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+            if lacks_merges(read_object(vocab_file)):
+                say_once(
+                    f"{vocab_file} was exported by an older version of this toolkit, lacks merges, and gives other "
+                    "token ids than the release: tokenise the rows again, train the adapter anew and merge that"
+                )
         else:
             options = generation.tokenizer_class.options_of(config, vocab_file)
             stated = read_tokenizer_config(directory)
@@ -169,6 +183,14 @@ def load_tokenizer(path_or_id: str) -> PreTrainedTokenizerBase:
     if fault := find_disagreement(tokenizer, config):
         raise UsageError(f"{directory}: {fault}: its files are of two checkpoints or revisions; download it again")
     return tokenizer
+
+
+def lacks_merges(tokenizer_json: Mapping[str, Any]) -> bool:
+    """Whether some tokens of a byte-level BPE are made by no merge, as in older exports of GLM-4."""
+    model = tokenizer_json.get("model")
+    if not isinstance(model, dict) or model.get("type") != "BPE":
+        return False
+    return len(model.get("merges") or ()) < len(model.get("vocab") or ()) - 256
 
 
 def find_disagreement(tokenizer: PreTrainedTokenizerBase, config: Mapping[str, Any]) -> str | None:
