@@ -91,15 +91,16 @@ def test_a_pickle_without_safetensors_is_read(tmp_path):
     assert all(torch.equal(read[key], expected[key]) for key in expected)
 
 
-def test_alpha_of_a_raw_file():
-    raw = ADAPTERS / "v2" / "qkv" / RAW_NAME
+def test_alpha_of_a_raw_file(tmp_path):
+    raw = shutil.copy(ADAPTERS / "v2" / "qkv" / RAW_NAME, tmp_path)
     scales = []
     for alpha in (None, 16):
         adapted = load_adapter(base("v2"), raw, alpha)
         scales.append(next(m for m in adapted.modules() if isinstance(m, LoraLayer)).scaling["default"])
     assert scales == [8, 4]
-    with pytest.raises(UsageError, match="--lora_alpha 16: .* records its own"):
-        load_adapter(base("v2"), raw.parent, 16)
+    for path in (ADAPTERS / "v2" / "qkv", ADAPTERS / "v2" / "qkv" / RAW_NAME):
+        with pytest.raises(UsageError, match="--lora_alpha 16: .* records its own"):
+            load_adapter(base("v2"), path, 16)
 
 
 def test_quantised_base_takes_an_adapter():
@@ -134,7 +135,10 @@ LAYER = "base_model.model.transformer.encoder.layers.{}.self_attention.query_key
         (spoil(lambda s: s | {"transformer.output_layer.weight": torch.zeros(2, 2)}), "is no LoRA weight"),
         (spoil(lambda s: s | {LAYER.format(9, "A"): s[LAYER.format(0, "A")]}), "match nothing, first .*layers.9"),
         (spoil(lambda s: {k: v for k, v in s.items() if k != LAYER.format(1, "B")}), "are missing, first .*layers.1"),
-        (spoil(lambda s: s | {LAYER.format(1, "B"): torch.zeros(64, 4)}), "64 rows, .* have 128"),
+        (
+            spoil(lambda s: s | {LAYER.format(1, "B"): torch.zeros(64, 4)}),
+            r"is \(64, 4\), not \(128, 4\)",
+        ),
         (spoil(lambda s: s | {LAYER.format(1, "A"): torch.zeros(2, 64)}), "holds 2 ranks"),
         (spoil(lambda s: s | {LAYER.format(1, "A"): torch.full((4, 64), torch.nan)}), "not finite"),
         (spoil(lambda s: list(s.values())), "names and tensors alone"),

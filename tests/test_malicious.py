@@ -10,6 +10,7 @@ import zipfile
 from utils.checkpoint import Checkpoint, load_model, load_tokenizer
 from utils.errors import UsageError
 from utils.lora import load_adapter
+from utils.weight_files import read_tensors, read_weights
 
 import pytest
 import torch
@@ -151,8 +152,8 @@ def test_an_adapter_that_would_import_or_take_memory(tmp_path):
     for number, (values, words) in enumerate(
         [
             ({"megatron_config": {"a": 1}, "megatron_core": "evil"}, "names code to import"),
-            ({"r": 10**9}, "has the rank 1000000000"),
-            ({"r": "8"}, "has the rank 8"),
+            ({"r": 10**9}, r"is \(4, 64\), not \(1000000000, 64\)"),
+            ({"r": "8"}, "r is '8', not a whole number"),
             ({"peft_type": "IA3"}, "only LORA"),
         ]
     ):
@@ -161,6 +162,147 @@ def test_an_adapter_that_would_import_or_take_memory(tmp_path):
         (directory / "adapter_config.json").write_text(json.dumps(config | values))
         with pytest.raises(UsageError, match=words):
             load_adapter(base, directory)
+
+
+HUGE = 1 << 40  # values, which no machine holds
+
+
+class Bytes:
+    """A pickle that weights_only allows, and that takes as many bytes as it says."""
+
+    def __reduce__(self):
+        return (bytearray, (HUGE,))
+
+
+def shared_by_many():
+    one = torch.ones(256)
+    return {f"w{number}": one.view(16, 16) for number in range(10)}
+
+
+FILES = [
+    ({"a": torch.ones(1).expand(HUGE)}, r"a of shape \(1099511627776,\) is larger than what the file holds"),
+    ({"a": torch.ones(8).as_strided((1 << 20, 8), (0, 1))}, "is larger than what the file holds"),
+    ({"a": torch.ones(8).as_strided((5, 4), (1, 1))}, "is larger than what the file holds"),
+    (shared_by_many(), "w4 of shape .* is larger than what the file holds"),
+    ({"a": torch.empty(HUGE, device="meta")}, "read safely"),
+    ({"a": torch.sparse_coo_tensor([[5]], [1.0], (HUGE,))}, "read safely"),
+    ({"a": torch.quantize_per_tensor(torch.ones(4), 0.1, 0, torch.qint8)}, "read safely"),
+    ({"a": torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])}, "read safely"),
+    ({"a": Bytes()}, "read safely"),
+    ({"a": torch.ones(4, dtype=torch.complex64)}, "a is complex64; a weight is float16, bfloat16"),
+    ({"a": torch.ones(4, dtype=torch.bool)}, "a is bool"),
+    ({"a": torch.ones(4, dtype=torch.int64)}, "a is int64"),
+    ({"a" * 2000: torch.ones(4)}, "whose name has 2,000 characters"),
+    ({3: torch.ones(4)}, "names and tensors alone"),
+    ({"a": {"b": torch.ones(4)}}, "names and tensors alone"),
+]
+
+
+@pytest.mark.parametrize("content, words", FILES, ids=range(len(FILES)))
+@pytest.mark.parametrize("zipped", (True, False))
+def test_a_tensor_that_is_more_than_its_file(tmp_path, content, words, zipped):
+    file = tmp_path / "pytorch_model.bin"
+    torch.save(content, file, _use_new_zipfile_serialization=zipped)
+    for name in (file.name, "chatglm-lora.pt"):
+        if name != file.name:
+            shutil.copy(file, tmp_path / name)
+        with pytest.raises(UsageError, match=words) as caught:
+            list(read_tensors(tmp_path / name))
+        assert "\n" not in str(caught.value)
+
+
+def test_views_and_shared_weights_are_read(tmp_path):
+    """What real files hold: parts of one storage, a transposed weight, two names of one, a parameter, nothing."""
+    whole = torch.arange(24.0).view(4, 6)
+    content = {"a": whole[1:], "b": whole.t(), "c": whole, "p": torch.nn.Parameter(whole[:1]), "n": whole[:0]}
+    for zipped in (True, False):
+        torch.save(content, tmp_path / "pytorch_model.bin", _use_new_zipfile_serialization=zipped)
+        read = dict(read_weights(tmp_path))
+        assert all(read[name].equal(value) and not read[name].requires_grad for name, value in content.items())
+
+
+def test_parts_that_grow_when_they_are_read(tmp_path):
+    torch.save({"a": torch.zeros(1000)}, tmp_path / "plain.bin")
+    with zipfile.ZipFile(tmp_path / "plain.bin") as plain, zipfile.ZipFile(tmp_path / "grown.bin", "w") as grown:
+        for part in plain.infolist():
+            grown.writestr(part.filename, plain.read(part), zipfile.ZIP_DEFLATED)
+    assert list(read_tensors(tmp_path / "plain.bin"))
+    with pytest.raises(UsageError, match="read safely"):
+        list(read_tensors(tmp_path / "grown.bin"))
+
+
+@pytest.mark.parametrize("name", ("chatglm-6b-tiny", "chatglm3-6b-tiny", "glm-4-9b-chat-tiny"))
+def test_a_checkpoint_with_an_expanded_norm(tmp_path, name):
+    """In the fingerprint too, which is made before the model is loaded."""
+    directory = shutil.copytree(GOLDEN / name, tmp_path / "checkpoint")
+    state = dict(read_weights(directory))
+    for file in directory.glob("*.index.json"):
+        file.unlink()
+    norm = next(key for key in state if "final_layernorm.weight" in key or key == "model.norm.weight")
+    torch.save(state | {norm: torch.ones(1).expand(HUGE)}, directory / "pytorch_model.bin")
+    for read in (load_model, lambda path: Checkpoint.open(path).fingerprint()):
+        with pytest.raises(UsageError, match=f"{norm} of shape"):
+            read(str(directory))
+
+
+def test_integers_in_place_of_weights(tmp_path):
+    directory = shutil.copytree(TINY, tmp_path / "checkpoint")
+    state = load_file(directory / "model.safetensors")
+    state["transformer.layers.0.mlp.dense_h_to_4h.weight"] = torch.ones(
+        state["transformer.layers.0.mlp.dense_h_to_4h.weight"].shape, dtype=torch.int8
+    )
+    save_file(state, directory / "model.safetensors")
+    with pytest.raises(UsageError, match="dense_h_to_4h.weight is int8: is config.json that of these weights"):
+        load_model(str(directory))
+
+
+@pytest.mark.parametrize(
+    "content, words",
+    [
+        ("[]", "list, not a JSON object"),
+        ('{"weight_map":' * 50_000, "nested too deeply"),
+        ('{"weight_map": []}', "has no weight_map"),
+        ('{"weight_map": {"a": "absent.bin"}}', "lacks 1 of its weight files, first absent.bin"),
+        ('{"weight_map": {"a": "ice_text.model"}}', "ice_text.model is no plain file of tensors"),
+        ("version https://git-lfs.github.com/spec/v1\n", f"{INDEX} is a Git LFS pointer"),
+    ],
+)
+def test_an_index_of_another_shape(checkpoint, content, words):
+    (checkpoint / INDEX).write_text(content)
+    with pytest.raises(UsageError, match=words):
+        load_model(str(checkpoint))
+
+
+def test_a_weight_in_two_files(checkpoint):
+    file = checkpoint / "pytorch_model-00001-of-00002.bin"
+    state = torch.load(file, weights_only=True)
+    state["lm_head.weight"] = torch.load(checkpoint / "pytorch_model-00002-of-00002.bin", weights_only=True)[
+        "lm_head.weight"
+    ]
+    torch.save(state, file)
+    with pytest.raises(UsageError, match="lm_head.weight stands in pytorch_model-00001-of-00002.bin and in"):
+        load_model(str(checkpoint))
+
+
+def test_a_pointer_in_place_of_weights(checkpoint):
+    (checkpoint / "pytorch_model-00002-of-00002.bin").write_text("version https://git-lfs.github.com/spec/v1\noid 0\n")
+    with pytest.raises(UsageError, match="pytorch_model-00002-of-00002.bin is a Git LFS pointer"):
+        Checkpoint.open(str(checkpoint))
+
+
+def test_an_adapter_of_huge_rank(tmp_path):
+    directory = shutil.copytree(GOLDEN / "adapters" / "v1" / "qkv", tmp_path / "adapter")
+    state = load_file(directory / "adapter_model.safetensors")
+    (directory / "adapter_model.safetensors").unlink()
+    huge = {
+        key: torch.ones(1, 1).expand(*((1 << 28, value.shape[1]) if "lora_A" in key else (value.shape[0], 1 << 28)))
+        for key, value in state.items()
+    }
+    torch.save(huge, directory / "adapter_model.bin")
+    config = json.loads((directory / "adapter_config.json").read_text())
+    (directory / "adapter_config.json").write_text(json.dumps(config | {"r": 1 << 28}))
+    with pytest.raises(UsageError, match="is larger than what the file holds"):
+        load_adapter(load_model(str(GOLDEN / "chatglm-6b-tiny")), directory)
 
 
 def test_a_spoiled_vocabulary(checkpoint):

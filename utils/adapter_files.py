@@ -3,122 +3,136 @@ LoRA adapters as files, from wherever they come: PEFT directories of this toolki
 released remote-code models, and the bare `chatglm-lora.pt` of the first ChatGLM training scripts.
 """
 
-import json
-import pickle
 import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
-from utils.chatglm.released_glm import split_sizes, target_keys
+from utils.adapter_config import CONVERT, AdapterConfig, Branch, read_config
+from utils.chatglm.released_glm import released_modules, target_keys
 from utils.errors import UsageError
+from utils.weight_files import read_tensors
 
 import torch
+from accelerate.utils import align_module_device
 from peft import LoraConfig, TaskType
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from transformers import GlmForCausalLM, PretrainedConfig, PreTrainedModel
+from torch import nn
+from transformers import GlmForCausalLM, PreTrainedModel
 
 RAW_NAME = "chatglm-lora.pt"
 RAW_ALPHA = 32  # what the scripts that wrote such files trained with
 PREFIX = "base_model.model."
-LORA_KEY = re.compile(r"(?:module\.)*(?:base_model\.model\.)?(.+)\.lora_(A|B)(?:\.default)?\.weight")
+WRAPPERS = ("module.", PREFIX)  # what stands before a name, of DeepSpeed and of PEFT
 
 State = dict[str, torch.Tensor]
+Shapes = dict[str, tuple[int, int]]
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """An adapter that fits its model: plain LoRA on linear layers, each with its own rank and scaling."""
+
+    state: State  # under the names that PEFT gives the weights
+    branches: dict[str, Branch]  # layer -> what it has
+
+    def lora_config(self) -> LoraConfig:
+        """The configuration with which PEFT makes exactly these branches; it names each layer."""
+        (common, _), *_ = Counter(self.branches.values()).most_common(1)
+        others = {f"^{re.escape(name)}": branch for name, branch in self.branches.items() if branch != common}
+        return LoraConfig(
+            task_type=TaskType.CAUSAL_LM,
+            r=common.rank,
+            lora_alpha=common.alpha,
+            use_rslora=common.use_rslora,
+            target_modules=list(self.branches),
+            rank_pattern={name: branch.rank for name, branch in others.items()},
+            alpha_pattern={name: branch.alpha for name, branch in others.items()},
+        )
 
 
 def adapter_directory(path: str | Path) -> Path:
-    """Where an adapter's configuration and origin lie: beside it where `path` is one of its files."""
+    """The PEFT directory of an adapter that is given by one of its files; otherwise `path` itself."""
     path = Path(path)
-    return path if path.is_dir() else path.parent
+    return path.parent if not path.is_dir() and (path.parent / CONFIG_NAME).is_file() else path
 
 
-def read_adapter(path: str | Path, model: PreTrainedModel, lora_alpha: int | None) -> tuple[LoraConfig, State]:
+def read_adapter(path: str | Path, model: PreTrainedModel, lora_alpha: int | None) -> Adapter:
     """
-    An adapter's configuration and weights for `model`, under the names that PEFT gives them there.
+    An adapter as plain LoRA on `model`, whatever its files hold.
 
     The weights of an adapter made on the remote code of ChatGLM2-6B, ChatGLM3-6B or GLM-4-9B become those of
-    `GlmForCausalLM`: the query, key and value share A, and each gets its rows of B. A file without a configuration
-    has the rank of its shapes.
+    `GlmForCausalLM`: the query, key and value share A, and each gets its rows of B. An adapter that was trained on a
+    base without its principal part (PiSSA, OLoRA) gets that part as more rank, with the opposite sign. A file without
+    a configuration has the rank of its shapes.
 
     Args:
-        path: a PEFT directory, a `chatglm-lora.pt`, or a directory that holds one.
+        path: a PEFT directory or the weight file in one, a `chatglm-lora.pt`, or a directory that holds one.
         lora_alpha: for a file without a configuration; None is RAW_ALPHA.
 
     Raises:
-        UsageError: nothing there that can be read, or something else than LoRA weights in it.
+        UsageError: nothing there that can be read, something else than LoRA weights in it, or weights that do not
+            belong to the layers of `model` that the configuration names.
     """
-    path = Path(path)
-    if (path / CONFIG_NAME).is_file():
+    path, directory = Path(path), adapter_directory(path)
+    if (directory / CONFIG_NAME).is_file():
         if lora_alpha is not None:
-            raise UsageError(f"--lora_alpha {lora_alpha}: {path} records its own; the flag is for a bare {RAW_NAME}")
-        config, state = _read_config(path), _canonical(_read_peft_weights(path), path)
-        _check_rank(config, state, path)
-        if isinstance(model, GlmForCausalLM) and any("encoder.layers." in key for key in state):
-            state = _to_glm(state, model.config)
-            _retarget(config, state, path)
-        return config, state
-    file = path / RAW_NAME if path.is_dir() else path
-    if not file.is_file():
-        raise UsageError(f"--adapter_path {path} has neither {CONFIG_NAME} nor {RAW_NAME}: is it an adapter?")
-    state = _canonical(_unpickle(file), file)
-    if isinstance(model, GlmForCausalLM):
-        state = _to_glm(state, model.config)
-    return _config_of(state, RAW_ALPHA if lora_alpha is None else lora_alpha, file), state
+            fault = f"{directory} records its own; the flag is for a bare {RAW_NAME}"
+            raise UsageError(f"--lora_alpha {lora_alpha}: {fault}")
+        config = read_config(directory / CONFIG_NAME)
+        file = _weight_file(directory) if path.is_dir() else path
+        state = _canonical(file)
+    else:
+        file = path / RAW_NAME if path.is_dir() else path
+        if not file.is_file():
+            raise UsageError(f"--adapter_path {path} has neither {CONFIG_NAME} nor {RAW_NAME}: is it an adapter?")
+        if lora_alpha is None and file.name in (WEIGHTS_NAME, SAFETENSORS_WEIGHTS_NAME):
+            fault = f"has no {CONFIG_NAME} beside it, which says with which alpha and layers it was trained"
+            raise UsageError(f"--adapter_path {file} {fault}: put it there")
+        state = _canonical(file)
+        config = _config_of(state, RAW_ALPHA if lora_alpha is None else lora_alpha, file)
+    modules = {name: layer for name, layer in model.named_modules() if isinstance(layer, nn.Linear | nn.Embedding)}
+    released = isinstance(model, GlmForCausalLM) and any("encoder.layers." in key for key in state)
+    if released:
+        names, head = released_modules(model.config.num_hidden_layers), "transformer.output_layer"
+    else:
+        names, head = list(modules), "lm_head"
+    parts = {name: _parts(name) if released else (name,) for name in names}
+    branches = config.branches(names, head)
+    embedding = next((name for name in branches if isinstance(modules[parts[name][0]], nn.Embedding)), None)
+    if embedding:
+        misfit = f"{embedding} is an embedding, and an adapter of this toolkit holds linear layers alone"
+    elif branches:
+        misfit = find_misfit(state, _shapes(branches, parts, modules))
+    else:
+        misfit = "its target_modules match no layer"
+    if misfit:
+        raise UsageError(f"--adapter_path {path} does not fit: {misfit}")
+    if config.init in PRINCIPAL_PARTS:
+        state, branches = _with_principal_parts(config, state, branches, parts, modules)
+    return _split(state, branches, parts, modules) if released else Adapter(state, branches)
 
 
-def _read_config(directory: Path) -> LoraConfig:
-    try:
-        values = json.loads((directory / CONFIG_NAME).read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise UsageError(f"{directory / CONFIG_NAME} is not JSON: {error}") from None
-    if not isinstance(values, dict) or values.get("peft_type") != "LORA":
-        found = values.get("peft_type") if isinstance(values, dict) else "nameless"
-        raise UsageError(f"--adapter_path {directory} is a {found} adapter; only LORA is supported")
-    if values.get("megatron_config"):  # PEFT imports the module that `megatron_core` names
-        raise UsageError(f"{directory / CONFIG_NAME} has a megatron_config, which names code to import: remove it")
-    try:
-        return LoraConfig.from_pretrained(directory)
-    except (ValueError, TypeError, AttributeError, KeyError) as error:
-        raise UsageError(f"{directory / CONFIG_NAME} cannot be used: {' '.join(str(error).split())}") from None
-
-
-def _check_rank(config: LoraConfig, state: State, source: Path) -> None:
-    """PEFT takes memory by the configuration: it must not be more than the weights fill."""
-    ranks = [config.r, *(config.rank_pattern or {}).values()]
-    largest = max((value.shape[0] for key, value in state.items() if ".lora_A." in key), default=0)
-    if not all(type(rank) is int and 1 <= rank <= largest for rank in ranks):
-        raise UsageError(f"--adapter_path {source} has the rank {max(ranks, key=str)}, and its weights have {largest}")
-
-
-def _read_peft_weights(directory: Path) -> State:
-    if (directory / SAFETENSORS_WEIGHTS_NAME).is_file():
-        try:
-            return load_file(directory / SAFETENSORS_WEIGHTS_NAME)
-        except SafetensorError as error:
-            raise UsageError(f"{directory / SAFETENSORS_WEIGHTS_NAME} is no safetensors file: {error}") from None
-    if (directory / WEIGHTS_NAME).is_file():
-        return _unpickle(directory / WEIGHTS_NAME)
+def _weight_file(directory: Path) -> Path:
+    for name in (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, RAW_NAME):
+        if (directory / name).is_file():
+            return directory / name
     raise UsageError(f"--adapter_path {directory} has neither {SAFETENSORS_WEIGHTS_NAME} nor {WEIGHTS_NAME}")
 
 
-def _unpickle(file: Path) -> State:
-    try:
-        state = torch.load(file, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError):
-        raise UsageError(f"{file} is no plain file of tensors that can be read safely") from None
-    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
-        raise UsageError(f"{file} does not hold names and tensors alone")
-    return state
-
-
-def _canonical(state: State, source: Path) -> State:
+def _canonical(file: Path) -> State:
     """`...lora_A.default.weight` and `...lora_A.weight`, with and without wrappers' prefixes, in PEFT's saved form."""
     canonical = {}
-    for key, value in state.items():
-        match = LORA_KEY.fullmatch(key)
-        if not match:
-            raise UsageError(f"{source}: {key} is no LoRA weight, and an adapter of this toolkit holds nothing else")
-        canonical[f"{PREFIX}{match[1]}.lora_{match[2]}.weight"] = value
+    for key, value in read_tensors(file):
+        name = key
+        while name.startswith(WRAPPERS):
+            name = name.removeprefix(WRAPPERS[0]).removeprefix(WRAPPERS[1])
+        module, _, kind = name.replace(".default.weight", ".weight").rpartition(".lora_")
+        if not module or kind not in ("A.weight", "B.weight"):
+            fault = f"{key[:200]} is no LoRA weight, and an adapter of this toolkit holds nothing else"
+            raise UsageError(f"{file}: {fault}")
+        canonical[f"{PREFIX}{module}.lora_{kind}"] = value
     return canonical
 
 
@@ -126,40 +140,108 @@ def _module(key: str) -> str:
     return key.removeprefix(PREFIX).rpartition(".lora_")[0]
 
 
-def _to_glm(state: State, config: PretrainedConfig) -> State:
-    converted = {}
-    for key, value in state.items():
-        try:
-            targets = [target.removesuffix(".weight") for target in target_keys(f"{_module(key)}.weight")]
-        except KeyError:
-            converted[key] = value  # a name of GlmForCausalLM, or one that will be found to match nothing
-            continue
-        kind = key.rpartition(".lora_")[2]
-        splits = len(targets) > 1 and kind.startswith("B")
-        rows = split_sizes(config)
-        if splits and value.shape[0] != sum(rows):
-            raise UsageError(f"{key} has {value.shape[0]} rows, and the model's query, key and value have {sum(rows)}")
-        parts = value.split(rows) if splits else [value] * len(targets)
-        converted |= {f"{PREFIX}{t}.lora_{kind}": part.clone() for t, part in zip(targets, parts, strict=True)}
-    return converted
-
-
-def _retarget(config: LoraConfig, state: State, source: Path) -> None:
-    """Names the same layers as `GlmForCausalLM` does."""
-    if config.rank_pattern or config.alpha_pattern:
-        raise UsageError(
-            f"--adapter_path {source} has a rank_pattern or alpha_pattern, whose names cannot be converted"
-        )
-    config.target_modules = {_module(key).rpartition(".")[2] for key in state}
-
-
-def _config_of(state: State, lora_alpha: int, source: Path) -> LoraConfig:
-    ranks = {value.shape[0] for key, value in state.items() if ".lora_A." in key}
+def _config_of(state: State, lora_alpha: int, file: Path) -> AdapterConfig:
+    ranks = {value.shape[0] for key, value in state.items() if ".lora_A." in key and value.ndim}
     if len(ranks) != 1:
-        raise UsageError(f"{source} holds {len(ranks)} ranks of LoRA weights, {sorted(ranks)}, and must hold one")
-    return LoraConfig(
-        task_type=TaskType.CAUSAL_LM,
-        r=ranks.pop(),
-        lora_alpha=lora_alpha,
-        target_modules=sorted({_module(key) for key in state}),
-    )
+        raise UsageError(f"{file} holds {len(ranks)} ranks of LoRA weights, {sorted(ranks)[:9]}, and must hold one")
+    targets = frozenset(map(_module, state))
+    return AdapterConfig(file=file, rank=ranks.pop(), alpha=lora_alpha, targets=targets)
+
+
+def _parts(released: str) -> tuple[str, ...]:
+    """The layers of `GlmForCausalLM` that a released one has become."""
+    return tuple(target.removesuffix(".weight") for target in target_keys(f"{released}.weight"))
+
+
+def _shapes(
+    branches: Mapping[str, Branch], parts: Mapping[str, tuple[str, ...]], modules: Mapping[str, nn.Module]
+) -> Shapes:
+    """The weights of `branches`, under PEFT's names."""
+    shapes = {}
+    for name, branch in branches.items():
+        layers = [modules[part] for part in parts[name]]
+        shapes[f"{PREFIX}{name}.lora_A.weight"] = (branch.rank, layers[0].in_features)
+        shapes[f"{PREFIX}{name}.lora_B.weight"] = (sum(layer.out_features for layer in layers), branch.rank)
+    return shapes
+
+
+def find_misfit(state: State, shapes: Shapes) -> str | None:
+    """Says in words where an adapter's weights differ from the expected ones; None where they fit."""
+    for names, fault in (
+        (state.keys() - shapes.keys(), "match nothing"),
+        (shapes.keys() - state.keys(), "are missing"),
+    ):
+        if names:
+            return f"{len(names)} weights {fault}, first {min(names)[:200]}"
+    for name, value in state.items():
+        if tuple(value.shape) != shapes[name]:
+            return f"{name} is {tuple(value.shape)}, not {shapes[name]}"
+        if not value.is_floating_point():
+            return f"{name} is {str(value.dtype).removeprefix('torch.')}"
+        if not torch.isfinite(value).all():
+            return f"{name} is not finite"
+    return None
+
+
+def _pissa(weight: torch.Tensor, branch: Branch) -> tuple[torch.Tensor, torch.Tensor]:
+    """A (r, in) and B (out, r) as PEFT begins with them: scaling * B A is of the largest singular values."""
+    left, values, right = torch.linalg.svd(weight, full_matrices=False)
+    roots = (values[: branch.rank] / branch.scaling).sqrt()
+    return roots[:, None] * right[: branch.rank], left[:, : branch.rank] * roots
+
+
+def _olora(weight: torch.Tensor, branch: Branch) -> tuple[torch.Tensor, torch.Tensor]:
+    """A (r, in) and B (out, r) as PEFT begins with them, of the weight's QR decomposition."""
+    left, right = torch.linalg.qr(weight)
+    return right[: branch.rank], left[:, : branch.rank]
+
+
+PRINCIPAL_PARTS = {"pissa": _pissa, "olora": _olora}
+
+
+def _with_principal_parts(
+    config: AdapterConfig,
+    state: State,
+    branches: Mapping[str, Branch],
+    parts: Mapping[str, tuple[str, ...]],
+    modules: Mapping[str, nn.Module],
+) -> tuple[State, dict[str, Branch]]:
+    """
+    The same adapter relative to the base as it is: trained was base - scaling * B0 A0, so A0 and -B0 become more rank,
+    as PEFT's own conversion when saving makes them.
+    """
+    converted, widened = {}, {}
+    for name, branch in branches.items():
+        weights = []
+        for layer in (modules[part] for part in parts[name]):
+            with align_module_device(layer):  # brings an offloaded weight
+                if not layer.weight.is_floating_point():
+                    fault = f"{config.init} takes a part out of a base in full precision, and this one is quantised"
+                    raise UsageError(f"{config.file}: init_lora_weights {fault}: {CONVERT}")
+                weights.append(layer.weight.detach().float())
+        A0, B0 = (value.cpu() for value in PRINCIPAL_PARTS[config.init](torch.cat(weights), branch))
+        if len(A0) < branch.rank or branch.scaling <= 0:
+            raise UsageError(f"{config.file}: {config.init} cannot begin with rank {branch.rank} at {name}")
+        key = f"{PREFIX}{name}.lora_"
+        converted[f"{key}A.weight"] = torch.cat([state[f"{key}A.weight"].float(), A0])
+        converted[f"{key}B.weight"] = torch.cat([state[f"{key}B.weight"].float(), -B0], dim=1)
+        widened[name] = branch.widened(2)
+    return converted, widened
+
+
+def _split(
+    state: State,
+    branches: Mapping[str, Branch],
+    parts: Mapping[str, tuple[str, ...]],
+    modules: Mapping[str, nn.Module],
+) -> Adapter:
+    """An adapter of released layers on those that they have become."""
+    converted, split = {}, {}
+    for name, branch in branches.items():
+        rows = [modules[part].out_features for part in parts[name]]
+        key = f"{PREFIX}{name}.lora_"
+        for part, B in zip(parts[name], state[f"{key}B.weight"].split(rows), strict=True):
+            converted[f"{PREFIX}{part}.lora_A.weight"] = state[f"{key}A.weight"].clone()
+            converted[f"{PREFIX}{part}.lora_B.weight"] = B.clone()
+            split[part] = branch
+    return Adapter(converted, split)

@@ -114,7 +114,7 @@ class Checkpoint:
         for key, tensor in self._named_weights():
             if tensor.ndim == 1 and "norm" in key:
                 hashes["norms"][key] = _digest(tensor)
-            elif tensor.ndim == 2 and "layers." in key:
+            elif tensor.ndim == 2 and tensor.numel() and "layers." in key:
                 hashes["matrices"][key] = _digest(torch.cat((tensor[0, :256], tensor[-1, -256:])))
         bits = self.quantization.bits if self.quantization and not self.quantizes else None
         return {"bits": bits} | {name: _digest_of(found) for name, found in hashes.items()}
@@ -246,12 +246,9 @@ def load_model(path_or_id: str, dtype: torch.dtype = torch.float32, quantize: st
     for key, tensor in checkpoint.weights():
         expected.take(key, tensor)
     expected.check_complete()
-    source: dict[str, Any] = {"pretrained_model_name_or_path": directory}
-    if checkpoint.converts:
-        source = {"pretrained_model_name_or_path": None, "state_dict": dict(checkpoint.weights())}
-    try:
-        model = generation.architecture.model_class.from_pretrained(**source, config=checkpoint.config, dtype=dtype)
-    except OSError as error:
-        raise UsageError(f"{directory}: {' '.join(str(error).split())}") from None
+    # The weights are handed over, not looked for again: what was checked above is what is loaded.
+    model = generation.architecture.model_class.from_pretrained(
+        None, config=checkpoint.config, state_dict=dict(checkpoint.weights()), dtype=dtype
+    )
     model.config._name_or_path = model.name_or_path = str(directory)
     return model.eval()

@@ -5,7 +5,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from utils.adapter_files import RAW_ALPHA
+from utils.adapter_files import RAW_ALPHA, adapter_directory
 from utils.answer_files import AnswerFile, digest_of
 from utils.checkpoint import Checkpoint
 from utils.columns import AS_NAMED, COLUMNS_HELP, ColumnMap
@@ -40,7 +40,8 @@ def add_inference_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=[],
         metavar="ADAPTER",
-        help="adapter: a PEFT directory, of this training or of the remote code, or a chatglm-lora.pt; of several, "
+        help="adapter: a PEFT directory, of this training or of the remote code, the weight file in one, or a "
+        "chatglm-lora.pt; of several, "
         'each row takes the one whose name, that of its directory, stands in its "adapter" ("base": none)',
     )
     model.add_argument("--lora_alpha", type=int, help=f"of a chatglm-lora.pt, which does not record it ({RAW_ALPHA})")
@@ -155,8 +156,8 @@ def check_inference_arguments(args: argparse.Namespace) -> None:
 
 
 def adapter_names(paths: list[str]) -> list[str]:
-    """What rows call several adapters: the last part of each path."""
-    return [Path(path).name or Path(path).resolve().name for path in paths]
+    """What rows call several adapters: the name of each one's directory, or of a file without one of its own."""
+    return [directory.name or directory.resolve().name for directory in map(adapter_directory, paths)]
 
 
 def resolve_dtype(args: argparse.Namespace) -> torch.dtype:
@@ -271,7 +272,11 @@ def open_job(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase, dtype
     recorded = settings_of(
         settings,
         model=checkpoint.fingerprint(),
-        adapter_files=[digest_of(path) for path in args.adapter_path],
+        adapter_files=[
+            digest_of(each)  # of one of several files in a directory: which, and what lies beside it
+            for path in args.adapter_path
+            for each in dict.fromkeys((adapter_directory(path), Path(path)))
+        ],
         lora_alpha=args.lora_alpha,
         template=template.name,
         dtype=str(dtype),

@@ -1,13 +1,12 @@
 """LoRA adapters as PEFT directories: attach, save, load, merge."""
 
 import json
-import warnings
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from utils.adapter_files import adapter_directory, read_adapter
+from utils.adapter_files import Shapes, State, adapter_directory, find_misfit, read_adapter
 from utils.chatglm.generations import GLM4, GLM4_HF
 from utils.checkpoint import Checkpoint
 from utils.errors import RunError, UsageError
@@ -70,7 +69,7 @@ def scale_losses_under_zero3(model: PeftModel) -> None:
 adapter_weights = partial(get_peft_model_state_dict, save_embedding_layers=False)
 
 
-def gather_adapter(model: PeftModel) -> dict[str, torch.Tensor]:
+def gather_adapter(model: PeftModel) -> State:
     """
     The adapter's weights under PEFT's names, float32, on the CPU. Every rank must call it: it gathers what
     FSDP2 shards, and under DeepSpeed the float32 copies that the optimizer's partitions hold.
@@ -95,7 +94,7 @@ def gather_adapter(model: PeftModel) -> dict[str, torch.Tensor]:
     return adapter_weights(model, state_dict=state)
 
 
-def expected_shapes(model: PeftModel) -> dict[str, tuple[int, int]]:
+def expected_shapes(model: PeftModel) -> Shapes:
     """The adapter's weights, under PEFT's names, that belong to the layers `model` puts it on."""
     lora_rank = model.active_peft_config.r
     shapes = {}
@@ -104,22 +103,6 @@ def expected_shapes(model: PeftModel) -> dict[str, tuple[int, int]]:
             shapes[f"{name}.lora_A.weight"] = (lora_rank, layer.in_features)
             shapes[f"{name}.lora_B.weight"] = (layer.out_features, lora_rank)
     return shapes
-
-
-def find_misfit(state: dict[str, torch.Tensor], shapes: dict[str, tuple[int, int]]) -> str | None:
-    """Says in words where an adapter's weights differ from the expected ones; None where they fit."""
-    for names, fault in (
-        (state.keys() - shapes.keys(), "match nothing"),
-        (shapes.keys() - state.keys(), "are missing"),
-    ):
-        if names:
-            return f"{len(names)} weights {fault}, first {min(names)}"
-    for name, value in state.items():
-        if tuple(value.shape) != shapes[name]:
-            return f"{name} is {tuple(value.shape)}, not {shapes[name]}"
-        if not torch.isfinite(value).all():
-            return f"{name} is not finite"
-    return None
 
 
 ORIGIN_FILE = "adapter_origin.json"
@@ -229,23 +212,15 @@ def load_adapter(model: PreTrainedModel, path: str | Path, lora_alpha: int | Non
     over devices and offloaded by accelerate, and be quantised.
 
     Raises:
-        UsageError: see `read_adapter`; or the weights are not those that the configuration makes on this model.
+        UsageError: see `read_adapter`.
     """
-    config, state = read_adapter(path, model, lora_alpha)
+    adapter = read_adapter(path, model, lora_alpha)
+    config = adapter.lora_config()
     config.inference_mode = True
-    # Which base this is gets checked by shape below; PEFT would only warn, also where the path alone differs.
-    config.base_model_name_or_path = model.name_or_path
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*base_model_name_or_path")
-            adapted = get_peft_model(model, config)
-    except ValueError as error:  # its targets match no layer
-        raise UsageError(f"--adapter_path {path} does not fit: {' '.join(str(error).split())}") from None
+    config.base_model_name_or_path = model.name_or_path  # what a user saves says what it is for
+    adapted = get_peft_model(model, config)
     _materialize(adapted)
-    misfit = find_misfit(state, expected_shapes(adapted))
-    if misfit:
-        raise UsageError(f"--adapter_path {path} does not fit: {misfit}")
-    set_peft_model_state_dict(adapted, state)
+    set_peft_model_state_dict(adapted, adapter.state)
     return adapted.eval()
 
 

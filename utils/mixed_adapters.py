@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from utils.adapter_files import PREFIX, read_adapter
-from utils.errors import UsageError
 
 import torch
 from torch import nn
@@ -46,32 +45,23 @@ def add_adapters(model: PreTrainedModel, paths: Mapping[str, str | Path], lora_a
     says which row takes which; they count from 1 in the order of `paths`.
 
     Raises:
-        UsageError: see `read_adapter`; weights that fit no layer; or an adapter changes more than LoRA's branches do.
+        UsageError: see `read_adapter`.
     """
     modules = dict(model.named_modules())
-    branches: dict[str, list[tuple[int, torch.Tensor, torch.Tensor]]] = {}
+    found: dict[str, list[tuple[int, torch.Tensor, torch.Tensor]]] = {}
     for number, path in enumerate(paths.values(), start=1):
-        config, state = read_adapter(path, model, lora_alpha)
-        if config.use_dora or config.rank_pattern or config.alpha_pattern or config.bias != "none":
-            raise UsageError(f"--adapter_path {path}: one of several must be plain LoRA, and this is more")
-        scaling = config.lora_alpha / (config.r**0.5 if config.use_rslora else config.r)
-        for key in state:
-            name, _, kind = key.removeprefix(PREFIX).rpartition(".lora_")
-            if kind != "A.weight":
-                continue
-            down, up = state[key], state.get(f"{PREFIX}{name}.lora_B.weight")
-            layer = modules.get(name)
-            if up is None or layer is None or (layer.in_features, layer.out_features) != (down.shape[1], up.shape[0]):
-                raise UsageError(f"--adapter_path {path} does not fit: {key} belongs to no layer of this model")
-            branches.setdefault(name, []).append((number, down, up * scaling))
+        adapter = read_adapter(path, model, lora_alpha)
+        for name, branch in adapter.branches.items():
+            down, up = (adapter.state[f"{PREFIX}{name}.lora_{kind}.weight"] for kind in "AB")
+            found.setdefault(name, []).append((number, down, up * branch.scaling))
     model.adapter_choice = choice = AdapterChoice()
-    for name, found in branches.items():
+    for name, branches in found.items():
         layer = modules[name]
         hook = getattr(layer, "_hf_hook", None)
         device = hook.execution_device if hook and hook.execution_device is not None else layer.weight.device
         place = {"dtype": model.dtype, "device": device}
-        down = torch.cat([down for _, down, _ in found]).to(**place)
-        up = torch.cat([up for _, _, up in found], dim=1).to(**place)
-        owners = torch.tensor([number for number, down, _ in found for _ in down], device=device)
+        down = torch.cat([down for _, down, _ in branches]).to(**place)
+        up = torch.cat([up for _, _, up in branches], dim=1).to(**place)
+        owners = torch.tensor([number for number, down, _ in branches for _ in down], device=device)
         parent, _, last = name.rpartition(".")
         setattr(modules[parent], last, MixedLoraLinear(layer, down, up, owners, choice))

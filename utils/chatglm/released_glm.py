@@ -104,6 +104,17 @@ def target_keys(key: str) -> tuple[str, ...]:
     raise KeyError(key)
 
 
+def released_modules(layers: int) -> list[str]:
+    """The released names of the linear layers and the embedding of a model with so many layers."""
+    modules = []
+    for pattern, targets in KEY_MAP:
+        name = re.sub(r"\\\.(weight|\(weight.*\))$", "", pattern)
+        if targets and name != pattern and "norm" not in name:
+            numbers = range(layers) if r"(\d+)" in name else ("",)
+            modules += [name.replace(r"(\d+)", str(number)).replace("\\", "") for number in numbers]
+    return modules
+
+
 def convert(key: str, tensor: torch.Tensor, config: GlmConfig) -> dict[str, torch.Tensor]:
     """
     A released weight under the names of `GlmForCausalLM`, as views of it.
