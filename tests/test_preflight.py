@@ -121,18 +121,6 @@ def test_deepspeed_twice_and_over_a_quantised_base(faults, monkeypatch):
     assert "partitioned by ZeRO-3" in line
 
 
-SPOILS = [
-    (lambda path: None, "has no rows"),
-    (lambda path: (path / "data-00000-of-00001.arrow").write_bytes(b"x" * 100), "is spoiled"),
-    (lambda path: (path / "data-00000-of-00001.arrow").unlink(), "is spoiled"),
-    (lambda path: (path / "state.json").write_text("{"), "state.json is spoiled"),
-    (
-        lambda path: (path / "state.json").write_text('{"_data_files": [{"filename": "../x"}]}'),
-        "a file elsewhere, ../x",
-    ),
-]
-
-
 def test_datasets_that_cannot_be_trained_on(faults, tmp_path):
     other = f"--model_name_or_path {GOLDEN}/chatglm3-6b-tiny"
     (line,) = faults(other)
@@ -145,6 +133,11 @@ def test_datasets_that_cannot_be_trained_on(faults, tmp_path):
     )
     (line,) = faults(f"--dataset_path {tmp_path}/empty")
     assert "has no rows" in line
+    wrong = {"input_ids": [[5, 6], [5, 6]], "labels": [[-100, 6], [-100, -6]]}
+    datasets.Dataset.from_dict(wrong, features=features).save_to_disk(str(tmp_path / "wrong"))
+    for flags in ("--dataset_path", "--packing --plan --dataset_path", "--eval_dataset_path"):
+        (line,) = faults(f"{flags} {tmp_path}/wrong")
+        assert line.startswith(f"{flags.split()[-1]} {tmp_path}/wrong: row 1: labels holds -6")
 
 
 def test_more_processes_than_cards_and_a_port_in_use(faults, monkeypatch):

@@ -19,6 +19,7 @@ from utils.fsdp import launched_by_accelerate_with_fsdp
 from utils.lora import AdapterOrigin, read_origin
 from utils.prompts import fingerprint, template_for
 from utils.quantization import stored_bits
+from utils.token_columns import Vocabulary
 from utils.token_dataset import check_origin, hold_out, is_dataset, load_examples, row_lengths, trained_rows
 
 import datasets
@@ -68,7 +69,7 @@ def open_request(values: Namespace) -> Request:
         UsageError: every fault that can be found before the model is loaded, one line each with its mend.
     """
     faults = Faults()
-    dataset = eval_dataset = tokenizer = checkpoint = origin = template = None
+    dataset = eval_dataset = tokenizer = vocabulary = checkpoint = origin = template = None
     stage = None
     with faults.collect():
         check_numbers(values)
@@ -79,15 +80,17 @@ def open_request(values: Namespace) -> Request:
     with faults.collect():
         stage = zero_stage(values)
     with faults.collect():
-        dataset = keep_trained(load_examples(values.dataset_path), values.dataset_path)
+        tokenizer = load_tokenizer(values.model_name_or_path)
+        config = Checkpoint.open(values.model_name_or_path, weights=False).config
+        vocabulary = Vocabulary(config.vocab_size, tokenizer.pad_token_id)
+    with faults.collect():
+        dataset = keep_trained(load_examples(values.dataset_path, vocabulary), values.dataset_path)
     if values.eval_dataset_path:
         with faults.collect(), _named("--eval_dataset_path"):
-            eval_dataset = keep_trained(load_examples(values.eval_dataset_path), values.eval_dataset_path)
+            eval_dataset = keep_trained(load_examples(values.eval_dataset_path, vocabulary), values.eval_dataset_path)
     elif dataset and 0 < values.eval_fraction < 1:
         with faults.collect():
             dataset, eval_dataset = split_off(dataset, values.eval_fraction)
-    with faults.collect():
-        tokenizer = load_tokenizer(values.model_name_or_path)
     if dataset and tokenizer:
         with faults.collect():
             template = check_origin(values.dataset_path, tokenizer, values.model_name_or_path)
@@ -100,7 +103,7 @@ def open_request(values: Namespace) -> Request:
             f"--pack_tokens {values.pack_tokens}: the longest row has {longest} tokens; give at least that many, "
             f"or tokenise with a smaller --max_seq_length"
         )
-    if tokenizer:  # else the same fault again
+    if vocabulary:  # else the same fault again
         with faults.collect():
             checkpoint = Checkpoint.open(values.model_name_or_path, quantize=stored_bits(values.quantize))
     if checkpoint:

@@ -2,14 +2,17 @@
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from utils.arrow_files import read_table
 from utils.distributed import print_once
 from utils.errors import UsageError
-from utils.prompts import IGNORE_INDEX, encode_prompt, fingerprint, template_for
+from utils.json_files import read_object
+from utils.prompts import IGNORE_INDEX, TEMPLATES, encode_prompt, fingerprint, template_for
 from utils.rows import Message
+from utils.token_columns import COLUMNS, LOSS_MASKS, Vocabulary, to_examples
 from utils.token_files import ORIGIN_FILE, Origin, is_dataset
 
 import datasets
@@ -24,76 +27,96 @@ FEATURES = datasets.Features(
         "labels": datasets.Sequence(datasets.Value("int32")),
     }
 )
-# What ChatGLM-Tuning's tokenize_dataset_rows.py writes: the prompt with its special tokens, the target and the end
-# token in input_ids, and in seq_len how many tokens of them are the prompt's.
-CHATGLM_TUNING_COLUMNS = ("input_ids", "seq_len")
 TRAINED_ROWS_AT_ONCE = 100_000
 HASHED_ROWS_AT_ONCE = 1024  # 200,000 tokens of most datasets: what is computed of them stays in the CPU's cache
 
 
-def load_examples(dataset_path: str) -> datasets.Dataset:
+def load_examples(dataset_path: str, vocabulary: Vocabulary | None = None) -> datasets.Dataset:
     """
-    Opens a dataset that tokenize_dataset_rows_belle.py wrote, or ChatGLM-Tuning's script.
+    Opens a dataset that tokenize_dataset_rows_belle.py or another tool wrote: columns `input_ids` and `labels`, see
+    `to_examples`. Says which columns are not read, and how many tokens are masked.
+
+    Args:
+        vocabulary: the model's; None where it is not known.
 
     Raises:
-        UsageError: nothing there, no dataset, other columns, or no rows.
+        UsageError: nothing there, no dataset, spoiled files, other columns, no rows, or rows that cannot be trained.
     """
     path = Path(dataset_path)
-    make_one = "make it with: python tokenize_dataset_rows_belle.py --jsonl_path ROWS.jsonl --save_path " + str(path)
-    if not path.exists():
-        raise UsageError(f"--dataset_path {path} does not exist; {make_one}")
-    if not path.is_dir() or not is_dataset(path):
-        raise UsageError(f"--dataset_path {path} is not a tokenised dataset; {make_one}")
-    dataset = _open(path, make_one)
-    if isinstance(dataset, datasets.Dataset) and is_chatglm_tuning(dataset.column_names):
-        dataset = dataset.select_columns(list(CHATGLM_TUNING_COLUMNS)).map(
-            add_labels, batched=True, remove_columns=["seq_len"], features=FEATURES
-        )
-    if not isinstance(dataset, datasets.Dataset) or not set(FEATURES) <= set(dataset.column_names):
-        raise UsageError(f"--dataset_path {path} lacks the columns input_ids and labels; {make_one}")
-    if len(dataset) == 0:
-        raise UsageError(f"--dataset_path {path} has no rows; {make_one}")
-    return dataset.select_columns(list(FEATURES))
+    table, others = open_table(path)
+    try:
+        examples = to_examples(table, vocabulary)
+    except UsageError as error:
+        raise UsageError(f"--dataset_path {path}: {error}") from None
+    if "labels" in table.column_names and "seq_len" in table.column_names:
+        others.append("seq_len")
+    if others:
+        print_once(f"--dataset_path {path}: columns that are not read: {', '.join(map(repr, others))}")
+    if "attention_mask" in table.column_names:
+        tokens, kept = (_count_tokens(rows["input_ids"]) for rows in (table, examples))
+        print_once(f"--dataset_path {path}: attention_mask leaves {tokens - kept:,} of {tokens:,} tokens out")
+    return datasets.Dataset(examples, fingerprint=datasets.fingerprint.generate_random_fingerprint())
 
 
-def _open(path: Path, make_one: str) -> datasets.Dataset | datasets.DatasetDict:
+def _count_tokens(column: pa.ChunkedArray) -> int:
+    return pyarrow.compute.sum(pyarrow.compute.list_value_length(column)).as_py()
+
+
+def open_table(path: Path) -> tuple[pa.Table, list[str]]:
     """
+    The columns of a dataset's Arrow files that are read or checked, and the names of the others.
+
     Raises:
-        UsageError: files that are missing or spoiled, that lie outside the directory, or of which there are none.
+        UsageError: see `load_examples`.
     """
+    make_one = "make it with: python tokenize_dataset_rows_belle.py --jsonl_path ROWS.jsonl --save_path " + str(path)
+    if not is_dataset(path):
+        raise UsageError(f"--dataset_path {path} {_describe_other(path)} {make_one}")
     try:
-        files = [file["filename"] for file in json.loads((path / "state.json").read_text("utf-8"))["_data_files"]]
-    except (ValueError, KeyError, TypeError) as error:
-        raise UsageError(
-            f"--dataset_path {path}: state.json is spoiled ({type(error).__name__}); {make_one}"
-        ) from None
-    if outside := [name for name in files if Path(name).name != name]:
-        raise UsageError(f"--dataset_path {path}: state.json names a file elsewhere, {outside[0]}; {make_one}")
-    if not files:
+        files = _list_files(path)
+        table, others = read_table(files, COLUMNS) if files else (None, [])
+    except UsageError as error:
+        raise UsageError(f"--dataset_path {path}: {error}; {make_one}") from None
+    if not table:
         raise UsageError(f"--dataset_path {path} has no rows; {make_one}")
-    try:
-        return datasets.load_from_disk(str(path))
-    except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
-        raise UsageError(f"--dataset_path {path} is spoiled ({' '.join(str(error).split())}); {make_one}") from None
+    columns = set(table.column_names)
+    if "input_ids" not in columns or not columns & {"labels", "seq_len", *LOSS_MASKS}:
+        raise UsageError(f"--dataset_path {path} lacks the columns input_ids and labels; {make_one}")
+    return table, others
 
 
-def is_chatglm_tuning(columns: Sequence[str]) -> bool:
-    return set(CHATGLM_TUNING_COLUMNS) <= set(columns) and "labels" not in columns
-
-
-def add_labels(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
+def _list_files(path: Path) -> list[Path]:
     """
-    Labels of rows of `input_ids` and `seq_len`: IGNORE_INDEX on the first `seq_len` tokens, the ids themselves after.
+    The Arrow files of a dataset.
 
-    The loss is shifted inside the model, so the target's first token is learnt from the prompt's last, `<sop>`.
-    Source: mymusise/ChatGLM-Tuning, tokenize_dataset_rows.py and the collator in finetune.py. That collator labels one
-    token more, `<sop>` after `[gMASK]`, which every prompt brings along and no answer needs.
+    Raises:
+        UsageError: state.json is spoiled, or names a file elsewhere.
     """
-    rows = zip(batch["input_ids"], batch["seq_len"], strict=True)
-    return {
-        "input_ids": batch["input_ids"],
-        "labels": [[IGNORE_INDEX] * prompt_tokens + ids[prompt_tokens:] for ids, prompt_tokens in rows],
-    }
+    entries = read_object(path / "state.json", {"_data_files": list})["_data_files"]
+    names = [entry.get("filename") if isinstance(entry, dict) else None for entry in entries]
+    for name in names:
+        if not isinstance(name, str) or Path(name).name != name:
+            raise UsageError(f"state.json names a file elsewhere, {name}")
+    return [path / name for name in names]
+
+
+def _describe_other(path: Path) -> str:
+    """What stands in the place of a dataset."""
+    if not path.exists():
+        return "does not exist;"
+    if (path / "dataset_dict.json").is_file():
+        splits = sorted(entry.name for entry in path.iterdir() if is_dataset(entry))
+        return f"holds the datasets {', '.join(splits)}: give one of them, {path / (splits or ['train'])[0]}, or"
+    files = [path] if not path.is_dir() else path.iterdir()
+    kinds = {file.suffix.lstrip(".") for file in files if file.is_file()}
+    for kind in ("parquet", "arrow", "json", "jsonl", "csv"):
+        if kind in kinds:
+            load = f"load_dataset({kind.replace('jsonl', 'json')!r}, data_files=FILES, split='train')"
+            return (
+                f"is not a tokenised dataset but holds a {kind} file: where its rows are tokens, save them with "
+                f"datasets' {load}.save_to_disk(DIRECTORY), else"
+            )
+    return "is not a tokenised dataset;"
 
 
 def trained_rows(dataset: datasets.Dataset) -> np.ndarray:
@@ -237,14 +260,21 @@ def check_origin(dataset_path: str, tokenizer: PreTrainedTokenizerBase, model_na
     path = Path(dataset_path) / ORIGIN_FILE
     again = f"tokenise the rows again with --model_name_or_path {model_name_or_path}"
     if not path.is_file():
-        dataset = datasets.load_from_disk(dataset_path)
-        if is_chatglm_tuning(dataset.column_names) and not _is_pair_of(tokenizer, dataset[0]):
+        table, _ = open_table(Path(dataset_path))
+        is_pairs = "seq_len" in table.column_names and "labels" not in table.column_names
+        if is_pairs and not _is_pair_of(tokenizer, to_examples(table.slice(0, 1), None).to_pylist()[0]):
             raise UsageError(
                 f"--dataset_path {dataset_path}: its rows do not have the special tokens that the tokenizer of "
                 f"{model_name_or_path} puts round a prompt and a target: {again}"
             )
         return "native"
-    origin = Origin(**json.loads(path.read_text(encoding="utf-8")))
+    try:
+        values = read_object(path, dict.fromkeys(("template", "tokenizer", "model_name_or_path"), str))
+        if values["template"] not in TEMPLATES:
+            raise UsageError(f"{path}: there is no template {values['template']!r}")
+    except UsageError as error:
+        raise UsageError(f"--dataset_path {dataset_path}: {error}: {again}") from None
+    origin = Origin(**{name: value for name, value in values.items() if name in Origin.__dataclass_fields__})
     if origin.tokenizer != fingerprint(tokenizer, template_for(tokenizer, origin.template)):
         raise UsageError(
             f"--dataset_path {dataset_path} was made with another tokenizer, that of {origin.model_name_or_path}: "
@@ -256,7 +286,7 @@ def check_origin(dataset_path: str, tokenizer: PreTrainedTokenizerBase, model_na
 
 
 def _is_pair_of(tokenizer: PreTrainedTokenizerBase, row: dict[str, Any]) -> bool:
-    """Whether a row of `input_ids` and `seq_len` looks like ChatGLM-6B's `prompt [gMASK] <sop> target <eop>`."""
+    """Whether a row of `input_ids` and `labels` looks like ChatGLM-6B's `prompt [gMASK] <sop> target <eop>`."""
     closing = encode_prompt(tokenizer, [Message("user", "")])[-2:]
-    ids, prompt_tokens = row["input_ids"], row["seq_len"]
-    return ids[max(prompt_tokens - 2, 0) : prompt_tokens] == closing and ids[-1] == tokenizer.eos_token_id
+    ids, prompt_tokens = row["input_ids"], row["labels"].count(IGNORE_INDEX)
+    return ids[max(prompt_tokens - 2, 0) : prompt_tokens] == closing and ids[-1:] == [tokenizer.eos_token_id]
