@@ -6,7 +6,7 @@ the whole model's; with `compiled` also the engine's answers, its layers compile
 import sys
 
 from utils.checkpoint import Checkpoint, load_model
-from utils.distributed import shut_down, world_size
+from utils.distributed import init_process_group, shut_down, world_size
 from utils.engine import Engine
 from utils.placement import load_on_processes
 from utils.prompt_packing import Task
@@ -14,6 +14,7 @@ from utils.prompt_packing import Task
 import torch
 
 path, tp_size = sys.argv[1], int(sys.argv[2])
+init_process_group(use_deepspeed=False)
 sharded, replica = load_on_processes(path, torch.float32, None, lambda model, shards: model, tp_size)
 assert replica.replicas == world_size() // tp_size
 whole = load_model(path)

@@ -11,7 +11,7 @@ from utils.errors import UsageError
 from utils.generation import AnswerSettings, generate_answers
 from utils.lora import AdapterOrigin, attach_adapter, save_adapter
 from utils.prompts import template_for
-from utils.requests import read_requests
+from utils.requests import Request, read_requests
 from utils.sampling import Sampling
 
 import pytest
@@ -160,15 +160,16 @@ def test_the_same_command_answers_what_is_left(answer, rows, tmp_path, expected,
     assert summary["answered_before"] == 0
 
 
-def test_a_killed_command_goes_on(answer, rows, tmp_path, expected):
+def test_a_killed_command_goes_on(answer, rows, tmp_path, expected, monkeypatch):
     """Its journal ends in the middle of a line."""
-    finished, _ = answer(rows)
-    settings = json.loads((tmp_path / ".answers.jsonl.settings.json").read_text())
-    (tmp_path / "answers.jsonl").unlink()
-    (tmp_path / ".answers.jsonl.settings.json").unlink()
-    lines = [json.dumps({"settings": settings}), json.dumps(finished[3]), json.dumps(finished[1])[:40]]
+    finished, _ = answer(rows, output="finished.jsonl")
+    with monkeypatch.context() as patch:
+        patch.setattr(AnswerFile, "close", lambda self: sys.exit("killed"))
+        answer(rows, code="killed")
     journal = tmp_path / "answers.jsonl.partial-0"
-    journal.write_text("\n".join(lines))
+    lines = journal.read_bytes().splitlines(keepends=True)
+    assert len(lines) == 6
+    journal.write_bytes(b"".join(lines[:2]) + lines[2][:40])
     assert "max_new_tokens differ" in answer(rows, "--max_new_tokens 5", code=2)
     assert journal.exists()
     found, summary = answer(rows)
@@ -177,16 +178,16 @@ def test_a_killed_command_goes_on(answer, rows, tmp_path, expected):
 
 
 def test_journals_of_several_processes_are_one(tmp_path):
-    settings, requests = {"a": 1}, []
+    settings, requests = {"a": 1}, [Request(0, "p0", [1]), Request(1, "p1", [1])]
     for process in range(2):
         file = AnswerFile(tmp_path / "out.jsonl", settings, process)
+        file.known(requests)
         file.open()
         file.add({"index": process, "prompt": f"p{process}", "answer": "x", "finish_reason": "stop"})
         file.close()
-    from utils.requests import Request
-
-    requests = [Request(0, "p0", [1]), Request(1, "changed", [1])]
-    assert list(AnswerFile(tmp_path / "out.jsonl", settings).known(requests)) == [0]
+    assert list(AnswerFile(tmp_path / "out.jsonl", settings).known(requests)) == [0, 1]
+    for changed in (Request(1, "changed", [1]), Request(1, "p1", [2]), Request(1, "p1", [1], adapter="b")):
+        assert list(AnswerFile(tmp_path / "out.jsonl", settings).known([requests[0], changed])) == [0]
 
 
 SAMPLED = "--temperature 6 --top_p 0.95 --top_k 50 --repetition_penalty 1.1"

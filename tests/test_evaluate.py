@@ -79,10 +79,13 @@ def test_report(run_script, tmp_path):
         ("--input_path data/sample_prompts.jsonl", "every row needs a prompt and a target"),
         ("--input_path data/sample.heldout.json --max_new_tokens 0", "--max_new_tokens 0"),
         ("--input_path data/sample.heldout.json --adapter_path a/x b/x", "must differ"),
+        ("--input_path answers.jsonl --output_dir .", "answers.jsonl is an input"),
     ],
 )
-def test_wrong_use(run_script, flags, words):
-    result = run_script(f"tools/evaluate.py --model_name_or_path {TINY} {flags}")
+def test_wrong_use(run_script, flags, words, tmp_path):
+    (tmp_path / "data").symlink_to(ROOT / "data")
+    (tmp_path / "answers.jsonl").write_text('{"prompt": "a", "target": "b"}\n')
+    result = run_script(f"tools/evaluate.py --model_name_or_path {TINY} {flags}", cwd=tmp_path)
     assert result.code == 2 and words in result.err and "Traceback" not in result.err
 
 

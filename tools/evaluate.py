@@ -24,7 +24,7 @@ from utils.columns import AS_NAMED, COLUMNS_HELP, ColumnMap
 from utils.errors import Faults, RowError, UsageError, run
 from utils.generation import AnswerSettings, generate_answers
 from utils.inference_options import adapter_names, check_adapters, resolve_dtype, resolve_template
-from utils.jsonl import atomic_writer, dump_row
+from utils.jsonl import atomic_writer, check_output, dump_row
 from utils.mixed_adapters import add_adapters
 from utils.placement import dispatch, input_device
 from utils.prompts import TEMPLATES, encode_prompt
@@ -45,6 +45,7 @@ SHOWN = {
     "answer_characters": "characters an answer",
     "reference_characters": "characters a reference",
 }
+OUTPUTS = ("report.md", "report.html", "scores.png", "scores.json", "answers.jsonl")
 NOTE = (
     "Mean or corpus score over the rows, in brackets its 95% interval by bootstrap over rows (1000 resamples). BLEU-4 "
     "(zh) and chrF: sacrebleu, of the corpus. ROUGE: rouge_score on jieba's words, F1."
@@ -91,6 +92,9 @@ def check_arguments(args: argparse.Namespace) -> None:
     names = [BASE, *adapter_names(args.adapter_path)]
     if len(set(names)) < len(names):
         faults.add(f"--adapter_path: the names {', '.join(names)} must differ: rename a directory")
+    for name in OUTPUTS:
+        with faults.collect():
+            check_output(Path(args.output_dir) / name, [args.input_path], "--output_dir: its")
     faults.report()
     check_adapters(args)
 

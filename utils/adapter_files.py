@@ -58,6 +58,13 @@ def adapter_directory(path: str | Path) -> Path:
     return path.parent if not path.is_dir() and (path.parent / CONFIG_NAME).is_file() else path
 
 
+def files_of_adapter(path: str | Path) -> list[Path]:
+    """The files that an adapter is read from; its directory may hold others too, such as answers."""
+    named = {Path(path)} if Path(path).is_file() else set()
+    found = (file for pattern in ("adapter_*", RAW_NAME) for file in adapter_directory(path).glob(pattern))
+    return sorted(named | {file for file in found if file.is_file()})
+
+
 def read_adapter(path: str | Path, model: PreTrainedModel, lora_alpha: int | None) -> Adapter:
     """
     An adapter as plain LoRA on `model`, whatever its files hold.

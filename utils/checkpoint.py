@@ -13,9 +13,10 @@ from utils.chatglm.generations import Generation
 from utils.chatglm.modeling_chatglm import derive_position_ids
 from utils.chatglm.released_glm import convert
 from utils.errors import UsageError
+from utils.file_hashes import hash_files
 from utils.quantization import BITS, SCALE, Quantization, quantize, quantize_modules
 from utils.tokenizer_files import DEFAULT_MODEL, load_tokenizer, open_directory
-from utils.weight_files import find_unusable, read_weights, weight_files
+from utils.weight_files import find_unusable, model_files, read_weights, weight_files
 
 import torch
 from accelerate import init_empty_weights
@@ -118,6 +119,15 @@ class Checkpoint:
                 hashes["matrices"][key] = _digest(torch.cat((tensor[0, :256], tensor[-1, -256:])))
         bits = self.quantization.bits if self.quantization and not self.quantizes else None
         return {"bits": bits} | {name: _digest_of(found) for name, found in hashes.items()}
+
+    def content_hashes(self) -> dict[str, str]:
+        """
+        What tells its answers from others': hashes of every byte of the weights, and of the files that say how they
+        and the tokens are used. The fingerprint above says which base an adapter fits, which is less: two models of
+        one fingerprint may answer differently.
+        """
+        files = {"weights": weight_files(self.directory), "model_files": model_files(self.directory)}
+        return {name: hash_files(paths) for name, paths in files.items()}
 
     def empty_model(self, dtype: torch.dtype) -> PreTrainedModel:
         """The model without memory for its weights, in eval mode."""

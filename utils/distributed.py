@@ -3,10 +3,11 @@
 import os
 import signal
 import socket
+from collections.abc import Callable
 from datetime import timedelta
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from utils.errors import UsageError
 from utils.extension_builds import remove_stale_build_locks
@@ -20,6 +21,8 @@ if not torch.cuda.is_available():
 
 
 _peers: list[Peers] = []  # of this process, where there are others
+
+T = TypeVar("T")
 
 
 def process_rank() -> int:
@@ -155,6 +158,25 @@ def gather_from_all(value: Any) -> list:
     gathered = [None] * world_size()
     torch.distributed.all_gather_object(gathered, value, group=_cpu_group())
     return gathered
+
+
+def on_all_processes(call: Callable[[], T]) -> list[T]:
+    """
+    What `call` returns on every process, in the order of ranks, on every process; all must call it.
+
+    Raises:
+        UsageError: that of the first process where `call` raised one, on every process, and all leave the group.
+    """
+    try:
+        outcome = call(), ()
+    except UsageError as error:
+        outcome = None, error.args
+    outcomes = gather_from_all(outcome)
+    faults = [lines for _, lines in outcomes if lines]
+    if faults:
+        shut_down()
+        raise UsageError(*faults[0])
+    return [value for value, _ in outcomes]
 
 
 def any_process(flag: bool) -> bool:

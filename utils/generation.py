@@ -11,8 +11,9 @@ from typing import Any
 
 from utils.answer_files import Answer, AnswerFile
 from utils.answer_text import TextEnd, decode
-from utils.distributed import gather_from_all, gather_lists, is_main_process, print_once, process_rank
+from utils.distributed import barrier, gather_from_all, gather_lists, is_main_process, print_once, process_rank
 from utils.engine import Engine, can_serve, column_bytes
+from utils.errors import RunError
 from utils.plain_generation import generate_plainly, halve
 from utils.prompt_packing import MOST_READ, Task
 from utils.prompts import ChatGLMTemplate
@@ -38,6 +39,18 @@ class AnswerSettings:
     sequences: int = 1
     stop: tuple[str, ...] = ()  # texts that end an answer and are no part of it
     adapters: tuple[str, ...] = ()  # names of several, in the order in which the model has them
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to answer, how, where the answers go, and those that are known, by index."""
+
+    template: ChatGLMTemplate
+    requests: list[Request]
+    settings: AnswerSettings
+    output: AnswerFile
+    known: dict[int, Answer]
+    batch_size: int
 
 
 @dataclass
@@ -251,23 +264,20 @@ class Progress:
 
 
 def answer_rows(
+    job: Job,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    template: ChatGLMTemplate,
-    requests: Sequence[Request],
-    output: AnswerFile,
-    batch_size: int,
-    settings: AnswerSettings,
     device: torch.device,
     replica: Replica = ALONE,
 ) -> None:
     """
-    Answers the requests into `output`, those alone that an earlier run of the same command has not answered, and
-    prints a summary whose last line is JSON. Every process takes part.
+    Answers the job's requests into its output, those alone that an earlier run of the same command has not answered,
+    and prints a summary whose last line is JSON. Every process takes part.
+
+    Raises:
+        RunError: on every process: more than half of the rows could not be answered; the output is complete.
     """
-    known = output.known(requests)
-    for others in gather_from_all(known):  # other machines may have other disks
-        known |= others
+    requests, known, output = job.requests, job.known, job.output
     output.open()
     waiting = [request for request in requests if request.index not in known]
     if known:
@@ -275,8 +285,18 @@ def answer_rows(
     clock, started = Clock(), time.perf_counter()
     answers: list[Answer] = []
     progress = Progress(len(waiting), replica)
+    settings = job.settings
     done = generate_answers(
-        model, tokenizer, template, waiting, batch_size, settings.max_new_tokens, device, settings, replica, clock
+        model,
+        tokenizer,
+        job.template,
+        waiting,
+        job.batch_size,
+        settings.max_new_tokens,
+        device,
+        settings,
+        replica,
+        clock,
     )
     for answer in done:
         if replica.first:
@@ -286,21 +306,34 @@ def answer_rows(
             progress.add(answer)
     progress.close()
     output.close()
+    failed = sum(gather_from_all(sum(answer["finish_reason"] == "error" for answer in answers)))
     answers = gather_lists(answers)
     seconds = time.perf_counter() - started
     clocks = gather_from_all(clock)
-    preparing, reading = mean(c.preparing for c in clocks), mean(c.reading for c in clocks)
-    if not is_main_process():
-        return
-    output.finish(sorted([*known.values(), *answers], key=lambda answer: answer["index"]))
+    if is_main_process():
+        output.finish(sorted([*known.values(), *answers], key=lambda answer: answer["index"]))
+        _print_summary(job, answers, clocks, seconds)
+    barrier()
+    output.end()
+    if 2 * failed > len(requests):
+        raise RunError(
+            f"{failed} of {len(requests)} rows could not be answered: {output.path} is complete and says why in their "
+            '"error"'
+        )
+
+
+def _print_summary(job: Job, answers: list[Answer], clocks: list[Clock], seconds: float) -> None:
+    """Of the answers that are new, as JSON."""
     new_tokens = sum(answer.get("answer_tokens", 0) for answer in answers)
+    preparing, reading = mean(clock.preparing for clock in clocks), mean(clock.reading for clock in clocks)
     working = seconds - preparing
+    batch_sizes = clocks[0].batch_sizes
     summary = {
-        "output_path": str(output.path),
-        "rows": len(known) + len(answers),
+        "output_path": str(job.output.path),
+        "rows": len(job.requests),
         "errors": sum(answer["finish_reason"] == "error" for answer in answers),
-        "answered_before": len(known),
-        "batch_size": clock.batch_sizes[-1] if clock.batch_sizes else 0,
+        "answered_before": len(job.known),
+        "batch_size": batch_sizes[-1] if batch_sizes else 0,
         "new_tokens": new_tokens,
         "prompt_tokens": sum(answer.get("prompt_tokens", 0) for answer in answers),
         "seconds": round(working, 2),

@@ -2,28 +2,39 @@
 
 import argparse
 import json
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from utils.adapter_files import RAW_ALPHA, adapter_directory
-from utils.answer_files import AnswerFile, digest_of
+from utils.adapter_files import RAW_ALPHA, adapter_directory, files_of_adapter
+from utils.answer_files import AnswerFile
 from utils.checkpoint import Checkpoint
 from utils.columns import AS_NAMED, COLUMNS_HELP, ColumnMap
-from utils.distributed import is_main_process, print_once, process_rank, world_size
+from utils.distributed import (
+    check_port,
+    init_process_group,
+    is_main_process,
+    on_all_processes,
+    print_once,
+    process_rank,
+    world_size,
+)
 from utils.engine import can_serve
 from utils.errors import Faults, UsageError
 from utils.export import merge_and_save, read_template
+from utils.file_hashes import hash_files
 from utils.fp8 import FP8, check_device
-from utils.generation import AnswerSettings, answer_rows, settings_of
+from utils.generation import AnswerSettings, Job, answer_rows, settings_of
+from utils.jsonl import check_output
 from utils.lora import check_base, load_adapter, merge_adapter, read_origin, warn_of_old_ids
 from utils.mixed_adapters import add_adapters
 from utils.placement import input_device
 from utils.prompts import TEMPLATES, ChatGLMTemplate, template_for
 from utils.quantization import BITS, stored_bits
-from utils.requests import BASE, PromptForm, Request, read_requests
+from utils.requests import BASE, PromptForm, read_requests
 from utils.row_queue import ALONE, Replica
 from utils.sampling import Sampling
 from utils.tokenizer_files import add_model_flags, choose_generation
+from utils.weight_files import KINDS, model_files
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -121,6 +132,8 @@ def check_inference_arguments(args: argparse.Namespace) -> None:
     """
     choose_generation(args.model_name_or_path, args.generation)
     faults = Faults()
+    with faults.collect():
+        check_output(args.output_path, _files_read(args), "--output_path")
     for name, least in (("batch_size", 0), ("max_new_tokens", 1), ("num_return_sequences", 1), ("top_k", 0)):
         if getattr(args, name) < least:
             faults.add(f"--{name} {getattr(args, name)} must be at least {least}")
@@ -153,6 +166,14 @@ def check_inference_arguments(args: argparse.Namespace) -> None:
         if args.fp32 or args.fp16:
             faults.add("--quantize fp8 computes in bfloat16: give it without --fp32 and --fp16")
     faults.report()
+
+
+def _files_read(args: argparse.Namespace) -> list[str | Path]:
+    """The rows, and the files of model and adapters that are on this machine."""
+    model = Path(args.model_name_or_path)
+    weights = [file for kind in KINDS for file in model.glob(f"*{Path(kind).suffix}")]
+    adapters = [file for path in args.adapter_path for file in files_of_adapter(path)]
+    return [args.input_path or DEFAULT_PROMPTS, *weights, *model_files(model), *adapters]
 
 
 def adapter_names(paths: list[str]) -> list[str]:
@@ -244,23 +265,13 @@ def resolve_template(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBas
     return template_for(tokenizer, name)
 
 
-@dataclass(frozen=True)
-class Job:
-    """What to answer, how, and where the answers go."""
-
-    template: ChatGLMTemplate
-    requests: list[Request]
-    settings: AnswerSettings
-    output: AnswerFile
-    batch_size: int
-
-
 def open_job(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype) -> Job:
     """
-    Reads the rows, before the model takes its time to load.
+    Reads the rows and what is known of their answers, before the model takes its time to load. Every process must
+    call it; they are a group from here on.
 
     Raises:
-        UsageError: see `read_requests` and `AnswerFile`.
+        UsageError: see `check_port`, `read_requests` and `AnswerFile.begin`.
     """
     template = resolve_template(args, tokenizer)
     names = tuple(adapter_names(args.adapter_path)) if len(args.adapter_path) > 1 else ()
@@ -271,24 +282,27 @@ def open_job(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase, dtype
     checkpoint = Checkpoint.open(args.model_name_or_path, quantize=stored_bits(args.quantize))
     recorded = settings_of(
         settings,
-        model=checkpoint.fingerprint(),
-        adapter_files=[
-            digest_of(each)  # of one of several files in a directory: which, and what lies beside it
-            for path in args.adapter_path
-            for each in dict.fromkeys((adapter_directory(path), Path(path)))
-        ],
+        generation=checkpoint.generation.name,
         lora_alpha=args.lora_alpha,
         template=template.name,
+        stop_ids=template.stop_ids(tokenizer),
         dtype=str(dtype),
         quantize=args.quantize,
     )
+    check_port()
+    init_process_group(use_deepspeed=False)
+    recorded |= on_all_processes(lambda: _hash_files_read(args, checkpoint))[0]
     output = AnswerFile(args.output_path, recorded, process_rank(), args.overwrite)
-    output.known(requests)  # an unfinished command of another kind is refused here
-    return Job(template, requests, settings, output, args.batch_size)
+    return Job(template, requests, settings, output, output.begin(requests), args.batch_size)
+
+
+def _hash_files_read(args: argparse.Namespace, checkpoint: Checkpoint) -> dict[str, Any]:
+    """Of model and adapters; on the main process, whose files stand for all."""
+    if not is_main_process():
+        return {}
+    adapters = [hash_files(files_of_adapter(path)) for path in args.adapter_path]
+    return {**checkpoint.content_hashes(), "adapter_files": adapters}
 
 
 def answer(job: Job, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, replica: Replica = ALONE) -> None:
-    device = input_device(model)
-    answer_rows(
-        model, tokenizer, job.template, job.requests, job.output, job.batch_size, job.settings, device, replica
-    )
+    answer_rows(job, model, tokenizer, input_device(model), replica)

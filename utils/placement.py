@@ -11,10 +11,8 @@ from typing import Any
 from utils.chatglm.generations import Generation
 from utils.checkpoint import Checkpoint, load_model
 from utils.distributed import (
-    check_port,
     gather_from_all,
     init_deepspeed,
-    init_process_group,
     local_rank,
     print_once,
     process_rank,
@@ -43,8 +41,8 @@ def load_on_processes(
     tp_size: int | None = None,
 ) -> tuple[PreTrainedModel, Replica]:
     """
-    Loads a checkpoint for all processes together, each on its device: whole, so that every process is a replica with
-    its share of the rows, or sharded over `tp_size` processes by DeepSpeed's tensor parallelism.
+    Loads a checkpoint for all processes of the group, each on its device: whole, so that every process is a replica
+    with its share of the rows, or sharded over `tp_size` processes by DeepSpeed's tensor parallelism.
 
     Args:
         quantize: "int8", "int4" or "fp8"; such weights are not sharded.
@@ -53,7 +51,7 @@ def load_on_processes(
             fewest processes whose memory together holds it. The choice is printed.
 
     Raises:
-        UsageError: see `check_port`, `Checkpoint.open` and `check_heads`; or quantised weights with `tp_size` above 1.
+        UsageError: see `Checkpoint.open` and `check_heads`; or quantised weights with `tp_size` above 1.
     """
     checkpoint = Checkpoint.open(path_or_id, quantize=stored_bits(quantize))
     processes = world_size()
@@ -65,8 +63,6 @@ def load_on_processes(
         tp_size = 1
     if tp_size is not None:
         check_heads(checkpoint.config, tp_size)
-    check_port()
-    init_process_group(use_deepspeed=False)
     if tp_size is None:
         tp_size, why = fitting_tp_size(checkpoint, dtype)
     if processes > 1:

@@ -27,6 +27,10 @@ CALLED = {
 }
 LONGEST_NAME = 1000  # characters of a weight's name
 SHARED = 4  # weights that may lie in one place: tied ones, or the A of query, key and value
+MODEL_FILES = (  # what decides, beside the weights, how a model computes and what its tokens are
+    *("config.json", "generation_config.json", "template.json", "*.model", "tokenizer*", "vocab*", "merges.txt"),
+    *("special_tokens_map.json", "added_tokens.json", "chat_template*"),
+)
 
 
 def weight_files(directory: Path) -> list[Path]:
@@ -53,6 +57,11 @@ def weight_files(directory: Path) -> list[Path]:
             refuse_pointer(file)
         return files
     raise UsageError(f"{directory} has neither {' nor '.join(KINDS)} nor an index of such files")
+
+
+def model_files(directory: Path) -> list[Path]:
+    """The files of MODEL_FILES that are there."""
+    return sorted({file for pattern in MODEL_FILES for file in directory.glob(pattern) if file.is_file()})
 
 
 def read_index(index: Path) -> dict[str, str]:
