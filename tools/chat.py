@@ -11,9 +11,10 @@ import contextlib
 import os
 import queue
 import sys
+import tempfile
 import threading
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -27,14 +28,24 @@ from utils.placement import dispatch, input_device
 from utils.prompts import TEMPLATES, ChatGLMTemplate, encode_prompt
 from utils.quantization import BITS
 from utils.rows import Message
+from utils.terminal_text import visible
 from utils.tokenizer_files import add_model_flags, choose_generation
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.generation.stopping_criteria import StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
 UNFINISHED = "\ufffd"  # bytes of a character whose other tokens are still to come
 LOOPBACK = "127.0.0.1"
+MAX_QUESTION = 20_000  # characters, on the page
+SETTINGS = {  # of the page: from, to
+    "max_new_tokens": (1, 4096),
+    "temperature": (0, 2),
+    "top_p": (0.05, 1),
+    "repetition_penalty": (0.5, 2),
+}
+MAX_WAITING = 32  # questions of all readers of the page
 
 
 @dataclass(frozen=True)
@@ -63,30 +74,48 @@ class _Tokens(BaseStreamer):
         self.queue.put(None)
 
 
+class _Abandoned(StoppingCriteria):
+    """Ends an answer that nobody waits for."""
+
+    def __init__(self):
+        self.event = threading.Event()
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs) -> torch.Tensor:
+        return torch.full((len(input_ids),), self.event.is_set(), device=input_ids.device)
+
+
 @dataclass
 class Chat:
-    """A model to talk to, with an adapter that can be switched off."""
+    """
+    A model to talk to, with an adapter that can be switched off. Answers come one after the other, for the switch is
+    the model's: an answer that has been abandoned has ended before the next one begins.
+    """
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     template: ChatGLMTemplate
     has_adapter: bool
+    lock: threading.Lock = field(default_factory=threading.Lock)
 
     def answer(self, messages: Sequence[Message], choices: Choices, use_adapter: bool = True) -> Iterator[str]:
         """
-        Yields the answer to the last message as far as it has come, again and again; the last one is the whole.
+        Yields the answer to the last message as far as it has come, again and again; the last one is the whole. Closed
+        before that, it stops the model at its next token.
 
         Raises:
             Exception: what `generate` raised.
         """
         input_ids = torch.tensor([encode_prompt(self.tokenizer, messages, self.template)])
-        tokens, failure = _Tokens(), []
+        tokens, failure, abandoned = _Tokens(), [], _Abandoned()
         sampling = {"temperature": choices.temperature, "top_p": choices.top_p} if choices.temperature else {}
 
         def work() -> None:
             off = self.has_adapter and not use_adapter
             try:
-                with torch.inference_mode(), self.model.disable_adapter() if off else contextlib.nullcontext():
+                adapter = self.model.disable_adapter() if off else contextlib.nullcontext()
+                with self.lock, torch.inference_mode(), adapter:
+                    if abandoned.event.is_set():
+                        return
                     self.model.generate(
                         input_ids=input_ids.to(input_device(self.model)),
                         attention_mask=torch.ones_like(input_ids, device=input_device(self.model)),
@@ -97,6 +126,7 @@ class Chat:
                         eos_token_id=self.template.stop_ids(self.tokenizer),
                         pad_token_id=self.tokenizer.pad_token_id,
                         streamer=tokens,
+                        stopping_criteria=[abandoned],
                         **sampling,
                     )
             except Exception as error:
@@ -106,9 +136,12 @@ class Chat:
         worker = threading.Thread(target=work, daemon=True)
         worker.start()
         ids, stops = [], set(self.template.stop_ids(self.tokenizer))
-        while (new := tokens.queue.get()) is not None:
-            ids += [token for token in new if token not in stops]
-            yield self._text(ids).rstrip(UNFINISHED)
+        try:
+            while (new := tokens.queue.get()) is not None:
+                ids += [token for token in new if token not in stops]
+                yield self._text(ids).rstrip(UNFINISHED)
+        finally:
+            abandoned.event.set()
         worker.join()
         if failure:
             raise failure[0]
@@ -127,6 +160,9 @@ def talk(chat: Chat, choices: Choices) -> None:
             question = input("问> ").strip()
         except EOFError:
             return
+        except UnicodeDecodeError as error:
+            print(f"the line is not {error.encoding}: type it again", flush=True)
+            continue
         if question == "/quit":
             return
         if question == "/clear":
@@ -139,7 +175,7 @@ def talk(chat: Chat, choices: Choices) -> None:
             shown = ""
             for text in chat.answer(messages, choices, use_adapter):
                 if text.startswith(shown):
-                    print(text[len(shown) :], end="", flush=True)
+                    print(visible(text[len(shown) :]), end="", flush=True)
                     shown = text
             print(flush=True)
             messages.append(Message("assistant", text))
@@ -147,53 +183,99 @@ def talk(chat: Chat, choices: Choices) -> None:
 
 def make_page(chat: Chat, choices: Choices):
     """
-    The Gradio page: a column for the adapter, where there is one, and one for the base, each with its own history.
-
-    Raises:
-        UsageError: Gradio is not installed.
+    The Gradio page: a column for the adapter, where there is one, and one for the base, each with its own history,
+    which stays on the server.
     """
-    os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
-    try:
-        import gradio
-    except ImportError:
-        raise UsageError("--web: gradio is not installed: pip install -r tools/requirements.txt") from None
+    import gradio
+
     sides = ["adapter", "base"] if chat.has_adapter else ["base"]
+    room = chat.model.config.max_position_embeddings
+    bounds = {name: (low, max(high, getattr(choices, name))) for name, (low, high) in SETTINGS.items()}
 
     def shown(history: list[Message]) -> list[dict[str, str]]:
         return [{"role": message.role, "content": message.content} for message in history]
 
-    def respond(question, histories, max_new_tokens, temperature, top_p, repetition_penalty):
-        if not question.strip():
+    def check(question: str, histories: list[list[Message]], values: Sequence[float]) -> Choices:
+        """What a browser sends may be anything, whatever the page's own fields allow."""
+        if len(question) > MAX_QUESTION:
+            raise gradio.Error(f"a question has {MAX_QUESTION} characters at most")
+        for (name, (low, high)), value in zip(bounds.items(), values, strict=True):
+            if not isinstance(value, int | float) or not low <= value <= high:
+                raise gradio.Error(f"{name} is a number from {low} to {high}")
+        for history in histories:
+            asked = encode_prompt(chat.tokenizer, [*history, Message("user", question)], chat.template)
+            if len(asked) > room:
+                raise gradio.Error(f"the conversation has {len(asked)} tokens, the model takes {room}: clear it")
+        return Choices(int(values[0]), *values[1:])
+
+    def respond(question, histories, *values):
+        if not question or not question.strip():
             yield "", histories, *map(shown, histories)
             return
-        chosen = Choices(int(max_new_tokens), temperature, top_p, repetition_penalty)
+        chosen = check(question, histories, values)
         histories = [[*history, Message("user", question)] for history in histories]
         yield "", histories, *map(shown, histories)
         for place, side in enumerate(sides):
             before = histories[place]
-            for text in chat.answer(before, chosen, side == "adapter"):
-                histories[place] = [*before, Message("assistant", text)]
-                yield "", histories, *map(shown, histories)
+            with contextlib.closing(chat.answer(before, chosen, side == "adapter")) as texts:
+                for text in texts:
+                    histories[place] = [*before, Message("assistant", text)]
+                    yield "", histories, *map(shown, histories)
 
-    with gradio.Blocks(title="ChatGLM") as page:
+    with gradio.Blocks(title="ChatGLM", analytics_enabled=False) as page:
         histories = gradio.State([[] for _ in sides])
         with gradio.Row():
             boxes = [gradio.Chatbot(label=side, elem_id=side, height=480) for side in sides]
-        question = gradio.Textbox(label="question", elem_id="question", autofocus=True)
+        question = gradio.Textbox(label="question", elem_id="question", autofocus=True, max_length=MAX_QUESTION)
         with gradio.Row():
             send = gradio.Button("send", variant="primary", elem_id="send")
             clear = gradio.Button("clear", elem_id="clear")
         with gradio.Accordion("settings", open=False):
+            labels = ("max_new_tokens (tokens)", "temperature (0: greedy)", "top_p", "repetition_penalty")
             settings = [
-                gradio.Slider(1, 4096, choices.max_new_tokens, step=1, label="max_new_tokens (tokens)"),
-                gradio.Slider(0, 2, choices.temperature, step=0.05, label="temperature (0: greedy)"),
-                gradio.Slider(0.05, 1, choices.top_p, step=0.05, label="top_p"),
-                gradio.Slider(0.5, 2, choices.repetition_penalty, step=0.05, label="repetition_penalty"),
+                gradio.Slider(*bounds[name], getattr(choices, name), step=1 if whole else 0.05, label=label)
+                for name, label, whole in zip(bounds, labels, (True, False, False, False), strict=True)
             ]
-        for event in (question.submit, send.click):
-            event(respond, [question, histories, *settings], [question, histories, *boxes], concurrency_id="model")
-        clear.click(lambda: ([[] for _ in sides], *([] for _ in sides)), None, [histories, *boxes])
-    return page
+        asked = [
+            event(
+                respond,
+                [question, histories, *settings],
+                [question, histories, *boxes],
+                concurrency_id="model",
+                api_visibility="private",
+            )
+            for event in (question.submit, send.click)
+        ]
+        clear.click(
+            lambda: ([[] for _ in sides], *([] for _ in sides)),
+            None,
+            [histories, *boxes],
+            cancels=asked,
+            api_visibility="private",
+        )
+    return page.queue(max_size=MAX_WAITING, api_open=False)
+
+
+def make_app(chat: Chat, choices: Choices):
+    """The page as an ASGI application, for tools/page_doors.py, without what of Gradio it does not need."""
+    import fastapi
+    import gradio
+
+    theme = gradio.themes.Default(font=["sans-serif"], font_mono=["monospace"])  # others come from the network
+    return gradio.mount_gradio_app(
+        fastapi.FastAPI(openapi_url=None),
+        make_page(chat, choices),
+        "/",
+        footer_links=[],
+        run_history=False,
+        app_kwargs={"openapi_url": None},
+        show_error=False,
+        max_file_size=1,
+        ssr_mode=False,
+        enable_monitoring=False,
+        mcp_server=False,
+        theme=theme,
+    )
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -249,16 +331,23 @@ def open_chat(args: argparse.Namespace) -> Chat:
 def main() -> None:
     args = parse_arguments()
     check_arguments(args)
-    chat = open_chat(args)
     choices = Choices(args.max_new_tokens, args.temperature, args.top_p, args.repetition_penalty)
     if not args.web:
-        talk(chat, choices)
+        talk(open_chat(args), choices)
         return
-    page = make_page(chat, choices)
-    import gradio
+    with tempfile.TemporaryDirectory(prefix="chat-") as directory:
+        os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_TEMP_DIR": directory}  # /tmp/gradio is everybody's
+        try:
+            import gradio  # noqa: F401
+        except ImportError:
+            raise UsageError("--web: gradio is not installed: pip install -r tools/requirements.txt") from None
+        from tools.page_doors import bind, serve
 
-    theme = gradio.themes.Default(font=["sans-serif"], font_mono=["monospace"])  # others come from the network
-    page.launch(server_name=args.host, server_port=args.port, theme=theme)
+        bound = bind(args.host, args.port)
+        app = make_app(open_chat(args), choices)
+        host, port = bound.getsockname()[:2]
+        print(f"the page: http://{f'[{host}]' if ':' in host else host}:{port}", flush=True)
+        serve(app, args.host, bound)
 
 
 if __name__ == "__main__":
