@@ -15,13 +15,20 @@ import time
 import unicodedata
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from utils.errors import RunError, UsageError, run
+
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = "data/chatglm-tiny"
 HELD_OUT = "data/sample.heldout.json"
+DEFAULT_DIR = ROOT / "data" / "demo"
+MARK = ".demo"  # the file of a directory that is the demo's own
 
 
 def commands(work: str, port: int | None) -> dict[str, str]:
     """What runs, by the name of its row in the table; torchrun on that port or on its own."""
+    work = shlex.quote(work)
     listen = f" --master_port {port}" if port else ""
     answer = (
         f"python chatglm_milti_gpu_inference.py --model_name_or_path {MODEL} "
@@ -49,20 +56,36 @@ def exact_match(answers_path: Path) -> float:
     return same / len(targets)
 
 
+def empty_directory(directory: Path) -> None:
+    """
+    Raises:
+        UsageError: what lies there is not the demo's, or the directory cannot be made.
+    """
+    try:
+        if directory.is_dir():
+            own = directory == DEFAULT_DIR or (directory / MARK).is_file() or not any(directory.iterdir())
+            if not own:
+                raise UsageError(f"--work_dir {directory} holds other files: name a directory that is empty or new")
+            shutil.rmtree(directory)
+        directory.mkdir(parents=True)
+        (directory / MARK).touch()
+    except OSError as error:
+        raise UsageError(f"--work_dir {directory} cannot be made: {error.strerror}") from None
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work_dir", type=Path, default=ROOT / "data" / "demo", help="emptied first (%(default)s)")
+    parser.add_argument("--work_dir", type=Path, default=DEFAULT_DIR, help="emptied first (%(default)s)")
     parser.add_argument("--master_port", type=int, help="of torchrun, where another run has its own")
     args = parser.parse_args()
     work = args.work_dir.resolve()
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir(parents=True)
+    empty_directory(work)
     seconds = {}
     for name, command in commands(str(work), args.master_port).items():
         print(f"\n$ {command}", flush=True)
         started = time.perf_counter()
         if subprocess.run(shlex.split(command), cwd=ROOT).returncode:
-            sys.exit(f"demo: the step '{name}' failed")
+            raise RunError(f"the step '{name}' failed")
         seconds[name] = time.perf_counter() - started
     before, after = exact_match(work / "before.jsonl"), exact_match(work / "after.jsonl")
     print("\nstep              seconds")
@@ -74,4 +97,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

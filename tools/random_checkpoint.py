@@ -15,15 +15,16 @@ import shutil
 import sys
 from pathlib import Path
 
-import torch
-from huggingface_hub import save_torch_state_dict
-from transformers import GlmForCausalLM, PreTrainedModel
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from utils.chatglm import ChatGLMConfig, ChatGLMForConditionalGeneration
 from utils.chatglm.released_glm import REQUIRED, glm_config, release
 from utils.checkpoint import load_tokenizer
+from utils.errors import run
+
+import torch
+from huggingface_hub import save_torch_state_dict
+from transformers import GlmForCausalLM, PreTrainedModel
 
 TOKENIZER = Path(__file__).resolve().parent.parent / "data" / "chatglm-tiny"
 CHATGLM = {
@@ -159,4 +160,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

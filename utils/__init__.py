@@ -5,9 +5,14 @@ Files are data, whichever library reads them. Progress bars are for a person at 
 other than 0, there are none. Deprecations between other libraries are theirs to mend.
 """
 
+import io
 import os
 import sys
 import warnings
+
+for stream in (sys.stdout, sys.stderr):
+    if isinstance(stream, io.TextIOWrapper):  # what GBK or Latin-1 lacks is written out, and ends no run
+        stream.reconfigure(errors="backslashreplace")
 
 if os.environ.get("RANK", "0") != "0" or not sys.stderr.isatty():
     for variable in ("TQDM_DISABLE", "HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS"):

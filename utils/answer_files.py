@@ -25,7 +25,7 @@ from typing import Any
 from utils.distributed import is_main_process, on_all_processes, print_once
 from utils.errors import UsageError
 from utils.json_files import read_object
-from utils.jsonl import atomic_writer, dump_row
+from utils.jsonl import UNENCODABLE, atomic_writer, dump_row
 from utils.requests import SEPARATORS, Request
 
 import numpy as np
@@ -52,7 +52,7 @@ def row_hash(request: Request) -> str:
 
 def answer_hash(row: str, answer: Answer) -> str:
     """Of an answer in the output and the row that it belongs to."""
-    return hash_of(row.encode(), json.dumps(answer, sort_keys=True).encode())
+    return hash_of(row.encode("utf-8", UNENCODABLE), json.dumps(answer, sort_keys=True).encode())
 
 
 @dataclass
@@ -172,7 +172,7 @@ class AnswerFile:
             self.synced = time.monotonic()
 
     def _append(self, row: dict[str, Any]) -> None:
-        body = dump_row(row)[1:-1].encode()
+        body = dump_row(row)[1:-1].encode("utf-8", UNENCODABLE)
         data = RECORD + f'{hash_of(body)}", '.encode() + body + b"\n"
         while data:  # a disk that is nearly full takes a part of it
             data = data[self.journal.write(data) :]

@@ -13,6 +13,7 @@ from utils.errors import UsageError
 from utils.extension_builds import remove_stale_build_locks
 from utils.peers import Peers
 from utils.processes import end_with_parent
+from utils.terminal_text import visible
 
 import torch
 
@@ -48,7 +49,7 @@ def is_main_process() -> bool:
 def print_once(message: str) -> None:
     """Prints on rank 0 alone."""
     if is_main_process():
-        print(message, flush=True)
+        print(visible(message), flush=True)
 
 
 def check_port() -> None:

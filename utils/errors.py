@@ -6,6 +6,8 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from utils.terminal_text import one_line
+
 DISK_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO, errno.EFBIG, errno.ENOENT)
 
 
@@ -77,8 +79,9 @@ def run(main: Callable[[], None]) -> None:
         if debug or not ours:
             raise
         first = int(os.environ.get("LOCAL_RANK", "0")) == 0
-        for line in describe(error).splitlines() if first or isinstance(error, RankError) else ():
-            print(f"{os.path.basename(sys.argv[0])}: error: {line}", file=sys.stderr, flush=True)
+        lines = error.args if isinstance(error, UsageError) else (describe(error),)
+        for line in lines if first or isinstance(error, RankError) else ():
+            print(f"{os.path.basename(sys.argv[0])}: error: {one_line(str(line))}", file=sys.stderr, flush=True)
         sys.exit(2 if isinstance(error, UsageError) else 1)
 
 

@@ -342,7 +342,7 @@ def _print_summary(job: Job, answers: list[Answer], clocks: list[Clock], seconds
         "new_tokens_per_second": round(new_tokens / working, 1),
         "finish_reasons": _count(answer["finish_reason"] for answer in answers),
     }
-    print(json.dumps(summary, ensure_ascii=False), flush=True)
+    print(json.dumps(summary), flush=True)
 
 
 def _count(values: Iterable[str]) -> dict[str, int]:

@@ -217,7 +217,7 @@ def export_or_answer(args: argparse.Namespace, dtype: torch.dtype) -> bool:
         return True
     if is_main_process():
         merge_and_save(args.model_name_or_path, args.adapter_path[0], args.merge_and_save, dtype, args.lora_alpha)
-        print(json.dumps({"merged_checkpoint": args.merge_and_save}, ensure_ascii=False), flush=True)
+        print(json.dumps({"merged_checkpoint": args.merge_and_save}), flush=True)
     return args.input_path is not None
 
 

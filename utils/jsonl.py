@@ -16,6 +16,7 @@ from typing import IO, Any
 
 from utils.errors import RowError, UsageError
 
+UNENCODABLE = "backslashreplace"  # bytes of a file name that are not UTF-8: as \\udcff, which JSON reads back
 NEVER_ENDS = "a Python dict that never ends"
 BLANKS = " \t\r\n\ufeff"  # a BOM stands in the middle of a file that `cat` made
 _scan = json.JSONDecoder().scan_once  # (text, position) -> (value, end); what json.loads calls
@@ -137,8 +138,8 @@ def check_output(path: str | os.PathLike, inputs: Iterable[str | os.PathLike] = 
 @contextlib.contextmanager
 def atomic_writer(path: str | os.PathLike) -> Iterator[IO[str]]:
     """
-    A text file (UTF-8) that replaces `path` when the block ends without an error, and leaves it untouched otherwise.
-    What a killed run of this machine left behind is removed.
+    A text file (UTF-8, with UNENCODABLE) that replaces `path` when the block ends without an error, and leaves it
+    untouched otherwise. What a killed run of this machine left behind is removed.
 
     Raises:
         UsageError: the directory cannot be made or written to, or `path` is no plain file.
@@ -149,7 +150,7 @@ def atomic_writer(path: str | os.PathLike) -> Iterator[IO[str]]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         remove_leftovers(path)
-        file = temporary.open("w", encoding="utf-8", newline="\n")
+        file = temporary.open("w", encoding="utf-8", errors=UNENCODABLE, newline="\n")
     except OSError as error:
         raise UsageError(f"{path} cannot be written: {error.strerror}") from None
     try:

@@ -15,6 +15,7 @@ from typing import Any
 
 from utils.errors import RowError, UsageError
 from utils.jsonl import BLANKS, NEVER_ENDS, scan_value, values_of
+from utils.terminal_text import one_line
 
 BLOCK_BYTES = 1 << 20
 LONGEST_LINE = 64 << 20  # bytes; what has no newline for longer is no row
@@ -67,11 +68,22 @@ def input_paths(patterns: Sequence[str]) -> list[str]:
     """
     paths = []
     for pattern in patterns:
-        found = [pattern] if Path(pattern).is_file() else sorted(p for p in glob.glob(pattern) if Path(p).is_file())
+        found = [pattern] if Path(pattern).is_file() else sorted(p for p in _fitting(pattern) if Path(p).is_file())
         if not found:
             raise UsageError(f"{pattern} is not a file" + (", and no file fits it" if "*" in pattern else ""))
         paths += found
     return list(dict.fromkeys(paths))
+
+
+def _fitting(pattern: str) -> list[str]:
+    """The names that fit; a directory that exists by its name as it stands is no pattern."""
+    directory = Path(pattern)
+    while not directory.is_dir():
+        directory = directory.parent
+    if glob.escape(str(directory)) == str(directory):
+        return glob.glob(pattern)
+    rest = str(Path(pattern).relative_to(directory))
+    return [str(directory / name) for name in glob.glob(rest, root_dir=directory)]
 
 
 def read_json_rows(path: str | Path) -> Iterator[tuple[int, Any | RowError]]:
@@ -325,7 +337,7 @@ def decode_text(data: bytes, path: str) -> str:
 
 @functools.cache
 def _say(message: str) -> None:
-    print(message, file=sys.stderr)
+    print(one_line(message), file=sys.stderr)
 
 
 def _strict(data: bytes, encoding: str) -> str | None:

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from utils.errors import RowError, RunError
-from utils.jsonl import remove_leftovers
+from utils.jsonl import UNENCODABLE, remove_leftovers
+from utils.terminal_text import one_line
 
 
 class Rejection(NamedTuple):
@@ -52,7 +53,7 @@ class Rejections:
         if self._file is None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             remove_leftovers(self.path)
-            self._file = self.temporary.open("w", encoding="utf-8")
+            self._file = self.temporary.open("w", encoding="utf-8", errors=UNENCODABLE)
         self._file.write(rejection.dump())
         self.count += 1
         if len(self._first) < self.shown:
@@ -68,6 +69,6 @@ class Rejections:
         self._file.close()
         os.replace(self.temporary, self.path)
         for rejection in self._first:
-            print(rejection, file=sys.stderr)
+            print(one_line(str(rejection)), file=sys.stderr)
         more = f"... and {self.count - self.shown} more; " if self.count > self.shown else ""
-        print(f"{more}all {self.count} rejected rows are listed in {self.path}", file=sys.stderr)
+        print(one_line(f"{more}all {self.count} rejected rows are listed in {self.path}"), file=sys.stderr)

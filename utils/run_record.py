@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from utils.distributed import is_main_process, print_once
-from utils.jsonl import atomic_writer, dump_row
+from utils.jsonl import UNENCODABLE, atomic_writer, dump_row
 
 import torch
 from transformers import ProgressCallback, TrainerCallback, TrainingArguments
@@ -60,7 +60,14 @@ def describe_environment() -> dict[str, Any]:
 def _git(*words: str) -> str | None:
     repository = Path(__file__).resolve().parent.parent
     try:
-        done = subprocess.run(["git", *words], cwd=repository, capture_output=True, text=True, timeout=10)
+        done = subprocess.run(
+            ["git", *words],
+            cwd=repository,
+            capture_output=True,
+            encoding="utf-8",
+            errors="surrogateescape",
+            timeout=10,
+        )
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.rstrip() if done.returncode == 0 else None
@@ -109,7 +116,7 @@ def keep_log(output_dir: str) -> Iterator[None]:
     if not is_main_process():
         yield
         return
-    with (Path(output_dir) / LOG_FILE).open("a", encoding="utf-8") as file:
+    with (Path(output_dir) / LOG_FILE).open("a", encoding="utf-8", errors=UNENCODABLE) as file:
         file.write(f"# {datetime.now(UTC).isoformat(timespec='seconds')} {shlex.join(sys.argv)}\n")
 
         def note(error: BaseException) -> None:

@@ -59,7 +59,7 @@ def complete_dataset(directory: Path, arrow_files: Sequence[str], origin: Origin
     }
     info = {"description": "", "citation": "", "homepage": "", "license": "", "features": _FEATURES}
     (directory / "dataset_info.json").write_text(json.dumps(info), encoding="utf-8")
-    (directory / ORIGIN_FILE).write_text(json.dumps(asdict(origin), ensure_ascii=False), encoding="utf-8")
+    (directory / ORIGIN_FILE).write_text(json.dumps(asdict(origin)), encoding="utf-8")
     (directory / "state.json").write_text(json.dumps(state), encoding="utf-8")
 
 

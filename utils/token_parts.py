@@ -5,6 +5,7 @@ import concurrent.futures
 import contextlib
 import fcntl
 import gc
+import glob
 import hashlib
 import itertools
 import json
@@ -70,7 +71,7 @@ class Part:
         content = {**asdict(self), "rejections": self.rejections}
         content["report"]["lengths"] = list(self.report.lengths.items())
         path = directory / REPORTS / f"{self.number}.json"
-        path.with_suffix(".tmp").write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
+        path.with_suffix(".tmp").write_text(json.dumps(content), encoding="utf-8")
         path.with_suffix(".tmp").rename(path)
         return self
 
@@ -195,7 +196,7 @@ def parts_directory(target: Path, key: str) -> Iterator[Path]:
     with open(directory / "lock", "w") as lock:
         if not _lock(lock):
             raise UsageError(f"another run is writing --save_path {target} now: wait for it or choose another path")
-        for other in target.parent.glob(f".{target.name}.*.parts"):
+        for other in target.parent.glob(f".{glob.escape(target.name)}.*.parts"):
             if other != directory and (other / "lock").is_file():
                 with open(other / "lock", "w") as other_lock:
                     if _lock(other_lock):

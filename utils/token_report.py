@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from utils.prompts import IGNORE_INDEX, Example
+from utils.terminal_text import visible
 
 from transformers import PreTrainedTokenizerBase
 
@@ -91,7 +92,7 @@ class TokenReport:
     def save(self, directory: Path, max_seq_length: int, key: str) -> None:
         """Writes report.json, with the `key` of what the dataset was made from, and report.png."""
         content = {"key": key, **self.dump(max_seq_length)}
-        (directory / REPORT_FILE).write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
+        (directory / REPORT_FILE).write_text(json.dumps(content), encoding="utf-8")
         self.draw(directory / FIGURE_FILE, max_seq_length)
 
     def draw(self, path: Path, max_seq_length: int) -> None:
@@ -129,7 +130,8 @@ def preview(tokenizer: PreTrainedTokenizerBase, examples: Iterable[Example]) -> 
             if not runs or runs[-1][0] != trained:
                 runs.append((trained, []))
             runs[-1][1].append(token)
-        yield "".join(
+        text = "".join(
             TRAINED[0] + tokenizer.decode(ids) + TRAINED[1] if trained else tokenizer.decode(ids)
             for trained, ids in runs
         )
+        yield visible(text)
