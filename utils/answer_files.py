@@ -52,7 +52,7 @@ def row_hash(request: Request) -> str:
 
 def answer_hash(row: str, answer: Answer) -> str:
     """Of an answer in the output and the row that it belongs to."""
-    return hash_of(row.encode("utf-8", UNENCODABLE), json.dumps(answer, sort_keys=True).encode())
+    return hash_of(row.encode(), json.dumps(answer, sort_keys=True).encode())
 
 
 @dataclass
