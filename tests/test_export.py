@@ -35,7 +35,7 @@ def make_adapter(directory, name="glm-4-9b-chat-tiny", template="native"):
     for key, parameter in model.named_parameters():
         if "lora_B" in key:
             torch.nn.init.normal_(parameter, std=0.1)
-    save_adapter(model, directory, AdapterOrigin(template, Checkpoint.open(base).fingerprint(), base))
+    save_adapter(model, directory, AdapterOrigin(template, Checkpoint.open(base).fingerprint(), base, "made"))
     return directory
 
 

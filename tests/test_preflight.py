@@ -162,7 +162,8 @@ def test_a_directory_of_something_else(run_script, tokens, faults, tmp_path):
     (line,) = faults(f"--output_dir {tmp_path}/a --lora_rank 2 --lora_target_modules dense")
     assert "lora_rank 8 (now 2), lora_target_modules ['query_key_value'] (now ['dense'])" in line
     origin = tmp_path / "a" / "adapter_origin.json"
-    origin.write_text(json.dumps(json.loads(origin.read_text()) | {"base": {}}))
+    other = dict.fromkeys(("bits", "norms", "matrices"))
+    origin.write_text(json.dumps(json.loads(origin.read_text()) | {"base": other}))
     assert "(other weights)" in faults(f"--output_dir {tmp_path}/a")[0]
     assert (tmp_path / "a" / "adapter_model.safetensors").read_bytes() == before
 
