@@ -3,12 +3,15 @@
 import json
 import re
 
+from tools.evaluate import SHOWN, markdown, page, plain, plot
 from tools.scores import ROUGE, JiebaWords, score_answers
+from utils.terminal_text import visible
 
 import jieba
 import pytest
 import sacrebleu
 from conftest import GOLDEN, ROOT, TINY
+from markdown_it import MarkdownIt
 from rouge_score.rouge_scorer import RougeScorer
 
 REFERENCES = ["今天天气很好", "我喜欢吃苹果。", "老王昨天在家里喝茶", "ChatGLM is a model"]
@@ -70,6 +73,51 @@ def test_report(run_script, tmp_path):
     for text in (report, page):
         assert f"{scores['qkv']['chrf']['value']:.2f} [" in text and targets[0] in text and targets[3] not in text
     assert "data:image/png;base64," in page and not re.search(r'(src|href)="(?!data:)', page)
+
+
+HOSTILE = (
+    "![x](http://evil.example/a.png)",
+    "[x](javascript:alert(1)) [y]: http://evil.example",
+    "<img src=http://evil.example/a.png onerror=alert(1)> <b>&amp;</b> <!-- a -->",
+    "<http://evil.example> http://evil.example www.evil.example //evil.example a@evil.example ftp://evil.example",
+    "a | b \\| c\n| --- | --- |\n# d\r\n- e",
+    "`<b>` ``` ~~~ **a** _b_ ~~c~~ $x$ $$y$$ {{ z }} [^1] H~2~O",
+    "\\[a](b) \\<i> \\\\",
+    '</td></table><script>alert(1)</script> \' onload="x"',
+    "\x1b[2J\x00\u202e\x85\x0b",
+    "$a$ $\\frac{$",
+    "\x24\\notacommand$_",
+)
+
+
+def test_a_report_shows_texts_and_runs_none():
+    """In a parser's eyes answers, names and paths are text and line breaks."""
+    parser = MarkdownIt("commonmark", {"html": True}).enable(["table", "strikethrough"])
+    for text in HOSTILE:
+        tokens = [token for token in parser.parseInline(plain(text))[0].children if token.content != "<br>"]
+        assert {token.type for token in tokens} <= {"text", "text_special"}, text
+        assert "".join(token.content for token in tokens) == visible(text.replace("\r\n", "\n")).replace("\n", "")
+    assert not re.search(r"://|www\.|\.[a-z]|@", "".join(map(plain, HOSTILE)))
+    assert plain("答案: 3.14, 100% (a)!") == "答案: 3.14, 100% (a)!"
+
+
+def test_hostile_reports():
+    """The whole of report.md, report.html and the figure, with such names of adapters and files."""
+    names = ["base", *HOSTILE, "_hidden"]
+    answers = {name: as_answers(REFERENCES) for name in names}
+    scores = {name: score_answers(as_answers(ANSWERS), REFERENCES) for name in names}
+    samples = [["prompt", "target", *names], *[[text] * (2 + len(names)) for text in HOSTILE]]
+    figure = plot(scores, answers)
+    assert figure.startswith(b"\x89PNG")
+    report = markdown(HOSTILE[0], scores, samples, "scores.png")
+    html = MarkdownIt("commonmark", {"html": True}).enable("table").render(report)
+    assert re.findall(r"<(?:img|a|script)[^>]*>", html) == ['<img src="scores.png" alt="scores and lengths" />']
+    rows = [line for line in report.splitlines() if line.startswith("|")]
+    assert {line.count("|") for line in rows} == {len(names) + 2, len(names) + 3}
+    assert len(rows) == len(SHOWN) + len(HOSTILE) + 4  # heads and the lines below them
+    document = page(HOSTILE[7], scores, samples, figure)
+    assert "default-src 'none'" in document and "<script" not in document and document.count("<img") == 1
+    assert not set("\x00\x1b\u202e") & set(report + document)
 
 
 @pytest.mark.parametrize(

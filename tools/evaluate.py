@@ -11,6 +11,7 @@ import base64
 import html
 import io
 import json
+import re
 import sys
 from dataclasses import asdict
 from functools import partial
@@ -31,6 +32,7 @@ from utils.prompts import TEMPLATES, encode_prompt
 from utils.quantization import BITS
 from utils.requests import BASE, Request
 from utils.rows import Row, check_columns, parse_row, read_rows
+from utils.terminal_text import visible
 from utils.tokenizer_files import add_model_flags, choose_generation
 
 SHOWN = {
@@ -50,6 +52,9 @@ NOTE = (
     "Mean or corpus score over the rows, in brackets its 95% interval by bootstrap over rows (1000 resamples). BLEU-4 "
     "(zh) and chrF: sacrebleu, of the corpus. ROUGE: rouge_score on jieba's words, F1."
 )
+# What Markdown, or a program that shows it, makes markup or a link of in the middle of a line
+MARKUP = re.compile(r"[\\`*_\[\]{}<>&@|~$^]|:(?=//)|(?<=/)/|\.(?=[^\W\d])")
+HTML_POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -159,10 +164,11 @@ def plot(scores: dict[str, dict[str, Any]], answers: dict[str, list[dict[str, An
     keys = list(SHOWN)[:7]
     width = 0.8 / len(scores)
     for place, (name, of) in enumerate(scores.items()):
+        label = f" {visible(name)}".replace("$", r"\$")  # "_a" would have no legend, "$a$" would be a formula
         values = [of[key].value for key in keys]
         errors = [[max(of[k].value - of[k].low, 0) for k in keys], [max(of[k].high - of[k].value, 0) for k in keys]]
-        left.bar([i + place * width for i in range(len(keys))], values, width, yerr=errors, capsize=2, label=name)
-        right.hist([a.get("answer_tokens", 0) for a in answers[name]], bins=30, histtype="step", label=name)
+        left.bar([i + place * width for i in range(len(keys))], values, width, yerr=errors, capsize=2, label=label)
+        right.hist([a.get("answer_tokens", 0) for a in answers[name]], bins=30, histtype="step", label=label)
     left.set_xticks([i + 0.4 - width / 2 for i in range(len(keys))], [SHOWN[key] for key in keys], rotation=30)
     left.legend()
     right.set_xlabel("tokens an answer")
@@ -173,16 +179,21 @@ def plot(scores: dict[str, dict[str, Any]], answers: dict[str, list[dict[str, An
     return file.getvalue()
 
 
-def markdown(head: str, scores, samples: list[list[str]], figure_name: str) -> str:
-    def cell(text: str) -> str:
-        return text.replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;").replace("\n", "<br>")
+def plain(text: str) -> str:
+    """`text` as Markdown that shows it in a line or a table's cell, without markup, links or pictures of its own."""
+    shown = visible(text.replace("\r\n", "\n"))
+    return MARKUP.sub(lambda found: f"&#{ord(found[0])};", shown).replace("\n", "<br>")
 
+
+def markdown(head: str, scores, samples: list[list[str]], figure_name: str) -> str:
     def rows(cells: list[list[str]]) -> str:
-        lines = [f"| {' | '.join(cell(text) for text in row)} |" for row in cells]
+        lines = [f"| {' | '.join(row)} |" for row in cells]
         return "\n".join([lines[0], "|" + " --- |" * len(cells[0]), *lines[1:]])
 
-    return f"# Evaluation\n\n{head}\n\n{rows(table(scores))}\n\n{NOTE}\n\n![scores and lengths]({figure_name})\n\n" + (
-        f"## Side by side\n\n{rows(samples)}\n" if len(samples) > 1 else ""
+    numbers = rows(table({plain(name): of for name, of in scores.items()}))
+    texts = rows([[plain(text) for text in row] for row in samples])
+    return f"# Evaluation\n\n{plain(head)}\n\n{numbers}\n\n{NOTE}\n\n![scores and lengths]({figure_name})\n\n" + (
+        f"## Side by side\n\n{texts}\n" if len(samples) > 1 else ""
     )
 
 
@@ -190,7 +201,7 @@ def page(head: str, scores, samples: list[list[str]], figure: bytes) -> str:
     def rows(cells: list[list[str]]) -> str:
         kinds = ["th"] + ["td"] * (len(cells) - 1)
         return "\n".join(
-            "<tr>" + "".join(f"<{kind}>{html.escape(text)}</{kind}>" for text in row) + "</tr>"
+            "<tr>" + "".join(f"<{kind}>{html.escape(visible(text))}</{kind}>" for text in row) + "</tr>"
             for kind, row in zip(kinds, cells, strict=True)
         )
 
@@ -200,8 +211,9 @@ def page(head: str, scores, samples: list[list[str]], figure: bytes) -> str:
     )
     picture = base64.b64encode(figure).decode()
     return (
-        f'<!doctype html><html lang="zh"><meta charset="utf-8"><title>Evaluation</title><style>{style}</style>'
-        f"<h1>Evaluation</h1><p>{html.escape(head)}</p><table>{rows(table(scores))}</table><p>{NOTE}</p>"
+        f'<!doctype html><html lang="zh"><meta charset="utf-8"><title>Evaluation</title>'
+        f'<meta http-equiv="Content-Security-Policy" content="{HTML_POLICY}"><style>{style}</style>'
+        f"<h1>Evaluation</h1><p>{html.escape(visible(head))}</p><table>{rows(table(scores))}</table><p>{NOTE}</p>"
         f'<img alt="scores and lengths" src="data:image/png;base64,{picture}">'
         f"<h2>Side by side</h2><table>{rows(samples)}</table></html>\n"
     )
@@ -233,11 +245,11 @@ def main() -> None:
             file.writelines(
                 dump_row({"row": i, "system": name, "target": target} | of[i]) for name, of in answers.items()
             )
-    plain = {name: {key: asdict(score) for key, score in of.items()} for name, of in scores.items()}
+    values = {name: {key: asdict(score) for key, score in of.items()} for name, of in scores.items()}
     with atomic_writer(output / "scores.json") as file:
-        json.dump(plain, file, indent=1)
+        json.dump(values, file, indent=1)
     summary = {name: {key: round(score.value, 2) for key, score in of.items()} for name, of in scores.items()}
-    print(json.dumps({"output_dir": args.output_dir, "rows": len(rows), "scores": summary}, ensure_ascii=False))
+    print(json.dumps({"output_dir": args.output_dir, "rows": len(rows), "scores": summary}))
 
 
 if __name__ == "__main__":
