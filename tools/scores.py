@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from utils.errors import UsageError
+from utils.own_caches import own_cache
 
 import numpy as np
 
@@ -17,6 +18,7 @@ except ImportError as error:
     raise UsageError(f"{error.name} is not installed: pip install -r tools/requirements.txt") from None
 
 jieba.setLogLevel(logging.WARNING)
+jieba.dt.tmp_dir = str(own_cache("jieba"))  # its words, as Python objects; by default in /tmp, whoever put them there
 ROUGE = ("rouge1", "rouge2", "rougeL")
 CONFIDENCE = (2.5, 97.5)  # percent
 RESAMPLES = 1000

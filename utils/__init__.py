@@ -1,8 +1,9 @@
 """
 What the scripts share. Importing it settles what other libraries read when they are imported, so it comes first.
 
-Files are data, whichever library reads them. Progress bars are for a person at a terminal: elsewhere, and on ranks
-other than 0, there are none. Deprecations between other libraries are theirs to mend.
+Compiled code is loaded from the user's own directories. Files are data, whichever library reads them. What a
+terminal lacks is written out. Progress bars are for a person at a terminal: elsewhere, and on ranks other than 0,
+there are none. Deprecations between other libraries are theirs to mend.
 """
 
 import io
@@ -10,8 +11,11 @@ import os
 import sys
 import warnings
 
+from utils.own_caches import settle_code_caches
+
+settle_code_caches()
 for stream in (sys.stdout, sys.stderr):
-    if isinstance(stream, io.TextIOWrapper):  # what GBK or Latin-1 lacks is written out, and ends no run
+    if isinstance(stream, io.TextIOWrapper):  # else GBK or Latin-1 would end the run
         stream.reconfigure(errors="backslashreplace")
 
 if os.environ.get("RANK", "0") != "0" or not sys.stderr.isatty():
