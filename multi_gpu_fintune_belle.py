@@ -32,9 +32,10 @@ from utils.lora import attach_adapter, scale_losses_under_zero3
 from utils.memory_estimate import resolve_checkpointing
 from utils.preflight import Request, open_request
 from utils.quantization import stored_bits
-from utils.run_checkpoints import Settings, claim, find_resumable, start_afresh
+from utils.run_checkpoints import Settings, claim, find_resumable, set_aside_later, start_afresh
 from utils.run_plan import plan
 from utils.run_record import keep_log, settle_reporters, write_run
+from utils.run_settings import describe_settings
 from utils.target_loss import use_target_loss
 from utils.token_dataset import fingerprint_rows
 from utils.tokenizer_files import GENERATION_FLAGS, GENERATION_HELP, choose_generation
@@ -43,7 +44,6 @@ from utils.training import (
     AdapterTrainer,
     StopOnSignal,
     describe_run,
-    describe_settings,
     pack_dataset,
     resolve_precision,
     set_checkpointing,
@@ -166,7 +166,8 @@ def main() -> None:
     trains = {name: value for name, value in vars(args).items() if name.startswith("lora_")}
     trains |= {"base": origin.base, "template": origin.template}
     trains |= {"rows": fingerprint_rows(dataset), "quantize": args.quantize}
-    settings = describe_settings(training_args, dtype, trains, args.pack_tokens if args.packing else None)
+    pack_tokens = args.pack_tokens if args.packing else None
+    settings = describe_settings(training_args, dtype, trains, pack_tokens, eval_dataset)
     resume_from = None
     if training_args.resume_from_checkpoint:
         resume_from = find_resumable(training_args.resume_from_checkpoint, training_args.output_dir, settings)
@@ -180,23 +181,27 @@ def main() -> None:
             lambda: make_trainer(request, args, training_args, dtype, settings, []),
         )
         return
-    with claim(training_args.output_dir), keep_log(training_args.output_dir):
+    stop = StopOnSignal()
+    with stop.listen(), claim(training_args.output_dir), keep_log(training_args.output_dir):
         if resume_from is None:
             start_afresh(training_args.output_dir, settings)
+        else:
+            set_aside_later(training_args.output_dir, resume_from)
         data = {"path": args.dataset_path, "rows": len(dataset), "fingerprint": trains["rows"]}
         if eval_dataset:
-            data |= {"eval_rows": len(eval_dataset), "eval_fingerprint": fingerprint_rows(eval_dataset)}
+            data |= {"eval_rows": len(eval_dataset), "eval_fingerprint": settings["steps"]["eval_rows"]}
         write_run(training_args, vars(args), data, origin.base, resume_from)
         settle_reporters(training_args.report_to, training_args.output_dir)
-        trainer = make_trainer(request, args, training_args, dtype, settings, [stop := StopOnSignal()])
+        trainer = make_trainer(request, args, training_args, dtype, settings, [stop])
         result = trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
         if stop.stopped:
-            step = result.global_step
-            print_once(f"stopped by SIGTERM after step {step}: {GO_ON}")
+            print_once(f"stopped by {stop.stopped.name} after step {result.global_step}: {GO_ON}")
             return
         trainer.save_model()
-    # Trainer counts the steps since the last log by this process's rows alone.
-    result.metrics["train_loss"] = mean_over_processes(result.metrics["train_loss"])
+    # Trainer counts the steps since the last log by this process's rows alone, and makes 0 of no step.
+    train_loss = mean_over_processes(result.metrics.pop("train_loss"))
+    if trainer.made_a_step:
+        result.metrics["train_loss"] = train_loss
     if is_main_process():
         print(json.dumps({"output_dir": training_args.output_dir, "steps": result.global_step, **result.metrics}))
 
@@ -269,5 +274,5 @@ def prepare_model(
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, go_on="no step was made; run the same command again")
     shut_down()

@@ -33,13 +33,18 @@ def _start_server() -> None:
         os.environ["PYTHONPATH"] = before
 
 
+def process(command: str, cwd: Path, paths: list[str], variables: dict[str, str]) -> multiprocessing.Process:
+    """Of "script.py --flags", not started yet; `paths` are the files that its stdout and stderr are appended to."""
+    _start_server()
+    return SERVER.Process(target=_run, args=(shlex.split(command), str(cwd), variables, *paths))
+
+
 def run_ranks(processes: int, command: str, cwd: Path, timeout: float, **variables: str) -> tuple[int, str, str]:
     """
     Runs "script.py --flags" as that many processes of one host; one alone as `python` does, without a launcher.
 
     Returns: the first exit code that is not 0, or 0; what all wrote to stdout and to stderr.
     """
-    _start_server()
     if processes > 1:
         variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(utils.distributed.free_port())}
         variables |= {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
@@ -48,7 +53,7 @@ def run_ranks(processes: int, command: str, cwd: Path, timeout: float, **variabl
     ranks = []
     for rank in range(processes):
         numbers = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if processes > 1 else {}
-        ranks.append(SERVER.Process(target=_run, args=(shlex.split(command), str(cwd), variables | numbers, *paths)))
+        ranks.append(process(command, cwd, paths, variables | numbers))
     try:
         for rank in ranks:
             rank.start()

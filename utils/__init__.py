@@ -3,7 +3,8 @@ What the scripts share. Importing it settles what other libraries read when they
 
 Compiled code is loaded from the user's own directories. Files are data, whichever library reads them. What a
 terminal lacks is written out. Progress bars are for a person at a terminal: elsewhere, and on ranks other than 0,
-there are none. Deprecations between other libraries are theirs to mend.
+there are none. Deprecations between other libraries are theirs to mend. A signal that comes while a script imports
+ends it with one line.
 """
 
 import io
@@ -11,8 +12,10 @@ import os
 import sys
 import warnings
 
+from utils.interrupts import answer_during_imports
 from utils.own_caches import settle_code_caches
 
+answer_during_imports()
 settle_code_caches()
 for stream in (sys.stdout, sys.stderr):
     if isinstance(stream, io.TextIOWrapper):  # else GBK or Latin-1 would end the run

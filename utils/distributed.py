@@ -21,6 +21,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed asks once, at its first import
 
 
+LONG = timedelta(days=7)
 _peers: list[Peers] = []  # of this process, where there are others
 
 T = TypeVar("T")
@@ -93,13 +94,21 @@ def init_process_group(use_deepspeed: bool, mend: str = "the same command goes o
     if use_deepspeed:
         init_deepspeed()
     elif not torch.distributed.is_initialized():
-        torch.distributed.init_process_group(_backend())
+        torch.distributed.init_process_group(_backend(), **_timeout())
     if world_size() > 1:
         _peers.append(Peers(process_rank(), world_size(), mend))
 
 
 def _backend() -> str:
     return "nccl" if torch.cuda.is_available() else "gloo"
+
+
+def _timeout() -> dict[str, timedelta]:
+    """
+    Of a collective. gloo's outlasts any difference in work and any suspension: `Peers` sees who is gone. NCCL's is its
+    own, which ends what hangs on a device.
+    """
+    return {"timeout": LONG} if _backend() == "gloo" else {}
 
 
 def init_deepspeed() -> None:
@@ -117,7 +126,7 @@ def init_deepspeed() -> None:
 
     # What its checkpoints hold beside tensors; utils/__init__.py lets nothing else be loaded.
     torch.serialization.add_safe_globals([LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address])
-    deepspeed.init_distributed(dist_backend=_backend())
+    deepspeed.init_distributed(dist_backend=_backend(), **_timeout())
     if _backend() == "gloo":
         _forget_shared_memory()
 
@@ -143,8 +152,8 @@ def _forget_shared_memory() -> None:
 
 @cache
 def _cpu_group() -> torch.distributed.ProcessGroup:
-    """Over gloo, which needs no device, and with a timeout that outlasts any difference in work."""
-    return torch.distributed.new_group(backend="gloo", timeout=timedelta(days=7))
+    """Over gloo, which needs no device."""
+    return torch.distributed.new_group(backend="gloo", timeout=LONG)
 
 
 def barrier() -> None:
@@ -182,11 +191,16 @@ def on_all_processes(call: Callable[[], T]) -> list[T]:
 
 def any_process(flag: bool) -> bool:
     """Whether the flag is set on any process; all must call it. Does not wait for a GPU."""
+    return bool(largest_of_processes(int(flag)))
+
+
+def largest_of_processes(number: int) -> int:
+    """The largest of every process's number; all must call it. Does not wait for a GPU."""
     if world_size() == 1:
-        return flag
-    flags = torch.tensor(int(flag))
-    torch.distributed.all_reduce(flags, group=_cpu_group())
-    return bool(flags)
+        return number
+    numbers = torch.tensor(number)
+    torch.distributed.all_reduce(numbers, op=torch.distributed.ReduceOp.MAX, group=_cpu_group())
+    return int(numbers)
 
 
 def gather_lists(values: list) -> list:

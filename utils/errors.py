@@ -1,15 +1,24 @@
 """The errors that are ours to explain, and the exit codes of every script."""
 
+import contextlib
 import errno
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 
+from utils.interrupts import drop_closed_outputs, on_signals, raise_interrupted
 from utils.terminal_text import one_line
 
-DISK_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO, errno.EFBIG, errno.ENOENT)
-
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
+GONE = (errno.ENOENT, errno.ESTALE)
+DISK_FAULTS = (errno.EROFS, errno.EACCES, errno.EIO, errno.EFBIG)
+FREE_SPACE = "free some space and run the command again"
+# Libraries report a failed write or allocation as a RuntimeError, or as an error of their own, with a text alone.
+OS_ERROR = re.compile(r"\(os error (\d+)\)")  # of Rust, in which safetensors is written
+FAILED_WRITE = re.compile("PytorchStreamWriter failed|unexpected pos [0-9]+ vs|iostream error|No space left on device")
+NO_DIRECTORY = re.compile("Parent directory .* does not exist")
+NO_MEMORY = re.compile("allocate memory|bad_alloc|out of memory|can't start new thread|failed to map segment")
 
 failing: list[Callable[[BaseException], None]] = []  # called with the error that is about to end a script
 
@@ -44,7 +53,7 @@ class Faults:
     def add(self, fault: str) -> None:
         self.found.append(fault)
 
-    @contextmanager
+    @contextlib.contextmanager
     def collect(self) -> Iterator[None]:
         """Keeps the UsageError that ends the block, and goes on behind it."""
         try:
@@ -61,37 +70,82 @@ class Faults:
             raise UsageError(*self.found)
 
 
-def run(main: Callable[[], None]) -> None:
+def run(main: Callable[[], None], go_on: str = "run the same command again: it goes on where this one was") -> None:
     """
-    Runs a script's `main`. Exit code 0: done; 1: the run failed (traceback, or one line of a RunError or of a full or
-    failing disk); 2: the request was wrong (one line a fault). With `--debug`, and nothing behind it, the traceback
-    is shown in every case.
+    Runs a script's `main`. Exit code 0: done; 1: the run failed, or a signal stopped it (traceback, or one line of a
+    RunError, of a signal, of a full or failing disk, or of memory that ran out); 2: the request was wrong (one line a
+    fault). With `--debug`, and nothing behind it, the traceback is shown in every case. `go_on` tells a user what to
+    do after a signal.
 
-    Under a launcher only the first process of each machine prints the lines.
+    Under a launcher only the first process of each machine prints the lines that all of them have.
     """
     debug = take_debug_flag(sys.argv)
     try:
-        main()
-    except Exception as error:
+        with on_signals(raise_interrupted()):
+            main()
+    except (Exception, KeyboardInterrupt) as error:
+        machine_fault = explain_machine_fault(error)
+        explained = RankError(machine_fault) if machine_fault else error
         for call in failing if not isinstance(error, UsageError) else ():
-            call(error)
-        ours = isinstance(error, (UsageError, RunError)) or getattr(error, "errno", None) in DISK_FAULTS
-        if debug or not ours:
+            call(explained)
+        stopped = isinstance(error, KeyboardInterrupt)
+        if stopped:
+            drop_closed_outputs()
+        if debug or not (stopped or isinstance(explained, (UsageError, RunError))):
             raise
+        lines = explained.args if isinstance(explained, UsageError) else [str(explained)]
+        if stopped:
+            lines = [f"{str(error) or 'stopped by SIGINT'}: {go_on}"]
         first = int(os.environ.get("LOCAL_RANK", "0")) == 0
-        lines = error.args if isinstance(error, UsageError) else (describe(error),)
-        for line in lines if first or isinstance(error, RankError) else ():
-            print(f"{os.path.basename(sys.argv[0])}: error: {one_line(str(line))}", file=sys.stderr, flush=True)
+        for line in lines if first or isinstance(explained, RankError) else ():
+            with contextlib.suppress(OSError):  # the terminal, or what read this, may be gone
+                print(f"{os.path.basename(sys.argv[0])}: error: {one_line(str(line))}", file=sys.stderr, flush=True)
         sys.exit(2 if isinstance(error, UsageError) else 1)
+
+
+def explain_machine_fault(error: BaseException) -> str | None:
+    """One line on a disk that is full or fails, or on memory that ran out; None for any other error."""
+    if isinstance(error, (UsageError, RunError, KeyboardInterrupt)):
+        return None
+    chain = [error]
+    while (cause := chain[-1].__cause__ or chain[-1].__context__) and cause not in chain:
+        chain.append(cause)  # a writer that fails again while it is closed hides the cause
+    return next(filter(None, map(_explain_shortage, reversed(chain))), None) or _explain_disk(error)
+
+
+def _explain_shortage(error: BaseException) -> str | None:
+    text, number = " ".join(str(error).split()), _number_of(error)
+    if number in FULL_DISK:
+        return f"{_place_of(error)}{os.strerror(number)}: {FREE_SPACE}"
+    by_text = isinstance(error, (RuntimeError, ImportError)) and NO_MEMORY.search(text)
+    if by_text or number == errno.ENOMEM or isinstance(error, MemoryError):
+        what = text.partition(". ")[0] if text else type(error).__name__
+        return f"memory ran out ({what}): give smaller batches or fewer processes, or raise the limit"
+    if isinstance(error, RuntimeError) and FAILED_WRITE.search(text):
+        return f"a file could not be written, as on a full disk or at a quota: {FREE_SPACE}"
+    return None
+
+
+def _explain_disk(error: BaseException) -> str | None:
+    number = _number_of(error)
+    if number in GONE or NO_DIRECTORY.search(str(error)):
+        what = f"{_place_of(error)}{os.strerror(number)}" if isinstance(error, OSError) else str(error).rstrip(".")
+        return f"{what}: was it removed?"
+    return f"{_place_of(error)}{os.strerror(number)}" if number in DISK_FAULTS else None
+
+
+def _number_of(error: BaseException) -> int | None:
+    match = OS_ERROR.search(str(error))
+    return int(match[1]) if match else getattr(error, "errno", None)
+
+
+def _place_of(error: BaseException) -> str:
+    return f"{error.filename}: " if getattr(error, "filename", None) else ""
 
 
 def describe(error: BaseException) -> str:
     """What went wrong, for a person."""
-    if not isinstance(error, OSError):
-        return str(error)
-    mend = ": free some space and run the command again" if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
-    place = f"{error.filename}: " if error.filename else ""
-    return f"{place}{os.strerror(error.errno)}{mend}"
+    return explain_machine_fault(error) or str(error)
 
 
 def take_debug_flag(argv: list[str]) -> bool:

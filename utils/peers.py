@@ -4,22 +4,43 @@ import contextlib
 import json
 import os
 import re
-import signal
 import socket
 import sys
 import threading
 import time
 from datetime import timedelta
 
-from utils.errors import RunError, describe, failing
+from utils.errors import RunError, failing
+from utils.interrupts import Interrupted
 
 import torch
 
 BEAT = 1.0  # seconds
+MISSED_BEATS = 3
 SILENCE = 30.0  # seconds without a sign of life, after which a process counts as lost
 KILLED = "was killed, perhaps for want of memory (dmesg says so)"
 VERDICT = SILENCE + 10  # seconds that a process whose connection broke waits to learn whose fault it was
+STOPPED = "stopped by "  # how the reason of an Interrupted begins
 CONNECTION = re.compile("gloo|nccl|connection|socket|store|timed out|broken pipe|process ?group", re.IGNORECASE)
+
+
+class AwakeClock:
+    """
+    Seconds for which this process ran. Those of a suspension (SIGSTOP, Ctrl-Z, a paused container) do not count: all
+    processes of a run are suspended together, and none could give a sign of life.
+
+    Threads ask it every `BEAT` seconds; where nobody asked for longer than `MISSED_BEATS` of them, none ran.
+    """
+
+    def __init__(self):
+        self.lock = threading.Lock()
+        self.awake, self.asked = 0.0, time.monotonic()
+
+    def now(self) -> float:
+        with self.lock:
+            before, self.asked = self.asked, time.monotonic()
+            self.awake += min(self.asked - before, MISSED_BEATS * BEAT)
+            return self.awake
 
 
 class Peers:
@@ -41,7 +62,8 @@ class Peers:
         self.store = torch.distributed.PrefixStore(f"peers.{attempt}", store)
         self.store.set(f"who.{self.rank}", json.dumps([self.host, os.getpid()]))
         self.who = {rank: json.loads(self.store.get(f"who.{rank}")) for rank in self.others}
-        self.answered = time.monotonic()  # when the store last did
+        self.clock = AwakeClock()
+        self.answered = self.clock.now()  # when the store last did
         self.heard = dict.fromkeys(self.others, (b"", self.answered))
         self.done: set[int] = set()  # those that said that they end
         self.ended = threading.Event()
@@ -49,8 +71,6 @@ class Peers:
         for thread in self.threads:
             thread.start()
         failing.append(self.tell)
-        if signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:  # training has its own way to end
-            signal.signal(signal.SIGTERM, self._terminate)
 
     def close(self) -> None:
         """Says that this process ends as it should."""
@@ -62,14 +82,23 @@ class Peers:
     def tell(self, error: BaseException) -> None:
         """
         Of this process's own failure, tells the others. Where another's broke its connection, waits until that is
-        known: the process then ends with one line in place of the traceback of a broken connection.
+        known: the process then ends with one line in place of the traceback of a broken connection. At a signal, by
+        which a launcher ends those that are left, or all, says first which one died, if one did.
         """
-        if not isinstance(error, RunError) and CONNECTION.search(f"{type(error).__name__} {error}"):
+        if isinstance(error, Interrupted):
+            with contextlib.suppress(RuntimeError):  # the store may have died
+                self.done.update(rank for rank in self.others if self.store.check([f"ended.{rank}"]))
+            dead = self._dead_here()
+            if dead is not None:
+                self._end(dead, KILLED)
+        elif not isinstance(error, RunError) and CONNECTION.search(f"{type(error).__name__} {error}"):
             time.sleep(VERDICT)
             self._stop()
             return
-        reason = describe(error) if isinstance(error, RunError) else f"{type(error).__name__}: {error}"
-        self.store.set(f"ended.{self.rank}", " ".join(reason.split())[:500])
+        ours = isinstance(error, (RunError, Interrupted))
+        reason = str(error) if ours else f"{type(error).__name__}: {error}"
+        with contextlib.suppress(RuntimeError):
+            self.store.set(f"ended.{self.rank}", " ".join(reason.split())[:500])
         self._stop()
 
     def _stop(self) -> None:
@@ -91,13 +120,15 @@ class Peers:
                 if dead is not None and not self.ended.wait(BEAT):
                     self._end(dead, KILLED)
                 continue
-            self.answered = time.monotonic()
+            self.answered = self.clock.now()
 
     def _look(self, rank: int) -> None:
         if self.store.check([f"ended.{rank}"]):
             reason = self.store.get(f"ended.{rank}").decode()
             if reason != "done":
-                self._end(rank, f"ended: {reason}", heard=self.who[rank][0] == self.host)
+                # of a signal each process of a machine hears, and the first one says it
+                heard = self.who[rank][0] == self.host and not reason.startswith(STOPPED)
+                self._end(rank, f"ended: {reason}", heard)
             self.done.add(rank)
             return
         if rank == self._dead_here():
@@ -107,8 +138,8 @@ class Peers:
             return
         beat = self.store.get(f"beat.{rank}") if self.store.check([f"beat.{rank}"]) else b""
         if beat != self.heard[rank][0]:
-            self.heard[rank] = (beat, time.monotonic())
-        elif time.monotonic() - self.heard[rank][1] > SILENCE:
+            self.heard[rank] = (beat, self.clock.now())
+        elif self.clock.now() - self.heard[rank][1] > SILENCE:
             self._end(rank, f"gave no sign of life for {SILENCE:.0f} s: it was killed, or its machine is cut off")
 
     def _dead_here(self) -> int | None:
@@ -118,21 +149,9 @@ class Peers:
                 return rank
         return None
 
-    def _terminate(self, *_) -> None:
-        """At SIGTERM, by which a launcher ends those that are left, or all: says first which one died, if one did."""
-        with contextlib.suppress(RuntimeError):  # the store may have died
-            self.done.update(rank for rank in self.others if self.store.check([f"ended.{rank}"]))
-        dead = self._dead_here()
-        if dead is not None and not self.ended.is_set():
-            self._end(dead, KILLED)
-        with contextlib.suppress(RuntimeError):
-            self.store.set(f"ended.{self.rank}", "stopped by SIGTERM")
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        os.kill(os.getpid(), signal.SIGTERM)
-
     def _watch_store(self) -> None:
         while not self.ended.wait(BEAT):
-            if time.monotonic() - self.answered > SILENCE:
+            if self.clock.now() - self.answered > SILENCE:
                 self._end(0, f"or its launcher at {self.master} was silent for {SILENCE:.0f} s: killed, or cut off")
 
     def _end(self, rank: int, why: str, heard: bool = False) -> None:

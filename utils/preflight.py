@@ -19,6 +19,7 @@ from utils.fsdp import launched_by_accelerate_with_fsdp
 from utils.lora import AdapterOrigin, read_origin
 from utils.prompts import fingerprint, template_for
 from utils.quantization import stored_bits
+from utils.run_checkpoints import list_checkpoints
 from utils.token_columns import Vocabulary
 from utils.token_dataset import check_origin, hold_out, is_dataset, load_examples, row_lengths, trained_rows
 
@@ -300,11 +301,16 @@ def check_output(values: Namespace, checkpoint: Checkpoint | None) -> None:
 
 def check_adapter_there(values: Namespace, origin: AdapterOrigin) -> None:
     """
+    Of a run that goes on from a checkpoint there, its settings are compared instead: a kill may have left the adapter
+    without its origin.
+
     Raises:
         UsageError: --output_dir holds the adapter of a run that trained something else.
     """
     directory = Path(values.output_dir or "trainer_output")
-    if not (directory / CONFIG_NAME).is_file():
+    resumed_from = values.resume_from_checkpoint
+    resumes_there = resumed_from and (resumed_from == "latest" or Path(resumed_from).parent == directory)
+    if not (directory / CONFIG_NAME).is_file() or (resumes_there and list_checkpoints(directory)):
         return
     try:
         there = json.loads((directory / CONFIG_NAME).read_text(encoding="utf-8"))

@@ -11,18 +11,28 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from utils.distributed import barrier, gather_from_all, is_main_process, local_rank, print_once
 from utils.errors import UsageError
+from utils.json_files import read_object
+from utils.token_dataset import describe_row_change
+
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_callback import TrainerState
 
 MANIFEST_FILE = "complete.json"  # path -> size and sha256 of every other file; written last
 RUN_FILE = "run.json"  # the settings of the run, see utils.training.describe_settings
 STAGING = ".writing"
+UNFINISHED = ".unfinished"  # behind the name of a file of the final adapter
 LOCK_FILE = ".lock"
-NAME = re.compile(r"checkpoint-(\d+)")
+NAME = re.compile("checkpoint-(0|[1-9][0-9]*)")
+ASIDE = re.compile("previous-([0-9]+)")
 Settings = dict[str, dict[str, Any]]
+STATE_TYPES = {"global_step": int, "log_history": list}
 
 
 def step_of(checkpoint: Path) -> int:
@@ -36,6 +46,14 @@ def list_checkpoints(directory: Path) -> list[Path]:
     return sorted(found, key=step_of)
 
 
+def remove(path: Path) -> None:
+    """A directory with all that is in it, or a symlink alone; nothing where there is neither."""
+    if path.is_symlink():
+        path.unlink()
+    elif path.exists():
+        shutil.rmtree(path)
+
+
 def seal(staged: Path, final: Path) -> None:
     """Gives a written checkpoint its manifest and its name; a power cut afterwards loses nothing of it."""
     files = sorted(path for path in staged.rglob("*") if path.is_file())
@@ -43,27 +61,84 @@ def seal(staged: Path, final: Path) -> None:
     (staged / MANIFEST_FILE).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
     for path in (*files, staged / MANIFEST_FILE, *(p for p in staged.rglob("*") if p.is_dir()), staged):
         _sync(path)
-    if final.exists():  # of an earlier attempt at this step
-        shutil.rmtree(final)
+    replaced = staged.with_name(f"replaced-{final.name}")  # an earlier attempt at this step, or a symlink
+    remove(replaced)
+    if final.is_symlink() or final.exists():
+        final.rename(replaced)
     staged.rename(final)
     _sync(final.parent)
+    remove(replaced)
+
+
+def publish(staged: Path, directory: Path) -> None:
+    """
+    Moves the files of a written adapter into `directory`, so that whatever ends this, those that lie there are of one
+    adapter: the weights come last, and old ones go first unless nothing else changes.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    names = sorted((path.name for path in staged.iterdir()), key=lambda name: (name == SAFETENSORS_WEIGHTS_NAME, name))
+    for name in names:
+        shutil.copyfile(staged / name, directory / f"{name}{UNFINISHED}")
+        _sync(directory / f"{name}{UNFINISHED}")
+    changed = [name for name in names[:-1] if not _same_content(staged / name, directory / name)]
+    if changed:
+        (directory / SAFETENSORS_WEIGHTS_NAME).unlink(missing_ok=True)
+        _sync(directory)
+    for name in names:
+        (directory / f"{name}{UNFINISHED}").replace(directory / name)
+    _sync(directory)
+    remove(staged)
+
+
+def _same_content(first: Path, second: Path) -> bool:
+    return second.is_file() and _describe(first) == _describe(second)
 
 
 def find_damage(checkpoint: Path) -> str | None:
     """Says in words what is wrong with a checkpoint; None where it is whole."""
     try:
-        manifest = json.loads((checkpoint / MANIFEST_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        manifest = read_object(checkpoint / MANIFEST_FILE)
+    except UsageError:
         return f"it has no readable {MANIFEST_FILE}"
+    absent = {RUN_FILE, TRAINER_STATE_NAME, SAFETENSORS_WEIGHTS_NAME} - manifest.keys()
+    if absent and is_main_process():  # on a disk of its own another machine has its shards alone
+        return f"{MANIFEST_FILE} does not name {min(absent)}"
     for name, expected in manifest.items():
         path = checkpoint / name
+        if not isinstance(expected, dict) or not isinstance(expected.get("size"), int):
+            return f"{MANIFEST_FILE} does not say what {name} must be"
+        if ".." in Path(name).parts or Path(name).is_absolute():
+            return f"{MANIFEST_FILE} names a file elsewhere, {name}"
         if not path.is_file():
             return f"{name} is missing"
         if path.stat().st_size != expected["size"]:
             return f"{name} has {path.stat().st_size} bytes, not {expected['size']}"
         if _describe(path) != expected:
             return f"{name} has other content than was written"
+    try:
+        if RUN_FILE in manifest:
+            read_settings(checkpoint)
+        if TRAINER_STATE_NAME in manifest:
+            read_state(checkpoint)
+    except UsageError as error:
+        return str(error).removeprefix(f"{checkpoint}{os.sep}")
     return None
+
+
+def read_state(checkpoint: Path) -> dict[str, Any]:
+    """
+    What Trainer wrote of the run's state, see TrainerState.
+
+    Raises:
+        UsageError: it is not of that shape.
+    """
+    state = read_object(checkpoint / TRAINER_STATE_NAME, STATE_TYPES)
+    unknown = state.keys() - {field.name for field in fields(TrainerState)}
+    if unknown:
+        raise UsageError(
+            f"{checkpoint / TRAINER_STATE_NAME} has {min(unknown)}, which this version of transformers does not know"
+        )
+    return state
 
 
 def save_sealed(staged: Path, final: Path) -> None:
@@ -78,16 +153,21 @@ def save_sealed(staged: Path, final: Path) -> None:
     if local_rank() == 0:
         if staged.exists():
             seal(staged, final)
-        shutil.rmtree(staged.parent, ignore_errors=True)
+        remove(staged.parent)
     barrier()
 
 
-def rotate(directory: Path, limit: int | None, best: str | None) -> None:
-    """Removes the oldest checkpoints beyond `limit`, never the best nor the newest, which has just been written."""
-    checkpoints = list_checkpoints(directory)
-    for path in checkpoints[: -max(limit, 1)] if limit else []:
+def rotate(written: Path, limit: int | None, best: str | None) -> None:
+    """
+    Removes the oldest checkpoints beyond `limit`, never the best nor `written`, which was written last. A symlink is
+    no checkpoint of the run: it is not counted, and stays.
+    """
+    if not limit or limit < 1:
+        return
+    older = [path for path in list_checkpoints(written.parent) if not path.is_symlink() and path.name != written.name]
+    for path in older[: max(0, len(older) + 1 - limit)]:
         if not best or path.resolve() != Path(best).resolve():
-            shutil.rmtree(path)
+            remove(path)
 
 
 @contextlib.contextmanager
@@ -143,7 +223,8 @@ def find_resumable(resume_from: str, output_dir: str, settings: Settings) -> Pat
         print_once(f"{output_dir} has no checkpoint to resume from: starting afresh")
         return None
     found = directory / f"checkpoint-{max(common)}"
-    differing = compare(read_settings(found), settings)
+    then = read_settings(found) if is_main_process() or (found / RUN_FILE).is_file() else settings
+    differing = next(filter(None, gather_from_all(compare(then, settings))), "")
     if differing:
         raise UsageError(f"{found} was written by a run with {differing}: give it the same, or start another run")
     print_once(f"resuming from {found}")
@@ -166,44 +247,79 @@ def start_afresh(output_dir: str, settings: Settings) -> None:
             raise UsageError(
                 f"--output_dir {output_dir} holds checkpoints of another run, with {differing}: give another directory"
             )
-    barrier()
-    if is_main_process():
-        _set_aside(directory, newest)
-    barrier()
-    if local_rank() == 0:  # of another machine, with a disk of its own
-        _set_aside(directory, newest)
-    barrier()
-
-
-def _set_aside(directory: Path, newest: Path | None) -> None:
-    checkpoints = list_checkpoints(directory)
-    if not checkpoints:
-        return
-    number = 1 + max((int(path.name[9:]) for path in directory.glob("previous-[0-9]*")), default=0)
-    aside = directory / f"previous-{number}"
-    aside.mkdir()
-    for path in checkpoints:
-        path.rename(aside / path.name)
     found = f"{newest.name} of this run" if newest else "damaged checkpoints"
-    print_once(
-        f"{directory} holds {found}: --resume_from_checkpoint latest would have gone on from it. "
-        f"Starting afresh; what was there is in {aside}"
+    set_aside(
+        output_dir,
+        checkpoints,
+        f"{directory} holds {found}: --resume_from_checkpoint latest would have gone on from it. Starting afresh",
     )
 
 
+def set_aside_later(output_dir: str, resumed_from: Path) -> None:
+    """
+    Sets the checkpoints of other attempts aside, those behind the one that this run goes on from, so that "latest" is
+    this run's. Every process must call it.
+    """
+    directory = Path(output_dir)
+    here = directory.resolve() == resumed_from.parent.resolve()
+    others = [path for path in list_checkpoints(directory) if not here or step_of(path) > step_of(resumed_from)]
+    set_aside(output_dir, others, f"{directory} holds checkpoints that {resumed_from} did not lead to")
+
+
+def set_aside(output_dir: str, checkpoints: list[Path], why: str) -> None:
+    """Moves checkpoints into a directory of their own, on each machine, and says so. Every process must call it."""
+    barrier()
+    if checkpoints and is_main_process():
+        print_once(f"{why}; what was there is in {_move_aside(Path(output_dir), checkpoints)}")
+    barrier()
+    if local_rank() == 0:  # of another machine, with a disk of its own
+        left = [path for path in checkpoints if path.exists()]
+        if left:
+            _move_aside(Path(output_dir), left)
+    barrier()
+
+
+def _move_aside(directory: Path, checkpoints: list[Path]) -> Path:
+    numbers = [int(match[1]) for path in directory.iterdir() if (match := ASIDE.fullmatch(path.name))]
+    aside = directory / f"previous-{1 + max(numbers, default=0)}"
+    aside.mkdir()
+    for path in checkpoints:
+        path.rename(aside / path.name)
+    return aside
+
+
 def read_settings(checkpoint: Path) -> Settings:
-    return json.loads((checkpoint / RUN_FILE).read_text(encoding="utf-8"))
+    """
+    Raises:
+        UsageError: the file is not of that shape.
+    """
+    return read_object(checkpoint / RUN_FILE, {"trains": dict, "steps": dict})
 
 
 def compare(then: Settings, now: Settings, parts: tuple[str, ...] = ("trains", "steps")) -> str:
-    """The settings that differ, in words; empty where none does."""
-    differing = [
-        f"{name} {then[part].get(name)} (now {value})"
-        for part in parts
-        for name, value in json.loads(json.dumps(now[part])).items()
-        if then[part].get(name) != value
-    ]
-    return ", ".join(differing)
+    """
+    The settings that differ, in words; empty where none does. What a checkpoint of an earlier version of this toolkit
+    does not hold is not compared.
+    """
+    differing = []
+    for part in parts:
+        for name, value in json.loads(json.dumps(now[part])).items():
+            if name not in then[part]:
+                continue
+            if name in ("rows", "eval_rows"):
+                change = describe_row_change(then[part][name], value)
+                differing.append(f"to evaluate on, {change}" if change and name == "eval_rows" else change)
+            else:
+                differing += _differences(name, then[part][name], value)
+    return ", ".join(filter(None, differing))
+
+
+def _differences(name: str, then: Any, now: Any) -> list[str]:
+    """Of two values, or key by key of two objects."""
+    if isinstance(then, dict) and isinstance(now, dict):
+        keys = {**then, **now}
+        return [each for key in keys for each in _differences(f"{name}.{key}", then.get(key), now.get(key))]
+    return [] if then == now else [f"{name} {then} (now {now})"]
 
 
 def _describe(path: Path) -> dict[str, Any]:

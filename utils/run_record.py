@@ -1,6 +1,7 @@
 """What a run leaves beside its adapter: run.json, train.log, metrics.jsonl and loss.png, all by rank 0."""
 
 import contextlib
+import errno
 import json
 import math
 import os
@@ -16,7 +17,9 @@ from pathlib import Path
 from typing import IO, Any
 
 from utils.distributed import is_main_process, print_once
+from utils.interrupts import drop_output
 from utils.jsonl import UNENCODABLE, atomic_writer, dump_row
+from utils.secrets import hide_in_command, hide_secrets
 
 import torch
 from transformers import ProgressCallback, TrainerCallback, TrainingArguments
@@ -81,7 +84,7 @@ def write_run(
         return
     run = {
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": shlex.join(sys.argv),
+        "command": shown_command(),
         "world_size": args.world_size,
         "resumed_from": str(resumed_from) if resumed_from else None,
         **describe_environment(),
@@ -91,20 +94,43 @@ def write_run(
         "training_arguments": args.to_dict(),
     }
     with atomic_writer(Path(args.output_dir) / RUN_FILE) as file:
-        json.dump(run, file, ensure_ascii=False, indent=1, default=str)
+        json.dump(hide_secrets(run), file, ensure_ascii=False, indent=1, default=str)
 
 
-class _Tee:
-    """A stream whose text goes to a file too; bars, which rewrite their line, do not."""
+def shown_command() -> str:
+    """The command line of this process, without its secrets."""
+    return hide_secrets(shlex.join(hide_in_command(sys.argv)))
 
-    def __init__(self, stream: IO[str], file: IO[str]):
+
+class _Output:
+    """
+    A stream whose text goes to a file too, if there is one; bars, which rewrite their line, do not. Where the stream
+    is gone, a terminal that closed or a `tee` that Ctrl-C ended, the run goes on without it.
+    """
+
+    def __init__(self, stream: IO[str], file: IO[str] | None):
         self.stream, self.file = stream, file
 
     def write(self, text: str) -> int:
-        if "\r" not in text:
-            self.file.write(text)
+        if self.file and "\r" not in text:
+            self.file.write(hide_secrets(text))
             self.file.flush()
-        return self.stream.write(text)
+        with self._survived():
+            self.stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with self._survived():
+            self.stream.flush()
+
+    @contextlib.contextmanager
+    def _survived(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if error.errno not in (errno.EPIPE, errno.EIO):
+                raise
+            drop_output(self.stream)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.stream, name)
@@ -112,25 +138,28 @@ class _Tee:
 
 @contextlib.contextmanager
 def keep_log(output_dir: str) -> Iterator[None]:
-    """Until the block ends, what the main process prints goes to train.log too, and so does the error that ends it."""
-    if not is_main_process():
-        yield
-        return
-    with (Path(output_dir) / LOG_FILE).open("a", encoding="utf-8", errors=UNENCODABLE) as file:
-        file.write(f"# {datetime.now(UTC).isoformat(timespec='seconds')} {shlex.join(sys.argv)}\n")
-
-        def note(error: BaseException) -> None:
-            file.write("".join(traceback.format_exception(error)))
-            file.flush()
-
-        stdout, sys.stdout = sys.stdout, _Tee(sys.stdout, file)
+    """
+    Until the block ends, what the main process prints goes to train.log too, and so does the error that ends it.
+    Every process outlives its stdout and stderr.
+    """
+    before = sys.stdout, sys.stderr
+    with contextlib.ExitStack() as stack:
+        file = None
+        if is_main_process():
+            log = Path(output_dir) / LOG_FILE
+            file = stack.enter_context(log.open("a", encoding="utf-8", errors=UNENCODABLE))
+            file.write(f"# {datetime.now(UTC).isoformat(timespec='seconds')} {shown_command()}\n")
+        sys.stdout, sys.stderr = _Output(sys.stdout, file), _Output(sys.stderr, None)
         try:
             yield
         except Exception as error:
-            note(error)
+            if file:
+                with contextlib.suppress(OSError):  # the disk may be full, which is then what `error` says
+                    file.write(hide_secrets("".join(traceback.format_exception(error))))
+                    file.flush()
             raise
         finally:
-            sys.stdout = stdout
+            sys.stdout, sys.stderr = before
 
 
 class Bar(ProgressCallback):
@@ -141,6 +170,12 @@ class Bar(ProgressCallback):
         if state.is_world_process_zero and self.training_bar is not None and "loss" in logs:
             speed = f"{logs['tokens_per_second']:,.0f} tokens/s, " if "tokens_per_second" in logs else ""
             self.training_bar.set_postfix_str(f"{speed}loss {logs['loss']:.4g}")
+
+    def close(self) -> None:
+        """Ends the bar's line, where an error ended the run."""
+        if self.training_bar is not None:
+            self.training_bar.close()
+            self.training_bar = None
 
 
 class Curves(TrainerCallback):

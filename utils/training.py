@@ -1,5 +1,6 @@
 """The Trainer as this toolkit needs it, and how a run's precision is settled."""
 
+import contextlib
 import json
 import math
 import os
@@ -12,8 +13,18 @@ from pathlib import Path
 from typing import Any
 
 from utils.batching import RowsByLength
-from utils.distributed import any_process, barrier, gather_from_all, local_rank, print_once, process_rank
+from utils.distributed import (
+    barrier,
+    gather_from_all,
+    is_main_process,
+    largest_of_processes,
+    local_rank,
+    print_once,
+    process_rank,
+)
+from utils.errors import RunError
 from utils.fsdp import launched_by_accelerate_with_fsdp, settle_fsdp
+from utils.interrupts import STOPS, Interrupted, on_signals, say
 from utils.lora import AdapterOrigin, save_adapter
 from utils.packing import PackedRows, PackShape, pack_rows, pack_shape
 from utils.preflight import CHECKPOINTING
@@ -21,8 +32,13 @@ from utils.run_checkpoints import (
     RUN_FILE,
     STAGING,
     Settings,
+    find_damage,
+    list_checkpoints,
+    publish,
+    remove,
     rotate,
     save_sealed,
+    step_of,
 )
 from utils.run_record import Bar, Curves
 from utils.throughput import Throughput
@@ -34,21 +50,7 @@ import torch
 from accelerate.optimizer import AcceleratedOptimizer
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
-
-STEP_SETTINGS = (
-    "per_device_train_batch_size",
-    "gradient_accumulation_steps",
-    "learning_rate",
-    "weight_decay",
-    "adam_beta1",
-    "adam_beta2",
-    "adam_epsilon",
-    "max_grad_norm",
-    "warmup_steps",
-    "seed",
-    "data_seed",
-)
-
+from transformers.trainer_utils import SaveStrategy
 
 BY_LENGTH = "group_by_length"  # what --train_sampling_strategy takes
 
@@ -107,44 +109,38 @@ def set_checkpointing(args: TrainingArguments, checkpointing: bool) -> None:
         setattr(args, name, checkpointing)
 
 
-def describe_settings(
-    args: TrainingArguments, dtype: torch.dtype, trains: dict[str, Any], pack_tokens: int | None
-) -> Settings:
-    """
-    What a run must share with the checkpoint that it resumes from, for the two together to be one uninterrupted run:
-    what it trains (on), and what decides each step. The number of steps may grow.
-    """
-    plugin = args.deepspeed_plugin
-    return {
-        "trains": trains,
-        "steps": {name: getattr(args, name) for name in STEP_SETTINGS}
-        | {
-            "pack_tokens": pack_tokens,
-            "lr_scheduler_type": str(args.lr_scheduler_type.value),
-            "optim": str(args.optim.value),
-            "train_sampling_strategy": args.train_sampling_strategy,
-            "processes": args.world_size,
-            "zero_stage": plugin.zero_stage if plugin is not None else None,
-            "fsdp": 2 if launched_by_accelerate_with_fsdp() else None,
-            "weights": str(dtype).removeprefix("torch."),
-        },
-    }
-
-
 class StopOnSignal(TrainerCallback):
-    """At SIGTERM, which a cluster sends before it takes a machine away, ends the step, saves and stops."""
+    """
+    At SIGTERM, which a cluster sends before it takes a machine away, SIGINT (Ctrl-C), SIGHUP (a closed terminal) and
+    SIGUSR1, on whichever process, ends the step, saves and stops. Until training begins the script ends where it
+    stands, and in its last step it ends as it would have.
+
+    `stopped` is the signal that stopped the run, if one did. Another changes nothing: a checkpoint is written whole.
+    """
 
     def __init__(self):
-        self.received = False
-        self.stopped = False
-        signal.signal(signal.SIGTERM, self._receive)
+        self.has_begun = False
+        self.received = 0
+        self.stopped: signal.Signals | None = None
 
-    def _receive(self, number, frame) -> None:
-        self.received = True
+    def listen(self) -> contextlib.AbstractContextManager[None]:
+        """Until the block ends."""
+        return on_signals(self._receive, (*STOPS, signal.SIGUSR1))
+
+    def _receive(self, number: int) -> None:
+        if not self.has_begun:
+            raise Interrupted(number)
+        if number == signal.SIGINT and not self.received and is_main_process():  # a person waits for an answer
+            say("Ctrl-C: saving after this step. Ctrl-C again changes nothing; Ctrl-\\ ends at once, without saving")
+        self.received = self.received or number
+
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
+        self.has_begun = True
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
-        if any_process(self.received):
-            self.stopped = True
+        number = largest_of_processes(self.received)
+        if number and state.global_step < state.max_steps:
+            self.stopped = signal.Signals(number)
             control.should_save = control.should_training_stop = True
 
 
@@ -202,11 +198,13 @@ class AdapterTrainer(GuardedTrainer):
         super().__init__(*args, **kwargs)
         self.remove_callback(ProgressCallback)
         self.remove_callback(PrinterCallback)
-        for callback in (_StepEnd(self.throughput), ExactOffload(), Bar(), Curves()):
+        self.bar = Bar()
+        for callback in (_StepEnd(self.throughput), ExactOffload(), self.bar, Curves()):
             self.add_callback(callback)
         self.origin, self.settings = origin, settings
         self.staging = Path(self.args.output_dir) / STAGING
-        self.is_staging = False
+        self.resumed_from: Path | None = None
+        self.saved_step: int | None = None
 
     def create_accelerator_and_postprocess(self) -> None:
         super().create_accelerator_and_postprocess()
@@ -271,39 +269,102 @@ class AdapterTrainer(GuardedTrainer):
             left = self.throughput.seconds_left(self.state.max_steps - self.state.global_step)
             logs |= {} if left is None else {"seconds_left": left}
         elif "train_runtime" in logs:
+            if not self.made_a_step:  # what the run that made them said of itself stays
+                return
             logs |= self.throughput.read(whole_run=True)
             logs["first_step_seconds"] = round(self.throughput.first_step_seconds, 2)
         super().log(logs, start_time)
 
+    def train(self, resume_from_checkpoint: str | None = None, *args, **kwargs):
+        """As Trainer's; a run that had made all of its steps makes none."""
+        if resume_from_checkpoint:
+            self.resumed_from = Path(resume_from_checkpoint)
+            self.saved_step = step_of(self.resumed_from)
+        try:
+            return super().train(resume_from_checkpoint, *args, **kwargs)
+        finally:
+            self.bar.close()
+
+    def _init_training_state(self, *args, **kwargs) -> tuple[int, int]:
+        """The best checkpoint is looked for beside the one that the run goes on from: both may have been moved."""
+        resumed_at = super()._init_training_state(*args, **kwargs)
+        if self.resumed_from and self.state.best_global_step:
+            best = self.resumed_from.with_name(f"checkpoint-{self.state.best_global_step}")
+            if best.is_dir() or not self.state.best_model_checkpoint:
+                self.state.best_model_checkpoint = str(best)
+        return resumed_at
+
+    def _run_epoch(self, *, model, trial, **kwargs) -> None:
+        """Trainer would look whether all steps are made after another one only."""
+        if self.state.global_step >= self.state.max_steps:
+            print_once(f"all {self.state.max_steps} steps are made: saving the adapter")
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(model=model, trial=trial, **kwargs)
+        # With --save_strategy best Trainer saves nothing else, also where a signal stopped the run.
+        is_last = self.control.should_training_stop or self.state.global_step >= self.state.max_steps
+        if is_last and self.args.save_strategy == SaveStrategy.BEST and self.saved_step != self.state.global_step:
+            self._save_checkpoint(model, trial)
+
+    def _load_best_model(self) -> None:
+        """
+        Raises:
+            RunError: the best checkpoint is not as it was written.
+        """
+        if self.state.global_step < self.state.max_steps:  # a signal stopped the run, and no adapter is saved
+            return
+        best = Path(self.state.best_model_checkpoint)
+        damage = find_damage(best) if local_rank() == 0 else None
+        damage = next(filter(None, gather_from_all(damage)), None)
+        if damage:
+            whole = [path.name for path in list_checkpoints(Path(self.args.output_dir)) if not find_damage(path)]
+            raise RunError(
+                f"{best}, the checkpoint with the lowest loss, is damaged: {damage}. No adapter is saved. For that of "
+                "the last step give --resume_from_checkpoint latest without --load_best_model_at_end; whole are "
+                f"{', '.join(whole) or 'none'}, each an --adapter_path as it is"
+            )
+        super()._load_best_model()
+
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        if not _internal_call:  # the end of the run; at a checkpoint it may be warming up
-            self.check_losses()
-        directory = output_dir or self.args.output_dir
-        save_adapter(self.model, directory, self.origin, self.args.should_save, trained=not _internal_call)
+        """Of a checkpoint, into `output_dir`; by default the run's adapter, which appears whole."""
+        if _internal_call:
+            save_adapter(self.model, output_dir, self.origin, self.args.should_save)
+            return
+        self.check_losses()
+        staged = self.staging / "adapter"
+        if self.args.should_save:
+            remove(self.staging)
+        save_adapter(self.model, staged, self.origin, self.args.should_save, trained=True)
+        if self.args.should_save:
+            publish(staged, Path(output_dir or self.args.output_dir))
+            remove(self.staging)
 
     def _get_output_dir(self, trial) -> str:
-        return str(self.staging) if self.is_staging else super()._get_output_dir(trial)
+        """Where Trainer writes checkpoints, and removes old ones, of which there are none."""
+        return str(self.staging)
 
     def _save_checkpoint(self, model, trial) -> None:
         """Lets Trainer write its checkpoint apart, and moves it to its place when it is complete."""
         if local_rank() == 0:  # what a killed run left
-            shutil.rmtree(self.staging, ignore_errors=True)
+            remove(self.staging)
         barrier()
-        self.is_staging = True
-        try:
-            super()._save_checkpoint(model, trial)
-        finally:
-            self.is_staging = False
         staged = self.staging / f"checkpoint-{self.state.global_step}"
         final = Path(self.args.output_dir) / staged.name
-        if self.state.best_model_checkpoint == str(staged):
-            self.state.best_model_checkpoint = str(final)
+        try:
+            super()._save_checkpoint(model, trial)
+            if self.state.best_model_checkpoint == str(staged):
+                self.state.best_model_checkpoint = str(final)
+            if self.args.should_save:
+                self.state.save_to_json(str(staged / TRAINER_STATE_NAME))
+                (staged / RUN_FILE).write_text(json.dumps(self.settings, indent=1), encoding="utf-8")
+            save_sealed(staged, final)
+        except Exception:
+            if local_rank() == 0:  # it may be what fills the disk
+                shutil.rmtree(self.staging, ignore_errors=True)
+            raise
         if self.args.should_save:
-            self.state.save_to_json(str(staged / TRAINER_STATE_NAME))
-            (staged / RUN_FILE).write_text(json.dumps(self.settings, indent=1), encoding="utf-8")
-        save_sealed(staged, final)
-        if self.args.should_save:
-            rotate(final.parent, self.args.save_total_limit, self.state.best_model_checkpoint)
+            rotate(final, self.args.save_total_limit, self.state.best_model_checkpoint)
+        self.saved_step = self.state.global_step
 
 
 def pack_dataset(

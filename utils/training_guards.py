@@ -72,7 +72,7 @@ class GuardedTrainer(Trainer):
         self.batches: list[dict[str, Any]] = []  # of this step
         self.losses: list[torch.Tensor] = []  # theirs
         self.last_step: StepNumbers | None = None  # which was not looked at yet
-        self.saw_a_loss = False
+        self.made_a_step = self.saw_a_loss = False
         self.overflows = OverflowWatch()
         self.add_callback(self.overflows)
 
@@ -95,6 +95,7 @@ class GuardedTrainer(Trainer):
             RunError, RankError: see `look_back`.
         """
         self.look_back()
+        self.made_a_step = True
         norm = super()._get_grad_norm(model, grad_norm)
         losses = torch.stack(self.losses).float()
         self.last_step = StepNumbers(self.state.global_step + 1, self.batches, losses, norm)
@@ -148,13 +149,15 @@ class GuardedTrainer(Trainer):
 
     def check_losses(self) -> None:
         """
-        Every process must call it.
+        Every process must call it. A run that had made all of its steps when it was resumed has been checked.
 
         Raises:
             RunError: every loss on every process was exactly 0, or no step was made that did not overflow.
             RunError, RankError: see `look_back`.
         """
         self.look_back()
+        if not self.made_a_step:
+            return
         if self.overflows.in_all == self.state.global_step > 0:
             raise RunError(
                 f"the adapter is not saved: all {self.state.global_step} steps were skipped, as their float16 "
