@@ -7,6 +7,7 @@ import resource
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 from utils.errors import RunError, UsageError, explain_machine_fault, run
 from utils.run_checkpoints import find_damage, list_checkpoints
@@ -89,7 +90,7 @@ TENSORS = {"a": torch.zeros(100_000)}
     "fail, words",
     [
         (lambda path: torch.save(TENSORS, "/dev/full"), "free some space"),
-        (lambda path: open("/dev/full", "wb", 0).write(b"x"), "No space left on device: free some space"),
+        (lambda path: Path("/dev/full").write_bytes(b"x"), "No space left on device: free some space"),
         (lambda path: save_file(TENSORS, path / "file"), "File too large"),
         (lambda path: torch.save(TENSORS, path / "file"), "free some space"),
         (lambda path: save_file(TENSORS, path / "gone" / "file"), "was it removed?"),
