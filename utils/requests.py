@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 
 from utils.columns import AS_NAMED, ColumnMap, find_schema
 from utils.distributed import print_once
+from utils.encodings import decode_text
 from utils.errors import RowError, UsageError
 from utils.jsonl import BLANKS
 from utils.prompts import ChatGLMTemplate, encode_prompt
-from utils.raw_files import decode_text
 from utils.rows import Message, check_columns, parse_prompt, parse_question, read_rows
 
 from transformers import PreTrainedTokenizerBase

@@ -68,7 +68,10 @@ def targets(work: Path) -> dict[str, tuple[st.SearchStrategy, Callable]]:
 
     def read_raw(data: bytes) -> None:
         rows.write_bytes(data)
-        assert all(isinstance(row, (Row, RowError)) for _, _, row in read_rows(str(rows), parse_row))
+        explained(check_rows, str(rows))
+
+    def check_rows(path: str) -> None:
+        assert all(isinstance(row, (Row, RowError)) for _, _, row in read_rows(path, parse_row))
 
     def encode(text: str) -> None:
         assert isinstance(tokenizer, ChatGLMTokenizer)
