@@ -1,16 +1,18 @@
 """Wrong use of the training script: every fault at once, one line each with its mend, exit code 2, no traceback."""
 
 import json
+import os
 import re
 import socket
 
+from utils.deepspeed_config import read_deepspeed_config
 from utils.errors import UsageError, take_debug_flag
 from utils.fp8 import check_device
 
 import datasets
 import pytest
 import torch
-from conftest import GOLDEN, TINY
+from conftest import GOLDEN, ROOT, TINY
 
 
 @pytest.fixture
@@ -71,15 +73,63 @@ def test_all_faults_at_once(faults, tmp_path):
 @pytest.mark.parametrize(
     "text, words",
     [
-        ('{\n  "zero_optimization": {"stage": 3,,}\n}', "is not JSON: .* at line 2 column 36"),
-        ("[]", "must hold a JSON object, not list"),
-        ('{"zero_optimization": 3}', "line 1 column 2: zero_optimization in zero_optimization: must be an object"),
+        ("[" * 100_000, "is nested too deeply"),
+        ('{\n  "zero_optimization": {"stage": 3,,}\n}', "is not JSON: .* line 2 column 36"),
+        ("[]", "holds list, not a JSON object"),
+        ('{"zero_optimization": 3}', "line 1 column 2: zero_optimization must be an object"),
     ],
 )
 def test_a_spoiled_deepspeed_file(faults, tmp_path, text, words):
     (tmp_path / "ds.json").write_text(text)
     (line,) = faults(f"--deepspeed {tmp_path}/ds.json")
     assert re.search(words, line), line
+
+
+IMPORTS = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": ["planted.X"]}
+
+
+@pytest.mark.parametrize(
+    "config, words",
+    [
+        ({"torch_autocast": IMPORTS}, "torch_autocast cannot be used here: give --bf16 or --fp16"),
+        ({"wandb": {"enabled": True}}, "wandb cannot be used here: give --report_to"),
+        ({"csv_monitor": {"enabled": True, "output_path": "/tmp"}}, "csv_monitor cannot be used here"),
+        ({"autotuning": {"enabled": True}}, "autotuning cannot be used here: see --plan"),
+        ({"data_efficiency": {"enabled": True}}, "data_efficiency cannot be used here: leave it out"),
+        ({"checkpoint": {"writer": {"type": "x"}}}, "checkpoint cannot be used here"),
+        ({"compile": {"deepcompile": True}}, "compile cannot be used here"),
+        ({"unheard_of": 1}, "unheard_of cannot be used here"),
+        ({"flops_profiler": {"enabled": True, "output_file": "/tmp/x"}}, "output_file in flops_profiler"),
+        ({"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}}, "offload_param to nvme"),
+        ({"optimizer": {"type": "OneBitAdam"}}, "optimizer OneBitAdam cannot be used here: give adagrad, adam"),
+        ({"scheduler": {"type": "os.system"}}, "scheduler os.system cannot be used here: give LRRangeTest"),
+        ({"fp16": {"enabled": "perhaps"}}, "valid boolean"),
+        ({"communication_data_type": "fp13"}, "fp13"),
+        ({"fp16": {"enabled": True}, "bf16": {"enabled": True}}, "cannot be simultaneously enabled"),
+        ({"activation_checkpointing": 7}, "activation_checkpointing must be an object"),
+    ],
+)
+def test_what_a_deepspeed_file_may_not_do(tmp_path, monkeypatch, config, words):
+    (tmp_path / "planted.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass X: pass\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "ds.json").write_text(json.dumps(config))
+    with pytest.raises(UsageError, match=words) as error:
+        read_deepspeed_config(str(tmp_path / "ds.json"))
+    assert len(error.value.args) == 1 and not (tmp_path / "ran").exists()
+
+
+def test_deepspeed_files_that_are_served(tmp_path):
+    switched_off = {name: {"enabled": False} for name in ("wandb", "tensorboard", "flops_profiler", "fp16")}
+    optimizer = {"type": "AdamW", "params": {"lr": "auto", "betas": "auto", "eps": "auto", "weight_decay": "auto"}}
+    scheduler = {"type": "WarmupLR", "params": {"warmup_max_lr": "auto", "warmup_num_steps": "auto"}}
+    config = {**switched_off, "optimizer": optimizer, "scheduler": scheduler, "_comment": "ours"}
+    (tmp_path / "ds.json").write_text(json.dumps(config))
+    assert read_deepspeed_config(str(tmp_path / "ds.json")) == config
+    os.mkfifo(tmp_path / "fifo")
+    with pytest.raises(UsageError, match="is not a file"):
+        read_deepspeed_config(str(tmp_path / "fifo"))
+    for path in (*(ROOT / "configs").glob("*.json"), ROOT / "ds_config_zero3.json"):
+        assert read_deepspeed_config(str(path))["zero_optimization"]["stage"] in (2, 3)
 
 
 def test_fp8_where_it_cannot_be(faults, monkeypatch):
