@@ -142,4 +142,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, go_on="run the same command again: the outputs appear whole or not at all")
