@@ -9,6 +9,7 @@ from utils.chatglm.fast_tokenizer import fast_tokenizer
 from utils.chatglm.generations import CHATGLM, GLM4_HF
 from utils.checkpoint import Checkpoint, load_model, load_tokenizer
 from utils.drafts import encode_text
+from utils.errors import UsageError
 from utils.lora import AdapterOrigin, attach_adapter, merge_adapter, save_adapter
 from utils.prompts import encode_prompt, template_for
 from utils.rows import Message
@@ -17,7 +18,14 @@ import pytest
 import torch
 from conftest import GOLDEN
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GlmConfig, GlmForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    GlmConfig,
+    GlmForCausalLM,
+)
 
 SCRIPT = "chatglm_milti_gpu_inference.py"
 BASES = {
@@ -124,13 +132,119 @@ def test_fast_tokenizer_makes_the_same_tokens(name):
 
 
 def test_rotary_base_survives(tmp_path):
-    """GLM-4's rope_ratio of 500, for readers of either spelling."""
+    """GLM-4's rope_ratio of 500, for readers of either spelling, after a second merge too."""
     make_adapter(tmp_path / "adapter")
-    base = str(GOLDEN / "glm-4-9b-chat-tiny")
-    utils.export.merge_and_save(base, tmp_path / "adapter", tmp_path / "merged", torch.float32)
+    base, frequencies = GOLDEN / "glm-4-9b-chat-tiny", []
+    for name in ("once", "twice"):
+        utils.export.merge_and_save(str(base), tmp_path / "adapter", tmp_path / name, torch.float32)
+        base = tmp_path / name
+        config = json.loads((base / "config.json").read_text())
+        assert config["rope_theta"] == config["rope_parameters"]["rope_theta"] == 5000000
+        assert config["partial_rotary_factor"] == 0.5 and "rope_scaling" not in config
+        older = {key: value for key, value in config.items() if key != "rope_parameters"}
+        for values in (config, older):
+            (base / "config.json").write_text(json.dumps(values))
+            assert AutoConfig.from_pretrained(base).rope_parameters["rope_theta"] == 5000000
+            frequencies.append(AutoModelForCausalLM.from_pretrained(base).model.rotary_emb.inv_freq)
+    assert all(values.equal(frequencies[0]) for values in frequencies)
+
+
+def test_interpolated_positions_survive(tmp_path):
+    """ChatGLM2-6B-32k's, which older readers know as rope_scaling."""
+    base = shutil.copytree(GOLDEN / "chatglm2-6b-tiny", tmp_path / "base")
+    change(base / "config.json", rope_ratio=16)
+    make_adapter(tmp_path / "adapter", "chatglm2-6b-tiny")
+    utils.export.merge_and_save(str(base), tmp_path / "adapter", tmp_path / "merged", torch.float32)
     config = json.loads((tmp_path / "merged" / "config.json").read_text())
-    assert config["rope_theta"] == config["rope_parameters"]["rope_theta"] == 5000000
-    assert AutoConfig.from_pretrained(tmp_path / "merged").rope_parameters["rope_theta"] == 5000000
+    assert config["rope_scaling"] == {"rope_type": "linear", "factor": 16.0} and config["rope_theta"] == 10000
+    before = AutoConfig.from_pretrained(tmp_path / "merged").rope_parameters
+    del config["rope_parameters"]
+    (tmp_path / "merged" / "config.json").write_text(json.dumps(config))
+    assert AutoConfig.from_pretrained(tmp_path / "merged").rope_parameters == before
+    assert before == load_model(str(base)).config.rope_parameters
+
+
+def change(file, **values):
+    file.write_text(json.dumps((json.loads(file.read_text()) if file.exists() else {}) | values))
+
+
+SETTINGS = [
+    ({"do_sample": False, "temperature": 0.8, "top_p": 0.8}, {"do_sample": False}),
+    ({"do_sample": True, "temperature": 0.8, "repetition_penalty": 1.3, "top_p": 0.8}, None),
+    ({"do_sample": True, "num_beams": 2, "num_return_sequences": 2, "early_stopping": True}, None),
+    ({"num_return_sequences": 4, "typical_p": 0.5, "top_k": 7}, {}),
+    ({"min_new_tokens": 3, "no_repeat_ngram_size": 2, "bad_words_ids": [[5]], "of_another_program": {"a": 1}}, None),
+    ({"assistant_model": "x", "cache_implementation": "of the future", "max_new_tokens": 5}, {"max_new_tokens": 5}),
+    ({"eos_token_id": 1, "pad_token_id": -1, "bos_token_id": 1}, {"bos_token_id": 1}),
+]
+
+
+@pytest.mark.parametrize("name", ("chatglm-6b-tiny", "chatglm3-6b-tiny"))
+def test_settings_for_generation_are_kept(tmp_path, capsys, name):
+    """Whatever they are, the proof is greedy; what has no effect, and cannot be written, is left out by name."""
+    base = shutil.copytree(GOLDEN / name, tmp_path / "base")
+    tokenizer = load_tokenizer(str(base))
+    stops = template_for(tokenizer).stop_ids(tokenizer)
+    for number, (settings, kept) in enumerate(SETTINGS):
+        (base / "generation_config.json").write_text(json.dumps(settings))
+        merged = tmp_path / str(number)
+        utils.export.merge_and_save(str(base), BASES[name], merged, torch.float32)
+        written = json.loads((merged / "generation_config.json").read_text())
+        expected = settings if kept is None else kept
+        assert {key: written.get(key) for key in expected} == expected
+        left_out = settings.keys() - expected.keys() - {"eos_token_id", "pad_token_id"}
+        out = capsys.readouterr().out
+        assert all(key in out and key not in written for key in left_out)
+        assert (written["eos_token_id"], written["pad_token_id"]) == (stops, tokenizer.pad_token_id)
+        GenerationConfig.from_pretrained(merged).save_pretrained(tmp_path / "again")
+    for content, words in (("[]", "not a JSON object"), ('{"watermarking_config": {"a": 1}}', "cannot be used")):
+        (base / "generation_config.json").write_text(content)
+        with pytest.raises(UsageError, match=f"generation_config.json .*{words}"):
+            utils.export.merge_and_save(str(base), BASES[name], tmp_path / "new", torch.float32)
+
+
+def test_files_that_are_links_and_code_are_not_copied(tmp_path):
+    secret = tmp_path / "secret"
+    secret.write_text("private key")
+    base, adapter = shutil.copytree(GOLDEN / "chatglm-6b-tiny", tmp_path / "base"), BASES["chatglm-6b-tiny"]
+    (base / "modeling_chatglm.py").write_text("code")
+    (base / "notes.txt").symlink_to(secret)
+    (base / "other.json").symlink_to(secret)
+    (base / "special_tokens_map.json").symlink_to("also.json")  # within the directory
+    (base / "also.json").write_text("{}")
+    utils.export.merge_and_save(str(base), adapter, tmp_path / "merged", torch.float32)
+    names = {path.name for path in (tmp_path / "merged").iterdir()}
+    assert not names & {"modeling_chatglm.py", "notes.txt", "other.json"} and "special_tokens_map.json" in names
+    secret.write_text("{}")
+    for name in (
+        "generation_config.json",
+        "added_tokens.json",
+        "chat_template.jinja",
+        "additional_chat_templates/a.jinja",
+    ):
+        (base / name).parent.mkdir(exist_ok=True)
+        (base / name).symlink_to(secret)
+        with pytest.raises(UsageError, match=f"{name} is a link to {secret}, which a merge does not copy"):
+            utils.export.merge_and_save(str(base), adapter, tmp_path / "new", torch.float32)
+        (base / name).unlink()
+
+
+def test_a_hub_cache_of_links_is_merged(tmp_path):
+    """Whose files are links to ../../blobs; those of another repository are not this one's."""
+    snapshot, blobs = tmp_path / "models--x" / "snapshots" / "1234", tmp_path / "models--x" / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    for number, file in enumerate(sorted((GOLDEN / "chatglm3-6b-tiny").iterdir())):
+        shutil.copy(file, blobs / str(number))
+        (snapshot / file.name).symlink_to(f"../../blobs/{number}")
+    adapter = BASES["chatglm3-6b-tiny"]
+    utils.export.merge_and_save(str(snapshot), adapter, tmp_path / "merged", torch.float32)
+    (tmp_path / "models--y").mkdir()
+    shutil.move(blobs / "0", tmp_path / "models--y" / "0")
+    (snapshot / "config.json").unlink()
+    (snapshot / "config.json").symlink_to(tmp_path / "models--y" / "0")
+    with pytest.raises(UsageError, match="is a link to .*models--y"):
+        utils.export.merge_and_save(str(snapshot), adapter, tmp_path / "new", torch.float32)
 
 
 def test_merging_what_was_merged(tmp_path):

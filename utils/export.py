@@ -1,30 +1,42 @@
 """A base model with an adapter in its weights, written as a checkpoint of its own."""
 
 import json
+import re
 import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
 
 from utils.batching import left_pad
-from utils.chatglm.fast_tokenizer import fast_tokenizer
+from utils.chatglm.chat_templates import chat_template, keep_apart
+from utils.chatglm.fast_tokenizer import fast_tokenizer, special_tokens
 from utils.chatglm.generations import CHATGLM, MERGED_FROM
 from utils.chatglm.tokenization_chatglm2 import ChatGLM2Tokenizer
 from utils.chatglm.vocab_file import VocabFileTokenizer
 from utils.checkpoint import Checkpoint, load_model, load_tokenizer
 from utils.distributed import print_once
 from utils.errors import UsageError
+from utils.json_files import read_object
 from utils.lora import load_adapter, read_origin
-from utils.prompts import encode_prompt, template_for
+from utils.prompts import TEMPLATES, AlpacaTemplate, ChatGLMTemplate, encode_prompt, template_for
 from utils.rows import Message
 
 import torch
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 TEMPLATE_FILE = "template.json"
+GENERATION_FILE = "generation_config.json"
 PROOF = ("你好", "请写一句祝福的话。", "1+1=?", "Translate into Chinese: The weather is fine today.")
 PROOF_TOKENS = 16
-KEPT = ("*.json", "*.model", "*.py", "*.jinja", "*.txt")  # of a released directory, beside the weights
+USER, ASSISTANT = Message("user", " 你好\n"), Message("assistant", "\n<|user|> sop")
+PROOF_CHATS = ([USER], [Message("system", "你是客服。"), USER, ASSISTANT, USER])
+# Of a released ChatGLM-6B, beside its weights; never its code.
+KEPT = ("config.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", CHATGLM.vocab_file)
+# Files of a base whose content reaches what is written.
+READ = (
+    *(*KEPT, "tokenizer.model", "tokenizer.json", GENERATION_FILE, TEMPLATE_FILE),
+    *("chat_template.jinja", "chat_template.json", "additional_chat_templates"),
+)
 
 
 def merge_and_save(
@@ -40,12 +52,13 @@ def merge_and_save(
 
     ChatGLM-6B keeps its released layout. The others become what transformers saves of `GlmForCausalLM`, with a
     `tokenizer.json`, a chat template and the stop tokens in `generation_config.json`, to open with no code of this
-    repository. What was written is read again, and must answer fixed prompts, greedily, as the base with the adapter
-    beside its weights does.
+    repository. What was written is read again: it must answer fixed prompts, greedily, as the base with the adapter
+    beside its weights does, and its chat template must give fixed chats the tokens of training.
 
     Raises:
-        UsageError: the base is quantised, `directory` holds something already, or see `load_adapter`.
-        RuntimeError: in float32, the greedy tokens differ.
+        UsageError: the base is quantised, a file of it is a link to elsewhere, `directory` holds something already,
+            or see `load_adapter`.
+        RuntimeError: in float32, the greedy tokens differ; or those of a chat do.
     """
     checkpoint = Checkpoint.open(path_or_id)
     target = Path(directory)
@@ -53,10 +66,17 @@ def merge_and_save(
         raise UsageError(f"{path_or_id} is quantised and cannot take an adapter: merge into the checkpoint in full")
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UsageError(f"--merge_and_save {target} exists and is not empty: choose another directory")
+    for name in READ:
+        _refuse_link(checkpoint.directory, name)
+    origin = read_origin(adapter_path)
+    recorded = origin.template if origin else read_template(checkpoint.directory)
     tokenizer = load_tokenizer(path_or_id)
-    adapted = load_adapter(load_model(path_or_id, dtype=dtype), adapter_path, lora_alpha)
-    before = _greedy(adapted, tokenizer)
+    settings = _generation_config(checkpoint, tokenizer)
+    model = load_model(path_or_id, dtype=dtype)
+    adapted = load_adapter(model, adapter_path, lora_alpha)
+    before = _greedy(model, tokenizer)
     merged = adapted.merge_and_unload()
+    merged.generation_config = settings
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as temporary:
         complete = Path(temporary) / "checkpoint"
@@ -64,30 +84,86 @@ def merge_and_save(
         if checkpoint.generation is CHATGLM:
             _save_released_layout(merged, checkpoint, complete)
         else:
-            _save_glm(merged, tokenizer, checkpoint, complete)
-        origin = read_origin(adapter_path)
-        if origin:
-            (complete / TEMPLATE_FILE).write_text(json.dumps({"template": origin.template}))
-        del adapted, merged
+            _save_glm(merged, tokenizer, checkpoint, complete, recorded == AlpacaTemplate.name)
+        if recorded:
+            (complete / TEMPLATE_FILE).write_text(json.dumps({"template": recorded}))
+        del model, adapted, merged
         after = _greedy(load_model(str(complete), dtype=dtype), load_tokenizer(str(complete)))
         equal = int((before == after).sum())
         print_once(f"greedy tokens before and after merging: {equal} of {before.numel()} equal")
         if equal < before.numel() and dtype == torch.float32:
             raise RuntimeError(f"{target} is not written: it does not answer as the base with the adapter does")
+        if (complete / "tokenizer.json").is_file():
+            _prove_chats(complete, tokenizer, template_for(tokenizer, recorded or ChatGLMTemplate.name))
         if target.exists():
             target.rmdir()
         complete.rename(target)
 
 
-def read_template(path_or_id: str) -> str | None:
-    """The template of the adapter that a merged checkpoint took; None for any other checkpoint."""
+def read_template(path_or_id: str | Path) -> str | None:
+    """
+    The template of the adapter that a merged checkpoint took; None for any other checkpoint.
+
+    Raises:
+        UsageError: the file that says it is not what `merge_and_save` writes.
+    """
     file = Path(path_or_id) / TEMPLATE_FILE
-    return json.loads(file.read_text(encoding="utf-8"))["template"] if file.is_file() else None
+    if not file.exists():
+        return None
+    name = read_object(file, {"template": str})["template"]
+    if name not in TEMPLATES:
+        raise UsageError(f"{file}: the template is {name!r:.60}, not {' or '.join(TEMPLATES)}")
+    return name
+
+
+def _refuse_link(directory: Path, name: str) -> None:
+    """
+    A link may lead to another file of the directory, or to where a hub cache keeps the files of this repository.
+
+    Raises:
+        UsageError: `name`, or a file below it, is a link to elsewhere: private files would come into what is shared.
+    """
+    root = directory.resolve()
+    allowed = [root, root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [root]
+    for file in (directory / name, *(directory / name).glob("**/*")):
+        if file.exists() and not any(file.resolve().is_relative_to(place) for place in allowed):
+            raise UsageError(f"{file} is a link to {file.resolve()}, which a merge does not copy: put the file there")
+
+
+def _generation_config(checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
+    """
+    A base's settings for `generate`, with the stop tokens of its chats, in a form that transformers can write: it
+    refuses to write settings that have no effect beside the others, such as a temperature beside do_sample false.
+
+    Raises:
+        UsageError: transformers cannot read the file.
+    """
+    file = checkpoint.directory / GENERATION_FILE
+    settings = {"bos_token_id": checkpoint.config.bos_token_id} | (read_object(file) if file.exists() else {})
+    settings |= {"eos_token_id": template_for(tokenizer).stop_ids(tokenizer), "pad_token_id": tokenizer.pad_token_id}
+    without_effect: list[str] = []
+    while True:
+        try:
+            config = GenerationConfig.from_dict(dict(settings))
+            config.validate(strict=True)
+            break
+        except (ValueError, TypeError, AttributeError, KeyError) as error:
+            reason = str(error)
+            named = re.findall(r"^- `(\w+)`:", reason, flags=re.MULTILINE) or re.findall(r"`(\w+)`", reason)
+            named = [name for name in dict.fromkeys(named) if name in settings]
+            if not named:
+                raise UsageError(f"{file} cannot be used: {' '.join(reason.split())[:300]}") from None
+            without_effect += named
+            settings = {name: value for name, value in settings.items() if name not in named}
+    if without_effect:
+        print_once(f"{GENERATION_FILE} without {', '.join(without_effect)}: no effect beside its other settings")
+    return config
 
 
 @torch.inference_mode()
 def _greedy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
-    """(prompts, PROOF_TOKENS) int64; no token ends an answer."""
+    """(prompts, PROOF_TOKENS) int64, whatever the model's own settings for `generate` are; no token ends an answer."""
+    model.generation_config = GenerationConfig()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model.to(device)
     prompts = [encode_prompt(tokenizer, [Message("user", text)]) for text in PROOF]
@@ -104,37 +180,51 @@ def _greedy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> torch
     return output[:, inputs["input_ids"].shape[1] :].cpu()
 
 
+def _prove_chats(directory: Path, tokenizer: PreTrainedTokenizerBase, template: ChatGLMTemplate) -> None:
+    """
+    Raises:
+        RuntimeError: what was written renders a chat otherwise than rows are made.
+    """
+    served = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+    for chat in PROOF_CHATS:
+        messages = [{"role": message.role, "content": message.content} for message in chat]
+        made = served.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        if list(made) != encode_prompt(tokenizer, chat, template):
+            raise RuntimeError(f"{directory} is not written: its chat template makes other tokens than training does")
+
+
 def _save_released_layout(model: PreTrainedModel, checkpoint: Checkpoint, directory: Path) -> None:
     """The weights under their released names, and the other files of the base as they are."""
     state = model.state_dict()
     for target in model.all_tied_weights_keys:  # the release holds both; transformers would drop the copy
         state[target] = state[target].clone()
     model.save_pretrained(directory, state_dict=state)
-    for pattern in KEPT:
-        for file in checkpoint.directory.glob(pattern):
-            if not file.name.endswith(".index.json"):
-                shutil.copyfile(file, directory / file.name)
+    for name in KEPT:
+        if (checkpoint.directory / name).is_file():
+            shutil.copyfile(checkpoint.directory / name, directory / name)
     _edit(directory / "config.json", torch_dtype=str(model.dtype).removeprefix("torch."))
 
 
 def _save_glm(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, checkpoint: Checkpoint, directory: Path
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, checkpoint: Checkpoint, directory: Path, alpaca: bool
 ) -> None:
-    stop_ids = template_for(tokenizer).stop_ids(tokenizer)
-    base_generation = checkpoint.directory / "generation_config.json"
-    settings = json.loads(base_generation.read_text(encoding="utf-8")) if base_generation.is_file() else {}
-    settings |= {"eos_token_id": stop_ids, "pad_token_id": tokenizer.pad_token_id}
-    model.generation_config = GenerationConfig.from_dict(settings)
-    model.config.eos_token_id, model.config.pad_token_id = stop_ids, tokenizer.pad_token_id
+    settings = model.generation_config
+    model.config.eos_token_id, model.config.pad_token_id = settings.eos_token_id, settings.pad_token_id
     model.save_pretrained(directory)
-    if not isinstance(tokenizer, VocabFileTokenizer):  # of a checkpoint that has its tokenizer.json
-        tokenizer.save_pretrained(directory)
-        return
     rope = model.config.rope_parameters  # under the names of older readers too
     older = {key: rope[key] for key in ("rope_theta", "partial_rotary_factor")}
-    _edit(directory / "config.json", **{MERGED_FROM: checkpoint.generation.name}, **older)
+    if rope["rope_type"] != "default":
+        older["rope_scaling"] = {key: rope[key] for key in ("rope_type", "factor")}
+    _edit(directory / "config.json", **older)
+    opening = AlpacaTemplate.opening if alpaca else None
+    if not isinstance(tokenizer, VocabFileTokenizer):  # of a checkpoint that has its tokenizer.json
+        keep_apart(tokenizer.backend_tokenizer)
+        tokenizer.chat_template = chat_template(tokenizer, special_tokens(tokenizer.backend_tokenizer), opening)
+        tokenizer.save_pretrained(directory)
+        return
+    _edit(directory / "config.json", **{MERGED_FROM: checkpoint.generation.name})
     try:
-        fast_tokenizer(tokenizer).save_pretrained(directory)
+        fast_tokenizer(tokenizer, opening).save_pretrained(directory)
         _edit(directory / "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast")  # in every version
     except ValueError as error:
         print_once(f"without tokenizer.json, which other programs need: {error}")
@@ -144,5 +234,5 @@ def _save_glm(
 
 
 def _edit(file: Path, **changes: Any) -> None:
-    values = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    values = read_object(file) if file.is_file() else {}
     file.write_text(json.dumps(values | changes, ensure_ascii=False, indent=2), encoding="utf-8")

@@ -6,7 +6,8 @@ and the serving engines built on it open with no code of this repository.
 from collections.abc import Iterable
 from pathlib import Path
 
-from utils.chatglm.tokenization_chatglm2 import EOS_ID, PREFIX, ChatGLM2Tokenizer, ChatGLM3Tokenizer
+from utils.chatglm.chat_templates import chat_template, keep_apart
+from utils.chatglm.tokenization_chatglm2 import EOS_ID, PREFIX, ChatGLM2Tokenizer
 from utils.chatglm.tokenization_glm4 import PREFIX as GLM4_PREFIX
 from utils.chatglm.tokenization_glm4 import ChatGLM4Tokenizer
 
@@ -17,52 +18,50 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 BPE_TYPE = 2  # of SentencePiece's TrainerSpec
-CHATGLM2_CHAT = (
-    "[gMASK]sop{% for message in messages %}{% if message['role'] == 'user' %}[Round {{ loop.index0 // 2 + 1 }}]\n\n"
-    "问：{{ message['content'] }}\n\n答：{% else %}{{ message['content'] }}\n\n{% endif %}{% endfor %}"
-)
-# The newline after a role is encoded apart from the text in ChatGLM3, where each piece of text opens with a blank.
-CHATGLM3_CHAT = (
-    "[gMASK]sop{% for message in messages %}<|{{ message['role'] }}|>\n {{ message['content'] }}{% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
-)
-GLM4_CHAT = (
-    "[gMASK]<sop>{% for message in messages %}<|{{ message['role'] }}|>\n{{ message['content'] }}{% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
-)
 
 
-def fast_tokenizer(tokenizer: ChatGLM2Tokenizer | ChatGLM4Tokenizer) -> PreTrainedTokenizerFast:
+def fast_tokenizer(
+    tokenizer: ChatGLM2Tokenizer | ChatGLM4Tokenizer, alpaca_opening: str | None = None
+) -> PreTrainedTokenizerFast:
     """
-    The same tokens from transformers' own class.
+    The same tokens from transformers' own class, with the chat template that `chat_template` makes.
 
     Raises:
-        ValueError: a SentencePiece model of a kind that `tokenizers` does not compute exactly.
+        ValueError: a SentencePiece model of a kind that `tokenizers` does not compute exactly, or ids with gaps.
     """
+    tokens = dict(tokenizer.added_tokens_decoder)
     if isinstance(tokenizer, ChatGLM4Tokenizer):
-        fast, prefix, chat = Tokenizer.from_str(tokenizer.bpe.to_str()), GLM4_PREFIX, GLM4_CHAT
+        fast, prefix = Tokenizer.from_str(tokenizer.bpe.to_str()), GLM4_PREFIX
         fast.decoder = decoders.ByteLevel()
-        specials, eos, pad = tokenizer.all_special_tokens, tokenizer.eos_token, tokenizer.pad_token
     else:
         fast, prefix = _from_sentencepiece(tokenizer), PREFIX
-        chat = CHATGLM3_CHAT if isinstance(tokenizer, ChatGLM3Tokenizer) else CHATGLM2_CHAT
-        specials, eos, pad = list(tokenizer.special_ids), tokenizer.eos_token, tokenizer.pad_token
-    # "sop" is also the start of "soprano".
-    fast.add_special_tokens(
-        [AddedToken(token, normalized=False, special=True, single_word=token.isalpha()) for token in specials]
-    )
+        tokens |= {
+            # "sop" is also the start of "soprano".
+            index: AddedToken(token, normalized=False, special=True, single_word=token.isalpha())
+            for token, index in tokenizer.special_ids.items()
+        }
+    for index, token in sorted(tokens.items()):
+        (fast.add_special_tokens if token.special else fast.add_tokens)([token])
+        if fast.token_to_id(token.content) != index:
+            raise ValueError(f"{token.content} has the id {index}, which a tokenizer.json cannot give it")
+    keep_apart(fast)
     fast.post_processor = TemplateProcessing(
         single=[*prefix, "$A"], special_tokens=[(token, fast.token_to_id(token)) for token in prefix]
     )
     return PreTrainedTokenizerFast(
         tokenizer_object=fast,
-        eos_token=eos,
-        pad_token=pad,
+        eos_token=tokenizer.eos_token,
+        pad_token=tokenizer.pad_token,
         padding_side="left",
         clean_up_tokenization_spaces=False,
-        chat_template=chat,
+        chat_template=chat_template(tokenizer, special_tokens(fast), alpaca_opening),
         model_input_names=tokenizer.model_input_names,
     )
+
+
+def special_tokens(tokenizer: Tokenizer) -> list[str]:
+    """The tokens that `tokenizer` takes for special where a text spells them."""
+    return [token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special]
 
 
 def _from_sentencepiece(tokenizer: ChatGLM2Tokenizer) -> Tokenizer:
@@ -88,7 +87,6 @@ def _from_sentencepiece(tokenizer: ChatGLM2Tokenizer) -> Tokenizer:
     fast.add_special_tokens(
         [AddedToken(model.pieces[i].piece, normalized=False, special=True) for i in range(EOS_ID + 1)]
     )
-    fast.add_special_tokens(list(tokenizer.special_ids))
     return fast
 
 
