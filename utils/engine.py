@@ -41,6 +41,11 @@ def can_serve(model: torch.nn.Module) -> bool:
     )
 
 
+def has_kernels(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether attention is that of decode_kernels.py, and prompts are read without a mask."""
+    return device.type == "cuda" and dtype.itemsize == 2 and decode_kernels() is not None
+
+
 def column_bytes(model: PreTrainedModel) -> int:
     """What one token of one row takes in the cache, in bytes."""
     config = model.config
@@ -107,7 +112,7 @@ class Engine:
         self.embed = self.model.get_input_embeddings()
         self.device, self.dtype = self.embed.weight.device, self.model.dtype
         self.on_gpu = self.device.type == "cuda"
-        self.kernels = self.on_gpu and self.dtype.itemsize == 2 and decode_kernels() is not None
+        self.kernels = has_kernels(self.device, self.dtype)
         if self.kernels and few_rows_product() is not None:
             few_rows_product().convert_layers(self.body.layers)
         self.steps = steps or (GPU_STEPS if self.on_gpu else 1)

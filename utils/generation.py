@@ -4,18 +4,20 @@ import json
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
-from itertools import chain, islice
+from dataclasses import asdict, dataclass
+from itertools import chain
 from statistics import mean
 from typing import Any
 
 from utils.answer_files import Answer, AnswerFile
 from utils.answer_text import TextEnd, decode
+from utils.batch_memory import Group, Room, group_rows
 from utils.distributed import barrier, gather_from_all, gather_lists, is_main_process, print_once, process_rank
-from utils.engine import Engine, can_serve, column_bytes
+from utils.engine import can_serve
+from utils.engine_generation import Clock, generate_by_engine
 from utils.errors import RunError
-from utils.plain_generation import generate_plainly, halve
-from utils.prompt_packing import MOST_READ, Task
+from utils.plain_generation import generate_plainly
+from utils.prompt_packing import Task
 from utils.prompts import ChatGLMTemplate
 from utils.requests import BASE, Request
 from utils.row_queue import ALONE, Replica, SharedCount, shared_out
@@ -25,8 +27,6 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-MOST_SLOTS = 256
-CPU_SLOTS = 16
 REPORT_SECONDS = 10.0
 
 
@@ -53,31 +53,6 @@ class Job:
     batch_size: int
 
 
-@dataclass
-class Clock:
-    """Where the seconds went."""
-
-    preparing: float = 0.0  # compiling layers, capturing graphs
-    reading: float = 0.0  # prompts
-    batch_sizes: list[int] = field(default_factory=list)
-
-
-def fitting_slots(model: PreTrainedModel, columns: int, rows: int) -> int:
-    """How many rows of `columns` tokens can be answered at once in the memory that is free."""
-    device = model.get_input_embeddings().weight.device
-    if device.type != "cuda":
-        return min(CPU_SLOTS, rows)
-    free = (
-        torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    )
-    config = model.config
-    inner = getattr(config, "intermediate_size", 4 * config.hidden_size)
-    working = MOST_READ * (6 * config.hidden_size + 3 * inner) * model.dtype.itemsize
-    slots = int((0.9 * free - working) // (column_bytes(model) * columns))
-    slots = max(1, min(slots, MOST_SLOTS, rows))
-    return slots - slots % 16 if slots > 16 and slots < rows else slots
-
-
 @torch.inference_mode()
 def generate_answers(
     model: PreTrainedModel,
@@ -95,9 +70,12 @@ def generate_answers(
     The answers of this replica's share of the requests, in the order in which they are done; greedy unless `settings`
     say otherwise.
 
-    A model that lies on one device, whole or as this process's shard, is served by the engine (utils/engine.py), one
-    that is spread over devices or offloaded by transformers' `generate`. Where memory does not suffice, half as many
-    rows share a batch from there on; a shard's error ends the run.
+    A model that lies on one device, whole or as this process's shard, is served by the engine, one that is spread over
+    devices or offloaded by transformers' `generate`. Short prompts come first. Where memory does not suffice, fewer
+    rows share a batch from there on, and a row that finds none alone is a row with an error.
+
+    Raises:
+        RankError: the memory of a process that holds a part of the model does not suffice, which others do not know.
 
     Args:
         batch_size: rows at once; 0 is as many as fit.
@@ -132,21 +110,24 @@ def generate_answers(
         ]
         for request in valid
     ]
-    longest = len(valid[-1].input_ids) + settings.max_new_tokens
-    share = -(-len(tasks) // replica.replicas) * settings.sequences
-    slots = min(batch_size or replica.least(fitting_slots(model, longest, share)), share)
     stop_ids = template.stop_ids(tokenizer)
-    source = chain.from_iterable(shared_out(tasks, replica))
-    if can_serve(model):
-        done = _serve(model, source, slots, longest, stop_ids, settings, end, replica, clock)
-    else:
-        sizes = clock.batch_sizes
-        done = generate_plainly(
-            model, source, slots, stop_ids, tokenizer.pad_token_id, settings.sampling, end, device, sizes
+    room = Room.of(model, device, replica)
+    tried = [row for row in tasks if not room.strict or room.slots(row[0])]
+
+    def serve(group: Group) -> Iterator[Task]:
+        source = chain.from_iterable(shared_out(group.rows, replica))
+        if can_serve(model):
+            return generate_by_engine(model, source, group, stop_ids, settings.sampling, end, replica, clock)
+        sampling, sizes = settings.sampling, clock.batch_sizes
+        return generate_plainly(
+            model, source, group.slots, stop_ids, tokenizer.pad_token_id, sampling, end, device, sizes
         )
+
+    groups = group_rows(tried, room, batch_size, replica.replicas)
+    refused = chain.from_iterable(shared_out(tasks[len(tried) :], replica))  # the longest
     parts: dict[int, list[Task]] = {}
     failed: set[int] = set()
-    for task in done:
+    for task in chain(chain.from_iterable(map(serve, groups)), refused):
         request = by_index[task.number // settings.sequences]
         if request.index in failed:
             continue
@@ -194,43 +175,6 @@ def _answer_of(request, tasks, tokenizer, template, stop_ids: set[int], end: Tex
         **adapter,
         **({"answers": parts} if len(parts) > 1 else {}),
     }
-
-
-def _serve(
-    model: PreTrainedModel,
-    source: Iterable[Task],
-    slots: int,
-    longest: int,
-    stop_ids: Sequence[int],
-    settings: AnswerSettings,
-    end: TextEnd,
-    replica: Replica,
-    clock: Clock,
-) -> Iterator[Task]:
-    """By the engine. A task that finds no memory even alone comes back without an answer."""
-    source = iter(source)
-    while True:
-        clock.batch_sizes.append(slots)
-        engine = None
-        try:
-            engine = Engine(model, slots, longest, stop_ids, settings.sampling, end.find)
-            yield from engine.answer(source)
-            return
-        except torch.OutOfMemoryError:
-            if replica.group is not None:  # the others of a sharded model do not know of it
-                raise
-            left = engine.unfinished() if engine else []
-            slots = halve(slots)
-            if slots == 0:
-                yield from left[:1] or islice(source, 1)
-                left, slots = left[1:], 1
-            source = chain(left, source)
-        finally:
-            if engine:
-                clock.preparing += engine.preparing
-                clock.reading += engine.reading
-        del engine
-        torch.cuda.empty_cache()
 
 
 class Progress:
@@ -282,6 +226,9 @@ def answer_rows(
     waiting = [request for request in requests if request.index not in known]
     if known:
         print_once(f"{len(known)} of {len(requests)} rows were answered before: {len(waiting)} are left")
+    positions = getattr(model.config, "max_position_embeddings", None) or model.config.max_sequence_length
+    if longer := sum(len(request.input_ids) > positions for request in waiting):
+        print_once(f"{longer} prompts have more than the {positions} tokens that the model was made for")
     clock, started = Clock(), time.perf_counter()
     answers: list[Answer] = []
     progress = Progress(len(waiting), replica)

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain, islice
 
 from utils.answer_text import TextEnd
+from utils.batch_memory import is_out_of_memory
 from utils.batching import left_pad
 from utils.prompt_packing import Task
 from utils.sampling import GREEDY, Sampling
@@ -33,21 +34,20 @@ def generate_plainly(
     while batch := list(islice(source, size)):
         try:
             _generate_batch(model, batch, stop_ids, pad_token_id, sampling, end, device)
-        except torch.OutOfMemoryError:
-            size = halve(size)
-            if size:
-                source = chain(batch, source)
-                batch_sizes.append(size)
-                torch.cuda.empty_cache()
-                continue
-            size = 1
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            lacking = True
+        else:
+            lacking = False
+        if lacking and size > 1:
+            print(f"out of memory with {size} rows at once: going on with {size // 2}", file=sys.stderr, flush=True)
+            size //= 2
+            source = chain(batch, source)
+            batch_sizes.append(size)
+            torch.cuda.empty_cache()
+            continue
         yield from batch
-
-
-def halve(size: int) -> int:
-    if size > 1:
-        print(f"out of memory with {size} rows at once: going on with {size // 2}", file=sys.stderr, flush=True)
-    return size // 2
 
 
 def _generate_batch(model, batch: list[Task], stop_ids, pad_token_id: int, sampling, end: TextEnd, device) -> None:

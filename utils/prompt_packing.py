@@ -52,10 +52,11 @@ class PackedPrompts:
         """(1, 1, N, N) bool, what each token sees: of its row what is before it, and in ChatGLM-6B's the prefix."""
         size = self.tokens.shape[1]
         own = torch.bucketize(torch.arange(size), self.starts, right=True)
-        visible = torch.ones(size, size).tril().bool()
+        visible = torch.ones(size, size, dtype=torch.bool).tril_()
         if len(self.tokens) == 6:
             visible |= self.tokens[-1] == 0
-        return (visible & (own[:, None] == own))[None, None]
+        visible &= own[:, None] == own
+        return visible[None, None]
 
     def filled_up(self, rows: int, column: int) -> "PackedPrompts":
         """

@@ -24,13 +24,10 @@ class Replica:
     leader: int = 0  # the rank of the one that does
     group: torch.distributed.ProcessGroup | None = None  # the replica's processes, over gloo, where it has several
 
-    def least(self, value: int) -> int:
-        """The least of its processes' values; all of them must call it."""
-        if self.group is None:
-            return value
-        least = torch.tensor(value)
-        torch.distributed.all_reduce(least, torch.distributed.ReduceOp.MIN, group=self.group)
-        return int(least)
+    @property
+    def processes(self) -> int:
+        """Those that share it."""
+        return 1 if self.group is None else torch.distributed.get_world_size(self.group)
 
 
 ALONE = Replica()
