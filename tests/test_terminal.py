@@ -2,18 +2,21 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
 from tools.demo import MARK, empty_directory
 from utils.distributed import print_once
 from utils.errors import UsageError
+from utils.export import merge_and_save
 from utils.jsonl import atomic_writer, dump_row
 from utils.raw_files import input_paths
 from utils.rejections import Rejections
 from utils.run_record import keep_log
 from utils.terminal_text import one_line, visible
 from utils.token_parts import parts_directory
+from utils.tokenizer_files import load_tokenizer
 
 import pytest
 from conftest import ROOT, TINY
@@ -90,6 +93,19 @@ def test_data_under_undecodable_names(run_script, tmp_path):
         f"--model_name_or_path {TINY} --preview 1"
     ).check()
     assert (directory / "tokens" / "state.json").is_file()
+
+
+def test_weights_under_undecodable_names_are_refused(run_script, tmp_path, tokens):
+    """safetensors and sentencepiece take no such path; found before a model loads."""
+    shutil.copytree(TINY, tmp_path / UNDECODABLE)
+    bad = "gb\\udcb0\\udca1: the name is not UTF-8"
+    with pytest.raises(UsageError, match="the name is not UTF-8"):
+        load_tokenizer(str(tmp_path / UNDECODABLE))
+    flags = f"--dataset_path {tokens} --model_name_or_path {TINY} --output_dir {tmp_path}/{UNDECODABLE}"
+    result = run_script(f"multi_gpu_fintune_belle.py {flags}")
+    assert result.code == 2 and bad in result.err and result.err.count("\n") == 1, result.err
+    with pytest.raises(UsageError, match="--merge_and_save .*: the name is not UTF-8"):
+        merge_and_save(str(TINY), "adapter", tmp_path / UNDECODABLE / "merged", None)
 
 
 def test_a_literal_name_is_no_pattern(tmp_path, monkeypatch):

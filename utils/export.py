@@ -16,6 +16,7 @@ from utils.chatglm.vocab_file import VocabFileTokenizer
 from utils.checkpoint import Checkpoint, load_model, load_tokenizer
 from utils.distributed import print_once
 from utils.errors import UsageError
+from utils.hub import check_name
 from utils.json_files import read_object
 from utils.lora import load_adapter, read_origin
 from utils.prompts import TEMPLATES, AlpacaTemplate, ChatGLMTemplate, encode_prompt, template_for
@@ -64,6 +65,7 @@ def merge_and_save(
     target = Path(directory)
     if checkpoint.quantization:
         raise UsageError(f"{path_or_id} is quantised and cannot take an adapter: merge into the checkpoint in full")
+    check_name("--merge_and_save", target)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UsageError(f"--merge_and_save {target} exists and is not empty: choose another directory")
     for name in READ:

@@ -29,8 +29,9 @@ def local_directory(path_or_id: str, weights: bool = True) -> Path:
     if need be (with `weights` false, those of the tokenizer alone).
 
     Raises:
-        UsageError: no such directory, and the hub cannot serve it.
+        UsageError: no such directory, and the hub cannot serve it; or its name is not UTF-8.
     """
+    check_name("--model_name_or_path", path_or_id)
     if os.path.isdir(path_or_id):
         return Path(path_or_id)
     pass_another = "pass --model_name_or_path with a checkpoint directory"
@@ -47,6 +48,17 @@ def local_directory(path_or_id: str, weights: bool = True) -> Path:
         reason = "the hub cannot be reached" if offline else f"the hub refused it ({type(error).__name__})"
         raise UsageError(f"{path_or_id} is not on this machine and {reason}: {pass_another}") from None
     return Path(directory)
+
+
+def check_name(flag: str, path: str | Path) -> None:
+    """
+    Raises:
+        UsageError: the name is not UTF-8, which the libraries that read and write weights and vocabularies ask for.
+    """
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        raise UsageError(f"{flag} {path}: the name is not UTF-8, which weights are kept under: rename it") from None
 
 
 def _hub_answers() -> bool:

@@ -16,6 +16,7 @@ from utils.distributed import check_port, launched_by_accelerate_with_deepspeed,
 from utils.errors import Faults, UsageError
 from utils.fp8 import FP8, check_device
 from utils.fsdp import launched_by_accelerate_with_fsdp
+from utils.hub import check_name
 from utils.lora import AdapterOrigin, read_origin
 from utils.prompts import fingerprint, template_for
 from utils.quantization import stored_bits
@@ -288,6 +289,7 @@ def check_output(values: Namespace, checkpoint: Checkpoint | None) -> None:
     """
     path = Path(values.output_dir or "trainer_output")  # the default of TrainingArguments
     another = "give another directory"
+    check_name("--output_dir", path)
     if path.exists() and not path.is_dir():
         raise UsageError(f"--output_dir {path} is a file: {another}")
     if is_dataset(path):

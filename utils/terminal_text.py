@@ -2,8 +2,8 @@
 
 import re
 
-# C0 and C1, which begin escape sequences; what reorders a line; and what ends a line beside \n
-_CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
+# C0 and C1, which begin escape sequences; what reorders or ends a line, beside \n; bytes of names that are not UTF-8
+_CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 _BLANKS = {"\n": "\\n", "\t": "\\t"}
 
 
