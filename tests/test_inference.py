@@ -229,7 +229,7 @@ def test_an_adapter_of_another_shape_is_refused(run_script, workspace, tmp_path)
     for file in (workspace / "adapter").iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     config = json.loads((tmp_path / "adapter_config.json").read_text())
-    changes = {"the rank 8, and its weights have 4": {"r": 8}, "match nothing": {"target_modules": ["dense"]}}
+    changes = {"lora_A.weight is (4, 256), not (8, 256)": {"r": 8}, "match nothing": {"target_modules": ["dense"]}}
     for words, change in changes.items():
         (tmp_path / "adapter_config.json").write_text(json.dumps(config | change))
         result = run_script(f"{ONE_PROCESS} --model_name_or_path {TINY} --adapter_path {tmp_path}")

@@ -7,7 +7,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 
-from utils.interrupts import drop_closed_outputs, on_signals, raise_interrupted
+from utils.interrupts import drop_closed_outputs, end_answers_to_imports, on_signals, raise_interrupted
 from utils.terminal_text import one_line
 
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
@@ -80,27 +80,35 @@ def run(main: Callable[[], None], go_on: str = "run the same command again: it g
     Under a launcher only the first process of each machine prints the lines that all of them have.
     """
     debug = take_debug_flag(sys.argv)
+    end_answers_to_imports()
     try:
         with on_signals(raise_interrupted()):
             main()
     except (Exception, KeyboardInterrupt) as error:
-        machine_fault = explain_machine_fault(error)
-        explained = RankError(machine_fault) if machine_fault else error
-        for call in failing if not isinstance(error, UsageError) else ():
-            call(explained)
-        stopped = isinstance(error, KeyboardInterrupt)
-        if stopped:
-            drop_closed_outputs()
-        if debug or not (stopped or isinstance(explained, (UsageError, RunError))):
-            raise
-        lines = explained.args if isinstance(explained, UsageError) else [str(explained)]
-        if stopped:
-            lines = [f"{str(error) or 'stopped by SIGINT'}: {go_on}"]
-        first = int(os.environ.get("LOCAL_RANK", "0")) == 0
-        for line in lines if first or isinstance(explained, RankError) else ():
-            with contextlib.suppress(OSError):  # the terminal, or what read this, may be gone
-                print(f"{os.path.basename(sys.argv[0])}: error: {one_line(str(line))}", file=sys.stderr, flush=True)
+        with on_signals(lambda number: None):  # a launcher ends the others of a process that failed
+            if not _report(error, go_on) or debug:
+                raise
         sys.exit(2 if isinstance(error, UsageError) else 1)
+
+
+def _report(error: BaseException, go_on: str) -> bool:
+    """Tells those in `failing` of an error, and prints its lines; False where it takes a traceback to explain it."""
+    machine_fault = explain_machine_fault(error)
+    explained = RankError(machine_fault) if machine_fault else error
+    for call in failing if not isinstance(error, UsageError) else ():
+        call(explained)
+    if isinstance(error, KeyboardInterrupt):
+        drop_closed_outputs()
+        lines = [f"{str(error) or 'stopped by SIGINT'}: {go_on}"]
+    elif isinstance(explained, (UsageError, RunError)):
+        lines = explained.args
+    else:
+        return False
+    first = int(os.environ.get("LOCAL_RANK", "0")) == 0
+    for line in lines if first or isinstance(explained, RankError) else ():
+        with contextlib.suppress(OSError):  # the terminal, or what read this, may be gone
+            print(f"{os.path.basename(sys.argv[0])}: error: {one_line(str(line))}", file=sys.stderr, flush=True)
+    return True
 
 
 def explain_machine_fault(error: BaseException) -> str | None:

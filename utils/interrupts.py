@@ -101,11 +101,19 @@ def answer_during_imports() -> None:
     if file is None or Path(file).resolve().parent not in (root, root / "tools"):
         return
 
-    def end(number: int, frame) -> None:
-        if os.environ.get("LOCAL_RANK", "0") == "0":
-            say(f"error: {Interrupted(number)}: run the same command again")
-        os._exit(1)
-
     for number in STOPS:
         if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
-            signal.signal(number, end)
+            signal.signal(number, _end)
+
+
+def end_answers_to_imports() -> None:
+    """Undoes `answer_during_imports`."""
+    for number in STOPS:
+        if signal.getsignal(number) is _end:
+            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+
+
+def _end(number: int, frame) -> None:
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        say(f"error: {Interrupted(number)}: run the same command again")
+    os._exit(1)
