@@ -13,6 +13,7 @@ is one valid file. Conversations of several turns become {"messages"}. Or everyt
 
 Rows may have any schema that utils/rows.py knows, in JSON Lines, JSON arrays or Python dicts, gzip or not, UTF-8 or
 GB18030. What cannot be read is listed in OUTPUT.rejected.jsonl. An output is replaced once the new one is complete.
+Exit code 1 where more than half of the rows cannot be used.
 """
 
 import argparse
@@ -26,11 +27,11 @@ from pathlib import Path
 
 from utils.columns import AS_NAMED, COLUMNS_HELP, ColumnMap
 from utils.dedup import TURN_END, Deduplicator
-from utils.errors import RowError, UsageError, run
+from utils.errors import RowError, RunError, UsageError, run
 from utils.jsonl import atomic_writer, check_output, dump_pair, dump_row, scratch_directory
 from utils.line_order import parse_split, shuffle_lines, side_of, side_paths
 from utils.raw_files import input_paths
-from utils.rejections import Rejections
+from utils.rejections import Rejections, check_share
 from utils.rows import Row, check_columns, parse_row, read_rows
 
 BELLE_1M = "data/belle_open_source_1M.train.json"
@@ -96,7 +97,12 @@ def output_paths(args: argparse.Namespace) -> tuple[list[float], list[str]]:
 
 
 def write_lines(lines: Iterator[str], args: argparse.Namespace) -> int:
-    """Writes the output, or one output a side, all of them at the end; returns how many rows went in."""
+    """
+    Writes the output, or one output a side, all of them at the end; returns how many rows went in.
+
+    Raises:
+        RunError: there is no row.
+    """
     written = 0
     ends, paths = output_paths(args)
     with contextlib.ExitStack() as stack:
@@ -109,7 +115,7 @@ def write_lines(lines: Iterator[str], args: argparse.Namespace) -> int:
                 files[0].write("".join(chunk))
             written += len(chunk)
         if not written:
-            raise UsageError(f"{' '.join(args.input)}: no usable row; {' '.join(paths)} stays as it was")
+            raise RunError(f"{' '.join(args.input)}: no usable row; {' '.join(paths)} stays as it was")
     return written
 
 
@@ -138,7 +144,8 @@ def main() -> None:
     total = sum(skipped.values())
     print(f"read {counts['read']} = written {written} + rejected {rejections.count} + skipped {total}")
     summary = {"read": counts["read"], "written": written, "rejected": rejections.count, "skipped": total}
-    print(json.dumps({**summary, **{name: count for name, count in skipped.items() if count}}))
+    print(json.dumps({**summary, **{name: count for name, count in skipped.items() if count}}), flush=True)
+    check_share(rejections.count, counts["read"], f"{' '.join(output_paths(args)[1])} has the others")
 
 
 if __name__ == "__main__":

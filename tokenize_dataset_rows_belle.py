@@ -6,7 +6,8 @@ Turns rows (any file that process_belle_1M_data.py reads) into the Arrow dataset
 on: prompt and target in the template of the model's generation, with the loss on the target and its stop token alone.
 Rows longer than --max_seq_length are skipped with --skip_overlength and cut without it; a cut takes text, never
 special tokens. Run again with nothing changed it keeps the dataset; killed, it goes on where it was. What cannot be
-used is listed in SAVE_PATH.rejected.jsonl, and what became of the rows in SAVE_PATH/report.json and report.png.
+used is listed in SAVE_PATH.rejected.jsonl, and what became of the rows in SAVE_PATH/report.json and report.png. Exit
+code 1 where more than half of the rows cannot be used.
 """
 
 import argparse
@@ -17,11 +18,11 @@ import shutil
 from pathlib import Path
 
 from utils.columns import AS_NAMED, COLUMNS_HELP, ColumnMap
-from utils.errors import RowError, UsageError, run
+from utils.errors import RowError, RunError, UsageError, run
 from utils.jsonl import check_output
 from utils.prompts import LOSS_ON, TEMPLATES, ChatGLMTemplate, encode_rows, fingerprint, rows_to_train, template_for
 from utils.raw_files import input_paths
-from utils.rejections import Rejections
+from utils.rejections import Rejections, check_share
 from utils.rows import Row, check_columns, read_rows
 from utils.token_files import Origin, check_target, complete_dataset, is_dataset, replace_dataset
 from utils.token_parts import REPORTS, PartMaker, TokenizeOptions, cache_key, make_parts, parts_directory
@@ -90,7 +91,12 @@ def kept_report(target: Path, key: str, rejections: Rejections) -> TokenReport |
 def make_dataset(
     maker: PartMaker, args: argparse.Namespace, paths: list[str], origin: Origin, key: str, rejections: Rejections
 ) -> TokenReport:
-    """Writes the dataset and its report beside `--save_path` and puts them in its place."""
+    """
+    Writes the dataset and its report beside `--save_path` and puts them in its place.
+
+    Raises:
+        RunError: there is no row for it.
+    """
     report, arrow_files, directory = TokenReport(), [], maker.directory
     if done := len(list((directory / REPORTS).glob("*.json"))):
         print(f"going on after an interrupted run, which finished {done} part{'s' * (done > 1)}")
@@ -107,7 +113,7 @@ def make_dataset(
         for line in report.lines(args.max_seq_length):
             print(line)
         shutil.rmtree(directory)
-        raise UsageError("no row is left to write: see the counts above, and mend the file or the length limit")
+        raise RunError("no row is left to write: see the counts above, and mend the file or the length limit")
     complete_dataset(directory, arrow_files, origin, key)
     report.save(directory, args.max_seq_length, key)
     target = Path(args.save_path)
@@ -147,7 +153,8 @@ def main() -> None:
             report = make_dataset(maker, args, paths, origin, key, rejections)
     for line in report.lines(args.max_seq_length):
         print(line)
-    print(json.dumps(report.counts()))
+    print(json.dumps(report.counts()), flush=True)
+    check_share(report.rejected, report.read, f"{target} has the others")
 
 
 if __name__ == "__main__":

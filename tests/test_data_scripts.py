@@ -197,7 +197,6 @@ def test_tokenize_counts_what_it_skips_and_cuts(run_script, tmp_path, tokenizer)
     "flags, words",
     [
         ("--jsonl_path nowhere.jsonl", "nowhere.jsonl"),
-        ("--jsonl_path data/alpaca_data.jsonl --max_seq_length 4", "no row is left"),
         ("--jsonl_path data/alpaca_data.jsonl --model_name_or_path /nowhere", "--model_name_or_path"),
         ("--jsonl_path data/alpaca_data.jsonl --model_name_or_path tests", "config.json"),
     ],
@@ -207,6 +206,28 @@ def test_tokenize_refuses_in_one_line(run_script, tmp_path, flags, words):
     result = run_script(f"tokenize_dataset_rows_belle.py --save_path {tmp_path}/t {flags} {model}")
     assert result.code == 2
     assert words in result.err.strip().splitlines()[-1] and "Traceback" not in result.err
+
+
+@pytest.mark.parametrize("good, code", [(0, 1), (2, 1), (3, 0), (4, 0)])
+def test_most_rows_rejected_is_a_failure(run_script, tmp_path, good, code):
+    """Exit code 1 above half, also where the dataset is kept; what could be used is written all the same."""
+    rows = [{"input": f"问{number}", "target": "答" if number < good else ""} for number in range(6)]
+    write_lines(tmp_path / "rows", rows)
+    tokenize = f"tokenize_dataset_rows_belle.py --model_name_or_path {TINY} --save_path tokens --jsonl_path rows"
+    for command in ("process_belle_1M_data.py --input rows --output out", tokenize, tokenize):
+        result = run_script(command, cwd=tmp_path)
+        assert result.code == code and "Traceback" not in result.err, result.err
+        if good:
+            assert ("rows could not be used, more than half" in result.err) == bool(code)
+    assert (tmp_path / "out").is_file() == (tmp_path / "tokens").is_dir() == bool(good)
+    assert not good or len((tmp_path / "out").read_text().splitlines()) == good
+
+
+def test_all_rows_too_long_is_a_failure(run_script, tmp_path):
+    command = f"tokenize_dataset_rows_belle.py --model_name_or_path {TINY} --jsonl_path data/alpaca_data.jsonl"
+    for flags in ("--max_seq_length 4", "--max_seq_length 7 --skip_overlength"):
+        result = run_script(f"{command} --save_path {tmp_path}/tokens {flags}")
+        assert result.code == 1 and "no row is left to write" in result.err and not (tmp_path / "tokens").exists()
 
 
 def test_tokenize_does_not_replace_what_is_no_dataset(run_script, tmp_path):

@@ -264,6 +264,18 @@ def row(number):
     )
 
 
+def test_the_rows_that_a_limit_costs_are_said_in_one_line():
+    report = TokenReport(skipped_overlength=31, lengths=Counter({100: 69, 300: 28, 3000: 3}))
+    said = "31 of 100 rows (31 %) are longer than --max_seq_length 200 and were"
+    assert report.loss(200) == f"{said} left out; --max_seq_length 384 would leave out 3 %" == report.lines(200)[-1]
+    report.skipped_overlength, report.cut = 0, 31
+    assert report.loss(200) == f"{said} cut; --max_seq_length 384 would cut 3 %"
+    report.cut = 3
+    assert report.loss(384) == "3 of 100 rows (3 %) are longer than --max_seq_length 384 and were cut"
+    report.cut = 0
+    assert report.loss(4096) == "" and len(report.lines(4096)) == 3
+
+
 def test_advice():
     report = TokenReport(lengths=Counter({100: 980, 300: 15, 1000: 5}))
     assert report.length_for(0.99) == 300 and report.length_for(1) == 1000

@@ -11,6 +11,22 @@ from utils.jsonl import UNENCODABLE, remove_leftovers
 from utils.terminal_text import one_line
 
 
+def check_share(failed: int, total: int, kept: str) -> None:
+    """
+    For the end of a job, when what could be used is written.
+
+    Args:
+        failed: rows that were rejected or could not be answered.
+        total: all rows.
+        kept: what became of the others, for the message.
+
+    Raises:
+        RunError: more than half of the rows failed.
+    """
+    if 2 * failed > total:
+        raise RunError(f"{failed} of {total} rows could not be used, more than half: {kept}")
+
+
 class Rejection(NamedTuple):
     path: str
     line: int  # from 1

@@ -11,6 +11,8 @@ from utils.terminal_text import visible
 
 from transformers import PreTrainedTokenizerBase
 
+# A limit that leaves out few rows: the smallest of these beyond which there are no more than this share.
+ROUND_LENGTHS, FEW = (256, 384, 512, 768, *(1024 * n for n in range(1, 129))), 0.05
 REPORT_FILE, FIGURE_FILE = "report.json", "report.png"
 KEPT_SHARE = 0.99  # of the rows, that the advice on --max_seq_length keeps whole
 TRAINED = ("⟦", "⟧")
@@ -62,6 +64,21 @@ class TokenReport:
             return f"{fits}; {KEPT_SHARE:.0%} would fit --max_seq_length {needed} already"
         return fits
 
+    def loss(self, max_seq_length: int) -> str:
+        """How many rows the limit leaves out or cuts, and a limit that would leave few; "" where it is none."""
+        longer = self.skipped_overlength + self.cut
+        if not longer:
+            return ""
+        total = sum(self.lengths.values())
+        left_out, leave_out = ("left out", "leave out") if self.skipped_overlength else ("cut", "cut")
+        said = f"{longer} of {total} rows ({100 * longer / total:.3g} %) are longer than --max_seq_length"
+        said = f"{said} {max_seq_length} and were {left_out}"
+        better = next((n for n in ROUND_LENGTHS if n > max_seq_length and self.share_within(n) >= 1 - FEW), None)
+        if better is None or longer <= FEW * total:
+            return said
+        share = 100 * (1 - self.share_within(better))
+        return f"{said}; --max_seq_length {better} would {leave_out} {f'{share:.3g} %' if share else 'none'}"
+
     def lines(self, max_seq_length: int) -> list[str]:
         share = self.trained_tokens / max(self.tokens, 1)
         return [
@@ -70,6 +87,7 @@ class TokenReport:
             f"{self.tokens} tokens, {self.trained_tokens} of them ({share:.1%}) trained on; "
             f"{self.tokens / max(self.written, 1):.1f} tokens a row; longest row {max(self.lengths, default=0)}",
             self.advice(max_seq_length),
+            *filter(None, [self.loss(max_seq_length)]),
         ]
 
     def dump(self, max_seq_length: int) -> dict:
