@@ -90,7 +90,7 @@ TENSORS = {"a": torch.zeros(100_000)}
     "fail, words",
     [
         (lambda path: torch.save(TENSORS, "/dev/full"), "free some space"),
-        (lambda path: Path("/dev/full").write_bytes(b"x"), "No space left on device: free some space"),
+        (lambda path: Path("/dev/full").write_text("x"), "No space left on device: free some space"),
         (lambda path: save_file(TENSORS, path / "file"), "File too large"),
         (lambda path: torch.save(TENSORS, path / "file"), "free some space"),
         (lambda path: save_file(TENSORS, path / "gone" / "file"), "was it removed?"),

@@ -4,6 +4,8 @@ import re
 import signal
 import sys
 
+from utils import peers
+
 import pytest
 from conftest import ROOT
 
@@ -38,3 +40,16 @@ def test_nobody_is_called_killed_where_all_are_stopped(tmp_path):
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=kill_rank.ENDS_WITHIN) != 0
     assert "was killed" not in log.read_text()
+
+
+def test_processes_that_were_all_suspended_are_alive(run_ranks):
+    """For longer than one may be silent, as in a container that is paused."""
+    result = run_ranks(2, "tests/suspended_check.py", timeout=120).check()
+    assert result.out.count("alive") == 2 and not result.err
+
+
+def test_the_clock_of_suspended_processes_stands(monkeypatch):
+    moments = iter([100.0, 101.0, 102.5, 3702.5, 3703.5])
+    monkeypatch.setattr(peers.time, "monotonic", lambda: next(moments))
+    clock = peers.AwakeClock()
+    assert [clock.now() for _ in range(4)] == [1.0, 2.5, 2.5 + peers.MISSED_BEATS, 3.5 + peers.MISSED_BEATS]

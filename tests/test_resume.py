@@ -20,6 +20,7 @@ import torch
 from conftest import ROOT, TINY
 from safetensors.torch import load_file
 from torch import nn
+from transformers import Trainer
 
 sys.path.insert(0, str(ROOT / "tests" / "faults"))
 import kill_training
@@ -144,6 +145,14 @@ def test_more_steps_go_on(train, tmp_path):
     assert '"steps": 8' in out
 
 
+@pytest.fixture(scope="module")
+def unkilled(run_script, workspace, tmp_path_factory):
+    """The harness's run, which nobody kills, with each of its checkpoints."""
+    path = tmp_path_factory.mktemp("unkilled")
+    run_script(f"{kill_training.arguments(workspace, path)} --save_total_limit {kill_training.STEPS}").check()
+    return path
+
+
 @pytest.fixture
 def started(workspace, tmp_path):
     """started("ddp") -> the process of a run that has made its first step, in tmp_path / "run"."""
@@ -157,7 +166,7 @@ def started(workspace, tmp_path):
     return run
 
 
-def test_stopped_and_killed_and_resumed(run_script, workspace, started, tmp_path):
+def test_stopped_and_killed_and_resumed(unkilled, workspace, started, tmp_path):
     """SIGTERM saves and ends well; then one SIGKILL, of which tests/faults/kill_training.py makes more."""
     process = started("one process")
     process.send_signal(signal.SIGTERM)
@@ -168,8 +177,17 @@ def test_stopped_and_killed_and_resumed(run_script, workspace, started, tmp_path
     words = kill_training.command("one process", workspace, tmp_path / "run")
     assert kill_training.kill_once(words, tmp_path / "log", random.Random(1))
     kill_training.finish(words, tmp_path / "log")
-    run_script(kill_training.arguments(workspace, tmp_path / "whole")).check()
-    assert kill_training.same_adapter(tmp_path / "whole", tmp_path / "run")
+    assert kill_training.same_adapter(unkilled, tmp_path / "run")
+
+
+@pytest.mark.parametrize("fault, step", [*zip(kill_training.BROKEN, (kill_training.STEPS, 6, 6), strict=True)])
+def test_the_harness_finds_a_broken_program_out(run_script, unkilled, workspace, tmp_path, monkeypatch, fault, step):
+    """Its comparison does; with kills, `tests/faults/kill_training.py --self_test` shows the same."""
+    shutil.copytree(unkilled / f"checkpoint-{step}", tmp_path / f"checkpoint-{step}")
+    name, value = kill_training.BROKEN[fault]
+    monkeypatch.setattr(name, eval(value, {"Trainer": Trainer}))
+    run_script(kill_training.arguments(workspace, tmp_path)).check()
+    assert "weights differ" in kill_training.difference(unkilled, tmp_path)
 
 
 def test_resumed_under_zero3(run_ranks, workspace, tmp_path):

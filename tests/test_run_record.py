@@ -3,11 +3,13 @@
 import json
 import math
 import shutil
+import sys
 from types import SimpleNamespace
 
 from utils.batching import PaddingCollator
 from utils.checkpoint import load_model
-from utils.run_record import Curves
+from utils.run_record import Curves, shown_command
+from utils.secrets import HIDDEN, hide_secrets
 from utils.token_dataset import hold_out, load_examples
 
 import pytest
@@ -19,6 +21,7 @@ FLAGS = (
     "--lora_rank 4 --learning_rate 2e-3 --lr_scheduler_type constant --per_device_train_batch_size 2 "
     "--logging_steps 1 --save_steps 2"
 )
+SECRET = "hf_thatNobodyMayRead"
 
 
 @pytest.fixture(scope="module")
@@ -35,8 +38,26 @@ def train(run_script, tokens):
 @pytest.fixture(scope="module")
 def whole(train, tmp_path_factory):
     path = tmp_path_factory.mktemp("whole")
-    train(path, "--max_steps 4 --eval_fraction 0.1 --eval_on_start --report_to tensorboard").check()
+    flags = "--max_steps 4 --eval_fraction 0.1 --eval_on_start --report_to tensorboard"
+    train(path, f"{flags} --hub_token={SECRET}").check()
     return path
+
+
+def test_no_file_of_a_run_holds_a_secret(whole):
+    files = [path for path in whole.rglob("*") if path.is_file()]
+    assert len(files) > 20 and not [path for path in files if SECRET.encode() in path.read_bytes()]
+    assert f"--hub_token={HIDDEN}" in json.loads((whole / "run.json").read_text())["command"]
+    assert f"--hub_token={HIDDEN}" in (whole / "train.log").read_text()
+
+
+def test_secrets_are_told_by_name(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["x.py", "--hub_t", "hf_first1", "--db-password=second2", "--seed", "third3"])
+    monkeypatch.setenv("WANDB_API_KEY", "fourth4")
+    monkeypatch.setenv("PACK_TOKENS", "fifth5")
+    assert shown_command() == f"x.py --hub_t '{HIDDEN}' '--db-password={HIDDEN}' --seed third3"
+    values = {"text": ["hf_first1 second2 third3 fourth4 fifth5"], "api_key": "sixth", "hub_token": None}
+    shown = {"text": [f"{HIDDEN} {HIDDEN} third3 {HIDDEN} fifth5"], "api_key": HIDDEN, "hub_token": None}
+    assert hide_secrets(values) == shown
 
 
 def metrics(directory):

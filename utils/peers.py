@@ -16,7 +16,7 @@ from utils.interrupts import Interrupted
 import torch
 
 BEAT = 1.0  # seconds
-MISSED_BEATS = 3
+MISSED_BEATS = 2
 SILENCE = 30.0  # seconds without a sign of life, after which a process counts as lost
 KILLED = "was killed, perhaps for want of memory (dmesg says so)"
 VERDICT = SILENCE + 10  # seconds that a process whose connection broke waits to learn whose fault it was

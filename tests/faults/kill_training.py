@@ -1,9 +1,12 @@
 """
 python tests/faults/kill_training.py --kills 50
 
-Kills training, launcher and workers, with SIGKILL at random moments, in steps and in the writing of checkpoints, and
-starts it again with --resume_from_checkpoint latest until it ends: the adapter must be, bit for bit, that of the run
-that nobody killed. Goes through the launchers in turn. Prints one line a round; the last line is JSON.
+Kills training, launcher and workers, with SIGKILL at random moments, in steps, in the writing of checkpoints, and
+between the last one and the end, and starts it again with --resume_from_checkpoint latest until it ends: the adapter
+must be, bit for bit, that of the run that nobody killed. Goes through the launchers in turn. Prints one line a round;
+the last line is JSON. The learning rate is constant, so that each step, also one too many, changes the adapter.
+
+--self_test runs rounds with programs that are broken on purpose, see BROKEN: each must be found out.
 """
 
 import argparse
@@ -38,13 +41,20 @@ LAUNCHERS = {
     "zero3 one process": ("python", "--deepspeed ds_config_zero3.json"),
 }
 STEPS = 12
+# What a broken program has in place of what it should have: a name, and an expression of its value.
+BROKEN = {
+    "a finished run makes another step": ("utils.training.AdapterTrainer._run_epoch", "Trainer._run_epoch"),
+    "the optimizer's state is lost": ("transformers.Trainer._load_optimizer_and_scheduler", "lambda *_: None"),
+    "rows are trained on twice": ("transformers.trainer.skip_first_batches", "lambda loader, count: loader"),
+}
 
 
 def arguments(work: Path, output_dir: Path) -> str:
     """The script and its flags, whatever launches it."""
     return (
         f"multi_gpu_fintune_belle.py --dataset_path {work}/tokens --model_name_or_path data/chatglm-tiny "
-        f"--lora_rank 4 --lora_dropout 0.1 --learning_rate 2e-3 --max_steps {STEPS} --save_steps 1 "
+        f"--lora_rank 4 --lora_dropout 0.1 --learning_rate 2e-3 --lr_scheduler_type constant "
+        f"--max_steps {STEPS} --save_steps 1 "
         f"--save_total_limit 2 --per_device_train_batch_size 2 --logging_steps 1 --packing --pack_tokens 256 "
         f"--output_dir {output_dir} --resume_from_checkpoint latest"
     )
@@ -53,6 +63,17 @@ def arguments(work: Path, output_dir: Path) -> str:
 def command(launcher: str, work: Path, output_dir: Path) -> list[str]:
     start, flags = LAUNCHERS[launcher]
     return shlex.split(f"{start.format(port=free_port())} {arguments(work, output_dir)} {flags}")
+
+
+def broken_command(fault: str, work: Path, output_dir: Path) -> list[str]:
+    """The script as one process, with a fault of BROKEN."""
+    name, value = BROKEN[fault]
+    (work / "broken.py").write_text(
+        "import runpy, sys, pytest\nfrom transformers import Trainer\n"
+        f"sys.path.insert(0, {str(ROOT)!r})\nsys.argv = sys.argv[1:]\n"
+        f"pytest.MonkeyPatch().setattr({name!r}, {value})\nrunpy.run_path(sys.argv[0], run_name='__main__')\n"
+    )
+    return [sys.executable, str(work / "broken.py"), *shlex.split(arguments(work, output_dir))]
 
 
 def start(words: list[str], log: Path) -> subprocess.Popen:
@@ -87,11 +108,17 @@ def wait_for_a_step(process: subprocess.Popen, log: Path) -> None:
         time.sleep(0.02)
 
 
-def kill_once(words: list[str], log: Path, moment: random.Random) -> bool:
-    """Starts training and kills all of it some time after its first step; whether it was still running then."""
+def kill_once(words: list[str], log: Path, moment: random.Random, last: Path | None = None) -> bool:
+    """
+    Starts training and kills all of it some time after its first step, or after the checkpoint `last` is there;
+    whether it was still running then.
+    """
     process = start(words, log)
     wait_for_a_step(process, log)
-    time.sleep(moment.uniform(0, 1))
+    if last:
+        while process.poll() is None and not last.is_dir():
+            time.sleep(0.002)
+    time.sleep(moment.uniform(0, 0.1 if last else 1))
     killed = process.poll() is None
     if killed:
         for pid in descendants(process.pid):
@@ -123,26 +150,52 @@ def same_adapter(first: Path, second: Path) -> bool:
 
 
 def reference(launcher: str, work: Path) -> Path:
-    """The adapter of the run that nobody kills."""
+    """The adapter of the run that nobody kills, and that is started again when it has ended, which changes nothing."""
     path = work / f"reference {launcher}".replace(" ", "-")
     if not path.exists():
-        finish(command(launcher, work, path), work / "log")
+        finish_twice(command(launcher, work, path), work / "log", path)
     return path
 
 
-def run_round(launcher: str, work: Path, kills: int, moment: random.Random) -> int:
-    """One run killed up to `kills` times; how often it was. Raises RuntimeError where its adapter is another one."""
-    expected, output_dir, log = reference(launcher, work), work / "killed", work / "log"
+def finish_twice(words: list[str], log: Path, output_dir: Path) -> None:
+    """Raises RuntimeError where a finished run that is started again gets another adapter."""
+    finish(words, log)
+    before = output_dir / "before"
+    before.mkdir()
+    shutil.copy(output_dir / "adapter_model.safetensors", before)
+    finish(words, log)
+    if differs := difference(before, output_dir):
+        raise RuntimeError(f"{shlex.join(words)}: finished, and started again: {differs}")
+
+
+def run_round(words: list[str], expected: Path, output_dir: Path, kills: int, moment: random.Random) -> int:
+    """
+    One run killed up to `kills` times, the last time when its last checkpoint is there; how often it was. Raises
+    RuntimeError where its adapter is not the one in `expected`.
+    """
+    log, count = output_dir.with_name("log"), 0
     shutil.rmtree(output_dir, ignore_errors=True)
-    words, count = command(launcher, work, output_dir), 0
-    for _ in range(kills):
-        if not kill_once(words, log, moment):
+    for kill in range(kills):
+        last = output_dir / f"checkpoint-{STEPS}" if kill + 1 == kills else None
+        if not kill_once(words, log, moment, last):
             break
         count += 1
     finish(words, log)
     if differs := difference(expected, output_dir):
-        raise RuntimeError(f"{launcher}: after {count} kills the adapter is another one: {differs}")
+        raise RuntimeError(f"{shlex.join(words)}: after {count} kills the adapter is another one: {differs}")
     return count
+
+
+def self_test(work: Path, moment: random.Random) -> None:
+    """Raises RuntimeError where a broken program passes for a good one."""
+    expected, output_dir = reference("one process", work), work / "killed"
+    for fault in BROKEN:
+        try:
+            run_round(broken_command(fault, work, output_dir), expected, output_dir, 2, moment)
+        except RuntimeError as error:
+            print(f"found out: {fault}: {str(error).splitlines()[0]}", flush=True)
+        else:
+            raise RuntimeError(f"not found out: {fault}")
 
 
 def prepare(work: Path) -> None:
@@ -158,14 +211,19 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--launchers", nargs="+", choices=LAUNCHERS, default=list(LAUNCHERS))
+    parser.add_argument("--self_test", action="store_true")
     args = parser.parse_args()
     moment, done = random.Random(args.seed), dict.fromkeys(args.launchers, 0)
     with tempfile.TemporaryDirectory() as directory:
         work = Path(directory)
         prepare(work)
+        if args.self_test:
+            return self_test(work, moment)
         while sum(done.values()) < args.kills:
             launcher = min(done, key=done.get)
-            count = run_round(launcher, work, min(5, args.kills - sum(done.values())), moment)
+            expected, output_dir = reference(launcher, work), work / "killed"
+            kills = min(5, args.kills - sum(done.values()))
+            count = run_round(command(launcher, work, output_dir), expected, output_dir, kills, moment)
             done[launcher] += count
             print(f"{launcher}: killed {count} times, the same adapter", flush=True)
     print(json.dumps({"kills": sum(done.values()), "by_launcher": done, "different_adapters": 0}))
