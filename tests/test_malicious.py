@@ -192,7 +192,8 @@ FILES = [
     ({"a": torch.ones(4, dtype=torch.complex64)}, "a is complex64; a weight is float16, bfloat16"),
     ({"a": torch.ones(4, dtype=torch.bool)}, "a is bool"),
     ({"a": torch.ones(4, dtype=torch.int64)}, "a is int64"),
-    ({"a" * 2000: torch.ones(4)}, "whose name has 2,000 characters"),
+    ({"a" * 2000: torch.ones(4)}, "weight of the name 'aaa.*2,000 characters"),
+    ({"a\n.b": torch.ones(4)}, r"weight of the name 'a\\n.b'"),
     ({3: torch.ones(4)}, "names and tensors alone"),
     ({"a": {"b": torch.ones(4)}}, "names and tensors alone"),
 ]

@@ -68,7 +68,14 @@ CALL = [
 
 def test_tools_are_rendered_as_the_base_does_or_refused():
     tokenizer, user = load_tokenizer(str(GOLDEN / "glm-4-9b-chat-tiny")), [{"role": "user", "content": "hello"}]
-    for base in (None, "{{ broken", "{% for x in y %}"):
+    endless = "{% for i in range(10**5) %}{% for j in range(10**5) %}{% endfor %}{% endfor %}"  # not run by a merge
+    for base in (
+        None,
+        "{{ broken",
+        endless,
+        "{{ tools | no_such_filter }}",
+        "{% macro text(x) %}{% endmacro %}" + "(" * 9999,
+    ):
         tokenizer.chat_template = base
         fast = fast_tokenizer(tokenizer)
         for chat, tools in (

@@ -1,5 +1,6 @@
 """A base model with an adapter in its weights, written as a checkpoint of its own."""
 
+import itertools
 import json
 import re
 import shutil
@@ -127,7 +128,7 @@ def _refuse_link(directory: Path, name: str) -> None:
     """
     root = directory.resolve()
     allowed = [root, root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [root]
-    for file in (directory / name, *(directory / name).glob("**/*")):
+    for file in itertools.chain([directory / name], (directory / name).glob("**/*")):
         if file.exists() and not any(file.resolve().is_relative_to(place) for place in allowed):
             raise UsageError(f"{file} is a link to {file.resolve()}, which a merge does not copy: put the file there")
 

@@ -106,8 +106,10 @@ def read_tensors(file: Path) -> Iterator[tuple[str, torch.Tensor]]:
     """
     refuse_pointer(file)
     for key, tensor in _safetensors(file) if file.suffix == ".safetensors" else _pickled(file):
-        if len(key) > LONGEST_NAME:
-            raise UsageError(f"{file} has a weight whose name has {len(key):,} characters: do not use it")
+        if len(key) > LONGEST_NAME or not key.isprintable():
+            raise UsageError(
+                f"{file} has a weight of the name {key[:40]!r}... ({len(key):,} characters): do not use it"
+            )
         if tensor.dtype not in DTYPES:
             names = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
             raise UsageError(f"{file}: {key} is {str(tensor.dtype).removeprefix('torch.')}; a weight is {names}")

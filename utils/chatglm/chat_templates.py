@@ -8,11 +8,12 @@ role's newline and a text that begins with white space. `keep_apart` has a token
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 from utils.chatglm.tokenization_chatglm2 import PREFIX, ChatGLM2Tokenizer, ChatGLM3Tokenizer
 from utils.chatglm.tokenization_glm4 import PREFIX as GLM4_PREFIX
 
-from jinja2 import TemplateError
+from jinja2 import Environment, TemplateError, meta, nodes
 from tokenizers import Tokenizer, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerBase
 
@@ -80,6 +81,7 @@ ALPACA = (
 )
 # In ChatGLM3 each text is encoded apart and opens with a blank; in GLM-4 the newline is, which matters before another.
 BLANK = "{{- ' ' -}}"
+PROBE = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "hello"}]
 BREAK = r"{%- if message['content'] is string and not message['content'][:1] | trim -%}{{- '\ufdd1' -}}{%- endif -%}"
 
 
@@ -109,31 +111,41 @@ def chat_template(
     opening, base = OPENING.replace("FORM", form), tokenizer.chat_template
     if isinstance(base, str) and base.startswith(opening):  # the base is a merged checkpoint of the same form
         return base
-    tools = _renders_tools(tokenizer)
-    other = REFUSED if tools is None else base if tools == "argument" else TOOLS_ARGUMENT.strip() + base
     head = HEAD.strip().replace("TOKENS", repr(list(special_tokens)))
     body = body.strip().replace("PREFIX", prefix)
-    return f"{opening}{head}{{%- if chat.plain -%}}{body}{{%- else -%}}{other}{{%- endif -%}}"
+
+    def complete(other: str) -> str:
+        return f"{opening}{head}{{%- if chat.plain -%}}{body}{{%- else -%}}{other}{{%- endif -%}}"
+
+    def render(template: str) -> str:
+        return tokenizer.apply_chat_template(PROBE, chat_template=template, tokenize=False)
+
+    with_tools = _part_for_tools(base)
+    if with_tools:
+        try:
+            if render(complete(with_tools)) == render(complete(REFUSED)):
+                return complete(with_tools)
+        except TemplateError:  # the base's template is none that transformers can compile
+            pass
+    return complete(REFUSED)
 
 
-def _renders_tools(tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """Where a tokenizer's own template takes tools from: "argument", "message", or None."""
-    template = tokenizer.chat_template
+def _part_for_tools(template: Any) -> str | None:
+    """What renders chats with tools by a base's own template; None where it has none. The template is not run."""
     if not isinstance(template, str) or template.startswith(OPENING.partition("FORM")[0]):
         return None
-    tools = [{"type": "function", "function": {"name": "get_weather", "description": "", "parameters": {}}}]
-    user = {"role": "user", "content": "hello"}
-    for place, messages, argument in (
-        ("argument", [user], tools),
-        ("message", [{"role": "system", "content": "", "tools": tools}, user], None),
-    ):
-        try:
-            text = tokenizer.apply_chat_template(messages, tools=argument, tokenize=False, add_generation_prompt=True)
-        except (TemplateError, TypeError, ValueError, AttributeError, KeyError):
-            return None
-        if "get_weather" in text:
-            return place
-    return None
+    try:
+        parsed = Environment(extensions=["jinja2.ext.loopcontrols"]).parse(template)
+        as_argument = "tools" in meta.find_undeclared_variables(parsed)
+    except (TemplateError, RecursionError):
+        return None
+    if as_argument:
+        return template
+    of_messages = any(
+        getattr(node, "attr", None) == "tools" or getattr(getattr(node, "arg", None), "value", None) == "tools"
+        for node in parsed.find_all((nodes.Getattr, nodes.Getitem))
+    )
+    return TOOLS_ARGUMENT.strip() + template if of_messages else None
 
 
 def keep_apart(tokenizer: Tokenizer) -> None:
