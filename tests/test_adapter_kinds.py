@@ -181,11 +181,12 @@ REFUSED = [
     ({"target_modules": ["none"]}, "match no layer"),
     ({"target_modules": ["q_proj", "v_proj", "embed_tokens"]}, "embed_tokens is an embedding"),
     ({"r": 8}, r"is \(4, 64\), not \(8, 64\)"),
-    ({"r": True}, "r is True, not a whole number above 0"),
+    ({"r": True}, "r is True, not a whole number from 1"),
     ({"r": 0}, "r is 0"),
     ({"rank_pattern": {"q_proj": 2}}, r"is \(4, 64\), not \(2, 64\)"),
     ({"rank_pattern": {"q_proj": "4"}}, "rank_pattern is a dict, not names and ranks"),
     ({"lora_alpha": "8"}, "lora_alpha is '8', not a number"),
+    ({"lora_alpha": 1e300}, "lora_alpha is 1e.300, not a number up to"),
     ({"alpha_pattern": [1]}, "alpha_pattern is a list"),
     ({"rank_pattern": {"(": 4}}, "rank_pattern is no regular expression: .*missing"),
 ]

@@ -152,7 +152,7 @@ def test_an_adapter_that_would_import_or_take_memory(tmp_path):
     for number, (values, words) in enumerate(
         [
             ({"megatron_config": {"a": 1}, "megatron_core": "evil"}, "names code to import"),
-            ({"r": 10**9}, r"is \(4, 64\), not \(1000000000, 64\)"),
+            ({"r": 10**9}, "r is 1000000000, not a whole number"),
             ({"r": "8"}, "r is '8', not a whole number"),
             ({"peft_type": "IA3"}, "only LORA"),
         ]

@@ -33,6 +33,7 @@ PRINCIPAL_INITS = ("pissa", "olora")  # which take a part out of it that the bas
 MERGE = "merge the adapter where it was trained (PEFT's merge_and_unload), and pass the merged model"
 CONVERT = "save it with path_initial_model_for_weight_conversion, as PEFT's documentation of save_pretrained shows"
 LAYER = r".*?\.[^.]*\.(?P<idx>\d+)\..*"  # PEFT's: the first number in a name that stands behind two names
+LARGEST = 1 << 20  # rank and alpha, which stay far below; larger ones make weights that are not finite
 SECONDS = 10  # for the regular expressions of a configuration; PEFT's own of a real adapter need milliseconds
 MATCHER = """
 import json, re, sys
@@ -194,8 +195,8 @@ def read_config(file: Path) -> AdapterConfig:
     )
     return AdapterConfig(
         file=file,
-        rank=value_of("r", 8, "a whole number above 0", _is_rank),
-        alpha=value_of("lora_alpha", 8, "a number", _is_alpha),
+        rank=value_of("r", 8, "a whole number from 1 to 1,048,576", _is_rank),
+        alpha=value_of("lora_alpha", 8, "a number up to 1,048,576", _is_alpha),
         use_rslora=value_of("use_rslora", False, "true or false", lambda value: type(value) is bool),
         init=init,
         targets=targets if isinstance(targets, str) else frozenset(targets),
@@ -216,11 +217,11 @@ def _each(value: Any, fits: Callable[[Any], bool]) -> bool:
 
 
 def _is_rank(value: Any) -> bool:
-    return type(value) is int and value > 0
+    return type(value) is int and 0 < value <= LARGEST
 
 
 def _is_alpha(value: Any) -> bool:
-    return type(value) in (int, float) and abs(value) < math.inf
+    return type(value) in (int, float) and abs(value) <= LARGEST
 
 
 def _shown(value: Any) -> str:
