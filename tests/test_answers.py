@@ -316,6 +316,52 @@ def test_killed_inference_loses_nothing(tmp_path):
     assert kill_inference.torture(tmp_path, kills=1, seed=1)["kills"] == 1
 
 
+JOURNALIST = """
+import json, os, sys, time
+fault, source, out = sys.argv[1], *(sys.argv[sys.argv.index(flag) + 1] for flag in ("--input_path", "--output_path"))
+journal, known = out + ".partial-0", {}
+if fault != "does not read its journal" and os.path.exists(journal):
+    whole = [line for line in open(journal) if line.endswith("\\n")]
+    known = {row["index"]: row for row in map(json.loads, whole)}
+before = len(known)
+if fault == "answers otherwise after a kill":
+    print(file=open(out, "w")) if before else None
+size = 1 << 20 if fault == "writes its journal at the end" else 1
+with open(journal, "w" if fault == "begins its journal anew" else "a", buffering=size) as file:
+    for index, prompt in enumerate(open(source)):
+        if index not in known:
+            time.sleep(0.02)
+            known[index] = {"index": index, "answer": prompt}
+            print(json.dumps(known[index]), file=file)
+with open(out + ".tmp", "w") as file:
+    json.dump([known[index]["answer"] for index in sorted(known)], file)
+os.replace(out + ".tmp", out)
+os.remove(journal)
+print(json.dumps({"answered_before": before}))
+"""
+
+
+@pytest.mark.parametrize(
+    "fault, words",
+    [
+        ("none", None),
+        ("writes its journal at the end", "a kill would lose the others"),
+        ("does not read its journal", "answered again|taken over"),
+        ("begins its journal anew", "answers are lost"),
+        ("answers otherwise after a kill", "not that of a run that nobody killed"),
+    ],
+)
+def test_the_harness_finds_a_program_that_loses_answers(tmp_path, fault, words):
+    """By a program that does nothing but keep answers, with each fault that it can have."""
+    (tmp_path / "journalist.py").write_text(JOURNALIST)
+    script = f"{tmp_path}/journalist.py '{fault}'"
+    if words is None:
+        assert kill_inference.torture(tmp_path, kills=2, seed=1, script=script)["taken_over"] > 0
+        return
+    with pytest.raises(RuntimeError, match=words):
+        kill_inference.torture(tmp_path, kills=2, seed=1, script=script)
+
+
 def test_the_benchmark_runs(run_script):
     command = (
         "benchmarks/inference_throughput.py --shape tiny-glm --batch_size 3 --prompt_tokens 9 --new_tokens 6 "

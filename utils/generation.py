@@ -226,7 +226,7 @@ def answer_rows(
     waiting = [request for request in requests if request.index not in known]
     if known:
         print_once(f"{len(known)} of {len(requests)} rows were answered before: {len(waiting)} are left")
-    positions = getattr(model.config, "max_position_embeddings", None) or model.config.max_sequence_length
+    positions = model.config.max_position_embeddings  # of ChatGLM-6B too, by its attribute map
     if longer := sum(len(request.input_ids) > positions for request in waiting):
         print_once(f"{longer} prompts have more than the {positions} tokens that the model was made for")
     clock, started = Clock(), time.perf_counter()

@@ -1,9 +1,10 @@
 """
 python tests/faults/kill_inference.py --kills 50
 
-Kills batch inference with SIGKILL at random moments, every third time one process of two, and runs the same command
-again: the output is not there until it is complete, what was answered stays answered, and the file in the end is, byte
-for byte, that of a run that nobody killed. The last line is JSON.
+Kills batch inference with SIGKILL, every third time one process of two, and runs the same command again: the output is
+not there until it is complete, what was answered before a kill is taken over and not computed again, and the file in
+the end is, byte for byte, that of a run that nobody killed. Every other kill comes when the journals hold a number of
+answers, the rest at random moments. The last line is JSON.
 """
 
 import argparse
@@ -25,46 +26,83 @@ from utils.distributed import free_port
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 ROWS = 60
-SCRIPT = (
-    "chatglm_milti_gpu_inference.py --model_name_or_path data/chatglm-tiny --input_path {work}/rows.jsonl "
-    "--output_path {out} --batch_size 4 --max_new_tokens 24"
+LEAST_GROWTH = 4  # sizes that a journal of ROWS answers is seen to have; one that is written at the end has one
+LONGEST = 300.0  # seconds of a run
+LOOK = 0.005  # seconds between two looks at the journals
+SCRIPT = "chatglm_milti_gpu_inference.py"
+FLAGS = (
+    "--model_name_or_path data/chatglm-tiny --input_path {work}/rows.jsonl --output_path {out} --batch_size 4 "
+    "--max_new_tokens 24"
 )
 
 
-def start(work: Path, out: Path, processes: int) -> subprocess.Popen:
-    launcher = sys.executable
-    if processes > 1:
-        launcher += f" -m torch.distributed.run --nproc_per_node {processes} --master_port {free_port()}"
-    words = shlex.split(f"{launcher} {SCRIPT.format(work=work, out=out)}")
-    return subprocess.Popen(words, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True)
+class Run:
+    """One start of the command, its journals watched."""
+
+    def __init__(self, work: Path, out: Path, processes: int = 1, script: str = SCRIPT):
+        launcher = sys.executable
+        if processes > 1:
+            launcher += f" -m torch.distributed.run --nproc_per_node {processes} --master_port {free_port()}"
+        words = shlex.split(f"{launcher} {script} {FLAGS.format(work=work, out=out)}")
+        self.out, self.processes, self.sizes = out, processes, {len(answered(out))}
+        self.before = answered(out)
+        pipe = subprocess.PIPE
+        self.process = subprocess.Popen(words, cwd=ROOT, stdout=pipe, stderr=pipe, text=True, start_new_session=True)
+
+    def wait(self, seconds: float, answers: int = ROWS + 1) -> bool:
+        """Whether it runs still after so long, or as soon as the journals hold so many answers."""
+        end = time.monotonic() + seconds
+        while self.process.poll() is None and time.monotonic() < end:
+            self.sizes.add(len(answered(self.out)))
+            if max(self.sizes) >= answers:
+                break
+            time.sleep(LOOK)
+        return self.process.poll() is None
+
+    def kill(self, moment: random.Random) -> None:
+        targets = self._workers() if self.processes > 1 else []
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(moment.choice(targets) if targets else self.process.pid, signal.SIGKILL)
+
+    def _workers(self) -> list[int]:
+        """The processes that the launcher started."""
+        with contextlib.suppress(OSError):
+            children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text()
+            return [int(process_id) for process_id in children.split()]
+        return []
+
+    def finish(self) -> int:
+        """The exit code; with 0, what the summary says was checked against what the journals held at the start."""
+        self.wait(LONGEST)
+        printed, error = self.process.communicate(
+            timeout=LONGEST
+        )  # the processes that are left end by themselves, soon
+        if self.process.returncode > 0 and "was killed" not in error and "SIGKILL" not in error:
+            raise RuntimeError(f"it failed by itself:\n{error}")
+        if self.process.returncode == 0:
+            taken = json.loads(printed.splitlines()[-1])["answered_before"]
+            if taken < len(self.before):
+                raise RuntimeError(f"{len(self.before)} rows were answered before, and {taken} were taken over")
+        return self.process.returncode
 
 
-def workers_of(process: subprocess.Popen) -> list[int]:
-    """The processes that the launcher started."""
-    with contextlib.suppress(OSError):
-        return [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
-    return []
-
-
-def answered(out: Path) -> set[int]:
+def records(out: Path) -> list[int]:
     """The rows in whole lines of the journals."""
-    found = set()
+    found = []
     for journal in out.parent.glob(f"{out.name}.partial-*"):
-        data = journal.read_bytes()
-        lines = data[: data.rfind(b"\n") + 1].splitlines()
-        found |= {row["index"] for row in map(json.loads, lines) if "index" in row}
+        with contextlib.suppress(FileNotFoundError):
+            data = journal.read_bytes()
+            lines = data[: data.rfind(b"\n") + 1].splitlines()
+            found += [row["index"] for row in map(json.loads, filter(None, lines)) if "index" in row]
     return found
 
 
-def finish(process: subprocess.Popen) -> int:
-    _, err = process.communicate(timeout=120)  # the processes that are left end by themselves, soon
-    if process.returncode > 0 and b"was killed" not in err and b"SIGKILL" not in err:
-        raise RuntimeError(f"it failed by itself:\n{err.decode()}")
-    return process.returncode
+def answered(out: Path) -> set[int]:
+    return set(records(out))
 
 
-def torture(work: Path, kills: int, seed: int) -> dict[str, int]:
-    """Raises RuntimeError where an answer is lost, doubled or changed."""
+def torture(work: Path, kills: int, seed: int, script: str = SCRIPT) -> dict[str, int]:
+    """Raises RuntimeError where an answer is lost, doubled, changed or computed again."""
     moment, runs = random.Random(seed), 0
     words = ("今天天气怎么样", "谢谢", "你好", "小明昨天在公园看书", "改成一个问题")
     with (work / "rows.jsonl").open("w", encoding="utf-8") as file:
@@ -72,39 +110,46 @@ def torture(work: Path, kills: int, seed: int) -> dict[str, int]:
             file.write(json.dumps({"prompt": f"{moment.choice(words)}{number}"}, ensure_ascii=False) + "\n")
     whole, out = work / "whole.jsonl", work / "answers.jsonl"
     began = time.monotonic()
-    if finish(start(work, whole, 1)):
+    first = Run(work, whole, script=script)
+    if first.finish():
         raise RuntimeError("the run that nobody kills failed")
+    if len(first.sizes) < LEAST_GROWTH:
+        raise RuntimeError(
+            f"its journal held {sorted(first.sizes)} answers while it ran: a kill would lose the others"
+        )
     seconds = time.monotonic() - began
-    killed = 0
+    killed = taken = 0
     while killed < kills:
-        known, processes = answered(out), 2 if killed % 3 == 2 else 1
-        process = start(work, out, processes)
+        known = answered(out)
+        run = Run(work, out, 2 if killed % 3 == 2 else 1, script)
         runs += 1
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(timeout=moment.uniform(0.3, 1.0) * seconds)
-        if process.poll() is None:
-            targets = workers_of(process) if processes > 1 else []
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(moment.choice(targets) if targets else process.pid, signal.SIGKILL)
+        if killed % 2 == 0:  # at an answer
+            running = run.wait(LONGEST, answers=min(len(known) + moment.randint(1, ROWS // 3), ROWS - 4))
+        else:
+            running = run.wait(moment.uniform(0.3, 1.0) * seconds)
+        if running:
+            run.kill(moment)
             killed += 1
-        code = finish(process)
+        code = run.finish()
+        if len(records(out)) > len(answered(out)):
+            raise RuntimeError("a row was answered again")
         if out.exists():  # also where the command was killed behind its last step
+            taken += len(known)
             if out.read_bytes() != whole.read_bytes():
                 raise RuntimeError("the output is not that of a run that nobody killed")
-            for journal in out.parent.glob(f"{out.name}.partial-*"):
-                journal.unlink()
-            for file in (out, out.with_name(f".{out.name}.settings.json")):
-                file.unlink(missing_ok=True)
+            for file in out.parent.glob(f"*{out.name}*"):
+                file.unlink()
         elif code == 0:
             raise RuntimeError("the command ended without an output")
         elif not known <= answered(out):
             raise RuntimeError(f"{len(known - answered(out))} answers are lost")
+    taken += len(answered(out))
     for _ in range(2):
-        if code := finish(start(work, out, 1)):
+        if code := Run(work, out, script=script).finish():
             raise RuntimeError(f"it ends with {code} though nobody killed it")
         if out.read_bytes() != whole.read_bytes() or answered(out):
             raise RuntimeError("the last output is not that of a run that nobody killed")
-    return {"kills": killed, "runs": runs + 3, "rows": ROWS}
+    return {"kills": killed, "runs": runs + 3, "rows": ROWS, "taken_over": taken}
 
 
 def main() -> None:
