@@ -11,7 +11,6 @@ import contextlib
 import os
 import queue
 import sys
-import tempfile
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -24,6 +23,7 @@ from utils.checkpoint import load_tokenizer
 from utils.errors import Faults, UsageError, run
 from utils.inference_options import check_adapters, check_sampling, resolve_dtype, resolve_template
 from utils.lora import load_adapter
+from utils.own_caches import own_cache
 from utils.placement import dispatch, input_device
 from utils.prompts import TEMPLATES, ChatGLMTemplate, encode_prompt
 from utils.quantization import BITS
@@ -335,19 +335,19 @@ def main() -> None:
     if not args.web:
         talk(open_chat(args), choices)
         return
-    with tempfile.TemporaryDirectory(prefix="chat-") as directory:
-        os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_TEMP_DIR": directory}  # /tmp/gradio is everybody's
-        try:
-            import gradio  # noqa: F401
-        except ImportError:
-            raise UsageError("--web: gradio is not installed: pip install -r tools/requirements.txt") from None
-        from tools.page_doors import bind, serve
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    os.environ.setdefault("GRADIO_TEMP_DIR", str(own_cache("gradio")))  # by default /tmp/gradio, which is everybody's
+    try:
+        import gradio  # noqa: F401
+    except ImportError:
+        raise UsageError("--web: gradio is not installed: pip install -r tools/requirements.txt") from None
+    from tools.page_doors import bind, serve
 
-        bound = bind(args.host, args.port)
-        app = make_app(open_chat(args), choices)
-        host, port = bound.getsockname()[:2]
-        print(f"the page: http://{f'[{host}]' if ':' in host else host}:{port}", flush=True)
-        serve(app, args.host, bound)
+    bound = bind(args.host, args.port)
+    app = make_app(open_chat(args), choices)
+    host, port = bound.getsockname()[:2]
+    print(f"the page: http://{f'[{host}]' if ':' in host else host}:{port}", flush=True)
+    serve(app, args.host, bound)
 
 
 if __name__ == "__main__":

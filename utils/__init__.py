@@ -1,10 +1,10 @@
 """
 What the scripts share. Importing it settles what other libraries read when they are imported, so it comes first.
 
-Compiled code is loaded from the user's own directories. Files are data, whichever library reads them. What a
-terminal lacks is written out. Progress bars are for a person at a terminal: elsewhere, and on ranks other than 0,
-there are none. Deprecations between other libraries are theirs to mend. A signal that comes while a script imports
-ends it with one line.
+Compiled code is loaded from the user's own directories. Files are data, whichever library reads them. What a terminal
+cannot show is escaped. Progress bars are for a person at a terminal: elsewhere, and on ranks other than 0, there are
+none. Deprecations between other libraries are theirs to mend. A signal that comes while a script imports ends it with
+one line.
 """
 
 import io
