@@ -218,9 +218,9 @@ def test_chatglm2s_revisions(tmp_path):
     first = copy_of(V2, tmp_path / "first", {"model_type": None})
     assert Checkpoint.open(str(first)).generation is CHATGLM2
     text = "is n't it 's a , b"
-    for directory, pad, blanks in ((first, 2, "isn't it's a, b"), (tmp_path / "later", 0, text)):
-        if directory is not first:
-            copy_of(V2, directory, {"pad_token_id": 0})
+    later = copy_of(V2, tmp_path / "later", {"pad_token_id": 0})
+    codegeex = copy_of(V2, tmp_path / "codegeex", {"_name_or_path": "THUDM/codegeex2-6b"}, {"name_or_path": None})
+    for directory, pad, blanks in ((first, 2, "isn't it's a, b"), (later, 0, text), (codegeex, 0, text)):
         tokenizer = load_tokenizer(str(directory))
         assert tokenizer.pad_token_id == pad and tokenizer.unk_token == (None if pad else "<unk>")
         assert tokenizer.decode(tokenizer.encode(text, add_special_tokens=False)) == blanks

@@ -34,7 +34,9 @@ class ChatGLM2Tokenizer(VocabFileTokenizer):
 
     @staticmethod
     def options_of(config: Mapping[str, Any], vocab_file: Path) -> dict[str, Any]:
-        return {"pad_with_unk": config.get("pad_token_id") == 0}
+        # CodeGeeX2-6B has the later tokenizer, and no pad_token_id in its config.json.
+        later = "codegeex2" in str(config.get("_name_or_path")).lower().rpartition("/")[2]
+        return {"pad_with_unk": later or config.get("pad_token_id") == 0}
 
     def __init__(self, vocab_file: str, pad_with_unk: bool = False, **kwargs):
         self.vocab_file = vocab_file
