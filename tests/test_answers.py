@@ -6,12 +6,13 @@ import sys
 
 from utils.answer_files import AnswerFile
 from utils.checkpoint import Checkpoint, load_model, load_tokenizer
+from utils.columns import ColumnMap
 from utils.engine import Engine
 from utils.errors import UsageError
 from utils.generation import AnswerSettings, generate_answers
 from utils.lora import AdapterOrigin, attach_adapter, save_adapter
 from utils.prompts import template_for
-from utils.requests import Request, read_requests
+from utils.requests import PromptForm, Request, read_requests
 from utils.sampling import Sampling
 
 import pytest
@@ -100,9 +101,9 @@ def test_text_is_a_prompt_a_line(answer, tmp_path, expected):
 
 @pytest.fixture(scope="module")
 def read():
-    """read(file) -> its requests, without a model."""
+    """read(file, form) -> its requests, without a model."""
     tokenizer = load_tokenizer(str(TINY))
-    return lambda file: read_requests(str(file), tokenizer, template_for(tokenizer))
+    return lambda file, *form: read_requests(str(file), tokenizer, template_for(tokenizer), *form)
 
 
 def test_a_line_of_text_ends_at_its_newline_alone(read, tmp_path):
@@ -110,6 +111,8 @@ def test_a_line_of_text_ends_at_its_newline_alone(read, tmp_path):
     for end in ("\n", "\r\n", "\r"):
         (tmp_path / "rows.txt").write_bytes(f"\ufeff{text}{end}{end}二{end}".encode())
         assert [request.prompt for request in read(tmp_path / "rows.txt")] == [text, "二"]
+    with pytest.raises(UsageError, match="rows.txt has no column q, but line"):
+        read(tmp_path / "rows.txt", PromptForm(columns=ColumnMap.parse("prompt=q")))
     (tmp_path / "rows.csv").write_text(f"prompt\r{text}\r二\r", newline="")
     assert [request.prompt for request in read(tmp_path / "rows.csv")] == [text, "二"]
     (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": text}, ensure_ascii=False) + "\r\n", newline="")

@@ -107,7 +107,7 @@ def test_zeros_are_no_text():
 
 
 ROWS = [
-    {"instruction": f"问{i}\n？", "input": "", "output": f'"{i}" }}]', "history": [["一", "2"]]} for i in range(30)
+    {"instruction": f"问题{i}\n？", "input": "", "output": f'"{i}" }}]', "history": [["一", "2"]]} for i in range(30)
 ]
 PRETTY = [json.dumps(row, ensure_ascii=False, indent=2) for row in ROWS]
 CHATS = [{"messages": [{"role": "user", "content": f"{i}"}, {"role": "assistant", "content": "好"}]} for i in range(9)]

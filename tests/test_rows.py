@@ -53,6 +53,7 @@ def test_system_is_the_first_message(name):
 def test_what_is_empty_says_nothing(empty):
     for name in ("history", "tools", "images", "rejected"):
         assert contents(parse_row(PAIR | {name: empty, "system": " "})) == ["那呢？", "是的。"]
+    assert contents(parse_row({"messages": [SYSTEM | {"content": empty and " "}, USER, ANSWER]})) == ["问", "答"]
     trained = ANSWER | {"loss": True, "weight": 1, "train": "true", "tool_calls": empty}
     assert parse_row({"messages": [USER | {"loss": False, "weight": 0}, trained]}).untrained == ()
 

@@ -49,8 +49,8 @@ def commands(work: str, port: int | None) -> dict[str, str]:
 
 def exact_match(answers_path: Path) -> float:
     """Share of the held-out rows answered exactly, compared after NFKC, which the tokenizer applies to all text."""
-    targets = [json.loads(line)["output"] for line in (ROOT / HELD_OUT).read_text(encoding="utf-8").splitlines()]
-    answers = [json.loads(line)["answer"] for line in answers_path.read_text(encoding="utf-8").splitlines()]
+    targets = [json.loads(line)["output"] for line in (ROOT / HELD_OUT).read_bytes().splitlines()]
+    answers = [json.loads(line)["answer"] for line in answers_path.read_bytes().splitlines()]
     pairs = zip(answers, targets, strict=True)
     same = sum(unicodedata.normalize("NFKC", a) == unicodedata.normalize("NFKC", t) for a, t in pairs)
     return same / len(targets)

@@ -110,7 +110,7 @@ def join(system: str, parts: Sequence[tuple[str, list[Turn]]]) -> Row:
     Raises:
         RowError: turns do not alternate, or a system message stands elsewhere than once, at the start.
     """
-    turns = [turn for _, found in parts for turn in found]
+    turns = [turn for _, found in parts for turn in found if turn != Turn("system", "")]
     columns = " and ".join(f'"{column}"' for column, found in parts if found)
     if turns and turns[0].role == "system":
         if system and system != turns[0].content:
@@ -138,6 +138,8 @@ def _parse_message(item: Any, column: str) -> Turn:
         raise RowError(f'each message needs a "role" (or "from") of "user" or "assistant", not {role!r}')
     _check_fields(item, column)
     content = _either(item, "content", "value")
+    if ROLES[name] == "system" and is_empty(content):
+        return Turn("system", "")
     if not isinstance(content, str) or not content.strip():
         raise RowError('each message needs a "content" (or "value") that holds text')
     return Turn(ROLES[name], content, _is_trained(item, column))

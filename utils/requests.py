@@ -146,6 +146,7 @@ def _rows(path: str, form: PromptForm) -> Iterator[tuple[str, PromptRow | RowErr
     if kind in SEPARATORS:
         yield from _table_rows(path, SEPARATORS[kind], form)
     elif kind == TEXT:
+        form.columns.check(["line"], path)
         plain = replace(form, column="line") if form.template is None else form
         for number, line in enumerate(_LINE_END.split(_read(path)), start=1):
             if line.strip():
