@@ -106,9 +106,7 @@ def test_zeros_are_no_text():
         decode_text("一\n二\0\n".encode(), "rows.txt")
 
 
-ROWS = [
-    {"instruction": f"问题{i}\n？", "input": "", "output": f'"{i}" }}]', "history": [["一", "2"]]} for i in range(30)
-]
+ROWS = [{"instruction": f"问题{i}\n？", "input": "", "output": f'"{i}" }}]', "system": "短"} for i in range(30)]
 PRETTY = [json.dumps(row, ensure_ascii=False, indent=2) for row in ROWS]
 CHATS = [{"messages": [{"role": "user", "content": f"{i}"}, {"role": "assistant", "content": "好"}]} for i in range(9)]
 
