@@ -26,7 +26,7 @@ from utils.distributed import (
     print_once,
     shut_down,
 )
-from utils.errors import UsageError, run
+from utils.errors import run
 from utils.fp8 import FP8
 from utils.lora import attach_adapter, scale_losses_under_zero3
 from utils.memory_estimate import resolve_checkpointing
@@ -50,6 +50,7 @@ from utils.training import (
     settle_evaluation,
 )
 from utils.training_speed import decoder_blocks, partitions_weights, resolve_compile, settle_zero3, speed_up
+from utils.training_values import as_usage_error, check_training_arguments
 
 import torch
 from peft import PeftModel
@@ -147,10 +148,9 @@ def parse_arguments(argv: list[str]):
     values.remove_unused_columns = False  # the dataset has just the columns that the collator reads
     if values.packing and values.train_sampling_strategy == BY_LENGTH:  # packs are of one length
         values.train_sampling_strategy = "random"
-    try:
+    with as_usage_error("the training flags"):
         *ours, training_args = parser.parse_dict(vars(values))
-    except ValueError as error:
-        raise UsageError(" ".join(str(error).split())) from None
+    check_training_arguments(training_args, request.dataset, values.pack_tokens if values.packing else None)
     if values.accelerator_config is None and not values.use_cpu:
         # what lies in pinned memory is copied while the step before runs
         training_args.accelerator_config.non_blocking = training_args.dataloader_pin_memory

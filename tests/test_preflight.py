@@ -50,12 +50,12 @@ def test_all_faults_at_once(faults, tmp_path):
     )
     expected = [
         "--lora_rank 0 must be at least 1",
+        "--label_smoothing_factor 0.1 cannot be used here",
         "--learning_rate -1.0 trains nothing",
         "--lora_dropout 1.0 must be",
         "--num_train_epochs 0.0 trains nothing",
-        "--eval_strategy steps needs rows to evaluate on",
         "--fp16 and --bf16 exclude each other",
-        "--label_smoothing_factor 0.1 cannot be used here",
+        "--eval_strategy steps needs rows to evaluate on",
         "--report_to wandb: not installed; pip install wandb",
         f"--deepspeed {tmp_path}/ds.json line 2 column 3: train_batch_sise is not read; is it train_batch_size?",
         f"--deepspeed {tmp_path}/ds.json line 3 column 31: min_loss_skale in fp16 is not read; is it min_loss_scale?",
@@ -224,3 +224,78 @@ def test_debug_shows_where(run_script):
     argv = ["x", "--debug", "underflow_overflow", "--debug", "--max_steps", "3"]
     assert take_debug_flag(argv) and argv == ["x", "--debug", "underflow_overflow", "--max_steps", "3"]
     assert not take_debug_flag(argv)
+
+
+WRONG_VALUES = {
+    "--seed -1": "must be at least 0",
+    "--data_seed 4294967296": "must be at most 4294967295",
+    "--learning_rate nan": "trains nothing",
+    "--adam_beta1 1.5": "must be at most 0.999",
+    "--adam_beta2 -0.1": "must be at least 0",
+    "--adam_epsilon nan": "must be at least 0",
+    "--weight_decay -1": "must be at least 0",
+    "--max_grad_norm inf": "must be at most",
+    "--warmup_steps -2": "must be at least 0",
+    "--num_train_epochs nan": "trains nothing",
+    "--logging_steps 0": "must be at least",
+    "--save_steps nan": "must be at least 0",
+    "--eval_steps -1": "must be at least 0",
+    "--save_total_limit -1": "must be at least 0",
+    "--per_device_eval_batch_size 0": "must be at least 1",
+    "--gradient_accumulation_steps 0": "must be at least 1",
+    "--neftune_noise_alpha -5": "must be at least 0",
+    "--dataloader_num_workers -1": "must be at least 0",
+    "--ddp_timeout 0": "must be at least 1",
+    "--torch_compile_backend nonsense": "is unknown: give no, eager",
+    "--use_liger_kernel True": "cannot be used here",
+    "--push_to_hub True": "cannot be used here: nothing leaves this machine",
+    "--greater_is_better True": "cannot be used here: a lower loss is better",
+    "--fsdp_config x.json": "cannot be used here",
+    "--optim galore_adamw": "cannot be used here: it trains whole weights",
+    "--report_to nonsense": "is unknown: give none, or some of",
+    "--save_strategy best": "needs rows to evaluate on",
+}
+
+
+def test_values_that_cannot_work_all_at_once(faults):
+    found = faults(" ".join(WRONG_VALUES))
+    assert len(found) == len(WRONG_VALUES), found
+    for flags, words in WRONG_VALUES.items():
+        name = flags.split()[0]
+        (line,) = [line for line in found if line.startswith(f"{name} ")]
+        assert words in line
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        ("--max_steps 0", "--max_steps 0 trains nothing"),
+        ("--eval_on_start True", "--eval_on_start needs rows to evaluate on"),
+        ("--lr_scheduler_type cosine_with_min_lr", "--lr_scheduler_type cosine_with_min_lr: .*min_lr"),
+        ("--lr_scheduler_type warmup_stable_decay", "--lr_scheduler_type warmup_stable_decay: "),
+        ("""--lr_scheduler_type cosine_with_restarts --lr_scheduler_kwargs '{"cycles": 2}'""", "argument 'cycles'"),
+        ("""--lr_scheduler_type cosine --lr_scheduler_kwargs '{"num_cycles": NaN}'""", "multiplied by 0 to 0"),
+        ("""--lr_scheduler_type polynomial --lr_scheduler_kwargs '{"lr_end": 9}'""", "lr_end"),
+        ("--lr_scheduler_kwargs '{1}'", "the training flags: "),
+        ("--lr_scheduler_type reduce_lr_on_plateau", "reduce_lr_on_plateau requires an eval strategy"),
+        ("--optim adamw_bnb_8bit", "bitsandbytes"),
+        ("--optim adamw_torch_8bit", "--optim adamw_torch_8bit: .*torchao"),
+        ("--optim schedule_free_adamw", "schedulefree"),
+        ("--optim sgd --optim_args nonsense", "--optim sgd --optim_args nonsense: "),
+        ("--optim sgd --optim_args momentum=x", "could not convert string to float"),
+        ("--dataloader_drop_last True --per_device_train_batch_size 301", "leaves no batch of 300 rows"),
+        (
+            "--dataloader_drop_last True --packing --pack_tokens 9000 --per_device_train_batch_size 99",
+            "leaves no batch",
+        ),
+        ("--dataloader_persistent_workers True", "needs --dataloader_num_workers 1 or more"),
+        ("--dataloader_prefetch_factor 2", "dataloader_prefetch_factor can only be set"),
+        ("--accelerator_config nowhere.json", "the training flags: .*nowhere.json"),
+        ("""--accelerator_config '{"batches": 1}'""", "the training flags: .*batches"),
+        ("""--gradient_checkpointing_kwargs '{"reentrant": true}'""", "--gradient_checkpointing_kwargs reentrant"),
+        ("--tf32 True", "the training flags: --tf32 requires Ampere"),
+    ],
+)
+def test_values_that_libraries_do_not_take(faults, flags, words):
+    (line,) = faults(flags)
+    assert re.search(words, line), line

@@ -1,14 +1,12 @@
 """A training request, checked as a whole before anything slow or shared begins: every fault is reported at once."""
 
 import contextlib
-import importlib.util
 import json
 import os
 from argparse import Namespace
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from utils.checkpoint import Checkpoint, load_tokenizer
 from utils.deepspeed_config import read_deepspeed_config
@@ -23,28 +21,15 @@ from utils.quantization import stored_bits
 from utils.run_checkpoints import list_checkpoints
 from utils.token_columns import Vocabulary
 from utils.token_dataset import check_origin, hold_out, is_dataset, load_examples, row_lengths, trained_rows
+from utils.training_values import check_values
 
 import datasets
 import numpy as np
 import torch
 from peft.utils import CONFIG_NAME
 from transformers import PreTrainedTokenizerBase
-from transformers.integrations import get_available_reporting_integrations
 
-# Flags of TrainingArguments that this training cannot serve: the values that change nothing, and why others cannot be.
-UNSERVED: dict[str, tuple[tuple[Any, ...], str]] = {
-    "label_smoothing_factor": ((0.0,), "the loss has no logits to smooth"),
-    "fsdp": (("", None, [], False), "accelerate launch --config_file configs/accelerate_fsdp2.yaml brings it"),
-    "auto_find_batch_size": ((False,), "a run that goes on with another batch size would be another run"),
-}
 CHECKPOINTING = ("gradient_checkpointing", "activation_checkpointing")
-AT_LEAST = {  # the smallest value of a number, by flag
-    "lora_rank": 1,
-    "pack_tokens": 1,
-    "per_device_train_batch_size": 1,
-    "gradient_accumulation_steps": 1,
-    "save_steps": 0,
-}
 
 
 @dataclass(frozen=True)
@@ -74,7 +59,7 @@ def open_request(values: Namespace) -> Request:
     dataset = eval_dataset = tokenizer = vocabulary = checkpoint = origin = template = None
     stage = None
     with faults.collect():
-        check_numbers(values)
+        check_values(values)
     with faults.collect():
         check_devices(values)
     with faults.collect():
@@ -170,48 +155,6 @@ def keep_trained(dataset: datasets.Dataset, dataset_path: str) -> datasets.Datas
     first = np.setdiff1d(np.arange(len(dataset)), trained)[0]
     print_once(f"{len(dataset) - len(trained)} rows have no token to train on and are left out, first row {first}")
     return dataset.select(trained)
-
-
-def check_numbers(values: Namespace) -> None:
-    """
-    Raises:
-        UsageError: numbers out of range, flags that exclude each other, and flags that this training cannot serve.
-    """
-    faults = Faults()
-    for name, least in AT_LEAST.items():
-        if getattr(values, name) < least:
-            faults.add(f"--{name} {getattr(values, name)} must be at least {least}")
-    if values.learning_rate <= 0:
-        faults.add(f"--learning_rate {values.learning_rate} trains nothing: give one above 0")
-    if not 0 <= values.lora_dropout < 1:
-        faults.add(f"--lora_dropout {values.lora_dropout} must be at least 0 and below 1")
-    if values.max_steps <= 0 and values.num_train_epochs <= 0:
-        faults.add(f"--num_train_epochs {values.num_train_epochs} trains nothing: give more, or --max_steps")
-    if values.eval_dataset_path and values.eval_fraction:
-        faults.add("--eval_dataset_path and --eval_fraction exclude each other: give one")
-    if not 0 <= values.eval_fraction < 1:
-        faults.add(f"--eval_fraction {values.eval_fraction} must be at least 0 and below 1")
-    evaluates = values.eval_strategy != "no" or values.load_best_model_at_end
-    if evaluates and not (values.eval_dataset_path or values.eval_fraction):
-        name = "load_best_model_at_end" if values.load_best_model_at_end else f"eval_strategy {values.eval_strategy}"
-        faults.add(f"--{name} needs rows to evaluate on: give --eval_dataset_path or --eval_fraction")
-    if values.metric_for_best_model not in (None, "loss", "eval_loss", "perplexity", "eval_perplexity"):
-        faults.add(f"--metric_for_best_model {values.metric_for_best_model}: there are loss and perplexity")
-    if values.fp16 and values.bf16:
-        faults.add("--fp16 and --bf16 exclude each other: give one")
-    for name, (served, why) in UNSERVED.items():
-        if getattr(values, name) not in served:
-            faults.add(f"--{name} {getattr(values, name)} cannot be used here: {why}")
-    reporters = values.report_to if isinstance(values.report_to, list) else [values.report_to]
-    missing = set(reporters) - {"none", "all", None, *get_available_reporting_integrations()}
-    if missing:
-        names = " ".join(sorted(missing))
-        # transformers' callback asks later versions of swanlab for a run that does not exist yet.
-        packages = names.replace("swanlab", '"swanlab<0.8"')
-        faults.add(f"--report_to {names}: not installed; pip install {packages}, or give none")
-    if "bnb" in values.optim and importlib.util.find_spec("bitsandbytes") is None:
-        faults.add(f"--optim {values.optim} needs the package bitsandbytes, which is not installed: give adamw_torch")
-    faults.report()
 
 
 def check_devices(values: Namespace) -> None:

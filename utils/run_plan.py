@@ -1,6 +1,5 @@
 """What a training run will be, and how fast: said before it starts, and all that --plan does."""
 
-import math
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -19,6 +18,7 @@ from utils.quantization import Quantization
 from utils.run_record import Bar, Curves
 from utils.token_dataset import row_lengths, trained_tokens
 from utils.training import BY_LENGTH, AdapterTrainer, data_seed, global_batch
+from utils.training_values import count_steps
 
 import torch
 from transformers import TrainingArguments
@@ -34,14 +34,6 @@ def padding_share(lengths: list[int], args: TrainingArguments) -> float:
     size = args.per_device_train_batch_size
     batches = [[lengths[row] for row in order[start : start + size]] for start in range(0, len(order), size)]
     return 1 - sum(lengths) / sum(len(batch) * max(batch) for batch in batches)
-
-
-def count_steps(items: int, args: TrainingArguments) -> int:
-    """Optimizer steps over so many rows or packs, as Trainer counts them."""
-    if args.max_steps > 0:
-        return args.max_steps
-    micro_batches = math.ceil(items / (args.per_device_train_batch_size * args.world_size))
-    return math.ceil(args.num_train_epochs * math.ceil(micro_batches / args.gradient_accumulation_steps))
 
 
 def plan(
