@@ -15,7 +15,7 @@ from utils.run_checkpoints import find_damage, list_checkpoints
 import numpy
 import pytest
 import torch
-from conftest import TINY
+from conftest import ROOT, TINY
 from safetensors.torch import save_file
 from transformers import Trainer
 
@@ -126,3 +126,16 @@ def test_causes_are_looked_for_below_what_they_led_to():
     assert explain_machine_fault(chained(full, UsageError("said already"))) is None
     assert explain_machine_fault(RunError("out of memory")) is None
     assert "CUDA out of memory" in explain_machine_fault(torch.OutOfMemoryError("CUDA out of memory. Tried to"))
+
+
+def test_a_dataset_that_is_cut_off_while_it_is_read(tmp_path):
+    """It lies in memory by its file: the process cannot go on, and says why."""
+    (tmp_path / "rows").write_bytes(b"x" * 100_000)
+    read = (
+        "import os, sys, numpy; from utils.interrupts import explain_bus_errors; explain_bus_errors()\n"
+        "rows = numpy.memmap(sys.argv[1], mode='r'); os.truncate(sys.argv[1], 0); rows.sum()"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", read, tmp_path / "rows"], cwd=ROOT, stderr=subprocess.PIPE, text=True
+    )
+    assert result.returncode == 1 and result.stderr.count("\n") == 1 and "cut off or overwritten" in result.stderr

@@ -3,8 +3,8 @@ What the scripts share. Importing it settles what other libraries read when they
 
 Compiled code is loaded from the user's own directories. Files are data, whichever library reads them. What a terminal
 cannot show is escaped. Progress bars are for a person at a terminal: elsewhere, and on ranks other than 0, there are
-none. Deprecations between other libraries are theirs to mend. A signal that comes while a script imports ends it with
-one line.
+none. Deprecations between other libraries are theirs to mend. A signal, or memory that runs out, ends a script's
+imports with one line.
 """
 
 import io
@@ -12,10 +12,14 @@ import os
 import sys
 import warnings
 
-from utils.interrupts import answer_during_imports
+from utils.errors import explain_uncaught
+from utils.interrupts import answer_during_imports, explain_bus_errors, is_script
 from utils.own_caches import settle_code_caches
 
-answer_during_imports()
+if is_script():
+    answer_during_imports()
+    explain_bus_errors()
+    sys.excepthook = explain_uncaught
 settle_code_caches()
 for stream in (sys.stdout, sys.stderr):
     if isinstance(stream, io.TextIOWrapper):  # else GBK or Latin-1 would end the run

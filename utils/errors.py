@@ -6,8 +6,9 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterator
+from types import TracebackType
 
-from utils.interrupts import drop_closed_outputs, end_answers_to_imports, on_signals, raise_interrupted
+from utils.interrupts import drop_closed_outputs, end_answers_to_imports, on_signals, raise_interrupted, say
 from utils.terminal_text import one_line
 
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
@@ -109,6 +110,15 @@ def _report(error: BaseException, go_on: str) -> bool:
         with contextlib.suppress(OSError):  # the terminal, or what read this, may be gone
             print(f"{os.path.basename(sys.argv[0])}: error: {one_line(str(line))}", file=sys.stderr, flush=True)
     return True
+
+
+def explain_uncaught(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """For `sys.excepthook`: one line where an import ran out of memory, which `run` does not see."""
+    line = explain_machine_fault(error)
+    if line is None:
+        sys.__excepthook__(kind, error, trace)
+    else:
+        say(f"error: {one_line(line)}")
 
 
 def explain_machine_fault(error: BaseException) -> str | None:

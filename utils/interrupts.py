@@ -6,6 +6,7 @@ them as a request to save, see `utils.training.StopOnSignal`. SIGQUIT (Ctrl-\\) 
 """
 
 import contextlib
+import ctypes
 import os
 import signal
 import sys
@@ -91,15 +92,18 @@ def drop_output(stream: IO[str]) -> None:
     os.close(nowhere)
 
 
-def answer_during_imports() -> None:
-    """
-    Until `utils.errors.run` takes over, lets a signal end a script of this toolkit with one line. Nothing has begun
-    then, and an exception inside a library's import can leave anything.
-    """
+def is_script() -> bool:
+    """Whether this process runs a script of this toolkit."""
     file = getattr(sys.modules["__main__"], "__file__", None)
     root = Path(__file__).resolve().parent.parent
-    if file is None or Path(file).resolve().parent not in (root, root / "tools"):
-        return
+    return file is not None and Path(file).resolve().parent in (root, root / "tools")
+
+
+def answer_during_imports() -> None:
+    """
+    Until `utils.errors.run` takes over, lets a signal end this script with one line. Nothing has begun then, and an
+    exception inside a library's import can leave anything.
+    """
 
     for number in STOPS:
         if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
@@ -117,3 +121,17 @@ def _end(number: int, frame) -> None:
     if os.environ.get("LOCAL_RANK", "0") == "0":
         say(f"error: {Interrupted(number)}: run the same command again")
     os._exit(1)
+
+
+@ctypes.CFUNCTYPE(None, ctypes.c_int)
+def _end_at_bus_error(number: int) -> None:
+    say(
+        "error: a file that was read as memory is no longer all there: a dataset was cut off or overwritten, its disk "
+        "failed, or /dev/shm is full"
+    )
+    os._exit(1)
+
+
+def explain_bus_errors() -> None:
+    """Lets SIGBUS end this process with one line. Python's own handlers run behind the instruction that fails."""
+    ctypes.CDLL(None).signal(signal.SIGBUS, _end_at_bus_error)

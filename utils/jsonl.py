@@ -14,7 +14,7 @@ from json.encoder import encode_basestring
 from pathlib import Path
 from typing import IO, Any
 
-from utils.errors import RowError, UsageError
+from utils.errors import FULL_DISK, RowError, UsageError
 
 UNENCODABLE = "backslashreplace"  # bytes of a file name that are not UTF-8: as \\udcff, which JSON reads back
 NEVER_ENDS = "a Python dict that never ends"
@@ -152,6 +152,8 @@ def atomic_writer(path: str | os.PathLike) -> Iterator[IO[str]]:
         remove_leftovers(path)
         file = temporary.open("w", encoding="utf-8", errors=UNENCODABLE, newline="\n")
     except OSError as error:
+        if error.errno in FULL_DISK:
+            raise
         raise UsageError(f"{path} cannot be written: {error.strerror}") from None
     try:
         with file:
@@ -173,6 +175,8 @@ def scratch_directory(path: str | os.PathLike) -> Iterator[Path]:
         remove_leftovers(path)
         directory.mkdir()
     except OSError as error:
+        if error.errno in FULL_DISK:
+            raise
         raise UsageError(f"{path} cannot be written: {error.strerror}") from None
     try:
         yield directory
