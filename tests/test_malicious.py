@@ -6,10 +6,12 @@ import shutil
 import struct
 import sys
 import zipfile
+from argparse import Namespace
 
 from utils.checkpoint import Checkpoint, load_model, load_tokenizer
 from utils.errors import UsageError
-from utils.lora import load_adapter
+from utils.lora import AdapterOrigin, load_adapter
+from utils.preflight import check_adapter_there
 from utils.weight_files import read_tensors, read_weights
 
 import pytest
@@ -296,12 +298,12 @@ def test_an_adapter_of_huge_rank(tmp_path):
     state = load_file(directory / "adapter_model.safetensors")
     (directory / "adapter_model.safetensors").unlink()
     huge = {
-        key: torch.ones(1, 1).expand(*((1 << 28, value.shape[1]) if "lora_A" in key else (value.shape[0], 1 << 28)))
+        key: torch.ones(1, 1).expand(*((1 << 20, value.shape[1]) if "lora_A" in key else (value.shape[0], 1 << 20)))
         for key, value in state.items()
     }
     torch.save(huge, directory / "adapter_model.bin")
     config = json.loads((directory / "adapter_config.json").read_text())
-    (directory / "adapter_config.json").write_text(json.dumps(config | {"r": 1 << 28}))
+    (directory / "adapter_config.json").write_text(json.dumps(config | {"r": 1 << 20}))
     with pytest.raises(UsageError, match="is larger than what the file holds"):
         load_adapter(load_model(str(GOLDEN / "chatglm-6b-tiny")), directory)
 
@@ -319,3 +321,25 @@ def test_a_zip_that_names_files_elsewhere(checkpoint, tmp_path):
     with pytest.raises(UsageError, match="read safely"):
         load_model(str(checkpoint))
     assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    "content, words",
+    [
+        ("[" * 50_000, "adapter_config.json is nested too deeply"),
+        ("[]", "adapter_config.json holds list"),
+        ('{"target_modules": 7, "r": 4}', "holds the adapter of another run, with lora_rank 4 .now 8."),
+        ('{"target_modules": [1, "a", null]}', "lora_target_modules ..1., .None., .a.. .now"),
+    ],
+)
+def test_an_output_directory_with_a_spoiled_adapter(tmp_path, content, words):
+    (tmp_path / "adapter_config.json").write_text(content)
+    values = Namespace(
+        output_dir=str(tmp_path),
+        resume_from_checkpoint=None,
+        lora_rank=8,
+        lora_alpha=32,
+        lora_target_modules=["query_key_value"],
+    )
+    with pytest.raises(UsageError, match=words):
+        check_adapter_there(values, AdapterOrigin("native", {}, "base"))

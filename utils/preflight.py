@@ -1,7 +1,6 @@
 """A training request, checked as a whole before anything slow or shared begins: every fault is reported at once."""
 
 import contextlib
-import json
 import os
 from argparse import Namespace
 from collections.abc import Iterator
@@ -15,6 +14,7 @@ from utils.errors import Faults, UsageError
 from utils.fp8 import FP8, check_device
 from utils.fsdp import launched_by_accelerate_with_fsdp
 from utils.hub import check_name
+from utils.json_files import read_object
 from utils.lora import AdapterOrigin, read_origin
 from utils.prompts import fingerprint, template_for
 from utils.quantization import stored_bits
@@ -257,15 +257,16 @@ def check_adapter_there(values: Namespace, origin: AdapterOrigin) -> None:
     resumes_there = resumed_from and (resumed_from == "latest" or Path(resumed_from).parent == directory)
     if not (directory / CONFIG_NAME).is_file() or (resumes_there and list_checkpoints(directory)):
         return
-    try:
-        there = json.loads((directory / CONFIG_NAME).read_text(encoding="utf-8"))
-    except ValueError:
-        there = {}
+    there = read_object(directory / CONFIG_NAME)
+    targets = there.get("target_modules")
     before = read_origin(directory)
     pairs = {
         "lora_rank": (there.get("r"), values.lora_rank),
         "lora_alpha": (there.get("lora_alpha"), values.lora_alpha),
-        "lora_target_modules": (sorted(there.get("target_modules") or []), sorted(values.lora_target_modules)),
+        "lora_target_modules": (
+            sorted(map(str, targets)) if isinstance(targets, list) else targets,
+            sorted(values.lora_target_modules),
+        ),
     }
     differing = [f"{name} {then} (now {now})" for name, (then, now) in pairs.items() if then != now]
     if before is None or before.base != origin.base:
