@@ -123,15 +123,18 @@ def test_records_of_any_depth_and_kind(tmp_path):
 
 
 def test_what_earlier_versions_wrote_is_answered_again(tmp_path, capsys):
-    """And neither refused nor lost: nothing in it says which weights and which tokens it was made from."""
+    """And neither refused nor removed: nothing in it says which weights and which tokens it was made from."""
     rows = "".join(json.dumps(answer) + "\n" for answer in ANSWERS)
     (tmp_path / "o.jsonl").write_text(rows)
     (tmp_path / ".o.jsonl.settings.json").write_text(json.dumps(SETTINGS))
-    (tmp_path / "o.jsonl.partial-0").write_text(json.dumps({"settings": SETTINGS}) + "\n" + rows)
+    journals = [json.dumps({"settings": SETTINGS}) + "\n" + rows, "no journal\n"]
+    for process, text in enumerate(journals):
+        (tmp_path / f"o.jsonl.partial-{process}").write_text(text)
     assert known(tmp_path / "o.jsonl") == {}
-    assert "earlier version, without checksums" in capsys.readouterr().out
     keep(tmp_path / "o.jsonl", finish=True)
-    assert (tmp_path / "o.jsonl.previous-1").read_text() == rows and len(known(tmp_path / "o.jsonl")) == 3
+    assert capsys.readouterr().out.count("has no answers with checksums") == 2
+    kept = [(tmp_path / f"o.jsonl.previous-{number}").read_text() for number in (1, 2, 3)]
+    assert kept == [*journals, rows] and len(known(tmp_path / "o.jsonl")) == 3
 
 
 def test_another_result_is_kept_aside(tmp_path, capsys):

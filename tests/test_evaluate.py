@@ -3,8 +3,9 @@
 import json
 import re
 
-from tools.evaluate import SHOWN, markdown, page, plain, plot
+from tools.evaluate import SHOWN, check_failures, markdown, page, plain, plot
 from tools.scores import ROUGE, JiebaWords, score_answers
+from utils.errors import RunError
 from utils.terminal_text import visible
 
 import jieba
@@ -135,6 +136,13 @@ def test_wrong_use(run_script, flags, words, tmp_path):
     (tmp_path / "answers.jsonl").write_text('{"prompt": "a", "target": "b"}\n')
     result = run_script(f"tools/evaluate.py --model_name_or_path {TINY} {flags}", cwd=tmp_path)
     assert result.code == 2 and words in result.err and "Traceback" not in result.err
+
+
+def test_most_answers_failing_is_a_failure():
+    answer, error = {"finish_reason": "stop"}, {"finish_reason": "error", "error": "no memory"}
+    check_failures({"base": [answer, error]})
+    with pytest.raises(RunError, match="2 of 3 rows have no answer of a, the first: no memory"):
+        check_failures({"base": [answer] * 3, "a": [answer, error, error]})
 
 
 def test_requirements_are_what_runs_here():

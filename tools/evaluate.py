@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from utils.checkpoint import load_tokenizer
 from utils.columns import AS_NAMED, COLUMNS_HELP, ColumnMap
-from utils.errors import Faults, RowError, UsageError, run
+from utils.errors import Faults, RowError, RunError, UsageError, run
 from utils.generation import AnswerSettings, generate_answers
 from utils.inference_options import adapter_names, check_adapters, resolve_dtype, resolve_template
 from utils.jsonl import atomic_writer, check_output, dump_row
@@ -151,6 +151,17 @@ def answer_all(args: argparse.Namespace, rows: list[Row]) -> dict[str, list[dict
     }
 
 
+def check_failures(answers: dict[str, list[dict[str, Any]]]) -> None:
+    """
+    Raises:
+        RunError: of base or an adapter, more than half of the rows have no answer.
+    """
+    for name, of in answers.items():
+        failed = [answer["error"] for answer in of if answer["finish_reason"] == "error"]
+        if 2 * len(failed) > len(of):
+            raise RunError(f"{len(failed)} of {len(of)} rows have no answer of {name}, the first: {failed[0]}")
+
+
 def table(scores: dict[str, dict[str, Any]]) -> list[list[str]]:
     return [["", *scores]] + [[label, *(str(of[key]) for of in scores.values())] for key, label in SHOWN.items()]
 
@@ -250,6 +261,7 @@ def main() -> None:
         json.dump(values, file, indent=1)
     summary = {name: {key: round(score.value, 2) for key, score in of.items()} for name, of in scores.items()}
     print(json.dumps({"output_dir": args.output_dir, "rows": len(rows), "scores": summary}))
+    check_failures(answers)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ beside it, `.NAME.settings.json`. What earlier versions wrote has neither: its r
 there says which weights and tokens an answer was made from.
 """
 
+import contextlib
 import csv
 import fcntl
 import glob
@@ -60,7 +61,11 @@ class JournalContent:
     settings: dict[str, Any] | None = None  # None where that line is damaged
     records: list[Answer] = field(default_factory=list)  # with "settings" and "row", their hashes
     damaged: int = 0
-    version: int | None = None  # None where that line is damaged
+
+    @property
+    def usable(self) -> bool:
+        """Whether it is a journal of this version: it has a record, or nothing but its first line."""
+        return bool(self.records) or not self.damaged
 
 
 class AnswerFile:
@@ -82,6 +87,7 @@ class AnswerFile:
         self.synced = time.monotonic()
         self.overwrite = overwrite
         self.row_hashes: dict[int, str] = {}
+        self.unusable: list[Path] = []  # journals
         self.replaceable: str | None = None  # hash of an output all of whose answers are known
 
     def begin(self, requests: Sequence[Request]) -> dict[int, Answer]:
@@ -98,6 +104,7 @@ class AnswerFile:
         known: dict[int, Answer] = {}
         for others in on_all_processes(lambda: self.known(requests)):  # other machines may have other disks
             known |= others
+        on_all_processes(self._keep_unusable_journals)
         return known
 
     def _claim(self) -> None:
@@ -132,10 +139,10 @@ class AnswerFile:
         known = self._read_output()
         for path in self._journals():
             journal = _read_journal(path)
-            if journal.damaged:
+            if not journal.usable:
+                self.unusable.append(path)
+            elif journal.damaged:
                 print_once(f"{path}: {journal.damaged} damaged records, whose rows are answered again")
-            if journal.version == 1:
-                print_once(f"{path} is of an earlier version, without checksums: its rows are answered again")
             for answer in journal.records:
                 settings, row = answer.pop("settings", None), answer.pop("row", None)
                 if settings != self.settings_hash:
@@ -143,6 +150,22 @@ class AnswerFile:
                 if row is not None and row == self.row_hashes.get(answer["index"]):
                     known[answer["index"]] = answer
         return known
+
+    def _keep_unusable_journals(self) -> None:
+        """Those without a record that is whole, such as an earlier version's: the main process, on its disk."""
+        for path in self.unusable if is_main_process() else ():
+            name = self._keep(path)
+            print(
+                f"{path} has no answers with checksums: rows are answered again, and it is kept as {name}", flush=True
+            )
+
+    def _keep(self, path: Path) -> str:
+        """Gives a file beside the output a name that no other has, and returns it."""
+        number = 1
+        while (kept := self.path.with_name(f"{self.path.name}.previous-{number}")).exists():
+            number += 1
+        path.rename(kept)
+        return kept.name
 
     def _describe_other(self, path: Path, settings: dict[str, Any] | None) -> str:
         differing = [name for name in self.settings if settings and settings.get(name) != self.settings[name]]
@@ -155,12 +178,14 @@ class AnswerFile:
         """Begins this process's journal, or goes on with it behind its last record."""
         try:
             content = _read_journal(self.journal_path) if self.journal_path.exists() else JournalContent()
+            if not content.usable:  # on another disk than the main process's
+                self._keep(self.journal_path)
             self.journal = self.journal_path.open("ab", buffering=0)  # what a full disk refused is not tried again
-            if not content.records:
+            if content.records:
+                self.journal.write(b"\n")  # a record may have been cut off
+            else:
                 self.journal.truncate(0)
                 self._append({"version": VERSION, "settings": self.settings})
-            else:
-                self.journal.write(b"\n")  # a record may have been cut off
         except OSError as error:
             raise UsageError(f"--output_path {self.path} cannot be written: {error.strerror}") from None
 
@@ -211,11 +236,8 @@ class AnswerFile:
     def _set_aside(self, new: str) -> None:
         if self.overwrite or not self.path.exists() or _hash_file(self.path) in (new, self.replaceable):
             return
-        number = 1
-        while (aside := self.path.with_name(f"{self.path.name}.previous-{number}")).exists():
-            number += 1
-        self.path.rename(aside)
-        print(f"{self.path} was no earlier result of this command: it is kept as {aside.name}", flush=True)
+        name = self._keep(self.path)
+        print(f"{self.path} was no earlier result of this command: it is kept as {name}", flush=True)
 
     def remove_journals(self) -> None:
         """On the disk of this process."""
@@ -230,7 +252,7 @@ class AnswerFile:
 
     def _journals(self) -> list[Path]:
         pattern = f"{glob.escape(self.path.name)}.partial-*"
-        return sorted(self.path.parent.glob(pattern))
+        return sorted(path for path in self.path.parent.glob(pattern) if path.is_file())
 
     def _read_output(self) -> dict[int, Answer]:
         """The answers of a complete output that are as they were written, to rows that are still the same."""
@@ -250,8 +272,9 @@ class AnswerFile:
             index = answer.get("index") if isinstance(answer, dict) else None
             if type(index) is not int or index not in self.row_hashes or hashes.get(index) is None:
                 continue
-            if hashes[index] == answer_hash(self.row_hashes[index], answer):
-                known[index] = answer
+            with contextlib.suppress(RecursionError):  # no answer is as deep
+                if hashes[index] == answer_hash(self.row_hashes[index], answer):
+                    known[index] = answer
         if hash_of(data) == marker["output"] and len(known) == sum(each is not None for each in marker["rows"]):
             self.replaceable = marker["output"]
         return known
@@ -285,17 +308,15 @@ def _parse(data: bytes) -> Any:
 def _read_journal(path: Path) -> JournalContent:
     content = JournalContent()
     start = len(RECORD) + DIGITS + len(b'", ')
-    for number, line in enumerate(_split(path.read_bytes(), RECORD)):
+    for line in _split(path.read_bytes(), RECORD):
         body = line[start:]
         row = None
         if line.startswith(RECORD) and line[len(RECORD) :][:DIGITS] == hash_of(body).encode():
             row = _parse(b"{" + body)
-        elif number == 0 and isinstance(old := _parse(line), dict) and old.keys() == {"settings"}:
-            return JournalContent(version=1)
         if not isinstance(row, dict):
             content.damaged += 1
         elif isinstance(row.get("settings"), dict):
-            content.version, content.settings = row.get("version"), row["settings"]
+            content.settings = row["settings"]
         elif isinstance(row.get("settings"), str) and type(row.get("index")) is int:
             content.records.append(row)
         else:
