@@ -25,7 +25,14 @@ ANSWERS = [
         "prompt_tokens": 2,
         "answer_tokens": 3,
     },
-    {"index": 1, "prompt": "问题1\n", "answer": "", "finish_reason": "length", "prompt_tokens": 2, "answer_tokens": 1},
+    {
+        "index": 1,
+        "prompt": "问题1\n",
+        "answer": "a\rb",
+        "finish_reason": "length",
+        "prompt_tokens": 2,
+        "answer_tokens": 1,
+    },
     {
         "index": 2,
         "prompt": "问题2\n",
@@ -106,7 +113,12 @@ def test_an_output_without_its_marker_is_no_answer(tmp_path):
 def test_a_journal_that_ends_in_a_record_goes_on(tmp_path):
     keep(tmp_path / "o.jsonl", answers=ANSWERS[:2])
     journal = tmp_path / "o.jsonl.partial-0"
-    journal.write_bytes(journal.read_bytes()[:-9])
+    whole = journal.read_bytes()
+    for length in (0, 5, 40, whole.index(b"\n") + 30):  # in the first line, or the first record: nothing to keep
+        journal.write_bytes(whole[:length])
+        keep(tmp_path / "o.jsonl", answers=[])
+        assert not list(tmp_path.glob("*previous*")) and journal.read_bytes() == whole[: whole.index(b"\n") + 1]
+    journal.write_bytes(whole[:-9])
     assert list(known(tmp_path / "o.jsonl")) == [0]
     keep(tmp_path / "o.jsonl", answers=ANSWERS[1:])
     assert known(tmp_path / "o.jsonl") == dict(enumerate(ANSWERS))

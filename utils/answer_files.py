@@ -61,11 +61,7 @@ class JournalContent:
     settings: dict[str, Any] | None = None  # None where that line is damaged
     records: list[Answer] = field(default_factory=list)  # with "settings" and "row", their hashes
     damaged: int = 0
-
-    @property
-    def usable(self) -> bool:
-        """Whether it is a journal of this version: it has a record, or nothing but its first line."""
-        return bool(self.records) or not self.damaged
+    usable: bool = True  # whether it is a journal of this version: it begins as one, or has a record
 
 
 class AnswerFile:
@@ -142,7 +138,7 @@ class AnswerFile:
             if not journal.usable:
                 self.unusable.append(path)
             elif journal.damaged:
-                print_once(f"{path}: {journal.damaged} damaged records, whose rows are answered again")
+                print_once(f"{path}: {journal.damaged} records are damaged or cut off: their rows are answered again")
             for answer in journal.records:
                 settings, row = answer.pop("settings", None), answer.pop("row", None)
                 if settings != self.settings_hash:
@@ -214,10 +210,7 @@ class AnswerFile:
         answers = list(answers)
         with atomic_writer(self.path) as output:
             if separator := SEPARATORS.get(self.path.suffix.lower()):
-                more = {name for answer in answers for name in answer} - set(COLUMNS)
-                table = csv.DictWriter(output, [*COLUMNS, *sorted(more)], delimiter=separator, lineterminator="\n")
-                table.writeheader()
-                table.writerows(_as_cells(answer) for answer in answers)
+                output.writelines(_table_lines(answers, separator))
             else:
                 output.writelines(dump_row(answer) for answer in answers)
             output.flush()
@@ -306,9 +299,9 @@ def _parse(data: bytes) -> Any:
 
 
 def _read_journal(path: Path) -> JournalContent:
-    content = JournalContent()
+    content, data = JournalContent(), path.read_bytes()
     start = len(RECORD) + DIGITS + len(b'", ')
-    for line in _split(path.read_bytes(), RECORD):
+    for line in _split(data, RECORD):
         body = line[start:]
         row = None
         if line.startswith(RECORD) and line[len(RECORD) :][:DIGITS] == hash_of(body).encode():
@@ -321,6 +314,7 @@ def _read_journal(path: Path) -> JournalContent:
             content.records.append(row)
         else:
             content.damaged += 1
+    content.usable = bool(content.records) or data[: len(RECORD)] == RECORD[: len(data)]
     return content
 
 
@@ -334,6 +328,17 @@ def _rows_of_table(data: bytes, separator: str) -> Iterator[Answer]:
             return
         except (csv.Error, ValueError, TypeError, RecursionError):  # no row that was written
             continue
+
+
+def _table_lines(answers: list[Answer], separator: str) -> Iterator[str]:
+    more = {name for answer in answers for name in answer} - set(COLUMNS)
+    line = io.StringIO(newline="")
+    # `csv` puts a cell in quotes for a character of the line's end: a text's CR would end its row.
+    table = csv.DictWriter(line, [*COLUMNS, *sorted(more)], delimiter=separator, lineterminator="\r\n")
+    for cells in ({name: name for name in table.fieldnames}, *map(_as_cells, answers)):
+        table.writerow(cells)
+        yield line.getvalue()[:-2] + "\n"
+        line.seek(line.truncate(0))
 
 
 def _as_cells(answer: Answer) -> dict[str, Any]:
