@@ -201,6 +201,9 @@ def test_resumed_under_zero3(run_ranks, workspace, tmp_path):
     result = run_ranks(2, f"{kill_training.arguments(workspace, resumed)} {flags}").check()
     assert f"resuming from {resumed}/{before_last.name}" in result.out
     assert kill_training.same_adapter(whole, resumed)
+    (resumed / "adapter_model.safetensors").unlink()  # as a kill before the end of a finished run leaves it
+    result = run_ranks(2, f"{kill_training.arguments(workspace, resumed)} {flags}").check()
+    assert "all 4 steps are made" in result.out and kill_training.same_adapter(whole, resumed)
     assert set(Path("/dev/shm").glob("deepspeed_allreduce_buffer_*")) <= shared
 
 
