@@ -166,6 +166,7 @@ def main() -> None:
     trains = {name: value for name, value in vars(args).items() if name.startswith("lora_")}
     trains |= {"base": origin.base, "template": origin.template}
     trains |= {"rows": fingerprint_rows(dataset), "quantize": args.quantize}
+    trains |= {"generation": request.checkpoint.generation.name}
     pack_tokens = args.pack_tokens if args.packing else None
     settings = describe_settings(training_args, dtype, trains, pack_tokens, eval_dataset)
     resume_from = None

@@ -14,8 +14,8 @@ from transformers import TrainingArguments
 
 # Of this script's own flags. What decides: the rows and the base by their content, and the others as they are given.
 COMPARED = {"dataset_path", "eval_dataset_path", "eval_fraction", "model_name_or_path", "packing", "pack_tokens"}
-COMPARED |= {"quantize", "lora_rank", "lora_alpha", "lora_dropout", "lora_target_modules"}
-NOT_COMPARED = {"compile_layers", "plan", "generation"}  # the rows hold the tokens that a generation makes
+COMPARED |= {"generation", "quantize", "lora_rank", "lora_alpha", "lora_dropout", "lora_target_modules"}
+NOT_COMPARED = {"compile_layers", "plan"}
 
 
 def test_every_flag_is_decided_on():
