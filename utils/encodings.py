@@ -216,16 +216,13 @@ def decode_line(line: bytes, encoding: str, path: str) -> str | RowError:
 
 def decode_text(data: bytes, path: str) -> str:
     """
-    A whole file's text: UTF-8 with or without a BOM, UTF-16 with one, or GB18030, which is said on stderr.
+    A whole file's text: UTF-8 with or without a BOM, or GB18030, which is said on stderr.
 
     Raises:
         UsageError: none of these, or bytes of zero in it.
     """
-    if data[:2] in (b"\xff\xfe", b"\xfe\xff") and data[2:4] != b"\0\0":
-        text = data.decode("utf-16", "replace")
-    else:
-        encoding_of(data, path)
-        text = decode_line(data.removeprefix(b"\xef\xbb\xbf"), "utf-8", path)
+    encoding_of(data, path)
+    text = decode_line(data.removeprefix(b"\xef\xbb\xbf"), "utf-8", path)
     if isinstance(text, RowError):
         raise UsageError(f"{path}: {text}: convert it to UTF-8")
     if "\0" in text:
