@@ -229,4 +229,7 @@ def check_schedule(args: TrainingArguments, steps: int) -> None:
         some = sorted({(steps - 1) * number // 32 for number in range(33)})
         factors = [factor(step) for factor in getattr(parts.lr_scheduler, "lr_lambdas", ()) for step in some]
     if factors and not (all(map(math.isfinite, factors)) and min(factors) >= 0 < max(factors)):
-        raise UsageError(f"{flags}: --learning_rate would be multiplied by {min(factors):g} to {max(factors):g}")
+        raise UsageError(
+            f"{flags}: --learning_rate would be multiplied by {min(factors):g} to {max(factors):g} in all {steps} "
+            "steps: give other --lr_scheduler_kwargs, or fewer --warmup_steps"
+        )
