@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -28,8 +29,8 @@ SCRIPTS = {
 }
 
 
-def start(script: str, work: Path, out: Path) -> subprocess.Popen:
-    words = shlex.split(f"{sys.executable} {SCRIPTS[script].format(work=work, out=out)}")
+def start(command: str, work: Path, out: Path) -> subprocess.Popen:
+    words = shlex.split(f"{sys.executable} {command.format(work=work, out=out)}")
     return subprocess.Popen(words, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True)
 
 
@@ -44,29 +45,29 @@ def content(out: Path) -> dict[str, bytes]:
     }
 
 
-def complete(script: str, work: Path, out: Path) -> float:
+def complete(command: str, work: Path, out: Path) -> float:
     began = time.monotonic()
-    process = start(script, work, out)
+    process = start(command, work, out)
     _, err = process.communicate(timeout=300)
     if process.returncode:
-        raise RuntimeError(f"{script} failed by itself:\n{err.decode()}")
+        raise RuntimeError(f"{command} failed by itself:\n{err.decode()}")
     return time.monotonic() - began
 
 
-def torture(work: Path, kills: int, seed: int) -> dict[str, int]:
-    """Kills both scripts in turn. Raises RuntimeError where an output is not whole."""
-    moment, done = random.Random(seed), dict.fromkeys(SCRIPTS, 0)
+def torture(work: Path, kills: int, seed: int, scripts: Mapping[str, str] = SCRIPTS) -> dict[str, int]:
+    """Kills the scripts in turn. Raises RuntimeError where an output is not whole."""
+    moment, done = random.Random(seed), dict.fromkeys(scripts, 0)
     row = {"input": "", "target": "答案" * 10}
     with (work / "rows").open("w", encoding="utf-8") as file:
         file.writelines(json.dumps(row | {"input": f"第{i}个问题"}, ensure_ascii=False) + "\n" for i in range(ROWS))
     expected, seconds = {}, {}
-    for script in SCRIPTS:
-        seconds[script] = complete(script, work, work / f"{script}.whole")
+    for script, command in scripts.items():
+        seconds[script] = complete(command, work, work / f"{script}.whole")
         expected[script] = content(work / f"{script}.whole")
     while sum(done.values()) < kills:
         script = min(done, key=done.get)
         out = work / f"{script}.killed"
-        process = start(script, work, out)
+        process = start(scripts[script], work, out)
         time.sleep(moment.uniform(0.3, 1) * seconds[script])
         if process.poll() is None:
             done[script] += 1
@@ -80,8 +81,8 @@ def torture(work: Path, kills: int, seed: int) -> dict[str, int]:
             left = {name: data for name, data in left.items() if name != "lock" and not name.startswith("reports/")}
         if left and left != expected[script]:
             raise RuntimeError(f"{script}: after kill {done[script]} there is a part of an output")
-        if done[script] % 5 == 0 or sum(done.values()) > kills - len(SCRIPTS):
-            complete(script, work, out)
+        if done[script] % 5 == 0 or sum(done.values()) > kills - len(scripts):
+            complete(scripts[script], work, out)
             if content(out) != expected[script]:
                 raise RuntimeError(f"{script}: after {done[script]} kills the output is another one")
             if script == "process":

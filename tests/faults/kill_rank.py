@@ -55,6 +55,8 @@ def kill_rank(process: subprocess.Popen, log: Path, rank: int) -> float:
             if time.monotonic() - killed > ENDS_WITHIN:
                 raise RuntimeError(f"{shlex.join(words)} left {left} running")
             time.sleep(0.1)
+    except subprocess.TimeoutExpired:
+        raise RuntimeError(f"{shlex.join(words)} was not over after {ENDS_WITHIN} s") from None
     finally:
         for pid in left:
             with contextlib.suppress(ProcessLookupError):
