@@ -31,6 +31,10 @@ TEXTS = (
 )
 
 sys.path.insert(0, str(ROOT))
+# A shell lets what it starts behind it, and nohup, ignore these; a script would go on ignoring them.
+for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+    if signal.getsignal(number) == signal.SIG_IGN:
+        signal.signal(number, handler)
 
 
 def check_text_case(tokenizer, case: dict) -> None:
