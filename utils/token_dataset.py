@@ -277,8 +277,8 @@ def check_origin(dataset_path: str, tokenizer: PreTrainedTokenizerBase, model_na
     origin = Origin(**{name: value for name, value in values.items() if name in Origin.__dataclass_fields__})
     if origin.tokenizer != fingerprint(tokenizer, template_for(tokenizer, origin.template)):
         raise UsageError(
-            f"--dataset_path {dataset_path} was made with another tokenizer, that of {origin.model_name_or_path}, or by "
-            f"an older version of this toolkit: {again}"
+            f"--dataset_path {dataset_path} was made with another tokenizer, that of {origin.model_name_or_path}, or "
+            f"by an older version of this toolkit: {again}"
         )
     if origin.system_turns is None and template_for(tokenizer, origin.template).system_turns:
         print_once(f"{dataset_path} has system messages, if any, inside the first question, not as turns: {again}")
