@@ -10,7 +10,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -47,11 +47,19 @@ def list_checkpoints(directory: Path) -> list[Path]:
 
 
 def remove(path: Path) -> None:
-    """A directory with all that is in it, or a symlink alone; nothing where there is neither."""
+    """
+    A directory with all that is in it, or a symlink alone; nothing where there is neither. Another machine may be
+    removing the same on a disk that they share.
+    """
     if path.is_symlink():
-        path.unlink()
+        path.unlink(missing_ok=True)
     elif path.exists():
-        shutil.rmtree(path)
+        shutil.rmtree(path, onerror=_unless_gone)
+
+
+def _unless_gone(_function: Callable, _path: str, raised: tuple[type, BaseException, Any]) -> None:
+    if not isinstance(raised[1], FileNotFoundError):
+        raise raised[1]
 
 
 def seal(staged: Path, final: Path) -> None:
