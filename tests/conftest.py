@@ -182,3 +182,14 @@ def tokens(run_script, tmp_path_factory):
         f"--model_name_or_path {TINY}"
     ).check()
     return path
+
+
+@pytest.fixture
+def small_disk(request, tmp_path):
+    """A disk of 1 MiB, or of the size that a test's parameter gives."""
+    path, size = tmp_path / "disk", getattr(request, "param", "1m")
+    path.mkdir()
+    if os.getuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "none", str(path)]).returncode:
+        pytest.skip("mounting a small disk needs root")
+    yield path
+    subprocess.run(["umount", "--lazy", str(path)], check=True)

@@ -4,7 +4,6 @@ import contextlib
 import json
 import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -21,17 +20,6 @@ def test_killed_at_any_moment(tmp_path):
     """A kill a script, of which tests/faults/kill_data_scripts.py makes more."""
     kills = kill_data_scripts.torture(tmp_path, kills=2, seed=1)
     assert sum(kills.values()) == 2 == len(kills)
-
-
-@pytest.fixture
-def small_disk(tmp_path):
-    """A disk of 1 MiB."""
-    path = tmp_path / "disk"
-    path.mkdir()
-    if os.getuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "none", str(path)]).returncode:
-        pytest.skip("mounting a small disk needs root")
-    yield path
-    subprocess.run(["umount", str(path)], check=True)
 
 
 def write_rows(path):
