@@ -9,20 +9,13 @@ queue; otherwise, or with --tp_size, DeepSpeed shards the model over some of the
 import argparse
 from functools import partial
 
-from utils.checkpoint import load_tokenizer
-from utils.distributed import shut_down
-from utils.errors import run
-from utils.inference_options import (
-    add_inference_arguments,
-    answer,
-    check_adapters,
-    check_inference_arguments,
-    export_or_answer,
-    open_job,
-    put_adapters,
-    resolve_dtype,
-)
-from utils.placement import load_on_processes
+from utils.common.script import run
+
+from utils.checkpoint.tokenizer import load_tokenizer
+from utils.distributed.process_group import shut_down
+from utils.inference.arguments import add_inference_arguments, check_inference_arguments, resolve_dtype
+from utils.inference.job import answer, check_adapters, export_or_answer, open_job, put_adapters
+from utils.inference.placement import load_on_processes
 
 
 def main() -> None:

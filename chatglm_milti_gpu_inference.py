@@ -10,22 +10,18 @@ data/), writes one JSON line a row to --output_path in input order.
 import argparse
 from functools import partial
 
-from utils.checkpoint import Checkpoint, load_tokenizer
-from utils.distributed import shut_down, world_size
-from utils.errors import UsageError, run
-from utils.inference_options import (
-    add_inference_arguments,
-    answer,
-    check_adapters,
-    check_inference_arguments,
-    export_or_answer,
-    open_job,
-    put_adapters,
-    resolve_dtype,
-)
-from utils.placement import dispatch, load_on_processes, quantize_to_fp8
-from utils.quantization import stored_bits
-from utils.row_queue import ALONE
+from utils.common.script import run
+
+from utils.checkpoint.model import Checkpoint
+from utils.checkpoint.tokenizer import load_tokenizer
+from utils.common.errors import UsageError
+from utils.common.processes import world_size
+from utils.distributed.process_group import shut_down
+from utils.inference.arguments import add_inference_arguments, check_inference_arguments, resolve_dtype
+from utils.inference.job import answer, check_adapters, export_or_answer, open_job, put_adapters
+from utils.inference.placement import dispatch, load_on_processes, quantize_to_fp8
+from utils.inference.work_queue import ALONE
+from utils.layers.quantization import stored_bits
 
 
 def parse_max_memory(values: list[str] | None) -> dict[int | str, str] | None:

@@ -15,46 +15,44 @@ from argparse import Action, ArgumentDefaultsHelpFormatter
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from utils.batching import PackingCollator, PaddingCollator
-from utils.chatglm.generations import Generation
-from utils.checkpoint import DEFAULT_MODEL, load_model
-from utils.distributed import (
-    init_process_group,
-    is_main_process,
-    launched_by_accelerate_with_deepspeed,
-    mean_over_processes,
-    print_once,
-    shut_down,
-)
-from utils.errors import run
-from utils.fp8 import FP8
-from utils.lora import attach_adapter, scale_losses_under_zero3
-from utils.memory_estimate import resolve_checkpointing
-from utils.preflight import Request, open_request
-from utils.quantization import stored_bits
-from utils.run_checkpoints import Settings, claim, find_resumable, set_aside_later, start_afresh
-from utils.run_plan import plan
-from utils.run_record import keep_log, settle_reporters, write_run
-from utils.run_settings import describe_settings
-from utils.target_loss import use_target_loss
-from utils.token_dataset import fingerprint_rows
-from utils.tokenizer_files import GENERATION_FLAGS, GENERATION_HELP, choose_generation
-from utils.training import (
-    BY_LENGTH,
-    AdapterTrainer,
-    StopOnSignal,
-    describe_run,
-    pack_dataset,
-    resolve_precision,
-    set_checkpointing,
-    settle_evaluation,
-)
-from utils.training_speed import decoder_blocks, partitions_weights, resolve_compile, settle_zero3, speed_up
-from utils.training_values import as_usage_error, check_training_arguments
+from utils.common.script import run
 
 import torch
 from peft import PeftModel
 from transformers import HfArgumentParser, TrainerCallback, TrainingArguments
+
+from utils.checkpoint.directory import DEFAULT_MODEL, GENERATION_FLAGS, GENERATION_HELP, choose_generation
+from utils.checkpoint.model import load_model
+from utils.common.processes import is_main_process, launched_by_accelerate_with_deepspeed, print_once
+from utils.data.arrow_reader import fingerprint_rows
+from utils.data.collators import PackingCollator, PaddingCollator
+from utils.data.packing import pack_dataset
+from utils.distributed.collectives import mean_over_processes
+from utils.distributed.process_group import init_process_group, shut_down
+from utils.layers.fp8 import FP8
+from utils.layers.quantization import stored_bits
+from utils.lora.adapter import attach_adapter, scale_losses_under_zero3
+from utils.models.family import Generation
+from utils.training.argument_checks import as_usage_error, check_training_arguments
+from utils.training.callbacks import StopOnSignal
+from utils.training.checkpoints import claim, find_resumable, set_aside_later, start_afresh
+from utils.training.dry_run import plan
+from utils.training.loss import use_target_loss
+from utils.training.memory import resolve_checkpointing
+from utils.training.optimize import decoder_blocks, partitions_weights, settle_zero3, speed_up
+from utils.training.preflight import open_request
+from utils.training.resume_settings import Settings, describe_settings
+from utils.training.run_config import (
+    BY_LENGTH,
+    Request,
+    describe_run,
+    resolve_compile,
+    resolve_precision,
+    set_checkpointing,
+    settle_evaluation,
+)
+from utils.training.run_log import keep_log, settle_reporters, write_run
+from utils.training.trainer import AdapterTrainer
 
 GO_ON = "go on with --resume_from_checkpoint latest"
 

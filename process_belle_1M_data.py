@@ -11,9 +11,9 @@ is one valid file. Conversations of several turns become {"messages"}. Or everyt
     python process_belle_1M_data.py --input data/Belle.train.json data/belle_*.json --output data/rows.json \\
         --dedup --shuffle --seed 0 --split 0.98,0.01,0.01
 
-Rows may have any schema that utils/rows.py knows, in JSON Lines, JSON arrays or Python dicts, gzip or not, UTF-8 or
-GB18030. What cannot be read is listed in OUTPUT.rejected.jsonl. An output is replaced once the new one is complete.
-Exit code 1 where more than half of the rows cannot be used.
+Rows may have any schema that utils/data/row_parser.py knows, in JSON Lines, JSON arrays or Python dicts, gzip or not,
+UTF-8 or GB18030. What cannot be read is listed in OUTPUT.rejected.jsonl. An output is replaced once the new one is
+complete. Exit code 1 where more than half of the rows cannot be used.
 """
 
 import argparse
@@ -25,14 +25,18 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
-from utils.columns import AS_NAMED, COLUMNS_HELP, ColumnMap
-from utils.dedup import TURN_END, Deduplicator
-from utils.errors import RowError, RunError, UsageError, run
-from utils.jsonl import atomic_writer, check_output, dump_pair, dump_row, scratch_directory
-from utils.line_order import parse_split, shuffle_lines, side_of, side_paths
-from utils.raw_files import input_paths
-from utils.rejections import Rejections, check_share
-from utils.rows import Row, check_columns, parse_row, read_rows
+from utils.common.script import run
+
+from utils.common.errors import RowError, RunError, UsageError
+from utils.common.files import atomic_writer, check_output, scratch_directory
+from utils.data.dedup import TURN_END, Deduplicator
+from utils.data.json_lines import dump_pair, dump_row
+from utils.data.raw_reader import input_paths
+from utils.data.rejections import Rejections, check_share
+from utils.data.row_parser import check_columns, parse_row, read_rows
+from utils.data.row_schema import AS_NAMED, COLUMNS_HELP, ColumnMap
+from utils.data.shuffle_split import parse_split, shuffle_lines, side_of, side_paths
+from utils.models.conversation import Row
 
 BELLE_1M = "data/belle_open_source_1M.train.json"
 DOWNLOAD = f"wget -P data https://huggingface.co/datasets/BelleGroup/generated_train_1M_CN/resolve/main/{BELLE_1M[5:]}"

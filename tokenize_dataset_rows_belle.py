@@ -17,19 +17,24 @@ import os
 import shutil
 from pathlib import Path
 
-from utils.columns import AS_NAMED, COLUMNS_HELP, ColumnMap
-from utils.errors import RowError, RunError, UsageError, run
-from utils.jsonl import check_output
-from utils.prompts import LOSS_ON, TEMPLATES, ChatGLMTemplate, encode_rows, fingerprint, rows_to_train, template_for
-from utils.raw_files import input_paths
-from utils.rejections import Rejections, check_share
-from utils.rows import Row, check_columns, read_rows
-from utils.token_files import Origin, check_target, complete_dataset, is_dataset, replace_dataset
-from utils.token_parts import REPORTS, PartMaker, TokenizeOptions, cache_key, make_parts, parts_directory
-from utils.token_report import REPORT_FILE, TokenReport, import_matplotlib, preview
-from utils.tokenizer_files import add_model_flags, choose_generation, load_tokenizer
+from utils.common.script import run
 
 from transformers import PreTrainedTokenizerBase
+
+from utils.checkpoint.directory import add_model_flags, choose_generation
+from utils.checkpoint.tokenizer import load_tokenizer
+from utils.common.errors import RowError, RunError, UsageError
+from utils.common.files import check_output
+from utils.data.arrow_writer import Origin, check_target, complete_dataset, is_dataset, replace_dataset
+from utils.data.dataset_report import REPORT_FILE, TokenReport, import_matplotlib, preview
+from utils.data.encode import LOSS_ON, encode_rows, fingerprint, rows_to_train
+from utils.data.raw_reader import input_paths
+from utils.data.rejections import Rejections, check_share
+from utils.data.row_parser import check_columns, read_rows
+from utils.data.row_schema import AS_NAMED, COLUMNS_HELP, ColumnMap
+from utils.data.shards import REPORTS, PartMaker, TokenizeOptions, cache_key, make_parts, parts_directory
+from utils.models.conversation import Row
+from utils.models.templates import TEMPLATES, ChatGLMTemplate, template_for
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -91,7 +91,7 @@ ORIGINAL = (
     TURNS
     + """
 sys.path.insert(0, sys.argv[2])
-from utils.chatglm.tokenization_chatglm import ChatGLMTokenizer
+from utils.models.tokenization_chatglm import ChatGLMTokenizer
 def steps(path, model):
     tokenizer = ChatGLMTokenizer.from_pretrained(model)
     for texts in chunks(path, 64):

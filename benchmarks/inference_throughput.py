@@ -24,12 +24,12 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from tools.random_checkpoint import CHATGLM, SHAPES, random_model
-from utils.chatglm.generations import CHATGLM as CHATGLM_6B
-from utils.chatglm.generations import CHATGLM3
-from utils.engine import Engine, column_bytes
-from utils.fp8 import FP8, convert_to_fp8
-from utils.joined_projections import JOINED, join_projections
-from utils.prompt_packing import Task
+from utils.inference.engine import Engine, column_bytes
+from utils.inference.engine.prefill import Task
+from utils.layers.fp8 import FP8, convert_to_fp8
+from utils.layers.fused_qkv import JOINED, join_projections
+from utils.models.family import CHATGLM as CHATGLM_6B
+from utils.models.family import CHATGLM3
 
 
 def timed(call) -> float:

@@ -25,10 +25,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from tools.random_checkpoint import GLM, random_model, save_checkpoint
 from tools.tiny_corpus import adapter_rows, base_row
-from utils.batching import PaddingCollator
-from utils.checkpoint import load_tokenizer
-from utils.prompts import encode_rows
-from utils.rows import Message, Row
+from utils.checkpoint.tokenizer import load_tokenizer
+from utils.data.collators import PaddingCollator
+from utils.data.encode import encode_rows
+from utils.models.conversation import Message, Row
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = "multi_gpu_fintune_belle.py"

@@ -32,16 +32,16 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from tools.random_checkpoint import CHATGLM, SHAPES, random_model, write_checkpoint
-from utils.batching import PaddingCollator
-from utils.chatglm.generations import CHATGLM as CHATGLM_6B
-from utils.chatglm.generations import CHATGLM3
-from utils.throughput import Throughput
-from utils.training_speed import decoder_blocks
-
 import datasets
 import torch
 from peft import LoraConfig, get_peft_model
+
+from tools.random_checkpoint import CHATGLM, SHAPES, random_model, write_checkpoint
+from utils.data.collators import PaddingCollator
+from utils.models.family import CHATGLM as CHATGLM_6B
+from utils.models.family import CHATGLM3
+from utils.training.optimize import decoder_blocks
+from utils.training.throughput import Throughput
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = "multi_gpu_fintune_belle.py"

@@ -19,8 +19,8 @@ ROOT = Path(__file__).resolve().parent.parent
 TINY = ROOT / "data" / "chatglm-tiny"
 GOLDEN = ROOT / "tests" / "golden"
 LONGEST = (
-    *("test_readme", "test_family", "test_training_speed", "test_configs", "test_demo", "test_resume", "test_answers"),
-    *("test_memory_estimate", "test_training", "test_peers", "test_inference", "test_export", "test_data_faults"),
+    *("test_readme", "test_family", "test_optimize", "test_configs", "test_demo", "test_resume", "test_answers"),
+    *("test_memory", "test_training", "test_watchdog", "test_inference", "test_merge_export", "test_data_faults"),
 )
 TEXTS = (
     "改成一个问题:\n小明今天在公园放风筝",
@@ -30,7 +30,7 @@ TEXTS = (
     "谢谢",
 )
 
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "helpers"), str(ROOT / "tests" / "faults")]
 # A shell lets what it starts behind it, and nohup, ignore these; a script would go on ignoring them.
 for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
     if signal.getsignal(number) == signal.SIG_IGN:

@@ -18,23 +18,26 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from utils.answer_text import decode
-from utils.checkpoint import load_tokenizer
-from utils.errors import Faults, UsageError, run
-from utils.inference_options import check_adapters, check_sampling, resolve_dtype, resolve_template
-from utils.lora import load_adapter
-from utils.own_caches import own_cache
-from utils.placement import dispatch, input_device
-from utils.prompts import TEMPLATES, ChatGLMTemplate, encode_prompt
-from utils.quantization import BITS
-from utils.rows import Message
-from utils.terminal_text import visible
-from utils.tokenizer_files import add_model_flags, choose_generation
+from utils.common.script import run
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.stopping_criteria import StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
+
+from utils.checkpoint.directory import add_model_flags, choose_generation
+from utils.checkpoint.tokenizer import load_tokenizer
+from utils.common.code_caches import own_cache
+from utils.common.errors import Faults, UsageError
+from utils.common.terminal import visible
+from utils.inference.arguments import check_sampling, resolve_dtype
+from utils.inference.job import check_adapters, resolve_template
+from utils.inference.placement import dispatch, input_device
+from utils.inference.stop_strings import decode
+from utils.layers.quantization import BITS
+from utils.lora.adapter import load_adapter
+from utils.models.conversation import Message
+from utils.models.templates import TEMPLATES, ChatGLMTemplate, encode_prompt
 
 UNFINISHED = "\ufffd"  # bytes of a character whose other tokens are still to come
 LOOPBACK = "127.0.0.1"

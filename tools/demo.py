@@ -17,7 +17,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from utils.errors import RunError, UsageError, run
+from utils.common.script import run
+
+from utils.common.errors import RunError, UsageError
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = "data/chatglm-tiny"

@@ -20,12 +20,20 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from utils.errors import UsageError, run
-from utils.hub import refuse_pointer
-from utils.tokenizer_files import GENERATION_FLAGS, GENERATION_HELP, choose_generation, load_tokenizer, open_directory
-from utils.weight_files import read_index, weight_files
+from utils.common.script import run
 
 import torch
+
+from utils.checkpoint.directory import (
+    GENERATION_FLAGS,
+    GENERATION_HELP,
+    choose_generation,
+    open_directory,
+    refuse_pointer,
+)
+from utils.checkpoint.tokenizer import load_tokenizer
+from utils.checkpoint.weight_files import read_index, weight_files
+from utils.common.errors import UsageError
 
 ROOT = Path(__file__).resolve().parent.parent
 DEFAULT_PORT = 29500  # of torchrun

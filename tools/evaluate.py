@@ -20,20 +20,25 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from utils.checkpoint import load_tokenizer
-from utils.columns import AS_NAMED, COLUMNS_HELP, ColumnMap
-from utils.errors import Faults, RowError, RunError, UsageError, run
-from utils.generation import AnswerSettings, generate_answers
-from utils.inference_options import adapter_names, check_adapters, resolve_dtype, resolve_template
-from utils.jsonl import atomic_writer, check_output, dump_row
-from utils.mixed_adapters import add_adapters
-from utils.placement import dispatch, input_device
-from utils.prompts import TEMPLATES, encode_prompt
-from utils.quantization import BITS
-from utils.requests import BASE, Request
-from utils.rows import Row, check_columns, parse_row, read_rows
-from utils.terminal_text import visible
-from utils.tokenizer_files import add_model_flags, choose_generation
+from utils.common.script import run
+
+from utils.checkpoint.directory import add_model_flags, choose_generation
+from utils.checkpoint.tokenizer import load_tokenizer
+from utils.common.errors import Faults, RowError, RunError, UsageError
+from utils.common.files import atomic_writer, check_output
+from utils.common.terminal import visible
+from utils.data.json_lines import dump_row
+from utils.data.row_parser import check_columns, parse_row, read_rows
+from utils.data.row_schema import AS_NAMED, COLUMNS_HELP, ColumnMap
+from utils.inference.arguments import adapter_names, resolve_dtype
+from utils.inference.generate import AnswerSettings, generate_answers
+from utils.inference.job import check_adapters, resolve_template
+from utils.inference.placement import dispatch, input_device
+from utils.inference.prompt_reader import BASE, Request
+from utils.layers.quantization import BITS
+from utils.lora.multi_lora import add_adapters
+from utils.models.conversation import Row
+from utils.models.templates import TEMPLATES, encode_prompt
 
 SHOWN = {
     "exact_match": "exact match %",

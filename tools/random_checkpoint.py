@@ -17,14 +17,15 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from utils.chatglm import ChatGLMConfig, ChatGLMForConditionalGeneration
-from utils.chatglm.released_glm import REQUIRED, glm_config, release
-from utils.checkpoint import load_tokenizer
-from utils.errors import run
+from utils.common.script import run
 
 import torch
 from huggingface_hub import save_torch_state_dict
 from transformers import GlmForCausalLM, PreTrainedModel
+
+from utils.checkpoint.tokenizer import load_tokenizer
+from utils.models import ChatGLMConfig, ChatGLMForConditionalGeneration
+from utils.models.convert_checkpoint import REQUIRED, glm_config, release
 
 TOKENIZER = Path(__file__).resolve().parent.parent / "data" / "chatglm-tiny"
 CHATGLM = {

@@ -5,10 +5,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from utils.errors import UsageError
-from utils.own_caches import own_cache
-
 import numpy as np
+
+from utils.common.code_caches import own_cache
+from utils.common.errors import UsageError
 
 try:
     import jieba

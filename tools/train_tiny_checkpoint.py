@@ -20,8 +20,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from tools.tiny_corpus import adapter_rows, base_row
-from utils.chatglm import ChatGLMConfig, ChatGLMForConditionalGeneration, ChatGLMTokenizer
-from utils.chatglm.tokenization_chatglm import LONGEST_BLANK, NEWLINE_PIECE, TAB_PIECE, encode_whitespace
+from utils.models import ChatGLMConfig, ChatGLMForConditionalGeneration, ChatGLMTokenizer
+from utils.models.tokenization_chatglm import LONGEST_BLANK, NEWLINE_PIECE, TAB_PIECE, encode_whitespace
 
 SPECIAL_PIECES = ["[MASK]", "[gMASK]", "[sMASK]", "<unused_0>", "<sop>", "<eop>", "<ENC>", "<dBLOCK>"]
 

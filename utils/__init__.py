@@ -12,9 +12,9 @@ import os
 import sys
 import warnings
 
-from utils.errors import explain_uncaught
-from utils.interrupts import answer_during_imports, explain_bus_errors, is_script
-from utils.own_caches import settle_code_caches
+from utils.common.code_caches import settle_code_caches
+from utils.common.errors import explain_uncaught
+from utils.common.interrupts import answer_during_imports, explain_bus_errors, is_script
 
 if is_script():
     answer_during_imports()

@@ -18,16 +18,18 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
-from utils.chatglm.tokenization_chatglm import ChatGLMTokenizer
-from utils.checkpoint import Checkpoint, load_tokenizer
-from utils.deepspeed_config import read_deepspeed_config
-from utils.errors import RowError, UsageError
-from utils.rows import Row, parse_row, read_rows
-from utils.weight_files import read_index
-
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from sentencepiece import SentencePieceProcessor
+
+from utils.checkpoint.model import Checkpoint
+from utils.checkpoint.tokenizer import load_tokenizer
+from utils.checkpoint.weight_files import read_index
+from utils.common.errors import RowError, UsageError
+from utils.data.row_parser import parse_row, read_rows
+from utils.models.conversation import Row
+from utils.models.tokenization_chatglm import ChatGLMTokenizer
+from utils.training.deepspeed_config import read_deepspeed_config
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 MODEL = ROOT / "data" / "chatglm-tiny"

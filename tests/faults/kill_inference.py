@@ -22,7 +22,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
-from utils.distributed import free_port
+from utils.distributed.process_group import free_port
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 ROWS = 60

@@ -22,7 +22,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
 from tests.faults import kill_training
-from utils.distributed import free_port
+from utils.distributed.process_group import free_port
 
 ENDS_WITHIN = 60.0  # seconds
 LAUNCHERS = {  # of inference

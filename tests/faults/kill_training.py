@@ -25,9 +25,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
-from utils.distributed import free_port
-
 from safetensors.torch import load_file
+
+from utils.distributed.process_group import free_port
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 TORCHRUN = "torchrun --nproc_per_node=2 --master_port {port}"
@@ -43,7 +43,7 @@ LAUNCHERS = {
 STEPS = 12
 # What a broken program has in place of what it should have: a name, and an expression of its value.
 BROKEN = {
-    "a finished run makes another step": ("utils.training.AdapterTrainer._run_epoch", "Trainer._run_epoch"),
+    "a finished run makes another step": ("utils.training.trainer.AdapterTrainer._run_epoch", "Trainer._run_epoch"),
     "the optimizer's state is lost": ("transformers.Trainer._load_optimizer_and_scheduler", "lambda *_: None"),
     "rows are trained on twice": ("transformers.trainer.skip_first_batches", "lambda loader, count: loader"),
 }

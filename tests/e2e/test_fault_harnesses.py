@@ -1,0 +1,103 @@
+"""
+Each harness of tests/faults is tried on programs that are broken on purpose, and finds them out; those for inference
+and training are in test_answers.py and test_resume.py.
+"""
+
+import contextlib
+import sys
+
+import fuzz
+import kill_data_scripts
+import kill_rank
+import kill_training
+import pytest
+from hypothesis import strategies
+
+COPIER = """
+import os, sys, time
+fault, source, out = sys.argv[1:]
+was_killed = os.path.exists(out + ".started")
+open(out + ".started", "w").close()
+target = out if fault == "writes its output in place" else out + ".tmp"
+with open(source) as rows, open(target, "w", buffering=1) as file:
+    for number, row in enumerate(rows):
+        if fault == "loses a row after a kill" and was_killed and number == 5:
+            continue
+        if fault == "goes on behind what it had written" and was_killed and number < 5:
+            file.write(row)
+        file.write(row)
+        if number % 3000 == 0:
+            time.sleep(0.02)
+os.replace(target, out)
+os.remove(out + ".started")
+"""
+LAUNCHER = """
+import os, subprocess, sys, time
+fault, command = sys.argv[1], [sys.executable, "-c", "import time; time.sleep(60)"]
+ranks = [subprocess.Popen(command, env={**os.environ, "RANK": rank, "LOCAL_RANK": rank}) for rank in "01"]
+print("both run", flush=True)
+while all(rank.poll() is None for rank in ranks):
+    time.sleep(0.02)
+if fault == "waits for the dead":
+    time.sleep(60)
+if fault != "names nobody":
+    gone = next(number for number, rank in enumerate(ranks) if rank.poll() is not None)
+    print(f"script.py: error: rank {gone} (process {ranks[gone].pid}) was killed", flush=True)
+if fault != "leaves the others running":
+    [rank.kill() for rank in ranks]
+sys.exit(fault != "ends well")
+"""
+
+
+def found_out(fault: str, words: str):
+    return contextlib.nullcontext() if fault == "none" else pytest.raises(RuntimeError, match=words)
+
+
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [
+        ("none", ""),
+        ("writes its output in place", "there is a part of an output"),
+        ("loses a row after a kill", "the output is another one"),
+        ("goes on behind what it had written", "the output is another one"),
+    ],
+)
+def test_kill_data_scripts(tmp_path, fault, words):
+    (tmp_path / "copier.py").write_text(COPIER)
+    scripts = {"process": f"{tmp_path}/copier.py '{fault}' {{work}}/rows {{out}}"}
+    with found_out(fault, words):
+        assert kill_data_scripts.torture(tmp_path, kills=2, seed=1, scripts=scripts) == {"process": 2}
+
+
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [
+        ("none", ""),
+        ("waits for the dead", "was not over after 2 s"),
+        ("names nobody", "0 lines name rank 1"),
+        ("leaves the others running", "running"),
+        ("ends well", "exit code 0"),
+    ],
+)
+def test_kill_rank(tmp_path, monkeypatch, fault, words):
+    monkeypatch.setattr(kill_rank, "ENDS_WITHIN", 2)
+    (tmp_path / "launcher.py").write_text(LAUNCHER)
+    process = kill_training.start([sys.executable, str(tmp_path / "launcher.py"), fault], tmp_path / "log")
+    while len(kill_rank.workers_of(process.pid)) < 2 or "both run" not in (tmp_path / "log").read_text():
+        assert process.poll() is None
+    with found_out(fault, words):
+        assert kill_rank.kill_rank(process, tmp_path / "log", 1) < 2
+
+
+def test_fuzz(tmp_path, monkeypatch):
+    monkeypatch.setattr(fuzz, "SEEDS", tmp_path)
+
+    def read(data: bytes) -> None:
+        if len(data) > 2:
+            raise IndexError
+
+    with pytest.raises(IndexError):
+        fuzz.fuzz("reader", strategies.binary(), read, 200)
+    assert fuzz.seeds("reader") == [b"\0\0\0"]
+    fuzz.fuzz("another", strategies.binary(), len, 20)
+    assert fuzz.seeds("another") == []

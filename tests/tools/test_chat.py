@@ -1,0 +1,342 @@
+"""tools/chat.py: streaming, history and adapter in the terminal, and the page in a headless browser."""
+
+import io
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+
+import pytest
+import torch
+from conftest import ROOT, TINY
+from starlette.testclient import TestClient
+from starlette.websockets import WebSocketDisconnect
+
+from utils.checkpoint.model import load_model
+from utils.checkpoint.tokenizer import load_tokenizer
+from utils.distributed.process_group import free_port
+from utils.inference.generate import generate_answers
+from utils.inference.prompt_reader import Request
+from utils.lora.adapter import attach_adapter, load_adapter, save_adapter
+from utils.models.conversation import Message
+from utils.models.templates import encode_prompt, template_for
+
+BASE = TINY  # it has been trained, so what it says can be read
+QUESTIONS = ("把下面的句子写成日记:老李今天在家里拍照", "老王昨天在家里喝茶")
+PAGE, JSON = "http://127.0.0.1:7860", {"content-type": "application/json"}
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory):
+    """One that changes what the base says."""
+    model = attach_adapter(load_model(str(BASE)), 4, 32, 0.0, ["query_key_value"], seed=0)
+    torch.manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(std=0.2)
+    path = tmp_path_factory.mktemp("adapter") / "changed"
+    save_adapter(model, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def flags(adapter):
+    return f"--model_name_or_path {BASE} --adapter_path {adapter} --max_new_tokens 8"
+
+
+def expected_answers(adapter):
+    """What the engine answers to the questions, one after the other, each with the history before it."""
+    model, tokenizer = load_model(str(BASE)), load_tokenizer(str(BASE))
+    if adapter:
+        model = load_adapter(model, adapter).merge_and_unload()
+    template, messages, found = template_for(tokenizer, "native"), [], []
+    for question in QUESTIONS:
+        messages.append(Message("user", question))
+        request = Request(0, "", encode_prompt(tokenizer, messages, template))
+        (answer,) = generate_answers(model, tokenizer, template, [request], 1, 8, torch.device("cpu"))
+        found.append(answer["answer"])
+        messages.append(Message("assistant", answer["answer"]))
+    return found
+
+
+@pytest.fixture(scope="module")
+def expected(adapter):
+    found = {"adapter": expected_answers(adapter), "base": expected_answers(None)}
+    assert all(answer.strip() for answers in found.values() for answer in answers)
+    assert all(a != b for a, b in zip(*found.values(), strict=True)), found
+    return found
+
+
+def test_terminal(run_script, monkeypatch, flags, expected):
+    typed = [*QUESTIONS, "/clear", "/base", *QUESTIONS, "/quit"]
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(typed) + "\n"))
+    out = run_script(f"tools/chat.py {flags}").check().out
+    place = 0
+    for answer in (*expected["adapter"], "the base answers", *expected["base"]):
+        place = out.index(answer, place) + len(answer)
+
+
+@pytest.fixture(scope="module")
+def chat(adapter):
+    from tools.chat import Chat
+
+    tokenizer = load_tokenizer(str(BASE))
+    return Chat(load_adapter(load_model(str(BASE)), adapter), tokenizer, template_for(tokenizer, "native"), True)
+
+
+def test_control_characters_do_not_reach_the_terminal(chat, monkeypatch, capsys):
+    """Of a reader that types what the terminal's encoding lacks, and of an answer."""
+    from tools.chat import Choices, talk
+
+    typed = iter([UnicodeDecodeError("gbk", b"x", 0, 1, ""), "你好", "/quit"])
+
+    def type_line(_):
+        line = next(typed)
+        if isinstance(line, Exception):
+            raise line
+        return line
+
+    monkeypatch.setattr("builtins.input", type_line)
+    monkeypatch.setattr(chat.template, "clean", lambda text: f"\x1b]0;own\x07{text}\x9b2J")
+    talk(chat, Choices(8))
+    out = capsys.readouterr().out
+    assert "the line is not gbk" in out and "\\x1b]0;own\\x07" in out and not set("\x1b\x07\x9b") & set(out)
+
+
+def test_answers_grow(chat, expected, monkeypatch):
+    from tools.chat import Choices
+
+    texts = list(chat.answer([Message("user", QUESTIONS[0])], Choices(8)))
+    assert len(texts) > 4 and texts[-1] == expected["adapter"][0]
+    assert [len(text) for text in texts] == sorted(len(text) for text in texts)
+    sampled = [list(chat.answer([Message("user", "你好")], Choices(8, 1.5)))[-1] for _ in range(3)]
+    assert len(set(sampled)) > 1
+
+    def broken(**kwargs):
+        raise RuntimeError("no memory")
+
+    monkeypatch.setattr(chat.model, "generate", broken)
+    with pytest.raises(RuntimeError, match="no memory"):
+        list(chat.answer([Message("user", "你好")], Choices(8)))
+
+
+def test_an_abandoned_answer_changes_no_other(chat, expected):
+    """The base's is given up after its first token; the adapter's next answer is the adapter's."""
+    from tools.chat import Choices
+
+    message = [Message("user", QUESTIONS[0])]
+    before = threading.active_count()
+    abandoned = chat.answer(message, Choices(5000, repetition_penalty=1.5, temperature=1.0), use_adapter=False)
+    next(abandoned)
+    abandoned.close()
+    assert list(chat.answer(message, Choices(8)))[-1] == expected["adapter"][0]
+    assert threading.active_count() == before
+
+
+@pytest.fixture(scope="module")
+def reader(chat):
+    """A client of the page, in this process."""
+    from tools.chat import Choices, make_app
+    from tools.page_doors import Doors, own_names
+
+    with TestClient(Doors(make_app(chat, Choices(8)), own_names("127.0.0.1")), base_url=PAGE) as client:
+        yield client
+
+
+def ask(reader, session, *data):
+    """The last message about an event of the page with these values, in JSON as Python writes it, NaN too."""
+    config = json.loads(re.search(r"window\.gradio_config = (.*?);</script>", reader.get("/").text)[1])
+    function = next(event["id"] for event in config["dependencies"] if event["inputs"])
+    body = json.dumps({"data": data, "fn_index": function, "session_hash": session})
+    reader.post("/gradio_api/queue/join", content=body, headers=JSON).raise_for_status()
+    stream = reader.get("/gradio_api/queue/data", params={"session_hash": session})
+    messages = [json.loads(line[6:]) for line in stream.text.splitlines() if line.startswith("data: ")]
+    return next(message for message in reversed(messages) if message["msg"] == "process_completed")
+
+
+def test_readers_have_their_own_history(reader, expected):
+    for session in ("one", "two"):
+        boxes = ask(reader, session, QUESTIONS[0], None, 8, 0, 1, 1)["output"]["data"][2:]
+        for box, side in zip(boxes, ("adapter", "base"), strict=True):
+            assert len(box) == 2 and expected[side][0].strip() in str(box[1])
+
+
+@pytest.mark.parametrize(
+    "data, words",
+    [
+        (("x" * 20_001, None, 8, 0, 1, 1), "a question has 20000 characters at most"),
+        (("你好" * 9_000, None, 8, 0, 1, 1), "the model takes 512: clear it"),
+        (("你好", None, 10**9, 0, 1, 1), "greater than maximum value 4096"),
+        (("你好", None, 8, float("nan"), 1, 1), "temperature is a number from 0 to 2"),
+    ],
+)
+def test_what_a_browser_sends_is_checked(reader, data, words):
+    last = ask(reader, "wrong", *data)
+    assert not last["success"] and words in str(last["output"])
+
+
+OWN, EVIL = "127.0.0.1:7860", "http://evil.example"
+
+
+@pytest.mark.parametrize(
+    "method, path, headers, status",
+    [
+        ("GET", "/", {"host": OWN}, 200),
+        ("GET", "/", {"host": "localhost:9000", "origin": "http://localhost:9000"}, 200),  # through a tunnel
+        ("GET", "/", {"host": "[::1]:7860"}, 200),
+        ("GET", "/", {"host": OWN, "sec-fetch-site": "cross-site", "sec-fetch-mode": "navigate"}, 200),
+        ("GET", "/", {"host": OWN, "sec-fetch-site": "cross-site", "sec-fetch-mode": "no-cors"}, 403),
+        ("GET", "/", {"host": "evil.example"}, 403),
+        ("GET", "/", {"host": "127.0.0.1.evil.example:7860"}, 403),
+        ("GET", "/", {"host": "127.0.0.1@evil.example"}, 403),
+        ("GET", "/", {"host": "evil.example:7860", "x-forwarded-host": OWN}, 403),
+        ("GET", "/", {"host": "192.168.1.7:7860"}, 403),
+        ("GET", "/", {"host": ""}, 403),
+        ("GET", "/", {"host": "[::1"}, 403),
+        ("GET", "/gradio_api/queue/data?session_hash=a", {"origin": EVIL}, 403),
+        ("POST", "/gradio_api/queue/join", {"origin": EVIL}, 403),
+        ("POST", "/gradio_api/queue/join", {"origin": "null"}, 403),
+        ("POST", "/gradio_api/queue/join", {"origin": "http://127.0.0.1:3000"}, 403),
+        ("OPTIONS", "/gradio_api/queue/join", {"origin": EVIL, "access-control-request-method": "POST"}, 403),
+        ("POST", "/gradio_api/upload", {}, 404),
+        ("POST", "/gradio_api/upload/", {}, 404),
+        ("POST", "//gradio_api/upload", {}, 404),
+        ("POST", "/gradio_api/component_server", {}, 404),
+        ("POST", "/gradio_api/call/respond", {}, 404),
+        ("POST", "/gradio_api/run/predict", {}, 404),
+        ("POST", "/gradio_api/process_recording", {}, 404),
+        ("POST", "/login", {}, 404),
+        ("GET", "/gradio_api/info", {}, 404),
+        ("GET", "/gradio_api/openapi.json", {}, 404),
+        ("GET", "/gradio_api/mcp/sse", {}, 404),
+        ("GET", "/gradio_api/file=/etc/passwd", {}, 404),
+        ("GET", "/gradio_api/file=http://evil.example/", {}, 404),
+        ("GET", "/gradio_api/proxy=http://evil.example/", {}, 404),
+        ("GET", "/gradio_api/deep_link", {}, 404),
+        ("GET", "/config", {}, 404),
+        ("GET", "/docs", {}, 404),
+        ("GET", "/openapi.json", {}, 404),
+        ("GET", "/monitoring", {}, 404),
+        ("GET", "/static/..%2f..%2f..%2froutes.py", {}, 404),
+        ("GET", "/assets/%2e%2e/%2e%2e/index.html", {}, 404),
+        ("PUT", "/", {}, 404),
+    ],
+)
+def test_the_page_lets_in_what_it_needs(reader, method, path, headers, status):
+    response = reader.request(method, path, headers=headers)
+    assert response.status_code in ((status, 403) if path.startswith(("/static", "/assets")) else (status,))
+    assert "access-control-allow-origin" not in response.headers or headers.get("origin") != EVIL
+
+
+def test_bodies_are_small_and_hold_no_files(reader):
+    file = {"path": "/etc/passwd", "url": "http://evil.example/x", "meta": {"_type": "gradio.FileData"}}
+    for content, status in (
+        (b"{" * (1 << 19), 413),
+        (iter([b" " * 70_000] * 9), 413),  # without a length
+        (b"[" * 100_000, 400),
+        (b"\xff\xfe", 400),
+        (json.dumps({"data": [file], "fn_index": 0, "session_hash": "a"}).encode(), 400),
+    ):
+        response = reader.post("/gradio_api/queue/join", content=content, headers=JSON)
+        assert response.status_code == status, response.text
+
+
+def test_no_websocket(reader):
+    with pytest.raises(WebSocketDisconnect), reader.websocket_connect("/gradio_api/queue/join"):
+        pass
+
+
+def test_a_page_for_the_network():
+    """It answers to addresses and to the machine's name, not to names that anybody may point at it."""
+    from tools.page_doors import Doors, own_names
+
+    def is_own(listens_on, host):
+        return Doors(None, own_names(listens_on)).is_own(host)
+
+    assert is_own("0.0.0.0", "192.168.1.7:7860") and is_own("::", "[fe80::1]:7860")
+    assert is_own("0.0.0.0", f"{socket.gethostname()}:7860") and not is_own("0.0.0.0", "evil.example")
+    assert is_own("gpu-box", "GPU-box:7860") and not is_own("gpu-box", "192.168.1.7:7860")
+
+
+def test_a_port_that_is_taken(run_script):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        result = run_script(f"tools/chat.py --model_name_or_path {BASE} --web --port {port}")
+    assert result.code == 2 and f"--port {port}: Address already in use" in result.err and result.err.count("\n") == 1
+
+
+@pytest.fixture
+def page(tmp_path, flags):
+    """The address of the page that `--web` serves."""
+    port = free_port()
+    with (tmp_path / "log").open("w") as log:
+        process = subprocess.Popen(
+            [sys.executable, "tools/chat.py", *flags.split(), "--web", "--port", str(port)],
+            cwd=ROOT,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )
+    address = f"http://127.0.0.1:{port}/"
+    try:
+        for _ in range(600):
+            try:
+                urllib.request.urlopen(address, timeout=5).close()
+                break
+            except OSError:
+                assert process.poll() is None, (tmp_path / "log").read_text()
+                time.sleep(0.2)
+        yield address
+    finally:
+        process.send_signal(signal.SIGTERM)
+        process.wait(timeout=30)
+
+
+@pytest.mark.skipif(not CHROMIUM, reason="no Chromium on this machine (apt-get install chromium)")
+def test_page(page, tmp_path, expected):
+    """Two questions typed; both columns answer, each with its own history."""
+    from playwright.sync_api import expect, sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        tab = browser.new_page()
+        tab.goto(page)
+        for number, question in enumerate(QUESTIONS):
+            tab.locator("#question textarea").fill(question)
+            tab.locator("#send").click()
+            for side in ("adapter", "base"):
+                answer = " ".join(expected[side][number].split())
+                expect(tab.locator(f"#{side}")).to_contain_text(answer, timeout=60_000)
+                expect(tab.locator(f"#{side}")).to_contain_text(question)
+            tab.wait_for_timeout(500)
+        with socket.create_server(("127.0.0.1", 0)) as elsewhere:
+            address = f"http://127.0.0.1:{elsewhere.getsockname()[1]}/x.png"
+            tab.locator("#question textarea").fill(f"![picture]({address}) <img src='{address}'>")
+            tab.locator("#send").click()
+            expect(tab.locator("#base img[src$='x.png']")).to_have_count(2, timeout=60_000)
+            tab.wait_for_timeout(500)
+            elsewhere.settimeout(0.1)
+            with pytest.raises(TimeoutError):
+                elsewhere.accept()
+        tab.screenshot(path=str(tmp_path / "page.png"))
+        assert (tmp_path / "page.png").stat().st_size > 10_000
+        tab.locator("#clear").click()
+        expect(tab.locator("#base")).not_to_contain_text(QUESTIONS[0])
+        browser.close()
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [("--temperature -1", "--temperature"), ("--top_p 0", "--top_p"), ("--max_new_tokens 0", "--max_new_tokens")],
+)
+def test_wrong_use(run_script, flags, words):
+    result = run_script(f"tools/chat.py --model_name_or_path {BASE} {flags}")
+    assert result.code == 2 and words in result.err and "Traceback" not in result.err

@@ -1,0 +1,253 @@
+"""What makes training fast computes what PEFT, padding and sdpa compute."""
+
+import copy
+import json
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import ROOT, attend_row_by_row
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
+
+from tools.random_checkpoint import random_model
+from utils.data.collators import PackingCollator, RowsByLength
+from utils.data.packing import PackShape
+from utils.layers import varlen_attention
+from utils.layers.fp8 import Fp8Linear
+from utils.layers.fused_qkv import Absorbed, JoinedLinear, fuse_projections
+from utils.lora.adapter import attach_adapter
+from utils.models.modeling_chatglm import derive_position_ids
+from utils.training.optimize import settle_zero3
+from utils.training.throughput import Throughput
+
+TARGETS = {"tiny": ["query_key_value"], "tiny-glm": ["q_proj", "k_proj", "v_proj"]}
+TRAIN = "multi_gpu_fintune_belle.py"
+
+
+def rows_of(config, lengths, seed=0):
+    """Rows of random tokens, prompts of four; those of ChatGLM-6B end in `[gMASK] <sop>`."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = []
+    for length in lengths:
+        ids = torch.randint(100, 800, (length,), generator=generator).tolist()
+        if hasattr(config, "gmask_token_id"):
+            ids[2:4] = [config.gmask_token_id, config.bos_token_id]
+        rows.append({"input_ids": ids, "labels": [-100] * 4 + ids[4:]})
+    return rows
+
+
+def positions_of(config):
+    if hasattr(config, "gmask_token_id"):
+        return lambda ids: derive_position_ids(ids, None, config)
+    return lambda ids: torch.arange(ids.shape[1])[None]
+
+
+def loss_and_gradients(model, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data = torch.randn(parameter.shape, generator=generator) * 0.05
+            parameter.grad = None
+    ids = torch.tensor([rows_of(model.config, [12])[0]["input_ids"]])
+    loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+    loss.backward()
+    return loss, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("shape", TARGETS)
+def test_layers_compute_what_peft_computes(shape):
+    base = random_model(shape, "cpu", torch.float32)
+    config = LoraConfig(task_type="CAUSAL_LM", r=8, lora_alpha=32, target_modules=TARGETS[shape])
+    reference = get_peft_model(copy.deepcopy(base), config)
+    model = attach_adapter(base, 8, 32, 0.0, TARGETS[shape], seed=0)
+    absorbed, joined = copy.deepcopy(model), copy.deepcopy(model)
+    fuse_projections(absorbed)
+    fuse_projections(joined, partitioned=True)
+    for found, kind in ((absorbed, Absorbed), (joined, JoinedLinear)):
+        assert any(isinstance(module, kind) for module in found.modules()) == (shape == "tiny-glm")
+    expected_loss, expected = loss_and_gradients(reference)
+    for found in (model, absorbed, joined):
+        loss, gradients = loss_and_gradients(found)
+        assert gradients.keys() == expected.keys() and (loss - expected_loss).abs() <= 1e-6
+        assert all((gradients[name] - value).abs().max() <= 1e-6 for name, value in expected.items())
+        assert found.get_nb_trainable_parameters() == reference.get_nb_trainable_parameters()
+    assert joined.state_dict().keys() == model.state_dict().keys()
+
+
+def test_no_joined_weight_waits_for_the_backward_pass():
+    """ZeRO-3 frees the parameters that compiled layers kept, and gathers them again; nothing else of their size."""
+    layers = [torch.nn.Linear(96, rows).requires_grad_(False) for rows in (96, 32, 32)]
+    product = torch.compile(JoinedLinear(layers), backend="aot_eager_decomp_partition", fullgraph=True)
+    inputs, kept = torch.randn(2, 5, 96, requires_grad=True), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        output = product(inputs)
+    weights = {layer.weight.data_ptr() for layer in layers}
+    assert weights <= {tensor.data_ptr() for tensor in kept}
+    assert all(tensor.data_ptr() in weights for tensor in kept if tensor.numel() >= 32 * 96)
+    assert (output - torch.cat([layer(inputs) for layer in layers], dim=-1)).abs().max() <= 1e-6
+    output.sum().backward()
+    assert (inputs.grad - sum(layer.weight.sum(dim=0) for layer in layers)).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("shape", TARGETS)
+def test_attention_without_a_mask(shape, monkeypatch):
+    """The same logits and gradients as with sdpa's mask, in a batch that is filled up."""
+    monkeypatch.setattr(varlen_attention, "varlen_attn", attend_row_by_row)
+    model = random_model(shape, "cpu", torch.float32).eval()
+    rows, positions = rows_of(model.config, (9, 14, 23, 5)), positions_of(model.config)
+
+    def logits_and_gradients(pack_shape):
+        batch = PackingCollator(positions, 3, pack_shape)([rows])
+        inputs = {name: value for name, value in batch.items() if name not in ("labels", "real_tokens")}
+        assert inputs.pop("target_ids").tolist() == [token for row in rows for token in row["input_ids"][4:]]
+        del inputs["target_positions"]
+        logits = model(**inputs, use_cache=False).logits
+        model.zero_grad()
+        (logits[:, :51] * weights).sum().backward()
+        return logits.detach(), {name: parameter.grad for name, parameter in model.named_parameters()}
+
+    weights = torch.randn(51, model.config.vocab_size, generator=torch.Generator().manual_seed(1))
+    expected, expected_gradients = logits_and_gradients(None)
+    model.set_attn_implementation(varlen_attention.VARLEN)
+    actual, gradients = logits_and_gradients(PackShape(tokens=80, rows=9, longest=23))
+    assert actual.shape[1] == 80 and actual.isfinite().all()
+    assert (actual[:, :51] - expected).abs().max() <= 1e-5
+    for name, gradient in expected_gradients.items():
+        assert (gradients[name] - gradient).norm() <= 1e-5 * gradient.norm(), name
+
+
+@pytest.fixture
+def packed_run(run_script, tmp_path):
+    """The flags of three steps of a random model on packed rows."""
+    base = f"--model_name_or_path {tmp_path}/base"
+    run_script(f"tools/random_checkpoint.py --shape tiny-glm --output_dir {tmp_path}/base").check()
+    run_script(
+        f"tokenize_dataset_rows_belle.py --jsonl_path data/sample.train.json --save_path {tmp_path}/tokens {base}"
+    ).check()
+    return f"{base} --dataset_path {tmp_path}/tokens --packing --pack_tokens 1024 --max_steps 3 --logging_steps 1"
+
+
+def test_compiled_layers_train_the_same_adapter(run_script, run_ranks, packed_run, tmp_path):
+    """
+    With batches that are filled up to one shape, as compiled layers need them, made by a process beside; and where
+    ZeRO-3 gathers and releases their weights.
+    """
+    zero3 = f"--deepspeed ds_config_zero3.json --compile_layers true --output_dir {tmp_path}/zero3"
+    run_ranks(2, f"{TRAIN} {packed_run} --per_device_train_batch_size 1 {zero3}").check()
+    for compiled, workers in (("true", 1), ("false", 0)):
+        how = f"--compile_layers {compiled} --dataloader_num_workers {workers} --per_device_train_batch_size 2"
+        out = f"{how} --output_dir {tmp_path}/{compiled}"
+        output = run_script(f"{TRAIN} {packed_run} {out}").check().out
+        assert "'tokens_per_second'" in output and "'seconds_left'" in output and '"first_step_seconds"' in output
+    plain, *compiled = (
+        load_file(tmp_path / name / "adapter_model.safetensors") for name in ("false", "true", "zero3")
+    )
+    assert all((state[name] - plain[name]).abs().max() <= 1e-6 for state in compiled for name in plain)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="on a CPU they are right either way")
+def test_gradients_of_zero3_on_a_gpu(run_command, packed_run, tmp_path):
+    """Where DeepSpeed's product is in compiled layers they are a sixth too small."""
+    norms = {}
+    for name, zero3 in (("plain", ""), ("zero3", "--deepspeed ds_config_zero3.json")):
+        output = f"--output_dir {tmp_path}/{name}"
+        run_command(f"{sys.executable} {TRAIN} {packed_run} --bf16 {zero3} {output}").check()
+        lines = (tmp_path / name / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        norms[name] = [values["grad_norm"] for values in map(json.loads, lines) if "grad_norm" in values]
+    assert len(norms["plain"]) == 3 and norms["zero3"] == pytest.approx(norms["plain"], rel=0.01)
+
+
+def test_compiled_layers_have_torchs_own_product():
+    """With DeepSpeed's, gradients were wrong on a GPU; on a CPU they are right with either."""
+    zero = {"stage": 3, "memory_efficient_linear": True}
+    plugin = SimpleNamespace(zero_stage=3, hf_ds_config=SimpleNamespace(config={"zero_optimization": zero}))
+    settle_zero3(SimpleNamespace(deepspeed_plugin=plugin), compile_layers=False)
+    assert zero["memory_efficient_linear"]
+    settle_zero3(SimpleNamespace(deepspeed_plugin=plugin), compile_layers=True)
+    assert zero["memory_efficient_linear"] is False
+
+
+def test_rows_of_a_batch_are_of_similar_length():
+    lengths = torch.randint(1, 200, (803,), generator=torch.Generator().manual_seed(0)).tolist()
+    rows = RowsByLength(lengths, global_batch=8, seed=3)
+    first = list(rows)
+    assert sorted(first) == list(range(803)) and list(rows) == first == list(RowsByLength(lengths, 8, 3))
+    batches = [[lengths[row] for row in first[start : start + 8]] for start in range(0, 800, 8)]
+    assert sum(8 * max(batch) for batch in batches) < 1.1 * sum(map(sum, batches))
+    rows.set_epoch(1)
+    assert list(rows) != first
+
+
+def test_the_benchmark(run_script):
+    flags = "--packing false --per_device_train_batch_size 4 --pack_tokens 1024"
+    command = f"benchmarks/train_throughput.py --shape tiny --rows 100 --plan -- {flags}"
+    result = json.loads(run_script(command).check().out.splitlines()[-1])
+    assert result["ours"]["tokens_per_second"] > 0 and result["baseline"]["tokens_per_second"] > 0
+    assert 0 < result["ours"]["padding"] < 1 and result["flags"].endswith(flags) and result["speedup"] > 0
+    assert result["plan"]["seconds"] > 0
+
+
+def test_throughput_counts_since_the_first_step(monkeypatch):
+    clock = iter((0.0, 5.0, 5.0, 7.0, 9.0, 9.0))
+    monkeypatch.setattr("time.perf_counter", lambda: next(clock))
+    model = random_model("tiny-glm", "cpu", torch.float32)
+    throughput = Throughput.of(model, list(model.model.layers))
+    # q, k, v, o, gate_up and down of two layers
+    assert throughput.token_flops == 4 * 2 * (64 * (64 + 2 * 32) + 64 * 64 + 3 * 64 * 128)
+    assert throughput.target_flops == 4 * 64 * 1024
+    throughput.count(100, 100, 50)
+    throughput.end_step()
+    assert throughput.first_step_seconds == 5.0 and throughput.seconds_left(3) is None
+    throughput.count(30, 40, 20)
+    throughput.end_step()
+    found = throughput.read()
+    assert found["tokens_per_second"] == 15.0 and found["padding"] == 0.25
+    assert throughput.seconds_left(3) == 12
+    assert throughput.read() == {}
+
+
+def test_kernels_over_integers(run_command, tmp_path):
+    """By Triton's interpreter, where Triton is installed; torch without a GPU comes without it."""
+    pytest.importorskip("triton")
+    script = tmp_path / "kernels.py"
+    script.write_text(
+        f"""
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+import torch
+from utils.kernels import int_weight_gemm as quantized_kernels
+from utils.layers.quantization import dequantize, quantize
+torch.manual_seed(0)
+for bits in (8, 4):
+    for M, N, K in ((3, 70, 300), (17, 64, 256)):
+        weight, scale = quantize(torch.randn(N, K) * 0.1, bits)
+        x, full = torch.randn(M, K).half(), dequantize(weight, scale, bits, torch.float16)
+        assert quantized_kernels.dequantize(weight, scale, bits, torch.float16).equal(full)
+        expected = x.float() @ full.float().T
+        actual = quantized_kernels.quantized_product(x, weight, scale, bits).float()
+        assert (actual - expected).norm() <= 1e-3 * expected.norm()
+print("equal")
+""",
+        encoding="utf-8",
+    )
+    assert "equal" in run_command(f"{sys.executable} {script}", TRITON_INTERPRET="1").check().out
+
+
+hopper = pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability() < (9, 0), reason="needs a Hopper GPU"
+)
+
+
+@hopper
+@pytest.mark.parametrize("scale", [1.0, 1e-6, 1e-9])
+def test_fp8_products_on_a_gpu(scale):
+    """Both directions, also of gradients as small as those of a mean over many tokens."""
+    linear = torch.nn.Linear(4096, 512, device="cuda", dtype=torch.bfloat16).requires_grad_(False)
+    values = torch.randn(256, 4096, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    gradient = torch.randn(256, 512, device="cuda", dtype=torch.bfloat16) * scale
+    output = Fp8Linear(linear, trains=True)(values)
+    output.backward(gradient)
+    for found, expected in ((output, linear(values)), (values.grad, gradient @ linear.weight)):
+        assert (found - expected).float().norm() < 0.05 * expected.float().norm()

@@ -1,0 +1,89 @@
+"""Loads a checkpoint's tokenizer, without torch."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from utils.checkpoint.directory import open_directory, read_tokenizer_config, refuse_pointer, say_once
+from utils.common.errors import UsageError
+from utils.common.json_files import read_object
+from utils.models.family import SUPPORTED
+
+SIDE_FILES = ("added_tokens.json", "special_tokens_map.json")  # transformers reads them beside tokenizer_config.json
+
+
+def load_tokenizer(path_or_id: str) -> PreTrainedTokenizerBase:
+    """
+    The tokenizer of a checkpoint.
+
+    Raises:
+        UsageError: see `open_directory`; or the vocabulary file is missing or spoiled, or `config.json` gives special
+            tokens other ids, or fewer rows than there are tokens.
+    """
+    directory, generation, config = open_directory(path_or_id, weights=False)
+    vocab_file = directory / generation.vocab_file
+    if not vocab_file.is_file():
+        raise UsageError(f"--model_name_or_path {directory} has no {generation.vocab_file}, its vocabulary")
+    for name in (generation.vocab_file, *SIDE_FILES):
+        if (directory / name).is_file():
+            refuse_pointer(directory / name)
+    for name in SIDE_FILES:
+        if (directory / name).is_file():
+            read_object(directory / name)
+    try:
+        if generation.tokenizer_class is None:
+            from transformers import AutoTokenizer  # imports torch
+
+            tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+            if lacks_merges(read_object(vocab_file)):
+                say_once(
+                    f"{vocab_file} was exported by an older version of this toolkit, lacks merges, and gives other "
+                    "token ids than the release: tokenise the rows again, train the adapter anew and merge that"
+                )
+        else:
+            options = generation.tokenizer_class.options_of(config, vocab_file)
+            stated = read_tokenizer_config(directory)
+            options = {name: value for name, value in options.items() if name not in stated}
+            tokenizer = generation.tokenizer_class.from_pretrained(directory, **options)
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError) as error:
+        reason = " ".join(str(error).split())
+        raise UsageError(f"the tokenizer in {directory} cannot be read ({reason}): download it again") from None
+    vocabulary = tokenizer.get_vocab() if generation.needed_tokens else ()
+    if missing := [token for token in generation.needed_tokens if token not in vocabulary]:
+        raise UsageError(
+            f"{directory}: its tokenizer has no {', '.join(missing)}, so its chats have another form than those of "
+            f"{generation.name}; supported are: {SUPPORTED}"
+        )
+    if fault := find_disagreement(tokenizer, config):
+        raise UsageError(f"{directory}: {fault}: its files are of two checkpoints or revisions; download it again")
+    return tokenizer
+
+
+def lacks_merges(tokenizer_json: Mapping[str, Any]) -> bool:
+    """Whether some tokens of a byte-level BPE are made by no merge, as in older exports of GLM-4."""
+    model = tokenizer_json.get("model")
+    if not isinstance(model, dict) or model.get("type") != "BPE":
+        return False
+    return len(model.get("merges") or ()) < len(model.get("vocab") or ()) - 256
+
+
+def find_disagreement(tokenizer: PreTrainedTokenizerBase, config: Mapping[str, Any]) -> str | None:
+    """Says in words what a checkpoint's `config.json` and its tokenizer disagree on; None where they agree."""
+    rows = config.get("padded_vocab_size") or config.get("vocab_size")
+    highest = max(len(tokenizer) - 1, *tokenizer.added_tokens_decoder, 0)
+    if rows is not None and highest >= rows:
+        return f"the tokenizer has ids up to {highest}, and config.json speaks of {rows} rows of the embedding"
+    vocabulary = tokenizer.get_vocab()
+    ids = {
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "gmask_token_id": vocabulary.get("[gMASK]"),
+        "mask_token_id": vocabulary.get("[MASK]"),
+    }
+    for name, index in ids.items():
+        said = config.get(name)
+        if said is None or index is None or index == said or (isinstance(said, list) and index in said):
+            continue
+        return f"{name} is {said} in config.json, and {index} in the tokenizer"
+    return None

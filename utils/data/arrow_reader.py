@@ -1,0 +1,329 @@
+"""Reading the Arrow dataset between tokenising and training: columns `input_ids` and `labels`, lists of int32."""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute
+from transformers import PreTrainedTokenizerBase
+
+from utils.common.errors import UsageError
+from utils.common.json_files import read_object
+from utils.common.processes import print_once
+from utils.data.arrow_table import read_table
+from utils.data.arrow_writer import ORIGIN_FILE, Origin, is_dataset
+from utils.data.dataset_columns import COLUMNS, LOSS_MASKS, Vocabulary, to_examples
+from utils.data.encode import fingerprint
+from utils.models.conversation import Message
+from utils.models.templates import TEMPLATES, encode_prompt, template_for
+from utils.models.token_spans import IGNORE_INDEX
+
+FEATURES = datasets.Features(
+    {
+        "input_ids": datasets.Sequence(datasets.Value("int32")),
+        "labels": datasets.Sequence(datasets.Value("int32")),
+    }
+)
+TRAINED_ROWS_AT_ONCE = 100_000
+HASHED_ROWS_AT_ONCE = 1024  # 200,000 tokens of most datasets: what is computed of them stays in the CPU's cache
+
+
+def load_examples(dataset_path: str, vocabulary: Vocabulary | None = None) -> datasets.Dataset:
+    """
+    Opens a dataset that tokenize_dataset_rows_belle.py or another tool wrote: columns `input_ids` and `labels`, see
+    `to_examples`. Says which columns are not read, and how many tokens are masked.
+
+    Args:
+        vocabulary: the model's; None where it is not known.
+
+    Raises:
+        UsageError: nothing there, no dataset, spoiled files, other columns, no rows, or rows that cannot be trained.
+    """
+    path = Path(dataset_path)
+    table, others = open_table(path)
+    try:
+        examples = to_examples(table, vocabulary)
+    except UsageError as error:
+        raise UsageError(f"--dataset_path {path}: {error}") from None
+    if "labels" in table.column_names and "seq_len" in table.column_names:
+        others.append("seq_len")
+    if others:
+        print_once(f"--dataset_path {path}: columns that are not read: {', '.join(map(repr, others))}")
+    if "attention_mask" in table.column_names:
+        tokens, kept = (_count_tokens(rows["input_ids"]) for rows in (table, examples))
+        print_once(f"--dataset_path {path}: attention_mask leaves {tokens - kept:,} of {tokens:,} tokens out")
+    return datasets.Dataset(examples, fingerprint=datasets.fingerprint.generate_random_fingerprint())
+
+
+def _count_tokens(column: pa.ChunkedArray) -> int:
+    return pyarrow.compute.sum(pyarrow.compute.list_value_length(column)).as_py()
+
+
+def open_table(path: Path) -> tuple[pa.Table, list[str]]:
+    """
+    The columns of a dataset's Arrow files that are read or checked, and the names of the others.
+
+    Raises:
+        UsageError: see `load_examples`.
+    """
+    make_one = "make it with: python tokenize_dataset_rows_belle.py --jsonl_path ROWS.jsonl --save_path " + str(path)
+    if not is_dataset(path):
+        raise UsageError(f"--dataset_path {path} {_describe_other(path)} {make_one}")
+    try:
+        files = _list_files(path)
+        table, others = read_table(files, COLUMNS) if files else (None, [])
+    except UsageError as error:
+        raise UsageError(f"--dataset_path {path}: {error}; {make_one}") from None
+    if not table:
+        raise UsageError(f"--dataset_path {path} has no rows; {make_one}")
+    columns = set(table.column_names)
+    if "input_ids" not in columns or not columns & {"labels", "seq_len", *LOSS_MASKS}:
+        raise UsageError(f"--dataset_path {path} lacks the columns input_ids and labels; {make_one}")
+    return table, others
+
+
+def _list_files(path: Path) -> list[Path]:
+    """
+    The Arrow files of a dataset.
+
+    Raises:
+        UsageError: state.json is spoiled, or names a file elsewhere.
+    """
+    entries = read_object(path / "state.json", {"_data_files": list})["_data_files"]
+    names = [entry.get("filename") if isinstance(entry, dict) else None for entry in entries]
+    for name in names:
+        if not isinstance(name, str) or Path(name).name != name:
+            raise UsageError(f"state.json names a file elsewhere, {name}")
+    return [path / name for name in names]
+
+
+def _describe_other(path: Path) -> str:
+    """What stands in the place of a dataset."""
+    if not path.exists():
+        return "does not exist;"
+    if (path / "dataset_dict.json").is_file():
+        splits = sorted(entry.name for entry in path.iterdir() if is_dataset(entry))
+        return f"holds the datasets {', '.join(splits)}: give one of them, {path / (splits or ['train'])[0]}, or"
+    files = [path] if not path.is_dir() else path.iterdir()
+    kinds = {file.suffix.lstrip(".") for file in files if file.is_file()}
+    for kind in ("parquet", "arrow", "json", "jsonl", "csv"):
+        if kind in kinds:
+            load = f"load_dataset({kind.replace('jsonl', 'json')!r}, data_files=FILES, split='train')"
+            return (
+                f"is not a tokenised dataset but holds a {kind} file: where its rows are tokens, save them with "
+                f"datasets' {load}.save_to_disk(DIRECTORY), else"
+            )
+    return "is not a tokenised dataset;"
+
+
+def trained_rows(dataset: datasets.Dataset) -> np.ndarray:
+    """The numbers of the rows with a token that is trained on."""
+    return np.flatnonzero(trained_tokens(dataset))
+
+
+def trained_tokens(dataset: datasets.Dataset) -> np.ndarray:
+    """(rows,) int64: how many labels of each row are predicted, which no row's first token is."""
+    found = []
+    for batch in dataset.with_format("arrow").iter(TRAINED_ROWS_AT_ONCE):
+        for labels in batch["labels"].chunks:
+            values, offsets = labels.values.to_numpy(zero_copy_only=False), labels.offsets.to_numpy()
+            before = np.concatenate([[0], np.cumsum(values != IGNORE_INDEX)])  # trained tokens before each place
+            first = np.minimum(offsets[:-1] + 1, offsets[1:])
+            found.append(before[offsets[1:]] - before[first])
+    return np.concatenate(found)
+
+
+def hold_out(dataset: datasets.Dataset, fraction: float) -> tuple[np.ndarray, np.ndarray]:
+    """
+    The numbers of the rows to train on and of those held out, about `fraction` of all: decided by a hash of the
+    prompt's tokens, so that rows of one prompt are on one side, and stay there when data grows.
+    """
+    held_out = []
+    for batch in dataset.with_format("arrow").iter(TRAINED_ROWS_AT_ONCE):
+        for input_ids, labels in zip(batch["input_ids"], batch["labels"], strict=True):
+            ids, targets = (column.values.to_numpy() for column in (input_ids, labels))
+            trained = np.flatnonzero(targets != IGNORE_INDEX)
+            prompt = ids[: trained[0]] if len(trained) else ids
+            digest = hashlib.blake2b(np.ascontiguousarray(prompt, np.int64).tobytes(), digest_size=8).digest()
+            held_out.append(int.from_bytes(digest, "big") < fraction * 2**64)
+    mask = np.array(held_out)
+    return np.flatnonzero(~mask), np.flatnonzero(mask)
+
+
+def row_lengths(dataset: datasets.Dataset) -> list[int]:
+    """Tokens of each row, from the offsets of the column, without reading it."""
+    column = dataset.with_format("arrow")[:]["input_ids"]
+    return pyarrow.compute.list_value_length(column).to_pylist()
+
+
+def fingerprint_rows(dataset: datasets.Dataset) -> dict[str, Any]:
+    """
+    What tells these rows from others: a hash of every row's content, in order. See `describe_row_change`.
+
+    Returns:
+        `version`; `rows`, their number; hashes of all rows' `inputs` (input_ids), `targets` (labels) and `prompts`
+        (the tokens without loss); `any_order`, the same for the same rows in another order; and `v1`, the fingerprint
+        that checkpoints of earlier versions of this toolkit hold. The same for the same numbers, whatever integers
+        they are stored as and however the columns are divided into chunks.
+    """
+    digests = [_row_digests(*row_arrays) for row_arrays in _iterate_arrays(dataset)]
+    inputs, targets, prompts = map(np.concatenate, zip(*digests, strict=True))
+    return {
+        "version": 2,
+        "rows": len(dataset),
+        "inputs": _hash(inputs),
+        "targets": _hash(targets),
+        "prompts": _hash(prompts),
+        "any_order": _hash(np.sort(inputs + 3 * targets)),
+        "v1": old_fingerprint_rows(dataset),
+    }
+
+
+def _iterate_arrays(dataset: datasets.Dataset) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """
+    `input_ids` and `labels` of a few rows, joined, each (T,), and the offsets at which rows begin, (rows + 1,).
+    """
+    for batch in dataset.with_format("arrow").iter(HASHED_ROWS_AT_ONCE):
+        columns = [batch[name].combine_chunks() for name in FEATURES]
+        offsets = columns[0].offsets.to_numpy()
+        yield *(column.flatten().to_numpy() for column in columns), offsets - offsets[0]
+
+
+def _row_digests(input_ids: np.ndarray, labels: np.ndarray, offsets: np.ndarray) -> tuple[np.ndarray, ...]:
+    """
+    Digests of each row's tokens, labels and tokens without loss: (rows,) int64, the sums of value x key modulo 2^64,
+    where each place in a row has its own random odd key. Source: Lemire and Kaser 2014, "Strongly universal string
+    hashing is fast", multilinear hashing.
+    """
+    lengths = np.diff(offsets)
+    keys = np.random.Generator(np.random.PCG64(0)).integers(-(2**63), 2**63, lengths.max(initial=0)) | 1
+    keys = keys[np.arange(len(input_ids)) - np.repeat(offsets[:-1], lengths)]
+    before = np.zeros(len(input_ids) + 1, np.int64)
+
+    def sum_rows(products: np.ndarray) -> np.ndarray:
+        np.cumsum(products, out=before[1:])
+        return before[offsets[1:]] - before[offsets[:-1]]
+
+    tokens = keys * (input_ids + np.int64(1))  # 0 is a token
+    return sum_rows(tokens), sum_rows(keys * (labels + np.int64(1))), sum_rows(tokens * (labels == IGNORE_INDEX))
+
+
+def _hash(digests: np.ndarray) -> str:
+    return hashlib.blake2b(digests.astype("<i8").tobytes(), digest_size=8).hexdigest()
+
+
+def old_fingerprint_rows(dataset: datasets.Dataset) -> str:
+    """What checkpoints of earlier versions hold: a hash of every row's length and of some rows, spread over all."""
+    lengths = hashlib.sha256(json.dumps(row_lengths(dataset)).encode())
+    for index in range(0, len(dataset), max(1, len(dataset) // 64)):
+        lengths.update(json.dumps(dataset[index]).encode())
+    return lengths.hexdigest()[:16]
+
+
+def describe_row_change(then: Any, now: dict[str, Any]) -> str | None:
+    """
+    What a run whose rows were `then` had, in words; None where `now` they are the same.
+
+    Args:
+        then: what a checkpoint holds, of `fingerprint_rows` or, from earlier versions, of `old_fingerprint_rows`.
+        now: what `fingerprint_rows` returns.
+    """
+    if isinstance(then, str):
+        return None if then == now["v1"] else "other rows"
+    if not isinstance(then, dict) or then.get("version") != now["version"]:
+        return "rows that this version of the toolkit cannot compare"
+    same = {name for name, value in now.items() if then.get(name) == value}
+    if {"rows", "inputs", "targets"} <= same:
+        return None
+    if "rows" not in same:
+        return f"{then.get('rows')} rows (now {now['rows']})"
+    if "any_order" in same:
+        return "the same rows in another order"
+    if "inputs" in same:
+        return "the same rows with loss on other tokens"
+    if "prompts" in same:
+        return "the same prompts and other targets"
+    return "other rows"
+
+
+def check_origin(dataset_path: str, tokenizer: PreTrainedTokenizerBase, model_name_or_path: str) -> str:
+    """
+    The name of the template that the dataset was made with; "native" for a dataset that another tool made, of which
+    nothing is known but what its first row looks like.
+
+    Raises:
+        UsageError: another tokenizer or another version of the template made it.
+    """
+    path = Path(dataset_path) / ORIGIN_FILE
+    again = f"tokenise the rows again with --model_name_or_path {model_name_or_path}"
+    if not path.is_file():
+        table, _ = open_table(Path(dataset_path))
+        is_pairs = "seq_len" in table.column_names and "labels" not in table.column_names
+        if is_pairs and not _is_pair_of(tokenizer, to_examples(table.slice(0, 1), None).to_pylist()[0]):
+            raise UsageError(
+                f"--dataset_path {dataset_path}: its rows do not have the special tokens that the tokenizer of "
+                f"{model_name_or_path} puts round a prompt and a target: {again}"
+            )
+        return "native"
+    try:
+        values = read_object(path, dict.fromkeys(("template", "tokenizer", "model_name_or_path"), str))
+        if values["template"] not in TEMPLATES:
+            raise UsageError(f"{path}: there is no template {values['template']!r}")
+    except UsageError as error:
+        raise UsageError(f"--dataset_path {dataset_path}: {error}: {again}") from None
+    origin = Origin(**{name: value for name, value in values.items() if name in Origin.__dataclass_fields__})
+    if origin.tokenizer != fingerprint(tokenizer, template_for(tokenizer, origin.template)):
+        raise UsageError(
+            f"--dataset_path {dataset_path} was made with another tokenizer, that of {origin.model_name_or_path}, or "
+            f"by an older version of this toolkit: {again}"
+        )
+    if origin.system_turns is None and template_for(tokenizer, origin.template).system_turns:
+        print_once(f"{dataset_path} has system messages, if any, inside the first question, not as turns: {again}")
+    return origin.template
+
+
+def _is_pair_of(tokenizer: PreTrainedTokenizerBase, row: dict[str, Any]) -> bool:
+    """Whether a row of `input_ids` and `labels` looks like ChatGLM-6B's `prompt [gMASK] <sop> target <eop>`."""
+    closing = encode_prompt(tokenizer, [Message("user", "")])[-2:]
+    ids, prompt_tokens = row["input_ids"], row["labels"].count(IGNORE_INDEX)
+    return ids[max(prompt_tokens - 2, 0) : prompt_tokens] == closing and ids[-1:] == [tokenizer.eos_token_id]
+
+
+def split_off(dataset: datasets.Dataset, fraction: float) -> tuple[datasets.Dataset, datasets.Dataset]:
+    """
+    The rows to train on and those held out for evaluation.
+
+    Raises:
+        UsageError: one of the two is empty.
+    """
+    kept, held_out = hold_out(dataset, fraction)
+    if not len(kept) or not len(held_out):
+        side = "is left to train on" if not len(kept) else "is held out"
+        raise UsageError(f"--eval_fraction {fraction}: of {len(dataset)} rows none {side}; give another share")
+    print_once(f"{len(held_out)} of {len(dataset)} rows held out for evaluation")
+    return dataset.select(kept), dataset.select(held_out)
+
+
+def keep_trained(dataset: datasets.Dataset, dataset_path: str) -> datasets.Dataset:
+    """
+    Without the rows that have no token to train on; says how many those are.
+
+    Raises:
+        UsageError: no row has one.
+    """
+    trained = trained_rows(dataset)
+    if not len(trained):
+        raise UsageError(
+            f"--dataset_path {dataset_path}: no row has a token to train on; tokenise the rows again, with "
+            f"targets and a --max_seq_length that leaves room for them"
+        )
+    if len(trained) == len(dataset):
+        return dataset
+    first = np.setdiff1d(np.arange(len(dataset)), trained)[0]
+    print_once(f"{len(dataset) - len(trained)} rows have no token to train on and are left out, first row {first}")
+    return dataset.select(trained)

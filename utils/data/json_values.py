@@ -1,0 +1,234 @@
+"""
+JSON values that are not one a line: the elements of an array, of an array in an object such as {"data": [...]}, or
+objects spread over lines, one behind the other. utils/data/raw_reader.py reads JSON Lines and calls this for the rest.
+"""
+
+import codecs
+import json
+import re
+from collections.abc import Iterator
+from typing import Any, NamedTuple, Protocol
+
+from utils.common.errors import RowError
+from utils.data.encodings import UTF8_RUN
+from utils.data.json_lines import BLANKS, NEVER_ENDS, scan_value
+from utils.data.row_schema import CHATS, PROMPTS
+
+HEAD_BYTES = 1 << 16  # that the layout is told from
+LONGEST_ELEMENT = 16 << 20  # characters of a row
+# Names of a list of rows in an object round it; no row has a column of such a name that holds objects.
+WRAPPERS = ("data", "rows", "train", "training", "examples", "items", "records", "samples", "dataset", "test", "valid")
+LINES, ARRAY, WRAPPED, VALUES = "lines", "array", "wrapped", "values"
+_BLANK = re.compile(f"[{BLANKS}]*")
+
+
+class Layout(NamedTuple):
+    name: str  # LINES, ARRAY, WRAPPED or VALUES
+    start: int  # bytes before the first element of an array, or before the first value
+
+
+def layout_of(head: bytes, encoding: str, more: bool) -> Layout:
+    """How the values that `head` begins with are laid out; `more` says that it does not reach the file's end."""
+    text = codecs.getincrementaldecoder(encoding)("surrogateescape").decode(head[:HEAD_BYTES])
+    more = more or len(head) > HEAD_BYTES
+    start = _BLANK.match(text).end()
+    name, place = LINES, 0
+    if text.startswith("[", start) and text[start + 1 :].lstrip()[:1] in ("{", "]"):
+        name, place = ARRAY, start + 1
+    elif text.startswith("{", start):
+        if place := _wrapped_start(text, start):
+            name = WRAPPED
+        elif _is_spread(text, start, more):
+            name, place = VALUES, start
+    return Layout(name, len(text[:place].encode(encoding, "surrogateescape")))
+
+
+def _wrapped_start(text: str, start: int) -> int:
+    """Where the first element of the array stands in `{..., "data": [...]}` at `start`; 0 where there is none."""
+    position = start + 1
+    try:
+        while True:
+            position = _BLANK.match(text, position).end()
+            key, position = scan_value(text, position)
+            position = _BLANK.match(text, position).end()
+            if not isinstance(key, str) or key in (*PROMPTS, *CHATS) or text[position] != ":":
+                return 0
+            position = _BLANK.match(text, position + 1).end()
+            opening = _BLANK.match(text, position + 1).end()
+            if key in WRAPPERS and text[position] == "[" and text[opening] in "{]":
+                return position + 1
+            _, position = scan_value(text, position)
+            position = _BLANK.match(text, position).end()
+            if text[position] != ",":
+                return 0
+            position += 1
+    except (RowError, json.JSONDecodeError, IndexError):
+        return 0
+
+
+def _is_spread(text: str, start: int, more: bool) -> bool:
+    """Whether the object at `start` goes on in the next line, rather than being a line that breaks off."""
+    newline = text.find("\n", start)
+    if newline < 0:
+        return False
+    try:
+        return scan_value(text, start)[1] > newline
+    except RowError as error:
+        return str(error) == NEVER_ENDS and more
+    except json.JSONDecodeError as error:
+        return more and error.pos > newline and (error.msg.startswith("Unterminated") or error.pos >= len(text) - 16)
+
+
+class Stream(Protocol):
+    """A file that takes back what was read too far."""
+
+    def read(self, size: int) -> bytes: ...
+
+    def unread(self, data: bytes) -> None: ...
+
+
+class ValueReader:
+    """
+    Reads the elements of a JSON array behind its opening bracket, or values that follow one another, one by one. After
+    one that cannot be read it goes on at the next object whose first key is that of the first: `{"instruction":`
+    cannot stand in a JSON string.
+
+    Args:
+        line: number of the stream's next line.
+        layout: ARRAY, WRAPPED or VALUES.
+        block_bytes: how much is read at a time.
+    """
+
+    def __init__(self, stream: Stream, encoding: str, line: int, layout: str, block_bytes: int):
+        self.stream, self.encoding, self.line, self.layout = stream, encoding, line, layout
+        self.block_bytes = block_bytes
+        # Bytes that are not text become lone surrogates, which spoil the one element that they stand in.
+        self.decoder = codecs.getincrementaldecoder(encoding)("surrogateescape")
+        self.text, self.position = "", 0
+        self.counted = 0  # `line` is that of text[counted]
+        self.opening: re.Pattern | None = None
+
+    def batches(self) -> Iterator[list[tuple[int, Any | RowError]]]:
+        """Lists of (line number, value), of about `block_bytes` each."""
+        elements, size = [], 0
+        for number, value, length in self._elements():
+            elements.append((number, value))
+            size += length
+            if size >= self.block_bytes:
+                yield elements
+                elements, size = [], 0
+        if elements:
+            yield elements
+
+    def _fill(self) -> bool:
+        """Drops what was read, and reads at least as much as is left; False at the end of the file."""
+        self._count()
+        data = self.stream.read(max(self.block_bytes, len(self.text) - self.position))
+        self.text = self.text[self.position :] + self.decoder.decode(data, final=not data)
+        self.position = self.counted = 0
+        return bool(data)
+
+    def _count(self) -> int:
+        self.line += self.text.count("\n", self.counted, self.position)
+        self.counted = self.position
+        return self.line
+
+    def _next_character(self) -> str:
+        while True:
+            while self.position < len(self.text) and (c := self.text[self.position]) in BLANKS:
+                self.position += 1
+            if self.position < len(self.text):
+                return c
+            if not self._fill():
+                return ""
+
+    def _elements(self) -> Iterator[tuple[int, Any | RowError, int]]:
+        """(line number, value, its characters); what stands behind the last is given back to the stream."""
+        while character := self._next_character():
+            if self.layout == VALUES:
+                if character == "[":  # an array behind them
+                    self._give_back()
+                    return
+            elif character == "]":
+                self.position += 1
+                if self.layout == WRAPPED:
+                    yield from self._rest_of_wrapper()
+                self._give_back()
+                return
+            if character == ",":
+                self.position += 1
+                continue
+            value, length = self._scan()
+            yield self._count(), value, length
+            self.position += length or 1
+            if not length and not self._resume():
+                return
+        if self.layout != VALUES:
+            yield self._count(), RowError("the array has no end: the file is cut"), 0
+
+    def _give_back(self) -> None:
+        self._count()
+        rest = self.text[self.position :].encode(self.encoding, "surrogateescape")
+        self.stream.unread(rest + self.decoder.getstate()[0])
+
+    def _rest_of_wrapper(self) -> Iterator[tuple[int, RowError, int]]:
+        """Reads to the end of the object round the array; a second list of objects is an error, as it is not read."""
+        while (character := self._next_character()) and character != "}":
+            key, length = self._scan()
+            self.position += length or 1
+            if character != '"' or isinstance(key, RowError) or self._next_character() != ":":
+                continue  # a comma, or what cannot be read
+            self.position += 1
+            opening = self._next_character()
+            line = self._count()
+            value, length = self._scan()
+            self.position += length or 1
+            holds_rows = isinstance(value, list) and any(isinstance(item, dict) for item in value)
+            if holds_rows or (opening == "[" and isinstance(value, RowError)):
+                reason = f'"{key}" is a second list of the file, which is not read: write it into a file of its own'
+                yield line, RowError(reason), 0
+        self.position += 1
+
+    def _scan(self) -> tuple[Any | RowError, int]:
+        """The element at the position and how long it is, 0 if that cannot be said; text is read until it is whole."""
+        while True:
+            try:
+                value, end = scan_value(self.text, self.position)
+                break
+            except (RowError, json.JSONDecodeError) as error:
+                # A value that breaks off at the end of the text may go on in the file.
+                message, broken_at = getattr(error, "msg", str(error)), getattr(error, "pos", self.position)
+                open_end = message.startswith(("Unterminated", NEVER_ENDS)) or broken_at >= len(self.text) - 16
+                if open_end and len(self.text) - self.position < LONGEST_ELEMENT and self._fill():
+                    continue
+                return RowError(f"not JSON: {message}" if hasattr(error, "msg") else message), 0
+        if self.opening is None and isinstance(value, dict) and value:
+            key = json.dumps(next(iter(value)), ensure_ascii=False)
+            self.opening = re.compile(r"\{\s*" + re.escape(key))
+        length = end - self.position
+        if self._is_text(self.text[self.position : end]):
+            return value, length
+        return RowError(f"bytes that are not {self.encoding.upper()}"), length
+
+    def _is_text(self, element: str) -> bool:
+        """Whether no lone surrogate stands for a byte, and no GB18030 for UTF-8."""
+        if element.isascii():
+            return True
+        try:
+            data = element.encode(self.encoding)
+        except UnicodeEncodeError:
+            return False
+        return self.encoding == "utf-8" or not UTF8_RUN.search(data)
+
+    def _resume(self) -> bool:
+        """Goes to the next object like the first; False where none follows."""
+        while self.opening:
+            if found := self.opening.search(self.text, self.position):
+                self.position = found.start()
+                return True
+            self.position = max(self.position, len(self.text) - 1000)
+            if not self._fill():
+                break
+        while self.stream.read(self.block_bytes):
+            pass
+        return False

@@ -1,0 +1,90 @@
+"""What became of the rows that could not be used: counted, shown, and listed in a file."""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+from utils.common.errors import RowError, RunError
+from utils.common.files import UNENCODABLE, remove_leftovers
+from utils.common.terminal import one_line
+
+
+def check_share(failed: int, total: int, kept: str) -> None:
+    """
+    For the end of a job, when what could be used is written.
+
+    Args:
+        failed: rows that were rejected or could not be answered.
+        total: all rows.
+        kept: what became of the others, for the message.
+
+    Raises:
+        RunError: more than half of the rows failed.
+    """
+    if 2 * failed > total:
+        raise RunError(f"{failed} of {total} rows could not be used, more than half: {kept}")
+
+
+class Rejection(NamedTuple):
+    path: str
+    line: int  # from 1
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.path}:{self.line}: {self.reason}"
+
+    def dump(self) -> str:
+        """One line of JSON Lines."""
+        return json.dumps({"file": self.path, "line": self.line, "reason": self.reason}, ensure_ascii=False) + "\n"
+
+
+class Rejections:
+    """
+    Lists rejected rows in `<output>.rejected.jsonl`, one `{"file", "line", "reason"}` a line; no row, no file. The
+    list of an earlier run stays until `report`.
+
+    Args:
+        output: the file or directory that the other rows go to.
+        strict: raise a RunError at the first instead.
+    """
+
+    shown = 5
+
+    def __init__(self, output: str, strict: bool = False):
+        self.path = Path(f"{str(output).rstrip('/')}.rejected.jsonl")
+        self.temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
+        self.strict = strict
+        self.count = 0
+        self._first: list[Rejection] = []
+        self._file = None
+
+    def add(self, path: str, line: int, reason: str | RowError) -> None:
+        """
+        Raises:
+            RunError: with `strict`.
+        """
+        rejection = Rejection(path, line, str(reason).encode("utf-8", "backslashreplace").decode())
+        if self._file is None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            remove_leftovers(self.path)
+            self._file = self.temporary.open("w", encoding="utf-8", errors=UNENCODABLE)
+        self._file.write(rejection.dump())
+        self.count += 1
+        if len(self._first) < self.shown:
+            self._first.append(rejection)
+        if self.strict:
+            raise RunError(f"--strict: {rejection}")
+
+    def report(self) -> None:
+        """Closes the list and shows its first lines on stderr; without any, removes the list of an earlier run."""
+        if self._file is None:
+            self.path.unlink(missing_ok=True)
+            return
+        self._file.close()
+        os.replace(self.temporary, self.path)
+        for rejection in self._first:
+            print(one_line(str(rejection)), file=sys.stderr)
+        more = f"... and {self.count - self.shown} more; " if self.count > self.shown else ""
+        print(one_line(f"{more}all {self.count} rejected rows are listed in {self.path}"), file=sys.stderr)

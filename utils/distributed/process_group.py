@@ -1,0 +1,101 @@
+"""Which launcher, which rank, which backend; on GPUs and without."""
+
+import os
+import signal
+import socket
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+
+from utils.common.errors import UsageError
+from utils.common.processes import end_with_parent, local_rank, process_rank, world_size
+from utils.distributed.collectives import backend, barrier, collective_timeout, gather_from_all
+from utils.distributed.deepspeed_setup import init_deepspeed
+from utils.distributed.watchdog import Peers
+
+_peers: list[Peers] = []  # of this process, where there are others
+T = TypeVar("T")
+
+
+def check_port() -> None:
+    """
+    Raises:
+        UsageError: this process is to listen where another one listens already.
+    """
+    hosts_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"  # else torchrun listens, and fails there
+    if world_size() == 1 or process_rank() != 0 or not hosts_store or "MASTER_PORT" not in os.environ:
+        return
+    port = int(os.environ["MASTER_PORT"])
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", port))
+        except OSError:
+            raise UsageError(
+                f"port {port} is in use, by another run perhaps: give the launcher --master_port"
+            ) from None
+
+
+def init_process_group(use_deepspeed: bool, mend: str = "the same command goes on where this one was") -> None:
+    """
+    Joins the processes the launcher started: NCCL with GPUs, gloo without. A lone process joins nothing, unless
+    DeepSpeed asks for a group of one. `mend` is what to do when a process is lost.
+
+    On the CPU this must come before `TrainingArguments`, which leaves the group to be made later than `zero.Init`
+    needs it.
+    """
+    if "LOCAL_RANK" in os.environ:
+        end_with_parent(signal.SIGTERM)  # the launcher
+    if world_size() == 1:
+        if not use_deepspeed:
+            return
+        for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_ADDR", "127.0.0.1")):
+            os.environ.setdefault(name, value)
+        if "MASTER_PORT" not in os.environ:
+            os.environ["MASTER_PORT"] = str(free_port())
+    if torch.cuda.is_available():
+        torch.cuda.set_device(local_rank())
+    if use_deepspeed:
+        init_deepspeed()
+    elif not torch.distributed.is_initialized():
+        torch.distributed.init_process_group(backend(), **collective_timeout())
+    if world_size() > 1:
+        _peers.append(Peers(process_rank(), world_size(), mend))
+
+
+def on_all_processes(call: Callable[[], T]) -> list[T]:
+    """
+    What `call` returns on every process, in the order of ranks, on every process; all must call it.
+
+    Raises:
+        UsageError: that of the first process where `call` raised one, on every process, and all leave the group.
+    """
+    try:
+        outcome = call(), ()
+    except UsageError as error:
+        outcome = None, error.args
+    outcomes = gather_from_all(outcome)
+    faults = [lines for _, lines in outcomes if lines]
+    if faults:
+        shut_down()
+        raise UsageError(*faults[0])
+    return [value for value, _ in outcomes]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def shut_down() -> None:
+    """
+    Leaves the process group, so that no rank ends while another still talks to it. CUDA graphs with NCCL's sums in
+    them must be gone by then: with an engine still there, it did not return.
+    """
+    if _peers:
+        barrier()
+        _peers.pop().close()
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()

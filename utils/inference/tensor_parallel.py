@@ -1,0 +1,123 @@
+"""Shards a model over processes with DeepSpeed: heads and MLPs, split as the family needs it."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from transformers import PretrainedConfig, PreTrainedModel
+
+from utils.common.errors import UsageError
+from utils.common.processes import process_rank, world_size
+from utils.models.family import Generation
+
+
+def tensor_parallel_groups(tp_size: int) -> tuple[Any, Any, int]:
+    """
+    Of this process: the group of the `tp_size` processes that share its replica, the same over gloo, and the first
+    one's rank. All processes must call it.
+    """
+    mine = None
+    for start in range(0, world_size(), tp_size):
+        ranks = list(range(start, start + tp_size))
+        groups = torch.distributed.new_group(ranks), torch.distributed.new_group(ranks, backend="gloo")
+        if process_rank() in ranks:
+            mine = (*groups, start)
+    return mine
+
+
+def check_heads(config: PretrainedConfig, processes: int) -> None:
+    """
+    Raises:
+        UsageError: the heads cannot be shared out evenly over so many processes.
+    """
+    heads = config.num_attention_heads
+    if heads % processes:
+        fitting = [str(n) for n in range(1, heads + 1) if heads % n == 0]
+        raise UsageError(
+            f"{heads} attention heads cannot be split over {processes} processes: use {', '.join(fitting)}"
+        )
+
+
+def shard_with_deepspeed(
+    model: PreTrainedModel, generation: Generation, dtype: torch.dtype, group: torch.distributed.ProcessGroup
+) -> PreTrainedModel:
+    """
+    Splits the attention heads and the MLPs over the processes of `group` (tensor parallelism) with DeepSpeed's
+    inference engine and moves this process's part to its device. All must give the same inputs and get the same
+    logits.
+
+    DeepSpeed's own guess would take ChatGLM-6B's `query_key_value` as [Q; K; V] where it goes head by head, and its
+    MLP as gated; both compute something else without an error. The generation says how its layers are split instead.
+
+    Raises:
+        UsageError: the key/value heads cannot be repeated evenly.
+    """
+    from deepspeed.comm import comm
+    from deepspeed.inference.config import DeepSpeedInferenceConfig
+    from deepspeed.inference.engine import InferenceEngine
+    from deepspeed.module_inject.autotp_config import AutoTPConfig, PartitionType, TPLayerSpec
+
+    tp_size = torch.distributed.get_world_size(group)
+    if tp_size < world_size():  # on the CPU its sums over shared memory, which know no groups, are of all processes
+        comm.cdb.shm_vector_kernel_level = 0
+    repeat_key_value_heads(model, tp_size)
+    plan = generation.architecture.tensor_parallel
+    partition = AutoTPConfig(
+        tp_size=tp_size,
+        layer_specs=[
+            TPLayerSpec(patterns=[rf".*\b{name}\.weight$" for name in names], partition_type=kind, shape=shape)
+            for names, kind, shape in (
+                (plan.columns, PartitionType.COLUMN, None),
+                (plan.packed_columns, PartitionType.COLUMN, (2, -1)),
+                (plan.rows, PartitionType.ROW, None),
+            )
+        ],
+        use_default_specs=False,
+    )
+
+    class PartitionedInferenceConfig(DeepSpeedInferenceConfig):
+        """Answers what DeepSpeed's layer replacement asks of a configuration; the stock one has no answer."""
+
+        def get_partition_config_object(self) -> AutoTPConfig:
+            return partition
+
+    # DeepSpeed shares the MLP out in grains of 64, the last rank taking the rest, which may leave a rank none.
+    grain = 64 if model.config.intermediate_size % (64 * tp_size) == 0 else 1
+    # This pair is what `deepspeed.init_inference` makes of its arguments, with the stock configuration.
+    config = PartitionedInferenceConfig(
+        dtype=dtype,
+        tensor_parallel={
+            "tp_size": tp_size,
+            "tp_grain_size": grain,
+            # The engine takes its group from one, its layers theirs from the other: without it they stay whole.
+            "mpu": SimpleNamespace(get_model_parallel_group=lambda: group),
+            "tp_group": group,
+        },
+        injection_policy={plan.block: plan.rows},
+    )
+    return InferenceEngine(model, config=config).module
+
+
+def repeat_key_value_heads(model: PreTrainedModel, processes: int) -> None:
+    """
+    Grouped-query attention with fewer key/value heads than processes: repeats each, so that every process holds one.
+
+    The repeated heads serve fewer query heads each; the attention computes the same.
+    """
+    groups = getattr(model.config, "num_key_value_heads", processes)
+    if groups % processes == 0:
+        return
+    if processes % groups:
+        raise UsageError(f"{groups} key/value heads cannot be repeated evenly over {processes} processes")
+    times = processes // groups
+    for module in model.modules():
+        if not hasattr(module, "num_key_value_groups"):
+            continue
+        for projection in (module.k_proj, module.v_proj):
+            for name, parameter in list(projection.named_parameters()):
+                by_head = parameter.data.view(groups, module.head_dim, *parameter.shape[1:])
+                repeated = by_head.repeat_interleave(times, dim=0).flatten(0, 1)
+                setattr(projection, name, torch.nn.Parameter(repeated, requires_grad=False))
+            projection.out_features *= times
+        module.num_key_value_groups //= times
+    model.config.num_key_value_heads *= times

@@ -1,0 +1,238 @@
+"""LoRA adapters as PEFT directories: attach, save, load, merge."""
+
+import json
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, TaskType, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors.torch import load_file
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
+
+from utils.checkpoint.model import Checkpoint
+from utils.common.errors import RunError, UsageError
+from utils.common.json_files import read_object
+from utils.layers.lora_linear import LoraLinear
+from utils.layers.quantization import is_quantized
+from utils.lora.formats import Shapes, State, adapter_directory, find_misfit, read_adapter
+from utils.models.family import GLM4, GLM4_HF
+from utils.models.templates import TEMPLATES
+
+
+def attach_adapter(
+    model: PreTrainedModel,
+    lora_rank: int,
+    lora_alpha: int,
+    lora_dropout: float,
+    target_modules: list[str],
+    seed: int,
+) -> PeftModel:
+    """
+    Freezes `model` and adds a LoRA adapter that trains. The adapter's start depends on `seed` alone, not on what drew
+    random numbers before, so that every launcher starts from the same one.
+    """
+    config = LoraConfig(
+        task_type=TaskType.CAUSAL_LM,
+        r=lora_rank,
+        lora_alpha=lora_alpha,
+        lora_dropout=lora_dropout,
+        target_modules=target_modules,
+    )
+    config._register_custom_module({torch.nn.Linear: LoraLinear})
+    torch.manual_seed(seed)
+    return get_peft_model(model, config)
+
+
+def scale_losses_under_zero3(model: PeftModel) -> None:
+    """
+    For float16. DeepSpeed's ZeRO-3 scales losses only where the trained weights are float16; PEFT makes them float32,
+    and the gradients, float16 on their way, would underflow. The optimizer keeps float32 copies of its own.
+    """
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.half()
+
+
+# The embedding is never trained; PEFT would read the base's config.json again to find that out.
+adapter_weights = partial(get_peft_model_state_dict, save_embedding_layers=False)
+
+
+def gather_adapter(model: PeftModel) -> State:
+    """
+    The adapter's weights under PEFT's names, float32, on the CPU. Every rank must call it: it gathers what
+    FSDP2 shards, and under DeepSpeed the float32 copies that the optimizer's partitions hold.
+
+    Raises:
+        RuntimeError: DeepSpeed's optimizer holds no copy of a weight.
+    """
+    state = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        value = parameter.data
+        if hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping"):
+            from deepspeed.utils import safe_get_full_fp32_param
+
+            value = safe_get_full_fp32_param(parameter)
+            if value is None:
+                raise RuntimeError(f"DeepSpeed's optimizer holds no copy of {name}: nothing is written")
+        elif isinstance(value, DTensor):
+            value = value.full_tensor()
+        state[name] = value.detach().float().cpu()
+    return adapter_weights(model, state_dict=state)
+
+
+def expected_shapes(model: PeftModel) -> Shapes:
+    """The adapter's weights, under PEFT's names, that belong to the layers `model` puts it on."""
+    lora_rank = model.active_peft_config.r
+    shapes = {}
+    for name, layer in model.named_modules():
+        if isinstance(layer, LoraLayer):
+            shapes[f"{name}.lora_A.weight"] = (lora_rank, layer.in_features)
+            shapes[f"{name}.lora_B.weight"] = (layer.out_features, lora_rank)
+    return shapes
+
+
+ORIGIN_FILE = "adapter_origin.json"
+
+
+@dataclass(frozen=True)
+class AdapterOrigin:
+    """What an adapter was trained with; a file in its directory."""
+
+    template: str  # one of utils.models.templates.TEMPLATES
+    base: dict[str, Any]  # Checkpoint.fingerprint of the base model
+    model_name_or_path: str
+    tokenizer: str | None = None  # fingerprint of the tokenizer that made its rows; adapters of before have none
+
+
+ORIGIN_TYPES = {"template": str, "base": dict, "model_name_or_path": str}
+
+
+def read_origin(path: str | Path) -> AdapterOrigin | None:
+    """
+    The origin recorded beside an adapter; None for an adapter that another tool made.
+
+    Raises:
+        UsageError: the file is not what `save_adapter` writes.
+    """
+    file = adapter_directory(path) / ORIGIN_FILE
+    if not file.exists():
+        return None
+    values = read_object(file, ORIGIN_TYPES)
+    tokenizer = values.get("tokenizer")
+    written = {"norms", "matrices", "bits"} <= values["base"].keys() and isinstance(tokenizer, str | None)
+    if not written or values["template"] not in TEMPLATES:
+        raise UsageError(f"{file} is not what this toolkit writes: without it the base is not checked")
+    return AdapterOrigin(**{name: values[name] for name in ORIGIN_TYPES}, tokenizer=tokenizer)
+
+
+def check_base(path: str | Path, checkpoint: Checkpoint) -> None:
+    """
+    Nothing is known, and nothing checked, of an adapter that another tool made.
+
+    Raises:
+        UsageError: the adapter was trained on other weights than the checkpoint's.
+    """
+    origin = read_origin(path)
+    if origin is None:
+        return
+    found = checkpoint.fingerprint()
+    parts = ("norms", "matrices") if found["bits"] == origin.base["bits"] else ("norms",)
+    if any(found[part] != origin.base[part] for part in parts):
+        raise UsageError(
+            f"--adapter_path {path} was trained on other weights than those in {checkpoint.directory}, on "
+            f"{origin.model_name_or_path}: pass that with --model_name_or_path, or --any_base to use it all the same"
+        )
+
+
+def warn_of_old_ids(path: str | Path, checkpoint: Checkpoint) -> str | None:
+    """One line where an adapter's rows were made by a version of this toolkit that gave GLM-4 wrong token ids."""
+    if checkpoint.generation.name not in (GLM4.name, GLM4_HF.name):
+        return None
+    origin = read_origin(path)
+    if origin is None or origin.tokenizer is not None:
+        return None
+    return (
+        f"{path} was trained by an older version of this toolkit, in which GLM-4's tokenizer.model gave other token "
+        "ids than the release, and answers worse for it: tokenise the rows again and train it anew"
+    )
+
+
+def save_adapter(
+    model: PeftModel,
+    directory: str | Path,
+    origin: AdapterOrigin | None = None,
+    is_main_process: bool = True,
+    trained: bool = False,
+) -> None:
+    """
+    Writes the adapter as a PEFT directory, with its origin. Every rank must call it; the main process writes.
+
+    Args:
+        trained: whether it must differ from its start, where every B is zero.
+
+    Raises:
+        RuntimeError: a weight is missing, has lost its shape, or is not finite; nothing is written.
+        RunError: with `trained`, the adapter is as it was at its start; nothing is written.
+    """
+    state = gather_adapter(model)
+    if not is_main_process:
+        return
+    if trained and not any(value.any() for name, value in state.items() if ".lora_B." in name):
+        raise RunError(
+            "the adapter is not saved: it is as it was at its start; were there steps with a --learning_rate above 0?"
+        )
+    misfit = find_misfit(state, expected_shapes(model)) if state else "it has no weights"
+    if misfit:
+        raise RuntimeError(f"the adapter is not saved: {misfit}")
+    model.save_pretrained(directory, state_dict=state, save_embedding_layers=False)
+    if origin:
+        (Path(directory) / ORIGIN_FILE).write_text(json.dumps(asdict(origin), indent=2), encoding="utf-8")
+    written = load_file(Path(directory) / SAFETENSORS_WEIGHTS_NAME)
+    if written.keys() != state.keys() or not all(torch.equal(written[name], state[name]) for name in state):
+        raise RuntimeError(f"{directory} does not hold the adapter that was saved: is the disk full?")
+
+
+def load_adapter(model: PreTrainedModel, path: str | Path, lora_alpha: int | None = None) -> PeftModel:
+    """
+    Puts an adapter on `model`, frozen: any that `read_adapter` can read. The model may lie anywhere, also dispatched
+    over devices and offloaded by accelerate, and be quantised.
+
+    Raises:
+        UsageError: see `read_adapter`.
+    """
+    adapter = read_adapter(path, model, lora_alpha)
+    config = adapter.lora_config()
+    config.inference_mode = True
+    config.base_model_name_or_path = model.name_or_path  # what a user saves says what it is for
+    adapted = get_peft_model(model, config)
+    _materialize(adapted)
+    set_peft_model_state_dict(adapted, adapter.state)
+    return adapted.eval()
+
+
+def _materialize(model: PeftModel) -> None:
+    """Gives the adapter of an offloaded layer memory where that layer computes; PEFT leaves it on the meta device."""
+    for layer in model.modules():
+        if not isinstance(layer, LoraLayer):
+            continue
+        hook = getattr(layer.get_base_layer(), "_hf_hook", None)
+        for branch in (layer.lora_A, layer.lora_B):
+            for linear in branch.values():
+                if linear.weight.is_meta:
+                    linear.to_empty(device=hook.execution_device)
+
+
+def merge_adapter(model: PreTrainedModel, path: str | Path, lora_alpha: int | None = None) -> PreTrainedModel:
+    """
+    The model with the adapter added into its weights: no cost in decoding. To a quantised model, whose integers cannot
+    take it, the adapter stays beside the weights. Raises as `load_adapter`.
+    """
+    adapted = load_adapter(model, path, lora_alpha)
+    return adapted if is_quantized(model) else adapted.merge_and_unload()

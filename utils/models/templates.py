@@ -1,0 +1,247 @@
+"""Row or chat -> input_ids and labels. The only place that knows prompt templates, for training and inference."""
+
+from collections.abc import Collection, Sequence
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from utils.models.conversation import Message, Row
+from utils.models.token_spans import (
+    NO_TOKENS,
+    Draft,
+    Parts,
+    Span,
+    constant,
+    encode_constant,
+    encode_drafts,
+    token_ids,
+    token_span,
+)
+from utils.models.tokenization_chatglm import ChatGLMTokenizer
+from utils.models.tokenization_chatglm2 import PREFIX, ChatGLM2Tokenizer, ChatGLM3Tokenizer
+
+
+def fold_system(messages: Sequence[Message]) -> Sequence[Message]:
+    """For a template without system turns: the system text before the first user's, a newline between."""
+    if messages[0].role != "system":
+        return messages
+    system, first, *others = messages
+    return [first._replace(content=f"{system.content}\n{first.content}"), *others]
+
+
+class ChatGLMTemplate:
+    """
+    ChatGLM-6B: `prompt [gMASK] <sop> target <eop>`; the bare question, or numbered rounds once there is a history.
+
+    Source: `ChatGLMForConditionalGeneration.chat` of THUDM/chatglm-6b.
+    """
+
+    name = "native"
+    ids_version = 1  # of the ids that texts become; a new one refuses datasets made with the one before
+    round_form = "[Round {i}]\n问：{question}\n答：{answer}\n"
+    first_round = 0
+    answer_mark = "\n答："
+    system_turns = False  # whether a system message is a turn of its own
+
+    def render(self, messages: Sequence[Message]) -> str:
+        """The prompt as text."""
+        messages = fold_system(messages)
+        return messages[0].content if len(messages) == 1 else self.rounds(messages)
+
+    def rounds(self, messages: Sequence[Message]) -> str:
+        turns = [message.content for message in messages]
+        last = len(turns) // 2
+        history = "".join(
+            self.round_form.format(i=i + self.first_round, question=turns[2 * i], answer=turns[2 * i + 1])
+            for i in range(last)
+        )
+        final = self.round_form.format(i=last + self.first_round, question=turns[-1], answer="")
+        return history + final.rstrip("\n")
+
+    def prompt(self, tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> Parts:
+        return encode_drafts(tokenizer, [self.prompt_draft(tokenizer, messages)])[0]
+
+    def prompt_draft(
+        self, tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], untrained: Collection[int] = ()
+    ) -> Draft:
+        """`untrained` numbers the answers in `messages` that training on every turn leaves out."""
+        text = self.render(messages)
+        opening, end = constant(tokenizer, "frame", lambda: self.frame(tokenizer))
+        return Draft(opening, text, self.answer_mark if text.endswith(self.answer_mark) else "", end)
+
+    def frame(self, tokenizer: PreTrainedTokenizerBase) -> tuple[list[Span], Span]:
+        """The special tokens before and after a prompt that is one text."""
+        ids = [tokenizer.gmask_token_id, tokenizer.bos_token_id]
+        return [], Span(np.array(ids, np.int32))
+
+    def target_draft(self, tokenizer: PreTrainedTokenizerBase, text: str) -> Draft:
+        return Draft([], text, "", self.stop_span(tokenizer))
+
+    def single_turn(self, tokenizer: PreTrainedTokenizerBase) -> tuple[Draft, Draft]:
+        """
+        What stands round the texts of any row of one turn: the drafts of an empty prompt and target. The prompt's text
+        is `render` of it, and every span of the openings is tokens.
+        """
+        empty = (Message("user", ""),)
+        return constant(
+            tokenizer,
+            (type(self), "single turn"),
+            lambda: (self.prompt_draft(tokenizer, empty), self.target_draft(tokenizer, "")),
+        )
+
+    def stop_span(self, tokenizer: PreTrainedTokenizerBase) -> Span:
+        """The token that ends a target."""
+        return constant(tokenizer, "stop", lambda: Span(np.array(self.stop_ids(tokenizer)[:1], np.int32), True))
+
+    def unfold(self, row: Row) -> list[Row]:
+        """
+        The rows whose examples together have every trained assistant turn as a target: here one a turn. The prompt of
+        ChatGLM-6B sees itself in both directions, so nothing can be learnt inside it; and that of ChatGLM2 and of
+        alpaca is one text, in which an answer's tokens and those round it may be one.
+        """
+        return [row.begin(end) for end in row.trained_ends]
+
+    def stop_ids(self, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+        """Tokens that end an answer; a target ends with the first."""
+        return [tokenizer.eos_token_id]
+
+    def clean(self, answer: str) -> str:
+        return answer
+
+
+class ChatGLM2Template(ChatGLMTemplate):
+    """
+    ChatGLM2-6B: `[gMASK] sop prompt target </s>`, the prompt always in numbered rounds.
+
+    Source: `build_prompt` of THUDM/chatglm2-6b's tokenizer.
+    """
+
+    round_form = "[Round {i}]\n\n问：{question}\n\n答：{answer}\n\n"
+    first_round = 1
+    answer_mark = "\n\n答："
+
+    def render(self, messages: Sequence[Message]) -> str:
+        return self.rounds(fold_system(messages))
+
+    def frame(self, tokenizer: PreTrainedTokenizerBase) -> tuple[list[Span], Span]:
+        return [token_span(tokenizer, *PREFIX)], NO_TOKENS
+
+
+class ChatGLM3Template(ChatGLMTemplate):
+    """
+    ChatGLM3-6B: `[gMASK] sop <|user|> \\n prompt <|assistant|> \\n target </s>`. A system message is a turn of its own
+    before the user's: `<|system|> \\n text`.
+
+    Source: `build_chat_input` of THUDM/chatglm3-6b's tokenizer; each newline is encoded apart from the text.
+    """
+
+    prefix = ("[gMASK]", "sop")
+    system_turns = True
+
+    def render(self, messages: Sequence[Message]) -> str:
+        if len(messages) == 1:
+            return messages[0].content
+        return "".join(f"<|{message.role}|>\n{message.content}" for message in messages) + "<|assistant|>"
+
+    def prompt_draft(
+        self, tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], untrained: Collection[int] = ()
+    ) -> Draft:
+        newline = encode_constant(tokenizer, "\n")
+        spans, answered = [token_span(tokenizer, *self.prefix)], False
+        for number, message in enumerate(messages):
+            answers = message.role == "assistant" and number not in untrained
+            # The role token of the user's next turn is what ends an answer.
+            role = token_span(tokenizer, f"<|{message.role}|>")
+            spans += (Span(role.content, answered), Span(newline, answers), Span(message.content, answers))
+            answered = answers
+        return Draft(spans[:-1], messages[-1].content, "", token_span(tokenizer, "<|assistant|>"))
+
+    def frame(self, tokenizer: PreTrainedTokenizerBase) -> tuple[list[Span], Span]:
+        return [token_span(tokenizer, *self.prefix)], NO_TOKENS
+
+    def target_draft(self, tokenizer: PreTrainedTokenizerBase, text: str) -> Draft:
+        newline = constant(tokenizer, "newline", lambda: Span(encode_constant(tokenizer, "\n"), True))
+        return Draft([newline], text, "", self.stop_span(tokenizer))
+
+    def unfold(self, row: Row) -> list[Row]:
+        # Turns are encoded apart, and a token sees what is before it alone: one example has them all.
+        return [row.begin(row.trained_ends[-1])]
+
+    def stop_ids(self, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+        return [tokenizer.eos_token_id, *token_ids(tokenizer, "<|user|>", "<|observation|>")]
+
+    def clean(self, answer: str) -> str:
+        return answer.strip()  # the newline after <|assistant|> is the model's to write
+
+
+class GLM4Template(ChatGLM3Template):
+    """
+    GLM-4-9B: `[gMASK] <sop> <|user|> \\n prompt <|assistant|> \\n target <|user|>`; a turn ends where the next begins.
+
+    Source: `apply_chat_template` of THUDM/glm-4-9b-chat's tokenizer.
+    """
+
+    prefix = ("[gMASK]", "<sop>")
+    ids_version = 2  # in version 1 the tokenizer lacked most of tiktoken's merges: other ids in 40 % of Chinese rows
+
+    def stop_ids(self, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+        return token_ids(tokenizer, "<|user|>", "<|endoftext|>", "<|observation|>")
+
+
+class AlpacaTemplate(ChatGLMTemplate):
+    """
+    The English frame that the first BELLE training script of this toolkit put round a row, between the special tokens
+    of the tokenizer's own generation: its "paired with an input" form, which a row with a prompt got, and which has no
+    instruction of its own. An earlier turn stands before the last one in the same form.
+    """
+
+    name = "alpaca"
+    opening = (
+        "Below is an instruction that describes a task, paired with an input that provides further context. "
+        "Write a response that appropriately completes the request.\n\n"
+    )
+    turn_form = "### Input:\n{question}\n\n### Response:"
+    answer_mark = "\n\n### Response:"
+
+    def __init__(self, native: ChatGLMTemplate):
+        self.native, self.ids_version = native, native.ids_version
+
+    def render(self, messages: Sequence[Message]) -> str:
+        turns = [
+            self.turn_form.format(question=message.content) if message.role == "user" else f"{message.content}\n\n"
+            for message in fold_system(messages)
+        ]
+        return self.opening + "".join(turns)
+
+    def frame(self, tokenizer: PreTrainedTokenizerBase) -> tuple[list[Span], Span]:
+        return self.native.frame(tokenizer)
+
+    def stop_ids(self, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+        return self.native.stop_ids(tokenizer)
+
+    def clean(self, answer: str) -> str:
+        return answer.strip()
+
+
+TEMPLATES = (ChatGLMTemplate.name, AlpacaTemplate.name)
+
+
+def template_for(tokenizer: PreTrainedTokenizerBase, name: str = ChatGLMTemplate.name) -> ChatGLMTemplate:
+    """The template `name`, one of TEMPLATES, in the form that the tokenizer's generation gives it."""
+    native = GLM4Template()
+    for tokenizer_class, template in (
+        (ChatGLMTokenizer, ChatGLMTemplate),
+        (ChatGLM3Tokenizer, ChatGLM3Template),
+        (ChatGLM2Tokenizer, ChatGLM2Template),
+    ):
+        if isinstance(tokenizer, tokenizer_class):
+            native = template()
+            break
+    return AlpacaTemplate(native) if name == AlpacaTemplate.name else native
+
+
+def encode_prompt(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], template: ChatGLMTemplate | None = None
+) -> list[int]:
+    """The input of generation; without a template, in that of the tokenizer's generation."""
+    return (template or template_for(tokenizer)).prompt(tokenizer, messages).ids()

@@ -1,0 +1,317 @@
+"""
+The checkpoints of a training run: each appears whole or not at all, is checked before it is used, and is used only by
+the run that wrote it.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_callback import TrainerState
+
+from utils.common.errors import UsageError
+from utils.common.json_files import read_object
+from utils.common.processes import is_main_process, local_rank, print_once
+from utils.distributed.collectives import barrier, gather_from_all
+from utils.training.resume_settings import Settings, compare
+
+MANIFEST_FILE = "complete.json"  # path -> size and sha256 of every other file; written last
+RUN_FILE = "run.json"  # the settings of the run, see utils.training.describe_settings
+STAGING = ".writing"
+UNFINISHED = ".unfinished"  # behind the name of a file of the final adapter
+LOCK_FILE = ".lock"
+NAME = re.compile("checkpoint-(0|[1-9][0-9]*)")
+ASIDE = re.compile("previous-([0-9]+)")
+STATE_TYPES = {"global_step": int, "log_history": list}
+
+
+def step_of(checkpoint: Path) -> int:
+    match = NAME.fullmatch(checkpoint.name)
+    return int(match[1]) if match else -1
+
+
+def list_checkpoints(directory: Path) -> list[Path]:
+    """Oldest first, whole or not."""
+    found = [path for path in directory.glob("checkpoint-*") if step_of(path) >= 0 and path.is_dir()]
+    return sorted(found, key=step_of)
+
+
+def remove(path: Path) -> None:
+    """
+    A directory with all that is in it, or a symlink alone; nothing where there is neither. Another machine may be
+    removing the same on a disk that they share.
+    """
+    if path.is_symlink():
+        path.unlink(missing_ok=True)
+    elif path.exists():
+        shutil.rmtree(path, onerror=_unless_gone)
+
+
+def _unless_gone(_function: Callable, _path: str, raised: tuple[type, BaseException, Any]) -> None:
+    if not isinstance(raised[1], FileNotFoundError):
+        raise raised[1]
+
+
+def seal(staged: Path, final: Path) -> None:
+    """Gives a written checkpoint its manifest and its name; a power cut afterwards loses nothing of it."""
+    files = sorted(path for path in staged.rglob("*") if path.is_file())
+    manifest = {str(path.relative_to(staged)): _describe(path) for path in files}
+    (staged / MANIFEST_FILE).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+    for path in (*files, staged / MANIFEST_FILE, *(p for p in staged.rglob("*") if p.is_dir()), staged):
+        _sync(path)
+    replaced = staged.with_name(f"replaced-{final.name}")  # an earlier attempt at this step, or a symlink
+    remove(replaced)
+    if final.is_symlink() or final.exists():
+        final.rename(replaced)
+    staged.rename(final)
+    _sync(final.parent)
+    remove(replaced)
+
+
+def publish(staged: Path, directory: Path) -> None:
+    """
+    Moves the files of a written adapter into `directory`, so that whatever ends this, those that lie there are of one
+    adapter: the weights come last, and old ones go first unless nothing else changes.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    names = sorted((path.name for path in staged.iterdir()), key=lambda name: (name == SAFETENSORS_WEIGHTS_NAME, name))
+    for name in names:
+        shutil.copyfile(staged / name, directory / f"{name}{UNFINISHED}")
+        _sync(directory / f"{name}{UNFINISHED}")
+    changed = [name for name in names[:-1] if not _same_content(staged / name, directory / name)]
+    if changed:
+        (directory / SAFETENSORS_WEIGHTS_NAME).unlink(missing_ok=True)
+        _sync(directory)
+    for name in names:
+        (directory / f"{name}{UNFINISHED}").replace(directory / name)
+    _sync(directory)
+    remove(staged)
+
+
+def _same_content(first: Path, second: Path) -> bool:
+    return second.is_file() and _describe(first) == _describe(second)
+
+
+def find_damage(checkpoint: Path) -> str | None:
+    """Says in words what is wrong with a checkpoint; None where it is whole."""
+    try:
+        manifest = read_object(checkpoint / MANIFEST_FILE)
+    except UsageError:
+        return f"it has no readable {MANIFEST_FILE}"
+    absent = {RUN_FILE, TRAINER_STATE_NAME, SAFETENSORS_WEIGHTS_NAME} - manifest.keys()
+    if absent and is_main_process():  # on a disk of its own another machine has its shards alone
+        return f"{MANIFEST_FILE} does not name {min(absent)}"
+    for name, expected in manifest.items():
+        path = checkpoint / name
+        if not isinstance(expected, dict) or not isinstance(expected.get("size"), int):
+            return f"{MANIFEST_FILE} does not say what {name} must be"
+        if ".." in Path(name).parts or Path(name).is_absolute():
+            return f"{MANIFEST_FILE} names a file elsewhere, {name}"
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != expected["size"]:
+            return f"{name} has {path.stat().st_size} bytes, not {expected['size']}"
+        if _describe(path) != expected:
+            return f"{name} has other content than was written"
+    try:
+        if RUN_FILE in manifest:
+            read_settings(checkpoint)
+        if TRAINER_STATE_NAME in manifest:
+            read_state(checkpoint)
+    except UsageError as error:
+        return str(error).removeprefix(f"{checkpoint}{os.sep}")
+    return None
+
+
+def read_state(checkpoint: Path) -> dict[str, Any]:
+    """
+    What Trainer wrote of the run's state, see TrainerState.
+
+    Raises:
+        UsageError: it is not of that shape.
+    """
+    state = read_object(checkpoint / TRAINER_STATE_NAME, STATE_TYPES)
+    unknown = state.keys() - {field.name for field in fields(TrainerState)}
+    if unknown:
+        raise UsageError(
+            f"{checkpoint / TRAINER_STATE_NAME} has {min(unknown)}, which this version of transformers does not know"
+        )
+    return state
+
+
+def save_sealed(staged: Path, final: Path) -> None:
+    """
+    Seals what all processes have written. Every process must call it: on a file system that the machines share the
+    main process does it for all, else the first process of each machine for its own.
+    """
+    barrier()
+    if is_main_process():
+        seal(staged, final)
+    barrier()
+    if local_rank() == 0:
+        if staged.exists():
+            seal(staged, final)
+        remove(staged.parent)
+    barrier()
+
+
+def rotate(written: Path, limit: int | None, best: str | None) -> None:
+    """
+    Removes the oldest checkpoints beyond `limit`, never the best nor `written`, which was written last. A symlink is
+    no checkpoint of the run: it is not counted, and stays.
+    """
+    if not limit or limit < 1:
+        return
+    older = [path for path in list_checkpoints(written.parent) if not path.is_symlink() and path.name != written.name]
+    for path in older[: max(0, len(older) + 1 - limit)]:
+        if not best or path.resolve() != Path(best).resolve():
+            remove(path)
+
+
+@contextlib.contextmanager
+def claim(output_dir: str) -> Iterator[None]:
+    """
+    Keeps other runs away from `output_dir` until the block ends or the process dies.
+
+    Raises:
+        UsageError: another run writes there.
+    """
+    if not is_main_process():  # machines may share the directory, and its lock
+        yield
+        return
+    Path(output_dir).mkdir(parents=True, exist_ok=True)
+    with (Path(output_dir) / LOCK_FILE).open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UsageError(
+                f"--output_dir {output_dir} is in use by a run that has not ended: stop it first"
+            ) from None
+        yield
+
+
+def find_resumable(resume_from: str, output_dir: str, settings: Settings) -> Path | None:
+    """
+    The checkpoint to go on from: the one named, or with "latest" the newest in `output_dir`; in its place the newest
+    before it where it is damaged. None for "latest" where there is no checkpoint yet. Every process must call it, and
+    gets the same.
+
+    Raises:
+        UsageError: a named checkpoint does not exist or all are damaged, or it was written by a run with other
+            settings.
+    """
+    latest = resume_from == "latest"
+    directory = Path(output_dir) if latest else Path(resume_from).parent
+    candidates = list_checkpoints(directory)
+    if not latest:
+        if step_of(Path(resume_from)) < 0 or not Path(resume_from).is_dir():
+            raise UsageError(f"--resume_from_checkpoint {resume_from} is no checkpoint directory; 'latest' finds one")
+        candidates = [path for path in candidates if step_of(path) <= step_of(Path(resume_from))]
+    whole = set()
+    for path in candidates:
+        damage = find_damage(path)
+        if damage:
+            print_once(f"{path} is skipped: {damage}")
+        else:
+            whole.add(step_of(path))
+    common = set.intersection(*gather_from_all(whole))
+    if not common:
+        if not latest:
+            raise UsageError(f"--resume_from_checkpoint {resume_from}: no checkpoint up to it is whole")
+        print_once(f"{output_dir} has no checkpoint to resume from: starting afresh")
+        return None
+    found = directory / f"checkpoint-{max(common)}"
+    then = read_settings(found) if is_main_process() or (found / RUN_FILE).is_file() else settings
+    differing = next(filter(None, gather_from_all(compare(then, settings))), "")
+    if differing:
+        raise UsageError(f"{found} was written by a run with {differing}: give it the same, or start another run")
+    print_once(f"resuming from {found}")
+    return found
+
+
+def start_afresh(output_dir: str, settings: Settings) -> None:
+    """
+    Sets the checkpoints of an earlier attempt at the same run aside, and says so. Every process must call it.
+
+    Raises:
+        UsageError: the checkpoints in `output_dir` are those of a run that trains something else.
+    """
+    directory = Path(output_dir)
+    checkpoints = list_checkpoints(directory)
+    newest = next((path for path in reversed(checkpoints) if not find_damage(path)), None)
+    if newest:
+        differing = compare(read_settings(newest), settings, parts=("trains",))
+        if differing:
+            raise UsageError(
+                f"--output_dir {output_dir} holds checkpoints of another run, with {differing}: give another directory"
+            )
+    found = f"{newest.name} of this run" if newest else "damaged checkpoints"
+    set_aside(
+        output_dir,
+        checkpoints,
+        f"{directory} holds {found}: --resume_from_checkpoint latest would have gone on from it. Starting afresh",
+    )
+
+
+def set_aside_later(output_dir: str, resumed_from: Path) -> None:
+    """
+    Sets the checkpoints of other attempts aside, those behind the one that this run goes on from, so that "latest" is
+    this run's. Every process must call it.
+    """
+    directory = Path(output_dir)
+    here = directory.resolve() == resumed_from.parent.resolve()
+    others = [path for path in list_checkpoints(directory) if not here or step_of(path) > step_of(resumed_from)]
+    set_aside(output_dir, others, f"{directory} holds checkpoints that {resumed_from} did not lead to")
+
+
+def set_aside(output_dir: str, checkpoints: list[Path], why: str) -> None:
+    """Moves checkpoints into a directory of their own, on each machine, and says so. Every process must call it."""
+    barrier()
+    if checkpoints and is_main_process():
+        print_once(f"{why}; what was there is in {_move_aside(Path(output_dir), checkpoints)}")
+    barrier()
+    if local_rank() == 0:  # of another machine, with a disk of its own
+        left = [path for path in checkpoints if path.exists()]
+        if left:
+            _move_aside(Path(output_dir), left)
+    barrier()
+
+
+def _move_aside(directory: Path, checkpoints: list[Path]) -> Path:
+    numbers = [int(match[1]) for path in directory.iterdir() if (match := ASIDE.fullmatch(path.name))]
+    aside = directory / f"previous-{1 + max(numbers, default=0)}"
+    aside.mkdir()
+    for path in checkpoints:
+        path.rename(aside / path.name)
+    return aside
+
+
+def read_settings(checkpoint: Path) -> Settings:
+    """
+    Raises:
+        UsageError: the file is not of that shape.
+    """
+    return read_object(checkpoint / RUN_FILE, {"trains": dict, "steps": dict})
+
+
+def _describe(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        return {"size": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,198 @@
+"""Numbers that go wrong in training are seen, and end the run with the rows that they came from."""
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow.compute
+import torch
+from accelerate.optimizer import AcceleratedOptimizer
+from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
+
+from utils.common.errors import RankError, RunError
+from utils.common.processes import process_rank
+from utils.distributed.collectives import any_process
+
+SKIPPED_STEPS = 16  # in a row: a loss scale that began at 65536 has come down to about 1
+CALMER = "train with --bf16, or with a lower --learning_rate"
+
+
+class OverflowWatch(TrainerCallback):
+    """
+    Ends a float16 run whose gradients overflow at every loss scale: the scaler would skip its steps without end.
+
+    `in_a_row` and `in_all` are the steps that this run skipped.
+    """
+
+    def __init__(self):
+        self.in_a_row = self.in_all = 0
+
+    def on_optimizer_step(self, args, state, control, optimizer: AcceleratedOptimizer, **kwargs) -> None:
+        """
+        Raises:
+            RunError: no step was made for `SKIPPED_STEPS` steps. Every process sees the same.
+        """
+        self.in_all += optimizer.step_was_skipped
+        self.in_a_row = self.in_a_row + 1 if optimizer.step_was_skipped else 0
+        if self.in_a_row == SKIPPED_STEPS:
+            raise RunError(
+                f"step {state.global_step + 1}: the float16 gradients overflowed in {SKIPPED_STEPS} steps one after "
+                f"the other, at every loss scale: {CALMER}"
+            )
+
+
+@dataclass
+class StepNumbers:
+    """A step's losses and its gradients' norm, on the host when `there` has come, and what they are from."""
+
+    step: int
+    batches: list[dict[str, Any]]
+    losses: torch.Tensor  # (batches,) float32
+    norm: torch.Tensor | float | None
+    there: torch.cuda.Event | None = None
+
+
+class GuardedTrainer(Trainer):
+    """
+    Stops at a loss or gradients that are not finite, and at gradients that are all zero. No optimizer of torch's uses
+    them. One that can leave a step out by itself is told to on the device, and they are looked at in the next step, or
+    before anything is logged, evaluated or saved; with any other the device is waited for.
+
+    Args:
+        rows: the dataset whose rows the batches hold.
+        tokenizer: what the rows were made with.
+    """
+
+    def __init__(self, *args, rows: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.rows, self.tokenizer = rows, tokenizer
+        self.batches: list[dict[str, Any]] = []  # of this step
+        self.losses: list[torch.Tensor] = []  # theirs
+        self.last_step: StepNumbers | None = None  # which was not looked at yet
+        self.made_a_step = self.saw_a_loss = False
+        self.overflows = OverflowWatch()
+        self.add_callback(self.overflows)
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        result = super().compute_loss(model, inputs, *args, **kwargs)
+        self.batches.append(inputs)
+        self.losses.append((result[0] if isinstance(result, tuple) else result).detach())
+        return result
+
+    def _fused_optimizer(self) -> torch.optim.AdamW | None:
+        """The optimizer, if it is one that leaves a step out whose `found_inf` is 1 on the device."""
+        optimizer = getattr(self.optimizer, "optimizer", None)
+        sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
+        fused = type(optimizer) is torch.optim.AdamW and all(group["fused"] for group in optimizer.param_groups)
+        return optimizer if fused and not sharded and not self.args.fp16 else None
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        """
+        Raises:
+            RunError, RankError: see `look_back`.
+        """
+        self.look_back()
+        self.made_a_step = True
+        norm = super()._get_grad_norm(model, grad_norm)
+        losses = torch.stack(self.losses).float()
+        self.last_step = StepNumbers(self.state.global_step + 1, self.batches, losses, norm)
+        self.batches, self.losses = [], []
+        optimizer = self._fused_optimizer()
+        if optimizer is None:
+            self.look_back()
+            return norm
+        is_wrong = ~losses.isfinite().all() | ~norm.isfinite() | (norm == 0)
+        optimizer.found_inf = is_wrong.float()
+        if losses.is_cuda:
+            self.last_step.losses = losses.to("cpu", non_blocking=True)
+            self.last_step.norm = norm.to("cpu", non_blocking=True)
+            self.last_step.there = torch.cuda.Event()
+            self.last_step.there.record()
+        return norm
+
+    def look_back(self) -> None:
+        """
+        At the last step, if that was not done yet.
+
+        Raises:
+            RankError: a loss is not finite.
+            RunError: the gradients of a step are all zero; or not finite, where no loss scaler deals with that. Every
+                process sees the same.
+        """
+        step, self.last_step = self.last_step, None
+        if step is None:
+            return
+        if step.there:
+            step.there.synchronize()
+        for inputs, loss in zip(step.batches, step.losses.tolist(), strict=True):
+            if not math.isfinite(loss):
+                advice = (
+                    f"float16 overflowed, or the rows are at fault: {CALMER}" if self.args.fp16 else "look at the rows"
+                )
+                raise RankError(self._blame(step.step, [inputs], f"the loss is {loss}", advice))
+            self.saw_a_loss |= loss != 0
+        norm = None if step.norm is None else float(step.norm)
+        if norm == 0 and not self.optimizer.step_was_skipped:
+            advice = "is anything of the adapter used and trainable?"
+            raise RunError(self._blame(step.step, step.batches, "all gradients are zero", advice))
+        if norm is not None and not math.isfinite(norm) and not self.args.fp16:
+            advice = "look at the rows and the --learning_rate"
+            raise RunError(self._blame(step.step, step.batches, f"the gradients' norm is {norm}", advice))
+
+    def _maybe_log_save_evaluate(self, *args, **kwargs) -> None:
+        if self.control.should_log or self.control.should_evaluate or self.control.should_save:
+            self.look_back()
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+
+    def check_losses(self) -> None:
+        """
+        Every process must call it. A run that had made all of its steps when it was resumed has been checked.
+
+        Raises:
+            RunError: every loss on every process was exactly 0, or no step was made that did not overflow.
+            RunError, RankError: see `look_back`.
+        """
+        self.look_back()
+        if not self.made_a_step:
+            return
+        if self.overflows.in_all == self.state.global_step > 0:
+            raise RunError(
+                f"the adapter is not saved: all {self.state.global_step} steps were skipped, as their float16 "
+                "gradients overflowed while the loss scale came down: train for more steps, or with --bf16"
+            )
+        if not any_process(self.saw_a_loss):
+            raise RunError("the adapter is not saved: every loss was exactly 0, so nothing was trained on")
+
+    def _blame(self, step: int, batches: list[dict[str, Any]], fault: str, advice: str) -> str:
+        """Keeps the rows of the batches in a file; says what is wrong and where they are."""
+        path = Path(self.args.output_dir) / f"rows_at_fault.rank{process_rank()}.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("w", encoding="utf-8") as file:
+            for input_ids in (ids for batch in batches for ids in rows_of(batch)):
+                row = {"row": find_row(self.rows, input_ids), "text": self.tokenizer.decode(input_ids)}
+                file.write(json.dumps(row | {"input_ids": input_ids}, ensure_ascii=False) + "\n")
+        return f"step {step}, rank {process_rank()}: {fault}; the rows of its batch are in {path}: {advice}"
+
+
+def rows_of(batch: dict[str, Any]) -> Iterator[list[int]]:
+    """The input_ids of each row of a batch, padded or packed, and of what fills a pack up."""
+    if "cu_seq_lens_q" in batch:
+        ends = batch["cu_seq_lens_q"].tolist()
+        for start, end in zip(ends, ends[1:], strict=False):
+            if start < end:  # not one of those that fill a batch up
+                yield batch["input_ids"][0, start:end].tolist()
+    else:
+        for input_ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True):
+            yield input_ids[mask.bool()].tolist()
+
+
+def find_row(rows: datasets.Dataset, input_ids: list[int]) -> int | None:
+    """The number of the first row, from 0, with these tokens."""
+    column = rows.with_format("arrow")[:]["input_ids"]
+    lengths = pyarrow.compute.list_value_length(column)
+    candidates = pyarrow.compute.indices_nonzero(pyarrow.compute.equal(lengths, len(input_ids))).to_pylist()
+    return next((number for number in candidates if column[number].as_py() == input_ids), None)
