@@ -20,7 +20,7 @@ from utils.distributed.process_group import shut_down
 from utils.inference.arguments import add_inference_arguments, check_inference_arguments, resolve_dtype
 from utils.inference.job import answer, check_adapters, export_or_answer, open_job, put_adapters
 from utils.inference.placement import dispatch, load_on_processes, quantize_to_fp8
-from utils.inference.work_queue import ALONE
+from utils.inference.work_queue import SINGLE_REPLICA
 from utils.layers.quantization import stored_bits
 
 
@@ -54,7 +54,7 @@ def main() -> None:
     if not export_or_answer(args, dtype):
         return
     job = open_job(args, tokenizer, dtype)
-    path, replica = args.model_name_or_path, ALONE
+    path, replica = args.model_name_or_path, SINGLE_REPLICA
     if world_size() > 1:
         adapt = partial(put_adapters, args=args)
         model, replica = load_on_processes(path, dtype, args.quantize, adapt, args.tp_size)

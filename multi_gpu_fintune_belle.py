@@ -44,7 +44,7 @@ from utils.training.preflight import open_request
 from utils.training.resume_settings import Settings, describe_settings
 from utils.training.run_config import (
     BY_LENGTH,
-    Request,
+    TrainingRequest,
     describe_run,
     resolve_compile,
     resolve_precision,
@@ -206,7 +206,7 @@ def main() -> None:
 
 
 def make_trainer(
-    request: Request,
+    request: TrainingRequest,
     args: FinetuneArguments,
     training_args: TrainingArguments,
     dtype: torch.dtype,

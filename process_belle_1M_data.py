@@ -28,15 +28,15 @@ from pathlib import Path
 from utils.common.script import run
 
 from utils.common.errors import RowError, RunError, UsageError
-from utils.common.files import atomic_writer, check_output, scratch_directory
+from utils.common.files import atomic_writer, check_output_path, scratch_directory
 from utils.data.dedup import TURN_END, Deduplicator
 from utils.data.json_lines import dump_pair, dump_row
 from utils.data.raw_reader import input_paths
 from utils.data.rejections import Rejections, check_share
 from utils.data.row_parser import check_columns, parse_row, read_rows
-from utils.data.row_schema import AS_NAMED, COLUMNS_HELP, ColumnMap
+from utils.data.row_schema import COLUMNS_HELP, NO_RENAMES, ColumnMap
 from utils.data.shuffle_split import parse_split, shuffle_lines, side_of, side_paths
-from utils.models.conversation import Row
+from utils.models.conversation import Conversation
 
 BELLE_1M = "data/belle_open_source_1M.train.json"
 DOWNLOAD = f"wget -P data https://huggingface.co/datasets/BelleGroup/generated_train_1M_CN/resolve/main/{BELLE_1M[5:]}"
@@ -59,7 +59,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     add("--shuffle", action="store_true", help="write the rows in a random order (their own)")
     add("--seed", type=int, default=0, help="of --shuffle (%(default)s)")
-    add("--columns", type=ColumnMap.parse, default=AS_NAMED, help=COLUMNS_HELP)
+    add("--columns", type=ColumnMap.parse, default=NO_RENAMES, help=COLUMNS_HELP)
     add("--max_rows", type=int, help="rows to write at most: the first, or with --shuffle any (all)")
     add("--strict", action="store_true", help="stop with exit code 1 at the first row that cannot be used (list it)")
     args = parser.parse_args()
@@ -68,7 +68,7 @@ def parse_arguments() -> argparse.Namespace:
     return args
 
 
-def dump_conversation(row: Row) -> str:
+def dump_conversation(row: Conversation) -> str:
     """A row as a line of the output."""
     if len(row.messages) == 2 and not row.untrained:
         return dump_pair(row.messages[0].content, row.messages[1].content)
@@ -130,7 +130,7 @@ def main() -> None:
     paths = input_paths(args.input)
     counts, rejections = Counter(read=0), Rejections(args.output, args.strict)
     for path in (*output_paths(args)[1], rejections.path):
-        check_output(path, paths, "--output")
+        check_output_path(path, paths, "--output")
     check_columns(args.columns, paths)
     with scratch_directory(f"{args.output}.scratch") as scratch:
         lines = read_lines(paths, args.columns, counts, rejections)

@@ -24,16 +24,16 @@ from transformers import PreTrainedTokenizerBase
 from utils.checkpoint.directory import add_model_flags, choose_generation
 from utils.checkpoint.tokenizer import load_tokenizer
 from utils.common.errors import RowError, RunError, UsageError
-from utils.common.files import check_output
-from utils.data.arrow_writer import Origin, check_target, complete_dataset, is_dataset, replace_dataset
+from utils.common.files import check_output_path
+from utils.data.arrow_writer import DatasetOrigin, check_target, complete_dataset, is_dataset, replace_dataset
 from utils.data.dataset_report import REPORT_FILE, TokenReport, import_matplotlib, preview
 from utils.data.encode import LOSS_ON, encode_rows, fingerprint, rows_to_train
 from utils.data.raw_reader import input_paths
 from utils.data.rejections import Rejections, check_share
 from utils.data.row_parser import check_columns, read_rows
-from utils.data.row_schema import AS_NAMED, COLUMNS_HELP, ColumnMap
+from utils.data.row_schema import COLUMNS_HELP, NO_RENAMES, ColumnMap
 from utils.data.shards import REPORTS, PartMaker, TokenizeOptions, cache_key, make_parts, parts_directory
-from utils.models.conversation import Row
+from utils.models.conversation import Conversation
 from utils.models.templates import TEMPLATES, ChatGLMTemplate, template_for
 
 
@@ -53,7 +53,7 @@ def parse_arguments() -> argparse.Namespace:
         help="form of the prompts: that of the model's own chat, or the first training script's (%(default)s)",
     )
     add("--loss_on", choices=LOSS_ON, default="last", help="assistant turns that are trained on (%(default)s)")
-    add("--columns", type=ColumnMap.parse, default=AS_NAMED, help=COLUMNS_HELP)
+    add("--columns", type=ColumnMap.parse, default=NO_RENAMES, help=COLUMNS_HELP)
     add("--strict", action="store_true", help="stop with exit code 1 at the first row that cannot be used (list it)")
     add = parser.add_argument_group("run").add_argument
     add("--num_proc", type=int, default=len(os.sched_getaffinity(0)), help="processes (one a core: %(default)s)")
@@ -73,7 +73,7 @@ def show_preview(
     rows = []
     for _, _, row in read_rows(paths, options.parse):
         with contextlib.suppress(RowError):  # which the run lists
-            rows += rows_to_train(row, template, options.loss_on) if isinstance(row, Row) else []
+            rows += rows_to_train(row, template, options.loss_on) if isinstance(row, Conversation) else []
         if len(rows) >= n:
             break
     rows = rows[:n]
@@ -94,7 +94,12 @@ def kept_report(target: Path, key: str, rejections: Rejections) -> TokenReport |
 
 
 def make_dataset(
-    maker: PartMaker, args: argparse.Namespace, paths: list[str], origin: Origin, key: str, rejections: Rejections
+    maker: PartMaker,
+    args: argparse.Namespace,
+    paths: list[str],
+    origin: DatasetOrigin,
+    key: str,
+    rejections: Rejections,
 ) -> TokenReport:
     """
     Writes the dataset and its report beside `--save_path` and puts them in its place.
@@ -134,7 +139,7 @@ def main() -> None:
     paths = input_paths(args.jsonl_path)
     rejections = Rejections(args.save_path, args.strict)
     check_target(target, paths)
-    check_output(rejections.path, paths, "--save_path")
+    check_output_path(rejections.path, paths, "--save_path")
     check_columns(args.columns, paths)
     tokenizer = load_tokenizer(args.model_name_or_path)
     template = template_for(tokenizer, args.template)
@@ -148,7 +153,7 @@ def main() -> None:
     else:
         with parts_directory(target, key) as directory:
             maker = PartMaker(tokenizer, template, options, directory)
-            origin = Origin(
+            origin = DatasetOrigin(
                 args.template,
                 fingerprint(tokenizer, template),
                 args.model_name_or_path,

@@ -14,11 +14,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from utils.kernels import int_weight_gemm as quantized_kernels
-from utils.kernels import nvrtc_dequantize as nvrtc_kernels
+from utils.kernels import int_weight_gemm, nvrtc_dequantize
 from utils.layers import quantization
 
-KERNELS = {"torch": quantization, "triton": quantized_kernels, "cpm_kernels": nvrtc_kernels}
+KERNELS = {"torch": quantization, "triton": int_weight_gemm, "cpm_kernels": nvrtc_dequantize}
 SHAPES = ((4608, 4096), (4096, 4096), (27392, 4096), (4096, 13696))
 ROUNDS = 50
 

@@ -25,9 +25,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from tools.random_checkpoint import CHATGLM, SHAPES, random_model
 from utils.inference.engine import Engine, column_bytes
-from utils.inference.engine.prefill import Task
+from utils.inference.engine.prefill import TokenSequence
 from utils.layers.fp8 import FP8, convert_to_fp8
-from utils.layers.fused_qkv import JOINED, join_projections
+from utils.layers.fused_qkv import QKV_PROJ, fuse_qkv
 from utils.models.family import CHATGLM as CHATGLM_6B
 from utils.models.family import CHATGLM3
 
@@ -110,15 +110,15 @@ def main() -> None:
 
     linear_layers = (CHATGLM_6B if is_chatglm else CHATGLM3).linear_layers
     if args.quantize:
-        join_projections(model)
-        convert_to_fp8(model, {*linear_layers, JOINED}, trains=False)
+        fuse_qkv(model)
+        convert_to_fp8(model, {*linear_layers, QKV_PROJ}, trains=False)
 
     def engine_of(slots: int, columns: int) -> Engine:
         return Engine(model, slots, columns, stop_ids=[-1])
 
-    def rounds(engine: Engine, lengths: list[tuple[list[int], int]]) -> tuple[float, list[Task]]:
-        tasks = [Task(number, prompt, answer) for number, (prompt, answer) in enumerate(lengths)]
-        done: list[Task] = []
+    def rounds(engine: Engine, lengths: list[tuple[list[int], int]]) -> tuple[float, list[TokenSequence]]:
+        tasks = [TokenSequence(number, prompt, answer) for number, (prompt, answer) in enumerate(lengths)]
+        done: list[TokenSequence] = []
         seconds = timed(lambda: done.extend(engine.answer(tasks)))
         assert sum(len(task.answer_ids) for task in done) == sum(answer for _, answer in lengths)
         return seconds, sorted(done, key=lambda task: task.number)

@@ -28,7 +28,7 @@ from tools.tiny_corpus import adapter_rows, base_row
 from utils.checkpoint.tokenizer import load_tokenizer
 from utils.data.collators import PaddingCollator
 from utils.data.encode import encode_rows
-from utils.models.conversation import Message, Row
+from utils.models.conversation import Conversation, Message
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = "multi_gpu_fintune_belle.py"
@@ -51,7 +51,9 @@ def train_base(shape: str, directory: Path, steps: int, rows: int) -> float:
     )
     for _ in range(steps):
         pairs = [base_row(draw) for _ in range(rows)]
-        encoded = encode_rows(tokenizer, [Row((Message("user", q), Message("assistant", a))) for q, a in pairs])
+        encoded = encode_rows(
+            tokenizer, [Conversation((Message("user", q), Message("assistant", a))) for q, a in pairs]
+        )
         batch = collate([vars(row.example()) for row in encoded])
         inputs = {name: batch[name].to(device) for name in ("input_ids", "attention_mask", "labels")}
         with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):

@@ -29,7 +29,7 @@ from utils.checkpoint.directory import add_model_flags, choose_generation
 from utils.checkpoint.tokenizer import load_tokenizer
 from utils.common.code_caches import own_cache
 from utils.common.errors import Faults, UsageError
-from utils.common.terminal import visible
+from utils.common.terminal import escape_controls
 from utils.inference.arguments import check_sampling, resolve_dtype
 from utils.inference.job import check_adapters, resolve_template
 from utils.inference.placement import dispatch, input_device
@@ -178,7 +178,7 @@ def talk(chat: Chat, choices: Choices) -> None:
             shown = ""
             for text in chat.answer(messages, choices, use_adapter):
                 if text.startswith(shown):
-                    print(visible(text[len(shown) :]), end="", flush=True)
+                    print(escape_controls(text[len(shown) :]), end="", flush=True)
                     shown = text
             print(flush=True)
             messages.append(Message("assistant", text))

@@ -25,19 +25,19 @@ from utils.common.script import run
 from utils.checkpoint.directory import add_model_flags, choose_generation
 from utils.checkpoint.tokenizer import load_tokenizer
 from utils.common.errors import Faults, RowError, RunError, UsageError
-from utils.common.files import atomic_writer, check_output
-from utils.common.terminal import visible
+from utils.common.files import atomic_writer, check_output_path
+from utils.common.terminal import escape_controls
 from utils.data.json_lines import dump_row
 from utils.data.row_parser import check_columns, parse_row, read_rows
-from utils.data.row_schema import AS_NAMED, COLUMNS_HELP, ColumnMap
+from utils.data.row_schema import COLUMNS_HELP, NO_RENAMES, ColumnMap
 from utils.inference.arguments import adapter_names, resolve_dtype
 from utils.inference.generate import AnswerSettings, generate_answers
 from utils.inference.job import check_adapters, resolve_template
 from utils.inference.placement import dispatch, input_device
-from utils.inference.prompt_reader import BASE, Request
+from utils.inference.prompt_reader import BASE, PromptRow
 from utils.layers.quantization import BITS
 from utils.lora.multi_lora import add_adapters
-from utils.models.conversation import Row
+from utils.models.conversation import Conversation
 from utils.models.templates import TEMPLATES, encode_prompt
 
 SHOWN = {
@@ -75,7 +75,7 @@ def parse_arguments() -> argparse.Namespace:
     model.add_argument("--fp32", action="store_true", help="float32 weights: the default without a GPU")
     rows = parser.add_argument_group("rows")
     rows.add_argument("--input_path", required=True, help="rows with targets, in any form that training reads")
-    rows.add_argument("--columns", type=ColumnMap.parse, default=AS_NAMED, help=COLUMNS_HELP)
+    rows.add_argument("--columns", type=ColumnMap.parse, default=NO_RENAMES, help=COLUMNS_HELP)
     rows.add_argument("--max_rows", type=int, default=0, help="the first so many rows (0: all)")
     rows.add_argument("--template", choices=TEMPLATES, help="form of the prompts (the adapters', else native)")
     answers = parser.add_argument_group("answers")
@@ -104,12 +104,12 @@ def check_arguments(args: argparse.Namespace) -> None:
         faults.add(f"--adapter_path: the names {', '.join(names)} must differ: rename a directory")
     for name in OUTPUTS:
         with faults.collect():
-            check_output(Path(args.output_dir) / name, [args.input_path], "--output_dir: its")
+            check_output_path(Path(args.output_dir) / name, [args.input_path], "--output_dir: its")
     faults.report()
     check_adapters(args)
 
 
-def read_targets(path: str, columns: ColumnMap, most: int) -> list[Row]:
+def read_targets(path: str, columns: ColumnMap, most: int) -> list[Conversation]:
     """
     Raises:
         UsageError: no such file, or a row without a prompt or a target.
@@ -127,7 +127,7 @@ def read_targets(path: str, columns: ColumnMap, most: int) -> list[Row]:
     return found
 
 
-def answer_all(args: argparse.Namespace, rows: list[Row]) -> dict[str, list[dict[str, Any]]]:
+def answer_all(args: argparse.Namespace, rows: list[Conversation]) -> dict[str, list[dict[str, Any]]]:
     """Name of base or adapter -> answers in the order of `rows`; all in one pass, side by side in the batches."""
     tokenizer = load_tokenizer(args.model_name_or_path)
     template = resolve_template(args, tokenizer)
@@ -140,7 +140,7 @@ def answer_all(args: argparse.Namespace, rows: list[Row]) -> dict[str, list[dict
     for number, row in enumerate(rows):
         input_ids, text = encode_prompt(tokenizer, row.prompt, template), template.render(row.prompt)
         for place, name in enumerate(systems):
-            requests.append(Request(number * len(systems) + place, text, input_ids, None, name if names else None))
+            requests.append(PromptRow(number * len(systems) + place, text, input_ids, None, name if names else None))
     settings = AnswerSettings(args.max_new_tokens, adapters=tuple(names))
     device = input_device(model)
     found = {}
@@ -180,7 +180,7 @@ def plot(scores: dict[str, dict[str, Any]], answers: dict[str, list[dict[str, An
     keys = list(SHOWN)[:7]
     width = 0.8 / len(scores)
     for place, (name, of) in enumerate(scores.items()):
-        label = f" {visible(name)}".replace("$", r"\$")  # "_a" would have no legend, "$a$" would be a formula
+        label = f" {escape_controls(name)}".replace("$", r"\$")  # "_a" would have no legend, "$a$" would be a formula
         values = [of[key].value for key in keys]
         errors = [[max(of[k].value - of[k].low, 0) for k in keys], [max(of[k].high - of[k].value, 0) for k in keys]]
         left.bar([i + place * width for i in range(len(keys))], values, width, yerr=errors, capsize=2, label=label)
@@ -197,7 +197,7 @@ def plot(scores: dict[str, dict[str, Any]], answers: dict[str, list[dict[str, An
 
 def plain(text: str) -> str:
     """`text` as Markdown that shows it in a line or a table's cell, without markup, links or pictures of its own."""
-    shown = visible(text.replace("\r\n", "\n"))
+    shown = escape_controls(text.replace("\r\n", "\n"))
     return MARKUP.sub(lambda found: f"&#{ord(found[0])};", shown).replace("\n", "<br>")
 
 
@@ -217,7 +217,7 @@ def page(head: str, scores, samples: list[list[str]], figure: bytes) -> str:
     def rows(cells: list[list[str]]) -> str:
         kinds = ["th"] + ["td"] * (len(cells) - 1)
         return "\n".join(
-            "<tr>" + "".join(f"<{kind}>{html.escape(visible(text))}</{kind}>" for text in row) + "</tr>"
+            "<tr>" + "".join(f"<{kind}>{html.escape(escape_controls(text))}</{kind}>" for text in row) + "</tr>"
             for kind, row in zip(kinds, cells, strict=True)
         )
 
@@ -229,7 +229,7 @@ def page(head: str, scores, samples: list[list[str]], figure: bytes) -> str:
     return (
         f'<!doctype html><html lang="zh"><meta charset="utf-8"><title>Evaluation</title>'
         f'<meta http-equiv="Content-Security-Policy" content="{HTML_POLICY}"><style>{style}</style>'
-        f"<h1>Evaluation</h1><p>{html.escape(visible(head))}</p><table>{rows(table(scores))}</table><p>{NOTE}</p>"
+        f"<h1>Evaluation</h1><p>{html.escape(escape_controls(head))}</p><table>{rows(table(scores))}</table><p>{NOTE}</p>"
         f'<img alt="scores and lengths" src="data:image/png;base64,{picture}">'
         f"<h2>Side by side</h2><table>{rows(samples)}</table></html>\n"
     )

@@ -12,7 +12,7 @@ import os
 import sys
 import warnings
 
-from utils.common.code_caches import settle_code_caches
+from utils.common.code_caches import use_private_caches
 from utils.common.errors import explain_uncaught
 from utils.common.interrupts import answer_during_imports, explain_bus_errors, is_script
 
@@ -20,7 +20,7 @@ if is_script():
     answer_during_imports()
     explain_bus_errors()
     sys.excepthook = explain_uncaught
-settle_code_caches()
+use_private_caches()
 for stream in (sys.stdout, sys.stderr):
     if isinstance(stream, io.TextIOWrapper):  # else GBK or Latin-1 would end the run
         stream.reconfigure(errors="backslashreplace")

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-from utils.common.code_caches import is_own, own_cache, settle_code_caches
+from utils.common.code_caches import is_own, own_cache, use_private_caches
 
 OTHER = 65534  # nobody
 VARIABLES = ("TORCHINDUCTOR_CACHE_DIR", "TORCH_EXTENSIONS_DIR", "TRITON_CACHE_DIR")
@@ -124,6 +124,6 @@ def test_torch_and_triton_ask_these_variables(home, monkeypatch):
         monkeypatch.delenv(variable, raising=False)
     monkeypatch.setenv("HOME", str(home))
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-    settle_code_caches()
+    use_private_caches()
     assert cache_dir() == f"{home}/.cache/torchinductor"
     assert triton_cache_dir(0).startswith(f"{home}/.cache/torchinductor/")

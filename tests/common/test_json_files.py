@@ -5,7 +5,7 @@ import os
 import pytest
 
 from utils.common.errors import UsageError
-from utils.common.json_files import MAX_BYTES, read_object
+from utils.common.json_files import MAX_BYTES, read_json_object
 
 
 @pytest.mark.parametrize(
@@ -27,7 +27,7 @@ def test_other_shapes(tmp_path, content, fault):
     file = tmp_path / "side.json"
     file.write_bytes(content)
     with pytest.raises(UsageError, match=fault) as caught:
-        read_object(file, {"template": str})
+        read_json_object(file, {"template": str})
     assert str(file) in str(caught.value) and "\n" not in str(caught.value)
 
 
@@ -37,10 +37,10 @@ def test_not_a_plain_file(tmp_path):
         sparse.truncate(MAX_BYTES + 1)
     for name, fault in (("fifo", "not a file"), ("none", "does not exist"), (".", "not a file"), ("sparse", "bytes")):
         with pytest.raises(UsageError, match=fault):
-            read_object(tmp_path / name)
+            read_json_object(tmp_path / name)
 
 
 def test_reads(tmp_path):
     file = tmp_path / "side.json"
     file.write_text('\ufeff{"template": "native", "more": 1}', encoding="utf-8")
-    assert read_object(file, {"template": str, "more": (int, float)}) == {"template": "native", "more": 1}
+    assert read_json_object(file, {"template": str, "more": (int, float)}) == {"template": "native", "more": 1}

@@ -14,7 +14,7 @@ from utils.checkpoint.tokenizer import load_tokenizer
 from utils.common.errors import UsageError
 from utils.common.files import atomic_writer
 from utils.common.processes import print_once
-from utils.common.terminal import one_line, visible
+from utils.common.terminal import escape_controls, one_line
 from utils.data.json_lines import dump_row
 from utils.data.raw_reader import input_paths
 from utils.data.rejections import Rejections
@@ -51,9 +51,9 @@ def test_every_script_settles_its_output_first():
 
 
 def test_control_characters_are_shown():
-    assert visible(f"a{SCREEN}b\r\x9b0m\u202ec\n\td") == "a\\x1b[2J\\x1b]0;title\\x07b\\r\\x9b0m\\u202ec\n\td"
+    assert escape_controls(f"a{SCREEN}b\r\x9b0m\u202ec\n\td") == "a\\x1b[2J\\x1b]0;title\\x07b\\r\\x9b0m\\u202ec\n\td"
     assert one_line("a\n\tb\u2028c") == "a\\n\\tb\\u2028c"
-    assert visible("你好,'😀' \\n") == "你好,'😀' \\n"
+    assert escape_controls("你好,'😀' \\n") == "你好,'😀' \\n"
 
 
 def test_a_name_of_several_lines_is_one_line(run_script, tmp_path, capsys):

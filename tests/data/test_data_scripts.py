@@ -12,7 +12,7 @@ from utils.common.files import atomic_writer
 from utils.data.encode import encode_example
 from utils.data.raw_reader import read_json_rows
 from utils.data.row_parser import parse_prompt, parse_row
-from utils.models.conversation import Message, Row
+from utils.models.conversation import Conversation, Message
 from utils.models.templates import encode_prompt, template_for
 from utils.models.token_spans import IGNORE_INDEX
 
@@ -34,7 +34,7 @@ def last_json(result):
 
 
 def row(prompt, target):
-    return Row((Message("user", prompt), Message("assistant", target)))
+    return Conversation((Message("user", prompt), Message("assistant", target)))
 
 
 @pytest.mark.parametrize(
@@ -53,7 +53,7 @@ def test_schemas(raw, prompt, target):
     parsed = parse_row(raw)
     assert [message.content for message in parsed.prompt] == [prompt]
     assert parsed.target == target
-    assert parse_prompt(raw) == Row(parsed.prompt)
+    assert parse_prompt(raw) == Conversation(parsed.prompt)
 
 
 @pytest.mark.parametrize(

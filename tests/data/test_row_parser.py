@@ -12,7 +12,7 @@ from utils.common.errors import RowError, UsageError
 from utils.data.encode import encode_rows, rows_to_train
 from utils.data.row_parser import parse_prompt, parse_row
 from utils.data.row_schema import ColumnMap
-from utils.models.conversation import Message, Row
+from utils.models.conversation import Conversation, Message
 from utils.models.templates import encode_prompt, template_for
 
 MODELS = [TINY, *(GOLDEN / name for name in ("chatglm2-6b-tiny", "chatglm3-6b-tiny", "glm-4-9b-chat-tiny"))]
@@ -194,7 +194,7 @@ def test_a_turn_that_is_not_trained_on(tokenizer):
                 rows_to_train(row, template, "last")
         else:
             assert rows_to_train(row, template, "last") == [row]
-    whole = Row(row.messages)
+    whole = Conversation(row.messages)
     assert encode_rows(tokenizer, [whole])[0].example() == encode_rows(tokenizer, [row])[0].example()
 
 

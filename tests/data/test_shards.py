@@ -15,16 +15,16 @@ from hypothesis import strategies as st
 from utils.checkpoint.tokenizer import load_tokenizer
 from utils.common.errors import RowError, UsageError
 from utils.data.arrow_reader import FEATURES, check_origin, load_examples
-from utils.data.arrow_writer import SCHEMA, Origin, complete_dataset
+from utils.data.arrow_writer import SCHEMA, DatasetOrigin, complete_dataset
 from utils.data.dataset_report import TokenReport, preview
 from utils.data.encode import encode_batch, encode_example, encode_rows
 from utils.data.shards import PartMaker, TokenizeOptions, cache_key
-from utils.models.conversation import Message, Row
+from utils.models.conversation import Conversation, Message
 from utils.models.templates import template_for
 from utils.models.token_spans import IGNORE_INDEX, encode_texts
 
 MODELS = [TINY, *(GOLDEN / name for name in ("chatglm2-6b-tiny", "chatglm3-6b-tiny", "glm-4-9b-chat-tiny"))]
-CHAT = Row(
+CHAT = Conversation(
     tuple(Message(("user", "assistant")[i % 2], text) for i, text in enumerate(("一问", "一答", "二问", "二答")))
 )
 
@@ -72,8 +72,10 @@ def test_texts_at_once_are_texts_one_by_one(tokenizer, texts):
 @pytest.mark.parametrize("name", ["native", "alpaca"])
 def test_rows_at_once_are_rows_one_by_one(tokenizer, name):
     template = template_for(tokenizer, name)
-    rows = [Row((Message("user", "问" * n), Message("assistant", "答  \n" * (n % 7 + 1)))) for n in range(1, 60)]
-    rows[10:10] = [CHAT, Row(CHAT.messages[:2])]
+    rows = [
+        Conversation((Message("user", "问" * n), Message("assistant", "答  \n" * (n % 7 + 1)))) for n in range(1, 60)
+    ]
+    rows[10:10] = [CHAT, Conversation(CHAT.messages[:2])]
     for limit in (None, 80, 30):
         for row, encoded in zip(rows, encode_rows(tokenizer, rows, limit, template), strict=True):
             if isinstance(encoded, RowError):
@@ -90,8 +92,10 @@ def test_rows_at_once_are_rows_one_by_one(tokenizer, name):
 def test_flat_arrays_are_the_rows(tokenizer, name, loss_on):
     """The rows laid out by columns, and mixed with what has another layout, are those of `encode_rows`."""
     template = template_for(tokenizer, name)
-    single = [Row((Message("user", "问" * n), Message("assistant", "答  \n" * (n % 7 + 1)))) for n in range(1, 40)]
-    odd = Row((Message("user", f"问{template.answer_mark}"), Message("assistant", "答")))
+    single = [
+        Conversation((Message("user", "问" * n), Message("assistant", "答  \n" * (n % 7 + 1)))) for n in range(1, 40)
+    ]
+    odd = Conversation((Message("user", f"问{template.answer_mark}"), Message("assistant", "答")))
     for rows in (single, [*single, odd], [CHAT, *single], [single[0]], []):
         for limit in (None, 90, 60, 20, 5):
             batch = encode_batch(tokenizer, rows, limit, template, loss_on)
@@ -119,7 +123,7 @@ def test_loss_on_every_turn(tokenizer):
     last = encode_example(tokenizer, CHAT, None, template)
     assert examples[-1].input_ids == last.input_ids
     trained = [[token for token in example.labels if token != IGNORE_INDEX] for example in examples]
-    answers = [encode_example(tokenizer, row, None, template) for row in (Row(CHAT.messages[:2]), CHAT)]
+    answers = [encode_example(tokenizer, row, None, template) for row in (Conversation(CHAT.messages[:2]), CHAT)]
     answers = [[token for token in answer.labels if token != IGNORE_INDEX] for answer in answers]
     if "chatglm3" in type(tokenizer).__name__.lower() or "chatglm4" in type(tokenizer).__name__.lower():
         user = tokenizer.convert_tokens_to_ids("<|user|>")
@@ -132,7 +136,7 @@ def test_loss_on_every_turn(tokenizer):
 
 
 def test_loss_on_every_turn_of_a_single_turn_is_that_on_the_last(tokenizer):
-    row, template = Row(CHAT.messages[:2]), template_for(tokenizer)
+    row, template = Conversation(CHAT.messages[:2]), template_for(tokenizer)
     assert template.unfold(row) == [row]
     every = encode_rows(tokenizer, [row], None, template, "every")[0].example()
     assert every == encode_example(tokenizer, row, None, template)
@@ -259,7 +263,7 @@ def test_report(workspace):
 
 
 def row(number):
-    return Row(
+    return Conversation(
         (Message("user", f"第{number}个问题：" + "问" * (number % 9)), Message("assistant", "答" * (number % 13 + 1)))
     )
 
@@ -326,7 +330,7 @@ def test_datasets_of_chatglm_tuning_are_trained_on(tmp_path):
 
 def test_dataset_is_what_the_datasets_library_writes(tmp_path):
     assert SCHEMA.equals(FEATURES.arrow_schema, check_metadata=True)
-    complete_dataset(tmp_path, [], Origin("native", "", ""), "")
+    complete_dataset(tmp_path, [], DatasetOrigin("native", "", ""), "")
     ours = (tmp_path / "dataset_info.json").read_text()
     datasets.DatasetInfo(features=FEATURES).write_to_directory(str(tmp_path))
     assert ours == (tmp_path / "dataset_info.json").read_text()

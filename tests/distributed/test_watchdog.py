@@ -6,7 +6,7 @@ import signal
 import kill_rank
 import pytest
 
-from utils.distributed import watchdog as peers
+from utils.distributed import watchdog
 
 
 @pytest.mark.parametrize(
@@ -46,6 +46,6 @@ def test_processes_that_were_all_suspended_are_alive(run_ranks):
 
 def test_the_clock_of_suspended_processes_stands(monkeypatch):
     moments = iter([100.0, 101.0, 102.5, 3702.5, 3703.5])
-    monkeypatch.setattr(peers.time, "monotonic", lambda: next(moments))
-    clock = peers.AwakeClock()
-    assert [clock.now() for _ in range(4)] == [1.0, 2.5, 2.5 + peers.MISSED_BEATS, 3.5 + peers.MISSED_BEATS]
+    monkeypatch.setattr(watchdog.time, "monotonic", lambda: next(moments))
+    clock = watchdog.AwakeClock()
+    assert [clock.now() for _ in range(4)] == [1.0, 2.5, 2.5 + watchdog.MISSED_BEATS, 3.5 + watchdog.MISSED_BEATS]

@@ -27,7 +27,7 @@ from utils.checkpoint.tokenizer import load_tokenizer
 from utils.checkpoint.weight_files import read_index
 from utils.common.errors import RowError, UsageError
 from utils.data.row_parser import parse_row, read_rows
-from utils.models.conversation import Row
+from utils.models.conversation import Conversation
 from utils.models.tokenization_chatglm import ChatGLMTokenizer
 from utils.training.deepspeed_config import read_deepspeed_config
 
@@ -73,7 +73,7 @@ def targets(work: Path) -> dict[str, tuple[st.SearchStrategy, Callable]]:
         explained(check_rows, str(rows))
 
     def check_rows(path: str) -> None:
-        assert all(isinstance(row, (Row, RowError)) for _, _, row in read_rows(path, parse_row))
+        assert all(isinstance(row, (Conversation, RowError)) for _, _, row in read_rows(path, parse_row))
 
     def encode(text: str) -> None:
         assert isinstance(tokenizer, ChatGLMTokenizer)

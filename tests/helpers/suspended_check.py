@@ -1,6 +1,6 @@
 """
 run by test_peers.py as two processes: meets the other at a barrier until `seconds` have passed, while a child of the
-first process suspends both for longer than `Peers` lets one be silent, and continues them.
+first process suspends both for longer than `Watchdog` lets one be silent, and continues them.
 """
 
 import os

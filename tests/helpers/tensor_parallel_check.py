@@ -11,7 +11,7 @@ from utils.checkpoint.model import Checkpoint, load_model
 from utils.common.processes import world_size
 from utils.distributed.process_group import init_process_group, shut_down
 from utils.inference.engine import Engine
-from utils.inference.engine.prefill import Task
+from utils.inference.engine.prefill import TokenSequence
 from utils.inference.placement import load_on_processes
 
 path, tp_size = sys.argv[1], int(sys.argv[2])
@@ -44,7 +44,7 @@ if "compiled" in sys.argv:
     answers = []
     for model, is_compiled in ((whole.eval(), False), (sharded.eval(), True)):
         engine = Engine(model, slots=2, columns=40, stop_ids=[-1], compile_layers=is_compiled)
-        tasks = [Task(number, ids, 8) for number, ids in enumerate(input_ids[:, :12].tolist())]
+        tasks = [TokenSequence(number, ids, 8) for number, ids in enumerate(input_ids[:, :12].tolist())]
         answers.append({task.number: task.answer_ids for task in engine.answer(tasks)})
     assert answers[0] == answers[1] and len(answers[0]) == 2, answers
 print("tensor parallel ok")

@@ -10,12 +10,12 @@ from safetensors.torch import load_file, save_file
 from test_answers import SCRIPT, make_adapter
 
 from utils.common.errors import RunError, UsageError
-from utils.inference import answer_writer as answer_files
+from utils.inference import answer_writer
 from utils.inference.answer_writer import AnswerFile
-from utils.inference.prompt_reader import Request
+from utils.inference.prompt_reader import PromptRow
 
 SETTINGS = {"model": "m", "max_new_tokens": 16}
-REQUESTS = [Request(index, f"问题{index}\n", [5, index]) for index in range(3)]
+REQUESTS = [PromptRow(index, f"问题{index}\n", [5, index]) for index in range(3)]
 ANSWERS = [
     {
         "index": 0,
@@ -129,8 +129,8 @@ def test_records_of_any_depth_and_kind(tmp_path):
     keep(tmp_path / "o.jsonl")
     with (tmp_path / "o.jsonl.partial-0").open("ab") as journal:
         for body in (b'"a": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", b'"settings": 1', b"}", b'"version": {}}'):
-            checksum = answer_files.hash_of(body).encode()
-            journal.write(answer_files.RECORD + checksum + b'", ' + body + b"\n")
+            checksum = answer_writer.hash_of(body).encode()
+            journal.write(answer_writer.RECORD + checksum + b'", ' + body + b"\n")
     assert known(tmp_path / "o.jsonl") == dict(enumerate(ANSWERS))
 
 

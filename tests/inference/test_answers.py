@@ -16,7 +16,7 @@ from utils.data.row_schema import ColumnMap
 from utils.inference.answer_writer import AnswerFile
 from utils.inference.engine import Engine
 from utils.inference.generate import AnswerSettings, generate_answers
-from utils.inference.prompt_reader import PromptForm, Request, read_requests
+from utils.inference.prompt_reader import PromptForm, PromptRow, read_requests
 from utils.inference.sampling import Sampling
 from utils.lora.adapter import AdapterOrigin, attach_adapter, save_adapter
 from utils.models.templates import template_for
@@ -180,7 +180,7 @@ def test_a_killed_command_goes_on(answer, rows, tmp_path, expected, monkeypatch)
 
 
 def test_journals_of_several_processes_are_one(tmp_path):
-    settings, requests = {"a": 1}, [Request(0, "p0", [1]), Request(1, "p1", [1])]
+    settings, requests = {"a": 1}, [PromptRow(0, "p0", [1]), PromptRow(1, "p1", [1])]
     for process in range(2):
         file = AnswerFile(tmp_path / "out.jsonl", settings, process)
         file.known(requests)
@@ -188,7 +188,7 @@ def test_journals_of_several_processes_are_one(tmp_path):
         file.add({"index": process, "prompt": f"p{process}", "answer": "x", "finish_reason": "stop"})
         file.close()
     assert list(AnswerFile(tmp_path / "out.jsonl", settings).known(requests)) == [0, 1]
-    for changed in (Request(1, "changed", [1]), Request(1, "p1", [2]), Request(1, "p1", [1], adapter="b")):
+    for changed in (PromptRow(1, "changed", [1]), PromptRow(1, "p1", [2]), PromptRow(1, "p1", [1], adapter="b")):
         assert list(AnswerFile(tmp_path / "out.jsonl", settings).known([requests[0], changed])) == [0]
 
 

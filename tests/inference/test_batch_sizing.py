@@ -8,17 +8,15 @@ from conftest import TINY
 
 from utils.checkpoint.model import load_model
 from utils.checkpoint.tokenizer import load_tokenizer
-from utils.inference import batch_sizing as batch_memory
-from utils.inference import engine
-from utils.inference import hf_generate as plain_generation
-from utils.inference.batch_sizing import Room, group_rows, is_out_of_memory
+from utils.inference import batch_sizing, engine, hf_generate
+from utils.inference.batch_sizing import MemoryBudget, group_rows, is_out_of_memory
 from utils.inference.engine import Engine
-from utils.inference.engine.prefill import Task
+from utils.inference.engine.prefill import TokenSequence
 from utils.inference.generate import generate_answers
 from utils.inference.hf_generate import generate_plainly
-from utils.inference.prompt_reader import Request
+from utils.inference.prompt_reader import PromptRow
 from utils.inference.sampling import GREEDY
-from utils.inference.stop_strings import TextEnd
+from utils.inference.stop_strings import StopStrings
 from utils.models.templates import template_for
 
 MODEL = "data/chatglm-tiny"
@@ -42,7 +40,7 @@ def answer():
 
     def run(lengths, batch_size=0):
         requests = [
-            Request(index, f"{length}", tokenizer.encode("天气" * ((length - 3) // 2) + "?" * (length % 2 == 0)))
+            PromptRow(index, f"{length}", tokenizer.encode("天气" * ((length - 3) // 2) + "?" * (length % 2 == 0)))
             for index, length in enumerate(lengths)
         ]
         assert [len(request.input_ids) for request in requests] == lengths
@@ -58,12 +56,12 @@ def failing(rows):
 
 
 def tasks(lengths, sequences=1):
-    return [[Task(i, range(length), 0) for _ in range(sequences)] for i, length in enumerate(lengths)]
+    return [[TokenSequence(i, range(length), 0) for _ in range(sequences)] for i, length in enumerate(lengths)]
 
 
 def room(tokens, strict=False, plain=False, limit=256):
     """For so many tokens of cache."""
-    return Room(tokens, 1, 0, 0, masked=False, plain=plain, strict=strict, limit=limit)
+    return MemoryBudget(tokens, 1, 0, 0, masked=False, plain=plain, strict=strict, limit=limit)
 
 
 def sizes(groups):
@@ -142,7 +140,7 @@ def test_a_row_too_long_for_the_host(answer, monkeypatch, error):
 
 def test_a_row_that_cannot_fit_is_not_tried(answer, monkeypatch):
     """For Linux gives memory that is not there, and kills the process that uses it."""
-    monkeypatch.setattr(batch_memory, "free_bytes", lambda device: 60 << 20)
+    monkeypatch.setattr(batch_sizing, "free_bytes", lambda device: 60 << 20)
     tried = []
     pack = engine.pack_prompts
     monkeypatch.setattr(engine, "pack_prompts", lambda batch, *rest: tried.extend(batch) or pack(batch, *rest))
@@ -152,17 +150,17 @@ def test_a_row_that_cannot_fit_is_not_tried(answer, monkeypatch):
 
 def test_a_row_too_long_for_generate(monkeypatch):
     """As of a model whose layers are spread over devices."""
-    generate = plain_generation._generate_batch
+    generate = hf_generate._generate_batch
 
     def limited(model, batch, *rest):
         if sum(len(task.input_ids) for task in batch) > 20:
             raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
         generate(model, batch, *rest)
 
-    monkeypatch.setattr(plain_generation, "_generate_batch", limited)
+    monkeypatch.setattr(hf_generate, "_generate_batch", limited)
     model, tokenizer = load_model(str(TINY)), load_tokenizer(str(TINY))
-    rows = [Task(i, tokenizer.encode("天气" * number), 3) for i, number in enumerate((1, 1, 2, 3, 20, 30))]
-    end, batch_sizes = TextEnd(tokenizer, ()), []
+    rows = [TokenSequence(i, tokenizer.encode("天气" * number), 3) for i, number in enumerate((1, 1, 2, 3, 20, 30))]
+    end, batch_sizes = StopStrings(tokenizer, ()), []
     stops = template_for(tokenizer).stop_ids(tokenizer)
     done = generate_plainly(model, rows, 4, stops, 3, GREEDY, end, torch.device("cpu"), batch_sizes)
     assert [bool(task.answer_ids) for task in done] == [True] * 4 + [False] * 2 and batch_sizes[:2] == [4, 2]
@@ -170,8 +168,8 @@ def test_a_row_too_long_for_generate(monkeypatch):
 
 LIMITED = """
 import runpy, sys
-from utils.inference import batch_sizing as batch_memory
-batch_memory.free_bytes = lambda device: 60 << 20
+from utils.inference import batch_sizing
+batch_sizing.free_bytes = lambda device: 60 << 20
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """

@@ -12,7 +12,7 @@ from tools.random_checkpoint import random_model
 from utils.checkpoint.model import load_model
 from utils.checkpoint.tokenizer import load_tokenizer
 from utils.inference.engine import Engine
-from utils.inference.engine.prefill import MOST_READ, Task, pack_prompts, read_size
+from utils.inference.engine.prefill import MOST_READ, TokenSequence, pack_prompts, read_size
 from utils.layers import varlen_attention
 
 
@@ -56,7 +56,7 @@ def test_answers_are_those_of_generate(made):
         (3, 4, made is random_glm),
     ):
         engine = Engine(model, slots, columns=64, stop_ids=sorted(stops), steps=steps, compile_layers=compiled)
-        done = list(engine.answer(Task(number, prompt, 20) for number, prompt in enumerate(prompts)))
+        done = list(engine.answer(TokenSequence(number, prompt, 20) for number, prompt in enumerate(prompts)))
         assert [task.answer_ids for task in sorted(done, key=lambda task: task.number)] == expected
 
 
@@ -66,7 +66,7 @@ def test_an_engine_goes_with_its_last_reference():
     gc.disable()
     try:
         engine = Engine(model, 2, columns=64, stop_ids=[-1], compile_layers=False)
-        assert len(list(engine.answer(Task(number, prompt, 3) for number, prompt in enumerate(prompts)))) == 7
+        assert len(list(engine.answer(TokenSequence(number, prompt, 3) for number, prompt in enumerate(prompts)))) == 7
         left = [weakref.ref(part) for part in (engine, engine.graphs, engine.state)]
         del engine
         assert [part() for part in left] == [None, None, None]
@@ -92,7 +92,7 @@ def test_reading_without_a_mask(made, monkeypatch):
     """What prompts leave in their slots when they are filled up, as on a GPU, is what they leave with a mask."""
     monkeypatch.setattr(varlen_attention, "varlen_attn", attend_row_by_row)
     model, prompts = made()
-    tasks = [Task(number, prompt, 20) for number, prompt in enumerate(prompts[:5])]
+    tasks = [TokenSequence(number, prompt, 20) for number, prompt in enumerate(prompts[:5])]
     slots = [4, 0, 5, 2, 1]
     masked, filled = (Engine(model, slots=6, columns=64, stop_ids=[1]) for _ in range(2))
     masked._read(tasks, slots)

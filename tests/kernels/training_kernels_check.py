@@ -14,10 +14,8 @@ from torch import nn
 from transformers import GlmConfig, GlmForCausalLM
 from transformers.models.glm.modeling_glm import GlmAttention, GlmMLP, GlmRotaryEmbedding
 
-from utils.kernels import mlp_activation as activation_kernels
-from utils.kernels import qkv_rope_lora as heads_kernels
-from utils.layers import fused_mlp
-from utils.layers import fused_qkv as fused_heads
+from utils.kernels import mlp_activation, qkv_rope_lora
+from utils.layers import fused_mlp, fused_qkv
 from utils.layers.fp8 import convert_to_fp8
 from utils.layers.fused_qkv import fuse_projections
 from utils.lora.adapter import attach_adapter
@@ -50,12 +48,12 @@ def check_kernels(T: int, F: int, gated: bool) -> None:
     exact = inputs.float().requires_grad_()
     output = activation(exact, gated)
     output.backward(gradient.float())
-    check(activation_kernels.activation_gradient(gradient, inputs, gated), exact.grad, HALF)
+    check(mlp_activation.activation_gradient(gradient, inputs, gated), exact.grad, HALF)
     if not ON_GPU:  # the interpreter has no e4m3
         return
     for (quantized, scale), expected in (
-        (activation_kernels.activation_fp8(inputs, gated), output.detach()),
-        (activation_kernels.activation_gradient_fp8(gradient, inputs, gated), exact.grad),
+        (mlp_activation.activation_fp8(inputs, gated), output.detach()),
+        (mlp_activation.activation_gradient_fp8(gradient, inputs, gated), exact.grad),
     ):
         assert (quantized.float().abs().amax(-1) == 448).all()
         check(quantized.float() * scale, expected, E4M3)
@@ -83,7 +81,7 @@ def check_heads(attention: nn.Module, size: int, factors: tuple[torch.Tensor, ..
     """An attention whose projections have adapters, with 2 x 70 tokens."""
     plain = attention.to(DEVICE)
     fused = copy.deepcopy(plain)
-    fused_heads.fuse_heads(fused)
+    fused_qkv.fuse_heads(fused)
     assert type(fused) is not type(plain)
     values = torch.randn(2, 70, size, device=DEVICE, dtype=factors[0].dtype)
     found = []
@@ -129,9 +127,9 @@ def check_all_heads(dtype: torch.dtype, tolerance: float) -> None:
 
 
 torch.manual_seed(0)
-fused_mlp.activation_kernels = lambda: activation_kernels
-fused_heads.heads_kernels = lambda: heads_kernels
-assert heads_kernels.fits(128, 3 * 32) and not heads_kernels.fits(128, 3 * 64)
+fused_mlp.load_mlp_activation = lambda: mlp_activation
+fused_qkv.load_qkv_rope_lora = lambda: qkv_rope_lora
+assert qkv_rope_lora.fits(128, 3 * 32) and not qkv_rope_lora.fits(128, 3 * 64)
 check_all_heads(*((torch.bfloat16, 2 * HALF) if ON_GPU else (torch.float32, 1e-5)))
 for gated in (True, False):
     for T, F in ((300, 13696), (7, 16384), (5, 48)) if ON_GPU else ((3, 13696), (5, 48)):

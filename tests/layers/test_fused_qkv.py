@@ -9,7 +9,7 @@ import torch
 from transformers import GlmConfig, GlmForCausalLM
 from transformers.models.glm.modeling_glm import GlmAttention, GlmRotaryEmbedding, apply_rotary_pos_emb
 
-from utils.layers import fused_qkv as fused_heads
+from utils.layers import fused_qkv
 from utils.layers.fused_qkv import fuse_projections, rotate_neighbours
 from utils.lora.adapter import attach_adapter
 from utils.models import ChatGLMConfig, ChatGLMForConditionalGeneration
@@ -99,14 +99,14 @@ def test_heads_are_those_without_a_kernel(family, is_compiled, ops, monkeypatch)
         if parameter.requires_grad:
             torch.nn.init.normal_(parameter, std=0.1)
     fused = copy.deepcopy(plain)
-    fused_heads.fuse_heads(fused)
+    fused_qkv.fuse_heads(fused)
     assert type(fused) is type(plain)  # without a kernel
     sizes = []
     kernels = SimpleNamespace(fits=lambda *size: sizes.append(size) or len(sizes) > 1)
-    monkeypatch.setattr(fused_heads, "heads_kernels", lambda: kernels)
-    fused_heads.fuse_heads(fused)
+    monkeypatch.setattr(fused_qkv, "load_qkv_rope_lora", lambda: kernels)
+    fused_qkv.fuse_heads(fused)
     assert type(fused) is type(plain) and sizes == [(16, 4 if family is chatglm else 12)]  # where it does not fit
-    fused_heads.fuse_heads(fused)
+    fused_qkv.fuse_heads(fused)
     assert isinstance(fused, type(plain)) and type(fused) is not type(plain)
     hidden_states = torch.randn(2, 9, 64)
     results = []

@@ -16,7 +16,7 @@ from utils.checkpoint.model import Checkpoint, load_model
 from utils.checkpoint.tokenizer import load_tokenizer
 from utils.common.errors import UsageError
 from utils.data.encode import encode_example
-from utils.models.conversation import Message, Row
+from utils.models.conversation import Conversation, Message
 from utils.models.convert_checkpoint import glm_config, target_keys
 from utils.models.family import CHATGLM2, CHATGLM3, GLM4, GLM4_HF
 from utils.models.templates import encode_prompt, template_for
@@ -174,7 +174,7 @@ def test_prompts_are_those_of_the_released_chat(golden):
 
 def test_training_rows_are_those_of_the_reference(golden):
     prompt, target = golden.values["train_texts"][0]
-    row = Row((Message("user", prompt), Message("assistant", target)))
+    row = Conversation((Message("user", prompt), Message("assistant", target)))
     example = encode_example(golden.tokenizer, row)
     assert example.input_ids == golden.tensors["train.single.input_ids"][0].tolist()
     assert example.labels == golden.tensors["train.single.labels"][0].tolist()
@@ -183,7 +183,7 @@ def test_training_rows_are_those_of_the_reference(golden):
 
 @pytest.mark.parametrize("cut", (1, 3, 10))
 def test_truncation_keeps_the_template(golden, cut):
-    row = Row((Message("user", "今天北京的天气怎么样？" * 3), Message("assistant", "今天是晴天。" * 3)))
+    row = Conversation((Message("user", "今天北京的天气怎么样？" * 3), Message("assistant", "今天是晴天。" * 3)))
     whole = encode_example(golden.tokenizer, row)
     example = encode_example(golden.tokenizer, row, len(whole.input_ids) - cut)
     assert len(example.input_ids) == len(whole.input_ids) - cut and example.tokens_cut == cut
@@ -245,7 +245,7 @@ def test_hf_tokenizer(tmp_path):
         Message("user", "hello"),
     ]
     assert encode_prompt(tokenizer, messages) == encode_prompt(golden.tokenizer, messages)
-    row = Row((messages[0], messages[1]))
+    row = Conversation((messages[0], messages[1]))
     assert encode_example(tokenizer, row) == encode_example(golden.tokenizer, row)
     stops = template_for(tokenizer).stop_ids(tokenizer)
     assert sorted(stops) == golden.values["special"]["config_eos_token_id"]

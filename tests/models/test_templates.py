@@ -8,7 +8,7 @@ from conftest import GOLDEN, TINY
 from utils.checkpoint.tokenizer import load_tokenizer
 from utils.data.encode import encode_example, fingerprint
 from utils.lora.adapter import read_origin
-from utils.models.conversation import Message, Row
+from utils.models.conversation import Conversation, Message
 from utils.models.templates import encode_prompt, template_for
 
 ALPACA = (
@@ -30,7 +30,7 @@ def test_alpaca_stands_between_the_generations_own_tokens(tokenizer):
     assert alpaca.render(QUESTION) == text
     ids = encode_prompt(tokenizer, QUESTION, alpaca)
     assert ids == tokenizer.encode(text)  # each generation's tokenizer puts its opening or closing tokens round a text
-    example = encode_example(tokenizer, Row((*QUESTION, Message("assistant", "好"))), None, alpaca)
+    example = encode_example(tokenizer, Conversation((*QUESTION, Message("assistant", "好"))), None, alpaca)
     assert example.input_ids[: len(ids)] == ids and example.labels[: len(ids)] == [-100] * len(ids)
     assert example.labels[-1] == native.stop_ids(tokenizer)[0]
     assert alpaca.clean(tokenizer.decode(example.labels[len(ids) : -1])) == "好"
@@ -43,7 +43,7 @@ def test_alpaca_repeats_its_form_for_earlier_turns(tokenizer):
 
 
 def test_alpaca_survives_truncation(tokenizer):
-    row = Row((Message("user", "公园" * 60), Message("assistant", "学校" * 60)))
+    row = Conversation((Message("user", "公园" * 60), Message("assistant", "学校" * 60)))
     alpaca = template_for(tokenizer, "alpaca")
     whole, cut = encode_example(tokenizer, row, None, alpaca), encode_example(tokenizer, row, 120, alpaca)
     closing = alpaca.prompt(tokenizer, row.prompt).closing

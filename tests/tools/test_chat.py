@@ -23,7 +23,7 @@ from utils.checkpoint.model import load_model
 from utils.checkpoint.tokenizer import load_tokenizer
 from utils.distributed.process_group import free_port
 from utils.inference.generate import generate_answers
-from utils.inference.prompt_reader import Request
+from utils.inference.prompt_reader import PromptRow
 from utils.lora.adapter import attach_adapter, load_adapter, save_adapter
 from utils.models.conversation import Message
 from utils.models.templates import encode_prompt, template_for
@@ -60,7 +60,7 @@ def expected_answers(adapter):
     template, messages, found = template_for(tokenizer, "native"), [], []
     for question in QUESTIONS:
         messages.append(Message("user", question))
-        request = Request(0, "", encode_prompt(tokenizer, messages, template))
+        request = PromptRow(0, "", encode_prompt(tokenizer, messages, template))
         (answer,) = generate_answers(model, tokenizer, template, [request], 1, 8, torch.device("cpu"))
         found.append(answer["answer"])
         messages.append(Message("assistant", answer["answer"]))

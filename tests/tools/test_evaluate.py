@@ -13,7 +13,7 @@ from rouge_score.rouge_scorer import RougeScorer
 from tools.evaluate import SHOWN, check_failures, markdown, page, plain, plot
 from tools.scores import ROUGE, JiebaWords, score_answers
 from utils.common.errors import RunError
-from utils.common.terminal import visible
+from utils.common.terminal import escape_controls
 
 REFERENCES = ["今天天气很好", "我喜欢吃苹果。", "老王昨天在家里喝茶", "ChatGLM is a model"]
 ANSWERS = ["今天天气很好", "我不喜欢吃香蕉!", "老王在家", ""]
@@ -97,7 +97,9 @@ def test_a_report_shows_texts_and_runs_none():
     for text in HOSTILE:
         tokens = [token for token in parser.parseInline(plain(text))[0].children if token.content != "<br>"]
         assert {token.type for token in tokens} <= {"text", "text_special"}, text
-        assert "".join(token.content for token in tokens) == visible(text.replace("\r\n", "\n")).replace("\n", "")
+        assert "".join(token.content for token in tokens) == escape_controls(text.replace("\r\n", "\n")).replace(
+            "\n", ""
+        )
     assert not re.search(r"://|www\.|\.[a-z]|@", "".join(map(plain, HOSTILE)))
     assert plain("答案: 3.14, 100% (a)!") == "答案: 3.14, 100% (a)!"
 

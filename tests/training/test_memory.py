@@ -17,11 +17,10 @@ from utils.layers.quantization import Quantization
 from utils.models import ChatGLMConfig
 from utils.models.convert_checkpoint import glm_config
 from utils.models.family import CHATGLM, CHATGLM3
-from utils.training import dry_run as run_plan
-from utils.training import memory as memory_estimate
+from utils.training import dry_run, memory
 from utils.training.dry_run import advise
-from utils.training.memory import Load, ModelSizes, resolve_checkpointing
-from utils.training.run_config import Request
+from utils.training.memory import MemoryModel, ModelSizes, resolve_checkpointing
+from utils.training.run_config import TrainingRequest
 
 INT4 = Quantization(4)
 ZERO3 = {"partitions": 1, "compiled": False}
@@ -31,7 +30,7 @@ V3 = Checkpoint(Path("chatglm3-6b"), CHATGLM3, glm_config(GLM["chatglm3-6b"], po
 
 def load_of(checkpoint, tokens, compiled=True, longest=1024, packing=True, **flags):
     sizes = ModelSizes.of(checkpoint, torch.bfloat16)
-    return Load(sizes, tokens, longest, packing, 8, sizes.qkv, compiled, **flags)
+    return MemoryModel(sizes, tokens, longest, packing, 8, sizes.qkv, compiled, **flags)
 
 
 @pytest.mark.parametrize(
@@ -59,9 +58,9 @@ def decide(monkeypatch, capsys):
 
     def run(checkpoint, tokens, free, wanted=None, **flags):
         load = load_of(checkpoint, tokens, **flags)
-        monkeypatch.setattr(memory_estimate, "free_gib", lambda: free)
-        monkeypatch.setattr(Load, "of", lambda *args: load)
-        request = Request(None, None, checkpoint, None, wanted)
+        monkeypatch.setattr(memory, "free_gib", lambda: free)
+        monkeypatch.setattr(MemoryModel, "of", lambda *args: load)
+        request = TrainingRequest(None, None, checkpoint, None, wanted)
         decided = resolve_checkpointing(request, None, SimpleNamespace(use_cpu=False), torch.bfloat16)
         return decided, capsys.readouterr().out.splitlines()
 
@@ -69,7 +68,7 @@ def decide(monkeypatch, capsys):
 
 
 def test_checkpointing_is_decided_from_it(decide):
-    assert not resolve_checkpointing(Request(*[None] * 5), None, SimpleNamespace(use_cpu=True), None)
+    assert not resolve_checkpointing(TrainingRequest(*[None] * 5), None, SimpleNamespace(use_cpu=True), None)
     decided, (line,) = decide(V3, 16384, 79.0)
     assert not decided and "weights 11.6" in line and line.endswith("checkpointing off, decided from that")
     decided, (line,) = decide(V3, 16384, 24.0)
@@ -116,21 +115,21 @@ def test_the_planned_time_is_that_of_the_run(run_ranks, tokens, tmp_path, proces
 
 def test_the_time_of_a_run_from_its_speed():
     speed = {"first_step_seconds": 2.0, "tokens_per_second": 100.0, "seconds_a_step": 0.5, "peak_gib": 20.0}
-    said = run_plan.describe_speed(speed, load_of(V3, 8192), steps=11, tokens=1100)
+    said = dry_run.describe_speed(speed, load_of(V3, 8192), steps=11, tokens=1100)
     assert "100 tokens/s, 0.5 s a step, the first 2 s" in said
     assert "the run takes 0:00:12 (12 s)" in said and "20.0 GiB at its peak" in said
 
 
 def test_steps_that_will_not_fit_are_not_tried(monkeypatch, capsys):
-    monkeypatch.setattr(run_plan, "free_gib", lambda on_cpu: 12.0)
-    monkeypatch.setattr(run_plan, "describe_plan", lambda *_: "")
-    monkeypatch.setattr(run_plan, "row_lengths", lambda _: [1024])
-    monkeypatch.setattr(Load, "of", lambda *_: load_of(V3, 8192))
+    monkeypatch.setattr(dry_run, "free_gib", lambda on_cpu: 12.0)
+    monkeypatch.setattr(dry_run, "describe_plan", lambda *_: "")
+    monkeypatch.setattr(dry_run, "row_lengths", lambda _: [1024])
+    monkeypatch.setattr(MemoryModel, "of", lambda *_: load_of(V3, 8192))
     flags = SimpleNamespace(packing=False)
     batches = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 1, "world_size": 1, "max_steps": 5}
     args = SimpleNamespace(use_cpu=False, gradient_checkpointing=False, **batches)
-    request = Request(None, None, V3, None)
-    run_plan.plan(request, flags, args, torch.bfloat16, lambda: pytest.fail("the model is loaded"))
+    request = TrainingRequest(None, None, V3, None)
+    dry_run.plan(request, flags, args, torch.bfloat16, lambda: pytest.fail("the model is loaded"))
     said = capsys.readouterr().out
     assert "speed not measured: " in said and "advice: DDP over 4 bits" in said
 
@@ -138,10 +137,12 @@ def test_steps_that_will_not_fit_are_not_tried(monkeypatch, capsys):
 def test_weights_under_fsdp2(monkeypatch):
     """A half on each of two cards, two blocks gathered, and the head."""
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    monkeypatch.setattr(memory_estimate, "row_lengths", lambda _: [1024])
+    monkeypatch.setattr(memory, "row_lengths", lambda _: [1024])
     flags = {"packing": True, "pack_tokens": 8192, "lora_rank": 8, "lora_target_modules": ["q_proj"]}
     args = SimpleNamespace(per_device_train_batch_size=1, world_size=2, deepspeed_plugin=None)
-    load = Load.of(Request(None, None, V3, None), SimpleNamespace(**flags, compile_layers=True), args, torch.bfloat16)
+    load = MemoryModel.of(
+        TrainingRequest(None, None, V3, None), SimpleNamespace(**flags, compile_layers=True), args, torch.bfloat16
+    )
     whole = replace(load, fsdp=False, partitions=None, optimizer_partitions=1)
     block = 2 * (4096 * 4096 * 2 + 4096 * 512 + 4096 * 13696 * 3 + 4608 + 2 * 4096)  # q, o; k, v; MLP; biases; norms
     head = 2 * 65024 * 4096
@@ -163,7 +164,7 @@ def test_weights_under_fsdp2(monkeypatch):
     ],
 )
 def test_advice(room, processes, advice):
-    request = Request(None, None, V3, None)
+    request = TrainingRequest(None, None, V3, None)
     found = advise(load_of(V3, 8192), request, processes, room, torch.bfloat16)
     assert found.startswith(advice), found
 

@@ -217,16 +217,16 @@ def test_kernels_over_integers(run_command, tmp_path):
 import sys
 sys.path.insert(0, {str(ROOT)!r})
 import torch
-from utils.kernels import int_weight_gemm as quantized_kernels
+from utils.kernels import int_weight_gemm
 from utils.layers.quantization import dequantize, quantize
 torch.manual_seed(0)
 for bits in (8, 4):
     for M, N, K in ((3, 70, 300), (17, 64, 256)):
         weight, scale = quantize(torch.randn(N, K) * 0.1, bits)
         x, full = torch.randn(M, K).half(), dequantize(weight, scale, bits, torch.float16)
-        assert quantized_kernels.dequantize(weight, scale, bits, torch.float16).equal(full)
+        assert int_weight_gemm.dequantize(weight, scale, bits, torch.float16).equal(full)
         expected = x.float() @ full.float().T
-        actual = quantized_kernels.quantized_product(x, weight, scale, bits).float()
+        actual = int_weight_gemm.quantized_product(x, weight, scale, bits).float()
         assert (actual - expected).norm() <= 1e-3 * expected.norm()
 print("equal")
 """,

@@ -10,7 +10,7 @@ from huggingface_hub import constants, get_session, list_repo_files, snapshot_do
 from huggingface_hub.errors import HfHubHTTPError
 
 from utils.common.errors import UsageError
-from utils.common.json_files import read_object
+from utils.common.json_files import read_json_object
 from utils.models.family import BY_FLAG, CHATGLM2, CHATGLM3, SUPPORTED, Generation, identify
 
 DEFAULT_MODEL = "THUDM/chatglm-6b"
@@ -27,7 +27,7 @@ CODE_KEYS = {
     "experts_implementation",
     "quantization_config",
 }
-LARGEST = {  # sizes in a config.json, by the end of their name; the largest of the family is far below
+MAX_CONFIG_SIZES = {  # sizes in a config.json, by the end of their name; the largest of the family is far below
     "layers": 1 << 10,
     "hidden_size": 1 << 16,
     "intermediate_size": 1 << 20,
@@ -112,9 +112,9 @@ def read_config(file: Path) -> dict[str, Any]:
         UsageError: it is no JSON object, or a size in it is none.
     """
     refuse_pointer(file)
-    values = read_object(file)
+    values = read_json_object(file)
     for name, value in values.items():
-        largest = next((size for end, size in LARGEST.items() if name.endswith(end)), None)
+        largest = next((size for end, size in MAX_CONFIG_SIZES.items() if name.endswith(end)), None)
         if largest is not None and value is not None and (type(value) is not int or not 1 <= value <= largest):
             raise UsageError(f"{file}: {name} is {value!r}, and must be a number from 1 to {largest}")
     return {name: value for name, value in values.items() if name not in CODE_KEYS}
@@ -131,7 +131,7 @@ def read_tokenizer_config(directory: Path) -> dict[str, Any]:
     if not file.is_file():
         return {}
     refuse_pointer(file)
-    return read_object(file)
+    return read_json_object(file)
 
 
 TOKENIZER_FILES = [

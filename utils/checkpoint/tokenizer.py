@@ -7,7 +7,7 @@ from transformers import PreTrainedTokenizerBase
 
 from utils.checkpoint.directory import open_directory, read_tokenizer_config, refuse_pointer, say_once
 from utils.common.errors import UsageError
-from utils.common.json_files import read_object
+from utils.common.json_files import read_json_object
 from utils.models.family import SUPPORTED
 
 SIDE_FILES = ("added_tokens.json", "special_tokens_map.json")  # transformers reads them beside tokenizer_config.json
@@ -30,13 +30,13 @@ def load_tokenizer(path_or_id: str) -> PreTrainedTokenizerBase:
             refuse_pointer(directory / name)
     for name in SIDE_FILES:
         if (directory / name).is_file():
-            read_object(directory / name)
+            read_json_object(directory / name)
     try:
         if generation.tokenizer_class is None:
             from transformers import AutoTokenizer  # imports torch
 
             tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
-            if lacks_merges(read_object(vocab_file)):
+            if lacks_merges(read_json_object(vocab_file)):
                 say_once(
                     f"{vocab_file} was exported by an older version of this toolkit, lacks merges, and gives other "
                     "token ids than the release: tokenise the rows again, train the adapter anew and merge that"

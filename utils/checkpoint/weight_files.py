@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 
 from utils.checkpoint.directory import refuse_pointer
 from utils.common.errors import UsageError
-from utils.common.json_files import read_object
+from utils.common.json_files import read_json_object
 
 KINDS = ("model.safetensors", "pytorch_model.bin")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int8)
@@ -71,7 +71,7 @@ def read_index(index: Path) -> dict[str, str]:
     Raises:
         UsageError: something else stands there.
     """
-    weight_map = read_object(index).get("weight_map")
+    weight_map = read_json_object(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise UsageError(f"{index} has no weight_map: download it again")
     for name in weight_map.values():

@@ -15,7 +15,7 @@ from functools import cache
 from pathlib import Path
 
 
-def settle_code_caches() -> None:
+def use_private_caches() -> None:
     """Sets the variables of caches of code that the user has not set, where the default is not the user's own."""
     defaults = {
         "TORCHINDUCTOR_CACHE_DIR": _cache_home() / "torchinductor",

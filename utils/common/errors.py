@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator
 from types import TracebackType
 
-from utils.common.interrupts import say
+from utils.common.interrupts import print_to_stderr
 from utils.common.terminal import one_line
 
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
@@ -75,7 +75,7 @@ def explain_uncaught(kind: type[BaseException], error: BaseException, trace: Tra
     if line is None:
         sys.__excepthook__(kind, error, trace)
     else:
-        say(f"error: {one_line(line)}")
+        print_to_stderr(f"error: {one_line(line)}")
 
 
 def explain_machine_fault(error: BaseException) -> str | None:
@@ -118,6 +118,6 @@ def _place_of(error: BaseException) -> str:
     return f"{error.filename}: " if getattr(error, "filename", None) else ""
 
 
-def describe(error: BaseException) -> str:
+def error_message(error: BaseException) -> str:
     """What went wrong, for a person."""
     return explain_machine_fault(error) or str(error)

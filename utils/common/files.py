@@ -14,7 +14,7 @@ from utils.common.errors import FULL_DISK, UsageError
 UNENCODABLE = "backslashreplace"  # bytes of a file name that are not UTF-8: as \\udcff, which JSON reads back
 
 
-def check_output(path: str | os.PathLike, inputs: Iterable[str | os.PathLike] = (), flag: str = "") -> None:
+def check_output_path(path: str | os.PathLike, inputs: Iterable[str | os.PathLike] = (), flag: str = "") -> None:
     """
     Refuses, before the work, an output that `atomic_writer` could not write or that would destroy something.
 
@@ -55,7 +55,7 @@ def atomic_writer(path: str | os.PathLike) -> Iterator[IO[str]]:
     Raises:
         UsageError: the directory cannot be made or written to, or `path` is no plain file.
     """
-    check_output(path)
+    check_output_path(path)
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:

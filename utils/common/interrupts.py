@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO
 
-STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 AT_ONCE = 1.0  # seconds within which signals are one: a terminal's, its launcher's and a dead parent's
 
 
@@ -29,7 +29,7 @@ class Interrupted(KeyboardInterrupt):
 
 
 @contextlib.contextmanager
-def on_signals(action: Callable[[int], None], numbers: tuple[int, ...] = STOPS) -> Iterator[None]:
+def on_signals(action: Callable[[int], None], numbers: tuple[int, ...] = STOP_SIGNALS) -> Iterator[None]:
     """
     Calls `action` at each of these signals until the block ends. What is ignored stays ignored (nohup). A process
     forked in the block leaves them to its parent, all but SIGTERM, which ends it. Only the main thread can do this; in
@@ -71,7 +71,7 @@ def raise_interrupted() -> Callable[[int], None]:
     return action
 
 
-def say(line: str) -> None:
+def print_to_stderr(line: str) -> None:
     """Writes a line to stderr; safe in a signal handler, and where the terminal is gone."""
     with contextlib.suppress(OSError):
         os.write(2, f"{os.path.basename(sys.argv[0])}: {line}\n".encode(errors="replace"))
@@ -106,27 +106,27 @@ def answer_during_imports() -> None:
     and an exception inside a library's import can leave anything.
     """
 
-    for number in STOPS:
+    for number in STOP_SIGNALS:
         if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
             signal.signal(number, _end)
 
 
 def end_answers_to_imports() -> None:
     """Undoes `answer_during_imports`."""
-    for number in STOPS:
+    for number in STOP_SIGNALS:
         if signal.getsignal(number) is _end:
             signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 
 
 def _end(number: int, frame) -> None:
     if os.environ.get("LOCAL_RANK", "0") == "0":
-        say(f"error: {Interrupted(number)}: run the same command again")
+        print_to_stderr(f"error: {Interrupted(number)}: run the same command again")
     os._exit(1)
 
 
 @ctypes.CFUNCTYPE(None, ctypes.c_int)
 def _end_at_bus_error(number: int) -> None:
-    say(
+    print_to_stderr(
         "error: a file that was read as memory is no longer all there: a dataset was cut off or overwritten, its disk "
         "failed, or /dev/shm is full"
     )

@@ -1,7 +1,7 @@
 """
 JSON objects in the files that lie beside data: origins, states, manifests, configurations.
 
-Such a file may come from anywhere: `read_object` bounds its size, `json` its depth, and every fault is one line.
+Such a file may come from anywhere: `read_json_object` bounds its size, `json` its depth, and every fault is one line.
 """
 
 import json
@@ -14,7 +14,7 @@ from utils.common.errors import UsageError
 MAX_BYTES = 256 << 20  # the manifest of a dataset of 100,000 files is below; the largest tokenizer.json has 35 MB
 
 
-def read_object(file: Path, types: Mapping[str, type | tuple[type, ...]] | None = None) -> dict[str, Any]:
+def read_json_object(file: Path, types: Mapping[str, type | tuple[type, ...]] | None = None) -> dict[str, Any]:
     """
     Reads the JSON object in `file` (UTF-8, with or without a byte order mark).
 

@@ -4,7 +4,7 @@ import ctypes
 import os
 import signal
 
-from utils.common.terminal import visible
+from utils.common.terminal import escape_controls
 
 PR_SET_PDEATHSIG = 1  # of Linux's prctl
 
@@ -37,7 +37,7 @@ def is_main_process() -> bool:
 def print_once(message: str) -> None:
     """Prints on rank 0 alone."""
     if is_main_process():
-        print(visible(message), flush=True)
+        print(escape_controls(message), flush=True)
 
 
 def launched_by_accelerate_with_fsdp() -> bool:

@@ -7,11 +7,11 @@ _CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2
 _BLANKS = {"\n": "\\n", "\t": "\\t"}
 
 
-def visible(text: str) -> str:
+def escape_controls(text: str) -> str:
     """`text` with its control characters written out, as `\\x1b`; line feeds and tabs stay."""
     return _CONTROLS.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), text)
 
 
 def one_line(text: str) -> str:
-    """`visible` without line feeds and tabs."""
-    return visible(text).translate(str.maketrans(_BLANKS))
+    """`escape_controls` without line feeds and tabs."""
+    return escape_controls(text).translate(str.maketrans(_BLANKS))

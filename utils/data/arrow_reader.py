@@ -13,10 +13,10 @@ import pyarrow.compute
 from transformers import PreTrainedTokenizerBase
 
 from utils.common.errors import UsageError
-from utils.common.json_files import read_object
+from utils.common.json_files import read_json_object
 from utils.common.processes import print_once
 from utils.data.arrow_table import read_table
-from utils.data.arrow_writer import ORIGIN_FILE, Origin, is_dataset
+from utils.data.arrow_writer import DATASET_ORIGIN_FILE, DatasetOrigin, is_dataset
 from utils.data.dataset_columns import COLUMNS, LOSS_MASKS, Vocabulary, to_examples
 from utils.data.encode import fingerprint
 from utils.models.conversation import Message
@@ -94,7 +94,7 @@ def _list_files(path: Path) -> list[Path]:
     Raises:
         UsageError: state.json is spoiled, or names a file elsewhere.
     """
-    entries = read_object(path / "state.json", {"_data_files": list})["_data_files"]
+    entries = read_json_object(path / "state.json", {"_data_files": list})["_data_files"]
     names = [entry.get("filename") if isinstance(entry, dict) else None for entry in entries]
     for name in names:
         if not isinstance(name, str) or Path(name).name != name:
@@ -259,7 +259,7 @@ def check_origin(dataset_path: str, tokenizer: PreTrainedTokenizerBase, model_na
     Raises:
         UsageError: another tokenizer or another version of the template made it.
     """
-    path = Path(dataset_path) / ORIGIN_FILE
+    path = Path(dataset_path) / DATASET_ORIGIN_FILE
     again = f"tokenise the rows again with --model_name_or_path {model_name_or_path}"
     if not path.is_file():
         table, _ = open_table(Path(dataset_path))
@@ -271,12 +271,14 @@ def check_origin(dataset_path: str, tokenizer: PreTrainedTokenizerBase, model_na
             )
         return "native"
     try:
-        values = read_object(path, dict.fromkeys(("template", "tokenizer", "model_name_or_path"), str))
+        values = read_json_object(path, dict.fromkeys(("template", "tokenizer", "model_name_or_path"), str))
         if values["template"] not in TEMPLATES:
             raise UsageError(f"{path}: there is no template {values['template']!r}")
     except UsageError as error:
         raise UsageError(f"--dataset_path {dataset_path}: {error}: {again}") from None
-    origin = Origin(**{name: value for name, value in values.items() if name in Origin.__dataclass_fields__})
+    origin = DatasetOrigin(
+        **{name: value for name, value in values.items() if name in DatasetOrigin.__dataclass_fields__}
+    )
     if origin.tokenizer != fingerprint(tokenizer, template_for(tokenizer, origin.template)):
         raise UsageError(
             f"--dataset_path {dataset_path} was made with another tokenizer, that of {origin.model_name_or_path}, or "

@@ -21,11 +21,11 @@ SCHEMA = pa.schema(
     {name: pa.list_(pa.int32()) for name in _FEATURES},
     metadata={"huggingface": json.dumps({"info": {"features": _FEATURES}})},
 )
-ORIGIN_FILE = "origin.json"
+DATASET_ORIGIN_FILE = "origin.json"
 
 
 @dataclass(frozen=True)
-class Origin:
+class DatasetOrigin:
     """What made a dataset's tokens; a file beside them."""
 
     template: str  # one of utils.models.templates.TEMPLATES
@@ -42,7 +42,7 @@ def record_batch(batch: TokenBatch) -> pa.RecordBatch:
     return pa.RecordBatch.from_arrays(columns, schema=SCHEMA)
 
 
-def complete_dataset(directory: Path, arrow_files: Sequence[str], origin: Origin, fingerprint: str) -> None:
+def complete_dataset(directory: Path, arrow_files: Sequence[str], origin: DatasetOrigin, fingerprint: str) -> None:
     """
     Makes a directory with Arrow files of `SCHEMA` one that `datasets.load_from_disk` opens.
 
@@ -59,7 +59,7 @@ def complete_dataset(directory: Path, arrow_files: Sequence[str], origin: Origin
     }
     info = {"description": "", "citation": "", "homepage": "", "license": "", "features": _FEATURES}
     (directory / "dataset_info.json").write_text(json.dumps(info), encoding="utf-8")
-    (directory / ORIGIN_FILE).write_text(json.dumps(asdict(origin)), encoding="utf-8")
+    (directory / DATASET_ORIGIN_FILE).write_text(json.dumps(asdict(origin)), encoding="utf-8")
     (directory / "state.json").write_text(json.dumps(state), encoding="utf-8")
 
 

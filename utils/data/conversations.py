@@ -1,4 +1,4 @@
-"""Chats and histories of raw rows -> `Row`; what is wrong with one, in words."""
+"""Chats and histories of raw rows -> `Conversation`; what is wrong with one, in words."""
 
 import ast
 import json
@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from utils.common.errors import RowError
 from utils.data.row_schema import MEDIA, TOOLS, check_refused, is_empty
-from utils.models.conversation import Message, Row
+from utils.models.conversation import Conversation, Message
 
 ROLES = {
     **dict.fromkeys(("user", "human"), "user"),
@@ -72,7 +72,7 @@ def parse_history(raw: Any, column: str) -> list[Turn]:
     return turns
 
 
-def join(system: str, parts: Sequence[tuple[str, list[Turn]]]) -> Row:
+def join(system: str, parts: Sequence[tuple[str, list[Turn]]]) -> Conversation:
     """
     One conversation: a system text ("": none), and the turns of (column, turns), one behind the other.
 
@@ -95,7 +95,7 @@ def join(system: str, parts: Sequence[tuple[str, list[Turn]]]) -> Row:
     if system:
         turns.insert(0, Turn("system", system))
     untrained = tuple(number for number, turn in enumerate(turns) if turn.role == "assistant" and not turn.trained)
-    return Row(tuple(Message(turn.role, turn.content) for turn in turns), untrained)
+    return Conversation(tuple(Message(turn.role, turn.content) for turn in turns), untrained)
 
 
 def _parse_message(item: Any, column: str) -> Turn:

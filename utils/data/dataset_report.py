@@ -8,7 +8,7 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from utils.common.terminal import visible
+from utils.common.terminal import escape_controls
 from utils.data.encode import Example
 from utils.models.token_spans import IGNORE_INDEX
 
@@ -153,4 +153,4 @@ def preview(tokenizer: PreTrainedTokenizerBase, examples: Iterable[Example]) -> 
             TRAINED[0] + tokenizer.decode(ids) + TRAINED[1] if trained else tokenizer.decode(ids)
             for trained, ids in runs
         )
-        yield visible(text)
+        yield escape_controls(text)

@@ -10,9 +10,9 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from utils.common.errors import RowError
-from utils.models.conversation import Message, Row
+from utils.models.conversation import Conversation, Message
 from utils.models.templates import ChatGLMTemplate, template_for
-from utils.models.token_spans import IGNORE_INDEX, Parts, Span, encode_drafts, encode_texts, split_closing
+from utils.models.token_spans import IGNORE_INDEX, EncodedText, Span, encode_drafts, encode_texts, split_closing
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class TokenBatch:
 
 def encode_batch(
     tokenizer: PreTrainedTokenizerBase,
-    rows: Sequence[Row],
+    rows: Sequence[Conversation],
     max_seq_length: int | None,
     template: ChatGLMTemplate,
     loss_on: str,
@@ -62,7 +62,10 @@ def encode_batch(
 
 
 def _encode_single_turns(
-    tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], max_seq_length: int | None, template: ChatGLMTemplate
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Conversation],
+    max_seq_length: int | None,
+    template: ChatGLMTemplate,
 ) -> TokenBatch | None:
     """Rows whose template's tokens are all the same; None where a prompt happens to end as a template does."""
     prompt_frame, target_frame = template.single_turn(tokenizer)
@@ -158,7 +161,7 @@ class EncodedRow(NamedTuple):
 
 def encode_example(
     tokenizer: PreTrainedTokenizerBase,
-    row: Row,
+    row: Conversation,
     max_seq_length: int | None = None,
     template: ChatGLMTemplate | None = None,
 ) -> Example:
@@ -178,7 +181,7 @@ def encode_example(
 LOSS_ON = ("last", "every")
 
 
-def rows_to_train(row: Row, template: ChatGLMTemplate, loss_on: str) -> list[Row]:
+def rows_to_train(row: Conversation, template: ChatGLMTemplate, loss_on: str) -> list[Conversation]:
     """
     The rows whose examples have the targets that `loss_on` names.
 
@@ -194,7 +197,7 @@ def rows_to_train(row: Row, template: ChatGLMTemplate, loss_on: str) -> list[Row
 
 def encode_rows(
     tokenizer: PreTrainedTokenizerBase,
-    rows: Sequence[Row],
+    rows: Sequence[Conversation],
     max_seq_length: int | None = None,
     template: ChatGLMTemplate | None = None,
     loss_on: str = "last",
@@ -229,7 +232,7 @@ def cut_texts(prompt: np.ndarray, target: np.ndarray, room: int) -> tuple[np.nda
     return prompt[: room - len(target)], target
 
 
-def _join(prompt: Parts, target: Parts, max_seq_length: int | None, loss_on: str) -> EncodedRow | RowError:
+def _join(prompt: EncodedText, target: EncodedText, max_seq_length: int | None, loss_on: str) -> EncodedRow | RowError:
     opening, prompt_text, prompt_end = prompt
     target_opening, target_text, target_end = target
     fixed = len(prompt_end.content) + len(target_end.content)
@@ -250,8 +253,8 @@ def _join(prompt: Parts, target: Parts, max_seq_length: int | None, loss_on: str
 
 
 PROBES = (
-    Row((Message("user", "你好，今天天气怎么样？"), Message("assistant", "晴，28.5 °C。\n\n\t出门走走吧！"))),
-    Row(
+    Conversation((Message("user", "你好，今天天气怎么样？"), Message("assistant", "晴，28.5 °C。\n\n\t出门走走吧！"))),
+    Conversation(
         (
             Message("user", "Translate: 龘靐  café naïve"),
             Message("assistant", "<eop> is text, 3.14159 × 2 = 6.28318"),

@@ -1,4 +1,4 @@
-"""Raw rows of every supported schema -> `Row`; what is wrong with a row, in words."""
+"""Raw rows of every supported schema -> `Conversation`; what is wrong with a row, in words."""
 
 import itertools
 import re
@@ -10,10 +10,10 @@ from utils.data.conversations import ROLES, Turn, join, parse_chat, parse_histor
 from utils.data.raw_reader import Block, read_blocks
 from utils.data.row_schema import (
     ANSWERS,
-    AS_NAMED,
     DOCUMENTS,
     HISTORY,
     MORE,
+    NO_RENAMES,
     PREFERENCES,
     SYSTEMS,
     VERDICTS,
@@ -24,13 +24,13 @@ from utils.data.row_schema import (
     find_schema,
     texts_of,
 )
-from utils.models.conversation import Message, Row
+from utils.models.conversation import Conversation, Message
 
 # BELLE's multi-turn files hold the conversation in `instruction`: "Human:...\nAssistant:...\nHuman:...\nAssistant:".
 _TURN = re.compile(r"(?:^|\n)\s*(Human|Assistant)[:：]")
 
 
-def parse_prompt(raw: Any, columns: ColumnMap = AS_NAMED) -> Row:
+def parse_prompt(raw: Any, columns: ColumnMap = NO_RENAMES) -> Conversation:
     """
     Reads the prompt of a raw row; a target that stands beside it is left out.
 
@@ -43,10 +43,10 @@ def parse_prompt(raw: Any, columns: ColumnMap = AS_NAMED) -> Row:
         RowError: no schema fits, the prompt is blank, or the row has something that would be lost.
     """
     raw = columns.rename(raw)
-    return Row(_conversation(raw, _schema_of(raw)).prompt)
+    return Conversation(_conversation(raw, _schema_of(raw)).prompt)
 
 
-def parse_row(raw: Any, columns: ColumnMap = AS_NAMED) -> Row:
+def parse_row(raw: Any, columns: ColumnMap = NO_RENAMES) -> Conversation:
     """
     Reads a training row: a prompt and its target.
 
@@ -67,7 +67,7 @@ def parse_row(raw: Any, columns: ColumnMap = AS_NAMED) -> Row:
     return row
 
 
-def parse_question(raw: Any, text: str, used: Sequence[str]) -> Row:
+def parse_question(raw: Any, text: str, used: Sequence[str]) -> Conversation:
     """
     The prompt whose last question is `text`, which was made of the columns `used`, behind the row's system text and
     history.
@@ -102,7 +102,7 @@ def _schema_of(raw: Any) -> Schema:
     return find_schema(tuple(raw))
 
 
-def _conversation(raw: dict[str, Any], schema: Schema) -> Row:
+def _conversation(raw: dict[str, Any], schema: Schema) -> Conversation:
     """The row's messages: of a chat all, of columns those before the target."""
     if schema.chat:
         turns = parse_chat(raw[schema.chat], schema.chat)
@@ -118,10 +118,10 @@ def _conversation(raw: dict[str, Any], schema: Schema) -> Row:
     turns = _parse_tagged(prompt) if "Human" in prompt and schema.prompts[0] == "instruction" else None
     if schema.carrying or turns:
         return _in_context(raw, schema.carrying, schema.prompts[0], turns or [Turn("user", prompt)])
-    return Row((Message("user", prompt),))
+    return Conversation((Message("user", prompt),))
 
 
-def _in_context(raw: dict[str, Any], carrying: Sequence[str], column: str, turns: list[Turn]) -> Row:
+def _in_context(raw: dict[str, Any], carrying: Sequence[str], column: str, turns: list[Turn]) -> Conversation:
     """The turns of `column` behind the row's system text and history, which are among the columns `carrying`."""
     check_refused(raw, [name for name in carrying if name not in PREFERENCES])
     systems = texts_of(raw, [name for name in SYSTEMS if name in carrying])
@@ -189,10 +189,10 @@ def _parse_tagged(text: str) -> list[Turn] | None:
 class NumberedRow(NamedTuple):
     path: str
     line: int  # from 1; of a JSON array the line that a row starts on
-    row: Row | RowError
+    row: Conversation | RowError
 
 
-def rows_of(block: Block, parse: Callable[[Any], Row]) -> Iterator[NumberedRow]:
+def rows_in_block(block: Block, parse: Callable[[Any], Conversation]) -> Iterator[NumberedRow]:
     """The rows of a block of a raw file; one that cannot be used, as its error."""
     path = block.path
     for line, raw in block.values():
@@ -208,7 +208,7 @@ def rows_of(block: Block, parse: Callable[[Any], Row]) -> Iterator[NumberedRow]:
             yield NumberedRow(path, line, row)
 
 
-def _parse_instances(raw: dict[str, Any], parse: Callable[[Any], Row]) -> list[Row | RowError]:
+def _parse_instances(raw: dict[str, Any], parse: Callable[[Any], Conversation]) -> list[Conversation | RowError]:
     """The rows of a seed task, `{"instruction", "instances": [{"input", "output"}]}`: one an instance."""
     instances = raw["instances"]
     if not isinstance(instances, list) or not instances or not all(isinstance(item, dict) for item in instances):
@@ -222,7 +222,7 @@ def _parse_instances(raw: dict[str, Any], parse: Callable[[Any], Row]) -> list[R
     return rows
 
 
-def read_rows(paths: str | Iterable[str], parse: Callable[[Any], Row]) -> Iterator[NumberedRow]:
+def read_rows(paths: str | Iterable[str], parse: Callable[[Any], Conversation]) -> Iterator[NumberedRow]:
     """
     Every row of one raw file, or of several, in order and in constant memory; one that cannot be used, as its error.
 
@@ -231,7 +231,7 @@ def read_rows(paths: str | Iterable[str], parse: Callable[[Any], Row]) -> Iterat
     """
     for path in [paths] if isinstance(paths, str) else paths:
         for block in read_blocks(path):
-            yield from rows_of(block, parse)
+            yield from rows_in_block(block, parse)
 
 
 def check_columns(columns: ColumnMap, paths: Iterable[str]) -> None:

@@ -157,7 +157,7 @@ class ColumnMap:
             raise UsageError(f"--columns: {place} has no column {', '.join(missing)}, but {', '.join(known[:50])}")
 
 
-AS_NAMED = ColumnMap()
+NO_RENAMES = ColumnMap()
 
 
 def texts_of(raw: dict[str, Any], columns: Sequence[str]) -> dict[str, str]:

@@ -30,9 +30,9 @@ from utils.data.dataset_report import TokenReport
 from utils.data.encode import TokenBatch, encode_batch, fingerprint, rows_to_train
 from utils.data.raw_reader import Block, read_blocks
 from utils.data.rejections import Rejection
-from utils.data.row_parser import NumberedRow, parse_row, rows_of
-from utils.data.row_schema import AS_NAMED, ColumnMap
-from utils.models.conversation import Row
+from utils.data.row_parser import NumberedRow, parse_row, rows_in_block
+from utils.data.row_schema import NO_RENAMES, ColumnMap
+from utils.models.conversation import Conversation
 from utils.models.templates import ChatGLMTemplate
 from utils.models.token_spans import IGNORE_INDEX
 from utils.models.tokenization_base import VocabFileTokenizer
@@ -50,9 +50,9 @@ class TokenizeOptions:
     max_seq_length: int
     skip_overlength: bool
     loss_on: str
-    columns: ColumnMap = AS_NAMED
+    columns: ColumnMap = NO_RENAMES
 
-    def parse(self, raw: Any) -> Row:
+    def parse(self, raw: Any) -> Conversation:
         return parse_row(raw, self.columns)
 
 
@@ -122,7 +122,7 @@ class PartMaker:
     def _encode(self, block: Block, report: TokenReport, rejections: list[Rejection]) -> TokenBatch:
         """The rows to write; `report` and `rejections` gain what became of all."""
         usable: list[NumberedRow] = []
-        for numbered in rows_of(block, self.options.parse):
+        for numbered in rows_in_block(block, self.options.parse):
             try:
                 if isinstance(numbered.row, RowError):
                     raise numbered.row

@@ -17,8 +17,8 @@ def backend() -> str:
 
 def collective_timeout() -> dict[str, timedelta]:
     """
-    Of a collective. gloo's outlasts any difference in work and any suspension: `Peers` sees who is gone. NCCL's is its
-    own, which ends what hangs on a device.
+    The timeout of a collective. gloo's outlasts any difference in work and any suspension, because `Watchdog` sees who
+    is gone. NCCL keeps its own, which ends what hangs on a device.
     """
     return {"timeout": LONG} if backend() == "gloo" else {}
 
@@ -54,10 +54,10 @@ def gather_from_all(value: Any) -> list:
 
 def any_process(flag: bool) -> bool:
     """Whether the flag is set on any process; all must call it. Does not wait for a GPU."""
-    return bool(largest_of_processes(int(flag)))
+    return bool(max_over_processes(int(flag)))
 
 
-def largest_of_processes(number: int) -> int:
+def max_over_processes(number: int) -> int:
     """The largest of every process's number; all must call it. Does not wait for a GPU."""
     if world_size() == 1:
         return number

@@ -12,9 +12,9 @@ from utils.common.errors import UsageError
 from utils.common.processes import end_with_parent, local_rank, process_rank, world_size
 from utils.distributed.collectives import backend, barrier, collective_timeout, gather_from_all
 from utils.distributed.deepspeed_setup import init_deepspeed
-from utils.distributed.watchdog import Peers
+from utils.distributed.watchdog import Watchdog
 
-_peers: list[Peers] = []  # of this process, where there are others
+_peers: list[Watchdog] = []  # of this process, where there are others
 T = TypeVar("T")
 
 
@@ -61,7 +61,7 @@ def init_process_group(use_deepspeed: bool, mend: str = "the same command goes o
     elif not torch.distributed.is_initialized():
         torch.distributed.init_process_group(backend(), **collective_timeout())
     if world_size() > 1:
-        _peers.append(Peers(process_rank(), world_size(), mend))
+        _peers.append(Watchdog(process_rank(), world_size(), mend))
 
 
 def on_all_processes(call: Callable[[], T]) -> list[T]:

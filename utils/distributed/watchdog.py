@@ -45,7 +45,7 @@ class AwakeClock:
             return self.awake
 
 
-class Peers:
+class Watchdog:
     """
     Every process says through the launcher's store that it lives, and looks whether the others do: by their process id
     on the same machine, by their signs of life elsewhere. Threads of their own do it, since the main one waits for

@@ -27,11 +27,11 @@ import numpy as np
 
 from utils.common.errors import UsageError
 from utils.common.files import UNENCODABLE, atomic_writer
-from utils.common.json_files import read_object
+from utils.common.json_files import read_json_object
 from utils.common.processes import is_main_process, print_once
 from utils.data.json_lines import dump_row
 from utils.distributed.process_group import on_all_processes
-from utils.inference.prompt_reader import SEPARATORS, Request
+from utils.inference.prompt_reader import SEPARATORS, PromptRow
 
 Answer = dict[str, Any]
 VERSION = 2  # of journals and markers; the first had no number
@@ -47,7 +47,7 @@ def hash_of(*parts: bytes) -> str:
     return hashlib.blake2b(b"".join(parts), digest_size=DIGITS // 2).hexdigest()
 
 
-def row_hash(request: Request) -> str:
+def row_hash(request: PromptRow) -> str:
     """Of what decides a row's answer: its tokens and the adapter that it names; and of its text, which is written."""
     names = json.dumps([request.prompt, request.adapter]).encode()
     return hash_of(names, np.asarray(request.input_ids, dtype=np.int64).tobytes())
@@ -88,7 +88,7 @@ class AnswerFile:
         self.unusable: list[Path] = []  # journals
         self.replaceable: str | None = None  # hash of an output all of whose answers are known
 
-    def begin(self, requests: Sequence[Request]) -> dict[int, Answer]:
+    def begin(self, requests: Sequence[PromptRow]) -> dict[int, Answer]:
         """
         Claims the output until this process ends, and returns the answers, by index, that are known. Every process
         must call it, and gets the same.
@@ -123,7 +123,7 @@ class AnswerFile:
         except OSError as error:
             print(f"{self.path.parent} has no locks ({error.strerror}): start no second command with this output")
 
-    def known(self, requests: Sequence[Request]) -> dict[int, Answer]:
+    def known(self, requests: Sequence[PromptRow]) -> dict[int, Answer]:
         """
         The answers, by index, that an earlier run of the command left in its journals or in its complete output, to
         rows that are still the same.
@@ -253,7 +253,7 @@ class AnswerFile:
         """The answers of a complete output that are as they were written, to rows that are still the same."""
         try:
             types = {"version": int, "settings": dict, "output": str, "rows": list}
-            marker = read_object(self.marker, types) if self.marker.exists() else {}
+            marker = read_json_object(self.marker, types) if self.marker.exists() else {}
         except UsageError as error:
             print_once(f"{error}: rows are answered again")
             marker = {}

@@ -8,9 +8,9 @@ import torch
 from utils.checkpoint.directory import add_model_flags, choose_generation
 from utils.checkpoint.weight_files import KINDS, model_files
 from utils.common.errors import Faults
-from utils.common.files import check_output
+from utils.common.files import check_output_path
 from utils.common.processes import print_once, world_size
-from utils.data.row_schema import AS_NAMED, COLUMNS_HELP, ColumnMap
+from utils.data.row_schema import COLUMNS_HELP, NO_RENAMES, ColumnMap
 from utils.inference.prompt_reader import BASE
 from utils.layers.fp8 import FP8, check_device
 from utils.layers.quantization import BITS
@@ -66,7 +66,7 @@ def add_inference_arguments(parser: argparse.ArgumentParser) -> None:
     form.add_argument(
         "--prompt_template", metavar="TEXT", help="a prompt with columns in braces: \"把'{text}'改写成问句\""
     )
-    rows.add_argument("--columns", type=ColumnMap.parse, default=AS_NAMED, help=COLUMNS_HELP)
+    rows.add_argument("--columns", type=ColumnMap.parse, default=NO_RENAMES, help=COLUMNS_HELP)
     rows.add_argument(
         "--template", choices=TEMPLATES, help="form of the prompts (the one the adapter was trained with, else native)"
     )
@@ -111,7 +111,7 @@ def check_inference_arguments(args: argparse.Namespace) -> None:
     choose_generation(args.model_name_or_path, args.generation)
     faults = Faults()
     with faults.collect():
-        check_output(args.output_path, _files_read(args), "--output_path")
+        check_output_path(args.output_path, _files_read(args), "--output_path")
     for name, least in (("batch_size", 0), ("max_new_tokens", 1), ("num_return_sequences", 1), ("top_k", 0)):
         if getattr(args, name) < least:
             faults.add(f"--{name} {getattr(args, name)} must be at least {least}")

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from utils.common.processes import world_size
 from utils.distributed.collectives import gather_from_all
 from utils.inference.engine import MOST_MASKED, WIDTH_GRAIN, can_serve, column_bytes, has_kernels
-from utils.inference.engine.prefill import MOST_READ, Task
+from utils.inference.engine.prefill import MOST_READ, TokenSequence
 from utils.inference.work_queue import Replica
 
 MOST_SLOTS = 256
@@ -74,13 +74,13 @@ def _free_to_containers() -> list[int]:
     return found
 
 
-def columns_of(task: Task) -> int:
+def columns_of(task: TokenSequence) -> int:
     """Of the cache that a row takes, as the engine rounds them."""
     return -(-(len(task.input_ids) + task.max_new_tokens) // WIDTH_GRAIN) * WIDTH_GRAIN
 
 
 @dataclass(frozen=True)
-class Room:
+class MemoryBudget:
     """The memory for caches and for what is computed, in bytes; and what a row takes of it."""
 
     free: int
@@ -93,7 +93,7 @@ class Room:
     limit: int  # rows at once
 
     @classmethod
-    def of(cls, model: PreTrainedModel, device: torch.device, replica: Replica) -> "Room":
+    def of(cls, model: PreTrainedModel, device: torch.device, replica: Replica) -> "MemoryBudget":
         """The least that any process has, so that all make the same groups; every process must call it."""
         config, kernels = model.config, has_kernels(device, model.dtype)
         on_gpu = model.get_input_embeddings().weight.device.type == "cuda"
@@ -109,7 +109,7 @@ class Room:
             limit=MOST_SLOTS if on_gpu else CPU_SLOTS,
         )
 
-    def slots(self, task: Task) -> int:
+    def slots(self, task: TokenSequence) -> int:
         """How many rows fit, the longest of which is `task`."""
         tokens, cache = len(task.input_ids), self.column * columns_of(task)
         if self.plain:
@@ -119,10 +119,10 @@ class Room:
 
 
 @dataclass(frozen=True)
-class Group:
+class BatchGroup:
     """Rows that share batches, with the answers of one row in one list, and how many there are in a batch."""
 
-    rows: list[list[Task]]
+    rows: list[list[TokenSequence]]
     slots: int
 
     @property
@@ -130,7 +130,9 @@ class Group:
         return columns_of(self.rows[-1][0])
 
 
-def group_rows(rows: Sequence[list[Task]], room: Room, batch_size: int, replicas: int) -> list[Group]:
+def group_rows(
+    rows: Sequence[list[TokenSequence]], room: MemoryBudget, batch_size: int, replicas: int
+) -> list[BatchGroup]:
     """
     Args:
         rows: in the order of their lengths.
@@ -145,7 +147,7 @@ def group_rows(rows: Sequence[list[Task]], room: Room, batch_size: int, replicas
         """Answers that a replica makes of so many rows."""
         return -(-number // replicas) * len(rows[0])
 
-    groups: list[Group] = []
+    groups: list[BatchGroup] = []
     most = batch_size or room.limit
     first = 0
     while first < len(rows):
@@ -159,6 +161,6 @@ def group_rows(rows: Sequence[list[Task]], room: Room, batch_size: int, replicas
         slots = most if batch_size and not room.strict else max(1, min(most, room.slots(group[-1][0])))
         if not batch_size and 16 < slots < share:
             slots -= slots % 16
-        groups.append(Group(group, min(slots, share)))
+        groups.append(BatchGroup(group, min(slots, share)))
         first = end
     return groups

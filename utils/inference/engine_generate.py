@@ -10,16 +10,16 @@ import torch
 from transformers import PreTrainedModel
 
 from utils.common.errors import RankError
-from utils.inference.batch_sizing import Group, columns_of, is_out_of_memory
+from utils.inference.batch_sizing import BatchGroup, columns_of, is_out_of_memory
 from utils.inference.engine import Engine
-from utils.inference.engine.prefill import Task
+from utils.inference.engine.prefill import TokenSequence
 from utils.inference.sampling import Sampling
-from utils.inference.stop_strings import TextEnd
+from utils.inference.stop_strings import StopStrings
 from utils.inference.work_queue import Replica
 
 
 @dataclass
-class Clock:
+class EngineStats:
     """Where the seconds went."""
 
     preparing: float = 0.0  # compiling layers, capturing graphs
@@ -30,18 +30,18 @@ class Clock:
 class TaskQueue:
     """Tasks in the order of their lengths, which may be given back."""
 
-    def __init__(self, tasks: Iterable[Task]):
+    def __init__(self, tasks: Iterable[TokenSequence]):
         self.tasks, self.returned = iter(tasks), deque()
 
-    def first(self) -> Task | None:
+    def first(self) -> TokenSequence | None:
         if not self.returned:
             self.returned.extend(islice(self.tasks, 1))
         return self.returned[0] if self.returned else None
 
-    def give_back(self, tasks: Iterable[Task]) -> None:
+    def give_back(self, tasks: Iterable[TokenSequence]) -> None:
         self.returned.extendleft(sorted(tasks, key=lambda task: -len(task.input_ids)))
 
-    def up_to(self, columns: int) -> Iterator[Task]:
+    def up_to(self, columns: int) -> Iterator[TokenSequence]:
         """Takes tasks as long as they need no more columns."""
         while (task := self.first()) is not None and columns_of(task) <= columns:
             yield self.returned.popleft()
@@ -49,14 +49,14 @@ class TaskQueue:
 
 def generate_by_engine(
     model: PreTrainedModel,
-    source: Iterable[Task],
-    group: Group,
+    source: Iterable[TokenSequence],
+    group: BatchGroup,
     stop_ids: Sequence[int],
     sampling: Sampling,
-    end: TextEnd,
+    end: StopStrings,
     replica: Replica,
-    clock: Clock,
-) -> Iterator[Task]:
+    clock: EngineStats,
+) -> Iterator[TokenSequence]:
     """
     By the engine. Where memory runs out, half the tokens of cache from there on, in rows that are no longer than the
     next ones need; a task that finds none alone comes back without an answer.

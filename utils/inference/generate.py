@@ -17,15 +17,15 @@ from utils.common.errors import RunError
 from utils.common.processes import is_main_process, print_once, process_rank
 from utils.distributed.collectives import barrier, gather_from_all, gather_lists
 from utils.inference.answer_writer import Answer, AnswerFile
-from utils.inference.batch_sizing import Group, Room, group_rows
+from utils.inference.batch_sizing import BatchGroup, MemoryBudget, group_rows
 from utils.inference.engine import can_serve
-from utils.inference.engine.prefill import Task
-from utils.inference.engine_generate import Clock, generate_by_engine
+from utils.inference.engine.prefill import TokenSequence
+from utils.inference.engine_generate import EngineStats, generate_by_engine
 from utils.inference.hf_generate import generate_plainly
-from utils.inference.prompt_reader import BASE, Request
+from utils.inference.prompt_reader import BASE, PromptRow
 from utils.inference.sampling import GREEDY, Sampling
-from utils.inference.stop_strings import TextEnd, decode
-from utils.inference.work_queue import ALONE, Replica, SharedCount, shared_out
+from utils.inference.stop_strings import StopStrings, decode
+from utils.inference.work_queue import SINGLE_REPLICA, Replica, SharedCount, share_of_rows
 from utils.models.templates import ChatGLMTemplate
 
 REPORT_SECONDS = 10.0
@@ -47,7 +47,7 @@ class Job:
     """What to answer, how, where the answers go, and those that are known, by index."""
 
     template: ChatGLMTemplate
-    requests: list[Request]
+    requests: list[PromptRow]
     settings: AnswerSettings
     output: AnswerFile
     known: dict[int, Answer]
@@ -59,13 +59,13 @@ def generate_answers(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     template: ChatGLMTemplate,
-    requests: Sequence[Request],
+    requests: Sequence[PromptRow],
     batch_size: int,
     max_new_tokens: int,
     device: torch.device,
     settings: AnswerSettings | None = None,
-    replica: Replica = ALONE,
-    clock: Clock | None = None,
+    replica: Replica = SINGLE_REPLICA,
+    clock: EngineStats | None = None,
 ) -> Iterator[Answer]:
     """
     The answers of this replica's share of the requests, in the order in which they are done; greedy unless `settings`
@@ -90,18 +90,18 @@ def generate_answers(
     "answer": None, "finish_reason": "error", "error"}` for a row that cannot be answered.
     """
     settings = settings or AnswerSettings(max_new_tokens)
-    clock = clock or Clock()
+    clock = clock or EngineStats()
     if replica.first and process_rank() == 0:
         yield from (error_answer(request, request.error) for request in requests if request.error)
     valid = sorted((request for request in requests if not request.error), key=lambda r: len(r.input_ids))
     if not valid:
         return
     by_index = {request.index: request for request in valid}
-    end = TextEnd(tokenizer, settings.stop)
+    end = StopStrings(tokenizer, settings.stop)
     numbers = {name: i for i, name in enumerate(settings.adapters, start=1)} | {BASE: 0, None: 0}
     tasks = [  # a list a row: all its answers are one replica's
         [
-            Task(
+            TokenSequence(
                 request.index * settings.sequences + sequence,
                 request.input_ids,
                 settings.max_new_tokens,
@@ -112,11 +112,11 @@ def generate_answers(
         for request in valid
     ]
     stop_ids = template.stop_ids(tokenizer)
-    room = Room.of(model, device, replica)
+    room = MemoryBudget.of(model, device, replica)
     tried = [row for row in tasks if not room.strict or room.slots(row[0])]
 
-    def serve(group: Group) -> Iterator[Task]:
-        source = chain.from_iterable(shared_out(group.rows, replica))
+    def serve(group: BatchGroup) -> Iterator[TokenSequence]:
+        source = chain.from_iterable(share_of_rows(group.rows, replica))
         if can_serve(model):
             return generate_by_engine(model, source, group, stop_ids, settings.sampling, end, replica, clock)
         sampling, sizes = settings.sampling, clock.batch_sizes
@@ -125,8 +125,8 @@ def generate_answers(
         )
 
     groups = group_rows(tried, room, batch_size, replica.replicas)
-    refused = chain.from_iterable(shared_out(tasks[len(tried) :], replica))  # the longest
-    parts: dict[int, list[Task]] = {}
+    refused = chain.from_iterable(share_of_rows(tasks[len(tried) :], replica))  # the longest
+    parts: dict[int, list[TokenSequence]] = {}
     failed: set[int] = set()
     for task in chain(chain.from_iterable(map(serve, groups)), refused):
         request = by_index[task.number // settings.sequences]
@@ -142,7 +142,7 @@ def generate_answers(
             yield _answer_of(request, tasks_of_row, tokenizer, template, set(stop_ids), end)
 
 
-def error_answer(request: Request, error: str) -> Answer:
+def error_answer(request: PromptRow, error: str) -> Answer:
     return {
         "index": request.index,
         "prompt": request.prompt,
@@ -152,7 +152,7 @@ def error_answer(request: Request, error: str) -> Answer:
     }
 
 
-def _answer_of(request, tasks, tokenizer, template, stop_ids: set[int], end: TextEnd) -> Answer:
+def _answer_of(request, tasks, tokenizer, template, stop_ids: set[int], end: StopStrings) -> Answer:
     parts = []
     for task in tasks:
         by_token = task.answer_ids[-1] in stop_ids
@@ -213,7 +213,7 @@ def answer_rows(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     device: torch.device,
-    replica: Replica = ALONE,
+    replica: Replica = SINGLE_REPLICA,
 ) -> None:
     """
     Answers the job's requests into its output, those alone that an earlier run of the same command has not answered,
@@ -230,7 +230,7 @@ def answer_rows(
     positions = model.config.max_position_embeddings  # of ChatGLM-6B too, by its attribute map
     if longer := sum(len(request.input_ids) > positions for request in waiting):
         print_once(f"{longer} prompts have more than the {positions} tokens that the model was made for")
-    clock, started = Clock(), time.perf_counter()
+    clock, started = EngineStats(), time.perf_counter()
     answers: list[Answer] = []
     progress = Progress(len(waiting), replica)
     settings = job.settings
@@ -270,7 +270,7 @@ def answer_rows(
         )
 
 
-def _print_summary(job: Job, answers: list[Answer], clocks: list[Clock], seconds: float) -> None:
+def _print_summary(job: Job, answers: list[Answer], clocks: list[EngineStats], seconds: float) -> None:
     """Of the answers that are new, as JSON."""
     new_tokens = sum(answer.get("answer_tokens", 0) for answer in answers)
     preparing, reading = mean(clock.preparing for clock in clocks), mean(clock.reading for clock in clocks)

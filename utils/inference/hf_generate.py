@@ -9,22 +9,22 @@ from transformers import LogitsProcessor, PreTrainedModel, StoppingCriteria
 
 from utils.data.collators import left_pad
 from utils.inference.batch_sizing import is_out_of_memory
-from utils.inference.engine.prefill import Task
+from utils.inference.engine.prefill import TokenSequence
 from utils.inference.sampling import GREEDY, Sampling
-from utils.inference.stop_strings import TextEnd
+from utils.inference.stop_strings import StopStrings
 
 
 def generate_plainly(
     model: PreTrainedModel,
-    source: Iterable[Task],
+    source: Iterable[TokenSequence],
     size: int,
     stop_ids: Sequence[int],
     pad_token_id: int,
     sampling: Sampling,
-    end: TextEnd,
+    end: StopStrings,
     device: torch.device,
     batch_sizes: list[int],
-) -> Iterator[Task]:
+) -> Iterator[TokenSequence]:
     """
     Answers tasks batch after batch, and notes in `batch_sizes` how many rows they had. Where memory does not suffice,
     half as many from there on; a task that finds none even alone comes back without an answer.
@@ -50,7 +50,9 @@ def generate_plainly(
         yield from batch
 
 
-def _generate_batch(model, batch: list[Task], stop_ids, pad_token_id: int, sampling, end: TextEnd, device) -> None:
+def _generate_batch(
+    model, batch: list[TokenSequence], stop_ids, pad_token_id: int, sampling, end: StopStrings, device
+) -> None:
     inputs = left_pad([task.input_ids for task in batch], pad_token_id)
     inputs = {name: tensor.to(device) for name, tensor in inputs.items()}
     width = inputs["input_ids"].shape[1]
@@ -98,7 +100,7 @@ class _Choose(LogitsProcessor):
 class _TextStop(StoppingCriteria):
     """(B,) bool: the rows in which a stop text stands."""
 
-    def __init__(self, end: TextEnd, width: int):
+    def __init__(self, end: StopStrings, width: int):
         self.end, self.width = end, width
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs) -> torch.Tensor:

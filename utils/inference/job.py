@@ -20,7 +20,7 @@ from utils.inference.merge_export import merge_and_save, read_template
 from utils.inference.placement import input_device
 from utils.inference.prompt_reader import BASE, PromptForm, read_requests
 from utils.inference.sampling import Sampling
-from utils.inference.work_queue import ALONE, Replica
+from utils.inference.work_queue import SINGLE_REPLICA, Replica
 from utils.layers.quantization import stored_bits
 from utils.lora.adapter import check_base, load_adapter, merge_adapter, read_origin, warn_of_old_ids
 from utils.lora.formats import files_of_adapter
@@ -136,5 +136,7 @@ def _hash_files_read(args: argparse.Namespace, checkpoint: Checkpoint) -> dict[s
     return {**checkpoint.content_hashes(), "adapter_files": adapters}
 
 
-def answer(job: Job, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, replica: Replica = ALONE) -> None:
+def answer(
+    job: Job, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, replica: Replica = SINGLE_REPLICA
+) -> None:
     answer_rows(job, model, tokenizer, input_device(model), replica)

@@ -15,7 +15,7 @@ from utils.checkpoint.directory import check_name
 from utils.checkpoint.model import Checkpoint, load_model
 from utils.checkpoint.tokenizer import load_tokenizer
 from utils.common.errors import UsageError
-from utils.common.json_files import read_object
+from utils.common.json_files import read_json_object
 from utils.common.processes import print_once
 from utils.data.collators import left_pad
 from utils.lora.adapter import load_adapter, read_origin
@@ -114,7 +114,7 @@ def read_template(path_or_id: str | Path) -> str | None:
     file = Path(path_or_id) / TEMPLATE_FILE
     if not file.exists():
         return None
-    name = read_object(file, {"template": str})["template"]
+    name = read_json_object(file, {"template": str})["template"]
     if name not in TEMPLATES:
         raise UsageError(f"{file}: the template is {name!r:.60}, not {' or '.join(TEMPLATES)}")
     return name
@@ -143,7 +143,7 @@ def _generation_config(checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerBas
         UsageError: transformers cannot read the file.
     """
     file = checkpoint.directory / GENERATION_FILE
-    settings = {"bos_token_id": checkpoint.config.bos_token_id} | (read_object(file) if file.exists() else {})
+    settings = {"bos_token_id": checkpoint.config.bos_token_id} | (read_json_object(file) if file.exists() else {})
     settings |= {"eos_token_id": template_for(tokenizer).stop_ids(tokenizer), "pad_token_id": tokenizer.pad_token_id}
     without_effect: list[str] = []
     while True:
@@ -238,5 +238,5 @@ def _save_glm(
 
 
 def _edit(file: Path, **changes: Any) -> None:
-    values = read_object(file) if file.is_file() else {}
+    values = read_json_object(file) if file.is_file() else {}
     file.write_text(json.dumps(values | changes, ensure_ascii=False, indent=2), encoding="utf-8")

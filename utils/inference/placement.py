@@ -20,7 +20,7 @@ from utils.distributed.deepspeed_setup import init_deepspeed
 from utils.inference.tensor_parallel import check_heads, shard_with_deepspeed, tensor_parallel_groups
 from utils.inference.work_queue import Replica
 from utils.layers.fp8 import FP8, convert_to_fp8
-from utils.layers.fused_qkv import JOINED, join_projections
+from utils.layers.fused_qkv import QKV_PROJ, fuse_qkv
 from utils.layers.quantization import stored_bits
 
 ROOM = 1.3  # memory in terms of the weights, for the cache and what is computed
@@ -82,8 +82,8 @@ def load_whole(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device)
 def quantize_to_fp8(model: PreTrainedModel, checkpoint: Checkpoint, quantize: str | None) -> PreTrainedModel:
     """`model` with the products of its blocks in FP8, where `quantize` says so."""
     if quantize == FP8:
-        join_projections(model)
-        convert_to_fp8(model, {*checkpoint.generation.linear_layers, JOINED}, trains=False)
+        fuse_qkv(model)
+        convert_to_fp8(model, {*checkpoint.generation.linear_layers, QKV_PROJ}, trains=False)
     return model
 
 

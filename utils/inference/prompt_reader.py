@@ -16,7 +16,7 @@ from utils.common.processes import print_once
 from utils.data.encodings import decode_text
 from utils.data.json_lines import BLANKS
 from utils.data.row_parser import check_columns, parse_prompt, parse_question, read_rows
-from utils.data.row_schema import AS_NAMED, ColumnMap, find_schema
+from utils.data.row_schema import NO_RENAMES, ColumnMap, find_schema
 from utils.models.conversation import Message
 from utils.models.templates import ChatGLMTemplate, encode_prompt
 
@@ -29,7 +29,7 @@ _PLACE = re.compile(r"\{([^{}]+)\}")
 
 
 @dataclass(frozen=True)
-class Request:
+class PromptRow:
     """One input row: its prompt as text and tokens, or why it has none."""
 
     index: int
@@ -39,7 +39,7 @@ class Request:
     adapter: str | None = None  # the name of one of several
 
 
-class PromptRow(NamedTuple):
+class ParsedPrompt(NamedTuple):
     messages: tuple[Message, ...]
     adapter: str | None
 
@@ -61,9 +61,9 @@ class PromptForm:
     column: str | None = None
     template: str | None = None
     adapters: Sequence[str] = ()
-    columns: ColumnMap = AS_NAMED
+    columns: ColumnMap = NO_RENAMES
 
-    def parse(self, raw: Any) -> PromptRow:
+    def parse(self, raw: Any) -> ParsedPrompt:
         """
         Raises:
             RowError: no prompt in it, a column of the template is missing, or no such adapter.
@@ -74,11 +74,13 @@ class PromptForm:
             if adapter not in self.adapters:
                 raise RowError(f'"{ADAPTER}" is {adapter!r}, not one of {", ".join(self.adapters)}')
         if self.column is None and self.template is None:
-            return PromptRow(parse_prompt(raw, self.columns).messages, adapter)
+            return ParsedPrompt(parse_prompt(raw, self.columns).messages, adapter)
         if not isinstance(raw, dict):
             raise RowError(f"a row must be an object, not {type(raw).__name__}")
         text = _PLACE.sub(lambda place: _cell(raw, place[1]), self._text)
-        return PromptRow(parse_question(self.columns.rename(raw), text, _PLACE.findall(self._text)).messages, adapter)
+        return ParsedPrompt(
+            parse_question(self.columns.rename(raw), text, _PLACE.findall(self._text)).messages, adapter
+        )
 
     @property
     def _text(self) -> str:
@@ -124,7 +126,7 @@ def read_requests(
     tokenizer: PreTrainedTokenizerBase,
     template: ChatGLMTemplate,
     form: PromptForm = PromptForm(),
-) -> list[Request]:
+) -> list[PromptRow]:
     """
     Raises:
         UsageError: no such file, no rows in it, or a table without the columns that `form` asks for.
@@ -132,16 +134,16 @@ def read_requests(
     requests = []
     for index, (place, row) in enumerate(_rows(input_path, form)):
         if isinstance(row, RowError):
-            requests.append(Request(index, None, [], error=f"{place}: {row}"))
+            requests.append(PromptRow(index, None, [], error=f"{place}: {row}"))
         else:
             input_ids = encode_prompt(tokenizer, row.messages, template)
-            requests.append(Request(index, template.render(row.messages), input_ids, adapter=row.adapter))
+            requests.append(PromptRow(index, template.render(row.messages), input_ids, adapter=row.adapter))
     if not requests:
         raise UsageError(f"--input_path {input_path} has no rows")
     return requests
 
 
-def _rows(path: str, form: PromptForm) -> Iterator[tuple[str, PromptRow | RowError]]:
+def _rows(path: str, form: PromptForm) -> Iterator[tuple[str, ParsedPrompt | RowError]]:
     """(file:line, row)."""
     kind = Path(path).suffix.lower()
     if kind in SEPARATORS:
@@ -158,7 +160,7 @@ def _rows(path: str, form: PromptForm) -> Iterator[tuple[str, PromptRow | RowErr
             yield f"{path}:{number}", row
 
 
-def _table_rows(path: str, separator: str, form: PromptForm) -> Iterator[tuple[str, PromptRow | RowError]]:
+def _table_rows(path: str, separator: str, form: PromptForm) -> Iterator[tuple[str, ParsedPrompt | RowError]]:
     """
     Raises:
         UsageError: a quote is not closed or stands where none can, or the header is empty or names a column twice.
@@ -200,7 +202,7 @@ def _records(path: str, separator: str) -> Iterator[tuple[int, list[str]]]:
             yield first, cells
 
 
-def _try(parse: Callable[[Any], PromptRow], raw: Any) -> PromptRow | RowError:
+def _try(parse: Callable[[Any], ParsedPrompt], raw: Any) -> ParsedPrompt | RowError:
     try:
         return parse(raw)
     except RowError as error:

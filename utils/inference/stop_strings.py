@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from transformers import PreTrainedTokenizerBase
 
 
-class TextEnd:
+class StopStrings:
     """Finds the first of some texts in an answer."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]):

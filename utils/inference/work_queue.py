@@ -29,10 +29,10 @@ class Replica:
         return 1 if self.group is None else torch.distributed.get_world_size(self.group)
 
 
-ALONE = Replica()
+SINGLE_REPLICA = Replica()
 
 
-def shared_out(rows: Sequence[T], replica: Replica) -> Iterator[T]:
+def share_of_rows(rows: Sequence[T], replica: Replica) -> Iterator[T]:
     """
     This replica's part of `rows`, which must be the same everywhere: each row goes to one replica, in order. A lone
     replica has them all. Every process must call it, and those of one replica ask for rows together.

@@ -10,22 +10,22 @@ CAPABILITY = (8, 0)  # bfloat16 products
 PRODUCT_CAPABILITY = (9, 0)  # on older GPUs it was not measured
 
 
-def decode_kernels() -> ModuleType | None:
+def load_decode_attention() -> ModuleType | None:
     """utils/kernels/decode_attention.py, or None where it cannot run."""
     return _module("decode_attention", CAPABILITY)
 
 
-def few_rows_product() -> ModuleType | None:
+def load_skinny_gemm() -> ModuleType | None:
     """utils/kernels/skinny_gemm.py, or None where it cannot run or is not known to be worth it."""
     return _module("skinny_gemm", PRODUCT_CAPABILITY)
 
 
-def heads_kernels() -> ModuleType | None:
+def load_qkv_rope_lora() -> ModuleType | None:
     """utils/kernels/qkv_rope_lora.py, or None where it cannot run."""
     return _module("qkv_rope_lora", CAPABILITY)
 
 
-def activation_kernels() -> ModuleType | None:
+def load_mlp_activation() -> ModuleType | None:
     """utils/kernels/mlp_activation.py, or None where it cannot run."""
     return _module("mlp_activation", CAPABILITY)
 

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from utils.common.errors import UsageError
-from utils.kernels import few_rows_product
+from utils.kernels import load_skinny_gemm
 
 FP8 = "fp8"  # what --quantize takes
 LARGEST = torch.finfo(torch.float8_e4m3fn).max  # 448
@@ -70,7 +70,7 @@ class Fp8Linear(nn.Module):
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.bias = linear.bias
-        self.kernels = None if trains else few_rows_product()
+        self.kernels = None if trains else load_skinny_gemm()
         weight = linear.weight.detach().cuda()
         self._hold("weight", weight)
         self._hold("columns", weight.t() if trains else weight[:0])
@@ -85,7 +85,7 @@ class Fp8Linear(nn.Module):
         return self.kernels is not None and self.kernels.fits(self.weight)
 
     def few_rows(self, hidden_states: torch.Tensor, gated: bool = False) -> torch.Tensor:
-        """(..., K), of few rows in all -> (..., N), see `few_rows_product.fp8_product`."""
+        """(..., K), of few rows in all -> (..., N), see `load_skinny_gemm.fp8_product`."""
         quantized = quantize_rows(hidden_states.reshape(-1, self.in_features))
         output = self.kernels.fp8_product(*quantized, self.weight, self.weight_scale, gated)
         return output.view(*hidden_states.shape[:-1], -1)

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 from transformers.models.glm.modeling_glm import GlmMLP
 
-from utils.kernels import activation_kernels
+from utils.kernels import load_mlp_activation
 from utils.layers.fp8 import Fp8Linear, quantize_rows, quantized_product
 from utils.models.modeling_chatglm import ChatGLMMLP
 
@@ -78,7 +78,7 @@ class FusedChatGLMMLP(ChatGLMMLP):
 
 def fuse_mlps(model: nn.Module) -> None:
     """Changes every MLP of `model`, on a GPU and in 16 bits, whose rows the kernels can hold, in place."""
-    kernels = activation_kernels()
+    kernels = load_mlp_activation()
     if kernels is None:
         return
     for module in model.modules():

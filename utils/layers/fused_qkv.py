@@ -13,12 +13,12 @@ from torch.utils.checkpoint import checkpoint
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.glm.modeling_glm import GlmAttention, apply_rotary_pos_emb, eager_attention_forward
 
-from utils.kernels import heads_kernels
+from utils.kernels import load_qkv_rope_lora
 from utils.layers.lora_linear import LoraLinear, add_branch
 from utils.models.family import QKV
 from utils.models.modeling_chatglm import ChatGLMAttention
 
-JOINED = "qkv_proj"
+QKV_PROJ = "qkv_proj"
 
 
 def join_linear(layers: Sequence[nn.Linear]) -> nn.Linear:
@@ -65,7 +65,7 @@ class JoinedGlmAttention(GlmAttention):
         return self.o_proj(output.flatten(-2)), weights
 
 
-def join_projections(model: nn.Module) -> None:
+def fuse_qkv(model: nn.Module) -> None:
     """Changes every attention of `model` whose three projections are plain linear layers, in place."""
     for module in model.modules():
         if type(module) is GlmAttention and all(type(getattr(module, name)) is nn.Linear for name in QKV):
@@ -145,7 +145,7 @@ def fuse_projections(model: nn.Module, partitioned: bool = False) -> None:
 
 
 class _Heads(torch.autograd.Function):
-    """See `heads_kernels.heads_of`."""
+    """See `load_qkv_rope_lora.heads_of`."""
 
     @staticmethod
     def forward(ctx, heads, hidden, B, cos, sin, counts, neighbours):
@@ -197,7 +197,7 @@ class KernelChatGLMAttention(ChatGLMAttention):
 
 def fuse_heads(model: nn.Module) -> None:
     """Changes every attention of `model` with one adapter on its query, key and value, on a GPU, in place."""
-    kernels = heads_kernels()
+    kernels = load_qkv_rope_lora()
     for module in model.modules() if kernels is not None else ():
         if type(module) is FusedGlmAttention:
             layers, kind = [getattr(module, name) for name in QKV], KernelGlmAttention

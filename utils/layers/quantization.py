@@ -109,10 +109,10 @@ def _triton_kernels() -> ModuleType | None:
     if not _may_run("triton") or torch.cuda.get_device_capability() < TRITON_CAPABILITY:
         return None
     try:
-        from utils.kernels import int_weight_gemm as quantized_kernels
+        from utils.kernels import int_weight_gemm
     except ImportError:
         return None
-    return quantized_kernels
+    return int_weight_gemm
 
 
 @cache
@@ -121,17 +121,17 @@ def _cpm_kernels() -> ModuleType | None:
     if _triton_kernels() or not _may_run("cpm_kernels"):
         return None
     try:
-        from utils.kernels import nvrtc_dequantize as nvrtc_kernels
+        from utils.kernels import nvrtc_dequantize
 
         weight = torch.arange(-128, 128, dtype=torch.int8, device="cuda")[None]
         case = weight, weight.new_full((1,), 0.1, dtype=torch.float16), 4, torch.float16
-        if not torch.equal(nvrtc_kernels.dequantize(*case), dequantize(*case)):
+        if not torch.equal(nvrtc_dequantize.dequantize(*case), dequantize(*case)):
             raise RuntimeError("its kernel computes other values")
     except Exception as error:  # of a package that raises what ctypes, pkg_resources and three CUDA libraries do
         reason = str(error).partition("\n")[0]
         print_once(f"weights are dequantised by torch operations: cpm_kernels does not run here ({reason})")
         return None
-    return nvrtc_kernels
+    return nvrtc_dequantize
 
 
 def _triton_fits(tensor: torch.Tensor) -> bool:

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from utils.checkpoint.model import Checkpoint
 from utils.common.errors import RunError, UsageError
-from utils.common.json_files import read_object
+from utils.common.json_files import read_json_object
 from utils.layers.lora_linear import LoraLinear
 from utils.layers.quantization import is_quantized
 from utils.lora.formats import Shapes, State, adapter_directory, find_misfit, read_adapter
@@ -98,7 +98,7 @@ def expected_shapes(model: PeftModel) -> Shapes:
     return shapes
 
 
-ORIGIN_FILE = "adapter_origin.json"
+ADAPTER_ORIGIN_FILE = "adapter_origin.json"
 
 
 @dataclass(frozen=True)
@@ -121,10 +121,10 @@ def read_origin(path: str | Path) -> AdapterOrigin | None:
     Raises:
         UsageError: the file is not what `save_adapter` writes.
     """
-    file = adapter_directory(path) / ORIGIN_FILE
+    file = adapter_directory(path) / ADAPTER_ORIGIN_FILE
     if not file.exists():
         return None
-    values = read_object(file, ORIGIN_TYPES)
+    values = read_json_object(file, ORIGIN_TYPES)
     tokenizer = values.get("tokenizer")
     written = {"norms", "matrices", "bits"} <= values["base"].keys() and isinstance(tokenizer, str | None)
     if not written or values["template"] not in TEMPLATES:
@@ -193,7 +193,7 @@ def save_adapter(
         raise RuntimeError(f"the adapter is not saved: {misfit}")
     model.save_pretrained(directory, state_dict=state, save_embedding_layers=False)
     if origin:
-        (Path(directory) / ORIGIN_FILE).write_text(json.dumps(asdict(origin), indent=2), encoding="utf-8")
+        (Path(directory) / ADAPTER_ORIGIN_FILE).write_text(json.dumps(asdict(origin), indent=2), encoding="utf-8")
     written = load_file(Path(directory) / SAFETENSORS_WEIGHTS_NAME)
     if written.keys() != state.keys() or not all(torch.equal(written[name], state[name]) for name in state):
         raise RuntimeError(f"{directory} does not hold the adapter that was saved: is the disk full?")

@@ -16,7 +16,7 @@ from typing import Any
 
 from utils.checkpoint.directory import refuse_pointer
 from utils.common.errors import UsageError
-from utils.common.json_files import read_object
+from utils.common.json_files import read_json_object
 
 # Keys that decide nothing of the weights of a trained adapter.
 WITHOUT_EFFECT = {
@@ -162,10 +162,10 @@ def _ends_with(name: str, ends: frozenset[str]) -> bool:
 def read_config(file: Path) -> AdapterConfig:
     """
     Raises:
-        UsageError: see `read_object`; it is no LoRA adapter; a value is none; or it has what is not computed here.
+        UsageError: see `read_json_object`; no LoRA adapter; a bad value; or something that is not computed here.
     """
     refuse_pointer(file)
-    values = read_object(file)
+    values = read_json_object(file)
     if values.get("peft_type") != "LORA":
         raise UsageError(f"{file} is of a {_shown(values.get('peft_type'))} adapter; only LORA is supported")
     for key, value in values.items():

@@ -23,8 +23,8 @@ from utils.models.convert_checkpoint import released_modules, target_keys
 
 RAW_NAME = "chatglm-lora.pt"
 RAW_ALPHA = 32  # what the scripts that wrote such files trained with
-PREFIX = "base_model.model."
-WRAPPERS = ("module.", PREFIX)  # what stands before a name, of DeepSpeed and of PEFT
+PEFT_KEY_PREFIX = "base_model.model."
+WRAPPERS = ("module.", PEFT_KEY_PREFIX)  # what stands before a name, of DeepSpeed and of PEFT
 State = dict[str, torch.Tensor]
 Shapes = dict[str, tuple[int, int]]
 
@@ -138,12 +138,12 @@ def _canonical(file: Path) -> State:
         if not module or kind not in ("A.weight", "B.weight"):
             fault = f"{key[:200]} is no LoRA weight, and an adapter of this toolkit holds nothing else"
             raise UsageError(f"{file}: {fault}")
-        canonical[f"{PREFIX}{module}.lora_{kind}"] = value
+        canonical[f"{PEFT_KEY_PREFIX}{module}.lora_{kind}"] = value
     return canonical
 
 
 def _module(key: str) -> str:
-    return key.removeprefix(PREFIX).rpartition(".lora_")[0]
+    return key.removeprefix(PEFT_KEY_PREFIX).rpartition(".lora_")[0]
 
 
 def _config_of(state: State, lora_alpha: int, file: Path) -> AdapterConfig:
@@ -166,8 +166,8 @@ def _shapes(
     shapes = {}
     for name, branch in branches.items():
         layers = [modules[part] for part in parts[name]]
-        shapes[f"{PREFIX}{name}.lora_A.weight"] = (branch.rank, layers[0].in_features)
-        shapes[f"{PREFIX}{name}.lora_B.weight"] = (sum(layer.out_features for layer in layers), branch.rank)
+        shapes[f"{PEFT_KEY_PREFIX}{name}.lora_A.weight"] = (branch.rank, layers[0].in_features)
+        shapes[f"{PEFT_KEY_PREFIX}{name}.lora_B.weight"] = (sum(layer.out_features for layer in layers), branch.rank)
     return shapes
 
 
@@ -228,7 +228,7 @@ def _with_principal_parts(
         A0, B0 = (value.cpu() for value in PRINCIPAL_PARTS[config.init](torch.cat(weights), branch))
         if len(A0) < branch.rank or branch.scaling <= 0:
             raise UsageError(f"{config.file}: {config.init} cannot begin with rank {branch.rank} at {name}")
-        key = f"{PREFIX}{name}.lora_"
+        key = f"{PEFT_KEY_PREFIX}{name}.lora_"
         converted[f"{key}A.weight"] = torch.cat([state[f"{key}A.weight"].float(), A0])
         converted[f"{key}B.weight"] = torch.cat([state[f"{key}B.weight"].float(), -B0], dim=1)
         widened[name] = branch.widened(2)
@@ -245,9 +245,9 @@ def _split(
     converted, split = {}, {}
     for name, branch in branches.items():
         rows = [modules[part].out_features for part in parts[name]]
-        key = f"{PREFIX}{name}.lora_"
+        key = f"{PEFT_KEY_PREFIX}{name}.lora_"
         for part, B in zip(parts[name], state[f"{key}B.weight"].split(rows), strict=True):
-            converted[f"{PREFIX}{part}.lora_A.weight"] = state[f"{key}A.weight"].clone()
-            converted[f"{PREFIX}{part}.lora_B.weight"] = B.clone()
+            converted[f"{PEFT_KEY_PREFIX}{part}.lora_A.weight"] = state[f"{key}A.weight"].clone()
+            converted[f"{PEFT_KEY_PREFIX}{part}.lora_B.weight"] = B.clone()
             split[part] = branch
     return Adapter(converted, split)

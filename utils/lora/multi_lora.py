@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from utils.lora.formats import PREFIX, read_adapter
+from utils.lora.formats import PEFT_KEY_PREFIX, read_adapter
 
 
 class AdapterChoice:
@@ -52,7 +52,7 @@ def add_adapters(model: PreTrainedModel, paths: Mapping[str, str | Path], lora_a
     for number, path in enumerate(paths.values(), start=1):
         adapter = read_adapter(path, model, lora_alpha)
         for name, branch in adapter.branches.items():
-            down, up = (adapter.state[f"{PREFIX}{name}.lora_{kind}.weight"] for kind in "AB")
+            down, up = (adapter.state[f"{PEFT_KEY_PREFIX}{name}.lora_{kind}.weight"] for kind in "AB")
             found.setdefault(name, []).append((number, down, up * branch.scaling))
     model.adapter_choice = choice = AdapterChoice()
     for name, branches in found.items():

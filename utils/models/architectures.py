@@ -45,7 +45,7 @@ class Architecture:
     tensor_parallel: TensorParallelPlan
 
 
-CHATGLM = Architecture(
+CHATGLM_ARCHITECTURE = Architecture(
     ChatGLMForConditionalGeneration,
     TensorParallelPlan(
         block=ChatGLMBlock,
@@ -53,7 +53,7 @@ CHATGLM = Architecture(
         rows=("attention.dense", "mlp.dense_4h_to_h"),
     ),
 )
-GLM = Architecture(
+GLM_ARCHITECTURE = Architecture(
     GlmForCausalLM,
     TensorParallelPlan(
         block=GlmDecoderLayer,

@@ -8,7 +8,7 @@ class Message(NamedTuple):
     content: str
 
 
-class Row(NamedTuple):
+class Conversation(NamedTuple):
     """A conversation. A training row ends with the assistant's message, a prompt with the user's."""
 
     messages: tuple[Message, ...]
@@ -30,6 +30,6 @@ class Row(NamedTuple):
         messages = enumerate(self.messages)
         return [i + 1 for i, message in messages if message.role == "assistant" and i not in self.untrained]
 
-    def begin(self, length: int) -> "Row":
+    def begin(self, length: int) -> "Conversation":
         """The first `length` messages."""
-        return Row(self.messages[:length], tuple(number for number in self.untrained if number < length))
+        return Conversation(self.messages[:length], tuple(number for number in self.untrained if number < length))

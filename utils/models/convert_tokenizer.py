@@ -13,9 +13,8 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from utils.models.jinja_templates import chat_template, keep_apart
-from utils.models.tokenization_chatglm2 import EOS_ID, PREFIX, ChatGLM2Tokenizer
-from utils.models.tokenization_glm4 import PREFIX as GLM4_PREFIX
-from utils.models.tokenization_glm4 import ChatGLM4Tokenizer
+from utils.models.tokenization_chatglm2 import CHATGLM2_PREFIX, EOS_ID, ChatGLM2Tokenizer
+from utils.models.tokenization_glm4 import GLM4_PREFIX, ChatGLM4Tokenizer
 
 BPE_TYPE = 2  # of SentencePiece's TrainerSpec
 
@@ -34,7 +33,7 @@ def fast_tokenizer(
         fast, prefix = Tokenizer.from_str(tokenizer.bpe.to_str()), GLM4_PREFIX
         fast.decoder = decoders.ByteLevel()
     else:
-        fast, prefix = _from_sentencepiece(tokenizer), PREFIX
+        fast, prefix = _from_sentencepiece(tokenizer), CHATGLM2_PREFIX
         tokens |= {
             # "sop" is also the start of "soprano".
             index: AddedToken(token, normalized=False, special=True, single_word=token.isalpha())

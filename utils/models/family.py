@@ -32,7 +32,7 @@ class Generation:
         """The model class and how it is split; importing it imports torch, which tokenising can do without."""
         from utils.models import architectures
 
-        return architectures.GLM if self.is_glm else architectures.CHATGLM
+        return architectures.GLM_ARCHITECTURE if self.is_glm else architectures.CHATGLM_ARCHITECTURE
 
 
 CHATGLM = Generation(

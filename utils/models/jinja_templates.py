@@ -14,8 +14,8 @@ from jinja2 import Environment, TemplateError, meta, nodes
 from tokenizers import Tokenizer, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerBase
 
-from utils.models.tokenization_chatglm2 import PREFIX, ChatGLM2Tokenizer, ChatGLM3Tokenizer
-from utils.models.tokenization_glm4 import PREFIX as GLM4_PREFIX
+from utils.models.tokenization_chatglm2 import CHATGLM2_PREFIX, ChatGLM2Tokenizer, ChatGLM3Tokenizer
+from utils.models.tokenization_glm4 import GLM4_PREFIX
 
 NO_TOKEN, APART = "\ufdd0", "\ufdd1"
 OPENING = "{#- The FORM form that rows were trained with -#}"
@@ -97,7 +97,7 @@ def chat_template(
         alpaca_opening: the alpaca template's first text, for that form.
     """
     sentencepiece = isinstance(tokenizer, ChatGLM2Tokenizer)
-    prefix = "".join(PREFIX if sentencepiece else GLM4_PREFIX)
+    prefix = "".join(CHATGLM2_PREFIX if sentencepiece else GLM4_PREFIX)
     if alpaca_opening is not None:
         form, (before, after) = "alpaca", ALPACA
         prefix += r"\ufdd0" * sentencepiece  # "sop" must not run into the first word

@@ -5,12 +5,12 @@ from collections.abc import Collection, Sequence
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from utils.models.conversation import Message, Row
+from utils.models.conversation import Conversation, Message
 from utils.models.token_spans import (
     NO_TOKENS,
-    Draft,
-    Parts,
+    EncodedText,
     Span,
+    UnencodedText,
     constant,
     encode_constant,
     encode_drafts,
@@ -18,7 +18,7 @@ from utils.models.token_spans import (
     token_span,
 )
 from utils.models.tokenization_chatglm import ChatGLMTokenizer
-from utils.models.tokenization_chatglm2 import PREFIX, ChatGLM2Tokenizer, ChatGLM3Tokenizer
+from utils.models.tokenization_chatglm2 import CHATGLM2_PREFIX, ChatGLM2Tokenizer, ChatGLM3Tokenizer
 
 
 def fold_system(messages: Sequence[Message]) -> Sequence[Message]:
@@ -58,26 +58,26 @@ class ChatGLMTemplate:
         final = self.round_form.format(i=last + self.first_round, question=turns[-1], answer="")
         return history + final.rstrip("\n")
 
-    def prompt(self, tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> Parts:
+    def prompt(self, tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> EncodedText:
         return encode_drafts(tokenizer, [self.prompt_draft(tokenizer, messages)])[0]
 
     def prompt_draft(
         self, tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], untrained: Collection[int] = ()
-    ) -> Draft:
+    ) -> UnencodedText:
         """`untrained` numbers the answers in `messages` that training on every turn leaves out."""
         text = self.render(messages)
         opening, end = constant(tokenizer, "frame", lambda: self.frame(tokenizer))
-        return Draft(opening, text, self.answer_mark if text.endswith(self.answer_mark) else "", end)
+        return UnencodedText(opening, text, self.answer_mark if text.endswith(self.answer_mark) else "", end)
 
     def frame(self, tokenizer: PreTrainedTokenizerBase) -> tuple[list[Span], Span]:
         """The special tokens before and after a prompt that is one text."""
         ids = [tokenizer.gmask_token_id, tokenizer.bos_token_id]
         return [], Span(np.array(ids, np.int32))
 
-    def target_draft(self, tokenizer: PreTrainedTokenizerBase, text: str) -> Draft:
-        return Draft([], text, "", self.stop_span(tokenizer))
+    def target_draft(self, tokenizer: PreTrainedTokenizerBase, text: str) -> UnencodedText:
+        return UnencodedText([], text, "", self.stop_span(tokenizer))
 
-    def single_turn(self, tokenizer: PreTrainedTokenizerBase) -> tuple[Draft, Draft]:
+    def single_turn(self, tokenizer: PreTrainedTokenizerBase) -> tuple[UnencodedText, UnencodedText]:
         """
         What stands round the texts of any row of one turn: the drafts of an empty prompt and target. The prompt's text
         is `render` of it, and every span of the openings is tokens.
@@ -93,7 +93,7 @@ class ChatGLMTemplate:
         """The token that ends a target."""
         return constant(tokenizer, "stop", lambda: Span(np.array(self.stop_ids(tokenizer)[:1], np.int32), True))
 
-    def unfold(self, row: Row) -> list[Row]:
+    def unfold(self, row: Conversation) -> list[Conversation]:
         """
         The rows whose examples together have every trained assistant turn as a target: here one a turn. The prompt of
         ChatGLM-6B sees itself in both directions, so nothing can be learnt inside it; and that of ChatGLM2 and of
@@ -124,7 +124,7 @@ class ChatGLM2Template(ChatGLMTemplate):
         return self.rounds(fold_system(messages))
 
     def frame(self, tokenizer: PreTrainedTokenizerBase) -> tuple[list[Span], Span]:
-        return [token_span(tokenizer, *PREFIX)], NO_TOKENS
+        return [token_span(tokenizer, *CHATGLM2_PREFIX)], NO_TOKENS
 
 
 class ChatGLM3Template(ChatGLMTemplate):
@@ -145,7 +145,7 @@ class ChatGLM3Template(ChatGLMTemplate):
 
     def prompt_draft(
         self, tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], untrained: Collection[int] = ()
-    ) -> Draft:
+    ) -> UnencodedText:
         newline = encode_constant(tokenizer, "\n")
         spans, answered = [token_span(tokenizer, *self.prefix)], False
         for number, message in enumerate(messages):
@@ -154,16 +154,16 @@ class ChatGLM3Template(ChatGLMTemplate):
             role = token_span(tokenizer, f"<|{message.role}|>")
             spans += (Span(role.content, answered), Span(newline, answers), Span(message.content, answers))
             answered = answers
-        return Draft(spans[:-1], messages[-1].content, "", token_span(tokenizer, "<|assistant|>"))
+        return UnencodedText(spans[:-1], messages[-1].content, "", token_span(tokenizer, "<|assistant|>"))
 
     def frame(self, tokenizer: PreTrainedTokenizerBase) -> tuple[list[Span], Span]:
         return [token_span(tokenizer, *self.prefix)], NO_TOKENS
 
-    def target_draft(self, tokenizer: PreTrainedTokenizerBase, text: str) -> Draft:
+    def target_draft(self, tokenizer: PreTrainedTokenizerBase, text: str) -> UnencodedText:
         newline = constant(tokenizer, "newline", lambda: Span(encode_constant(tokenizer, "\n"), True))
-        return Draft([newline], text, "", self.stop_span(tokenizer))
+        return UnencodedText([newline], text, "", self.stop_span(tokenizer))
 
-    def unfold(self, row: Row) -> list[Row]:
+    def unfold(self, row: Conversation) -> list[Conversation]:
         # Turns are encoded apart, and a token sees what is before it alone: one example has them all.
         return [row.begin(row.trained_ends[-1])]
 

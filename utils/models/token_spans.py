@@ -20,8 +20,8 @@ class Span(NamedTuple):
 NO_TOKENS = Span(np.array([], np.int32))
 
 
-class Draft(NamedTuple):
-    """A prompt or a target before its texts are encoded; `Parts` is what comes of it."""
+class UnencodedText(NamedTuple):
+    """A prompt or a target before its texts are encoded; `EncodedText` is what comes of it."""
 
     opening: list[Span]
     text: str
@@ -32,7 +32,7 @@ class Draft(NamedTuple):
         return encode_constant(tokenizer, self.mark)
 
 
-class Parts(NamedTuple):
+class EncodedText(NamedTuple):
     """A prompt or a target as tokens (int32); truncation takes from the end of `text` alone."""
 
     opening: list[Span]
@@ -99,7 +99,7 @@ def token_span(tokenizer: PreTrainedTokenizerBase, *tokens: str) -> Span:
     return constant(tokenizer, tokens, lambda: Span(np.array(token_ids(tokenizer, *tokens), np.int32)))
 
 
-def encode_drafts(tokenizer: PreTrainedTokenizerBase, drafts: Sequence[Draft]) -> list[Parts]:
+def encode_drafts(tokenizer: PreTrainedTokenizerBase, drafts: Sequence[UnencodedText]) -> list[EncodedText]:
     """Encodes the texts of all drafts at once."""
     texts = []
     for opening, text, _, _ in drafts:
@@ -117,7 +117,7 @@ def encode_drafts(tokenizer: PreTrainedTokenizerBase, drafts: Sequence[Draft]) -
         if mark:
             text, marked = split_closing(text, encode_constant(tokenizer, mark))
             end = Span(np.concatenate([marked, end.content]), end.trained)
-        made.append(Parts(opening, text, end))
+        made.append(EncodedText(opening, text, end))
     return made
 
 

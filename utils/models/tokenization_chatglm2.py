@@ -11,7 +11,7 @@ import sentencepiece
 
 from utils.models.tokenization_base import VocabFileTokenizer
 
-PREFIX = ("[gMASK]", "sop")
+CHATGLM2_PREFIX = ("[gMASK]", "sop")
 SPECIAL_TOKENS = ("[MASK]", "[gMASK]", "[sMASK]", "sop", "eop")
 ROLE_TOKENS = ("<|system|>", "<|user|>", "<|assistant|>", "<|observation|>")
 EOS_ID = 2  # </s>
@@ -108,7 +108,7 @@ class ChatGLM2Tokenizer(VocabFileTokenizer):
         return self.sp_model.decode([token for token in tokens if token])
 
     def get_prefix_tokens(self) -> list[int]:
-        return [self.special_ids[piece] for piece in PREFIX]
+        return [self.special_ids[piece] for piece in CHATGLM2_PREFIX]
 
     def build_inputs_with_special_tokens(self, token_ids_0: list[int], token_ids_1: list[int] | None = None):
         ids = self.get_prefix_tokens() + token_ids_0

@@ -24,7 +24,7 @@ SPECIAL_TOKENS = (
     "<|endoftext|> [MASK] [gMASK] [sMASK] <sop> <eop> <|system|> <|user|> <|assistant|> <|observation|> "
     "<|begin_of_image|> <|end_of_image|> <|begin_of_video|> <|end_of_video|>"
 )
-PREFIX = ("[gMASK]", "<sop>")
+GLM4_PREFIX = ("[gMASK]", "<sop>")
 END_OF_TEXT = "<|endoftext|>"
 # What the released template puts before the tools of a system message.
 TOOLS_PREAMBLE = (
@@ -168,7 +168,7 @@ class ChatGLM4Tokenizer(VocabFileTokenizer):
         return (" " if spaces_between_special_tokens else "").join(parts)
 
     def get_prefix_tokens(self) -> list[int]:
-        return self.convert_tokens_to_ids(list(PREFIX))
+        return self.convert_tokens_to_ids(list(GLM4_PREFIX))
 
     def build_inputs_with_special_tokens(self, token_ids_0: list[int], token_ids_1: list[int] | None = None):
         if token_ids_1 is not None:

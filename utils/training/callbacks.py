@@ -13,10 +13,10 @@ from accelerate.optimizer import AcceleratedOptimizer
 from transformers import ProgressCallback, TrainerCallback
 
 from utils.common.files import atomic_writer
-from utils.common.interrupts import STOPS, Interrupted, on_signals, say
+from utils.common.interrupts import STOP_SIGNALS, Interrupted, on_signals, print_to_stderr
 from utils.common.processes import is_main_process
 from utils.data.json_lines import dump_row
-from utils.distributed.collectives import largest_of_processes
+from utils.distributed.collectives import max_over_processes
 from utils.training.throughput import Throughput
 
 
@@ -36,20 +36,22 @@ class StopOnSignal(TrainerCallback):
 
     def listen(self) -> contextlib.AbstractContextManager[None]:
         """Until the block ends."""
-        return on_signals(self._receive, (*STOPS, signal.SIGUSR1))
+        return on_signals(self._receive, (*STOP_SIGNALS, signal.SIGUSR1))
 
     def _receive(self, number: int) -> None:
         if not self.has_begun:
             raise Interrupted(number)
         if number == signal.SIGINT and not self.received and is_main_process():  # a person waits for an answer
-            say("Ctrl-C: saving after this step. Ctrl-C again changes nothing; Ctrl-\\ ends at once, without saving")
+            print_to_stderr(
+                "Ctrl-C: saving after this step. Ctrl-C again changes nothing; Ctrl-\\ ends at once, without saving"
+            )
         self.received = self.received or number
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
         self.has_begun = True
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
-        number = largest_of_processes(self.received)
+        number = max_over_processes(self.received)
         if number and state.global_step < state.max_steps:
             self.stopped = signal.Signals(number)
             control.should_save = control.should_training_stop = True

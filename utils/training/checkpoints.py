@@ -20,13 +20,13 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import TrainerState
 
 from utils.common.errors import UsageError
-from utils.common.json_files import read_object
+from utils.common.json_files import read_json_object
 from utils.common.processes import is_main_process, local_rank, print_once
 from utils.distributed.collectives import barrier, gather_from_all
 from utils.training.resume_settings import Settings, compare
 
 MANIFEST_FILE = "complete.json"  # path -> size and sha256 of every other file; written last
-RUN_FILE = "run.json"  # the settings of the run, see utils.training.describe_settings
+RESUME_FILE = "run.json"  # the settings of the run, see utils.training.describe_settings
 STAGING = ".writing"
 UNFINISHED = ".unfinished"  # behind the name of a file of the final adapter
 LOCK_FILE = ".lock"
@@ -105,10 +105,10 @@ def _same_content(first: Path, second: Path) -> bool:
 def find_damage(checkpoint: Path) -> str | None:
     """Says in words what is wrong with a checkpoint; None where it is whole."""
     try:
-        manifest = read_object(checkpoint / MANIFEST_FILE)
+        manifest = read_json_object(checkpoint / MANIFEST_FILE)
     except UsageError:
         return f"it has no readable {MANIFEST_FILE}"
-    absent = {RUN_FILE, TRAINER_STATE_NAME, SAFETENSORS_WEIGHTS_NAME} - manifest.keys()
+    absent = {RESUME_FILE, TRAINER_STATE_NAME, SAFETENSORS_WEIGHTS_NAME} - manifest.keys()
     if absent and is_main_process():  # on a disk of its own another machine has its shards alone
         return f"{MANIFEST_FILE} does not name {min(absent)}"
     for name, expected in manifest.items():
@@ -124,7 +124,7 @@ def find_damage(checkpoint: Path) -> str | None:
         if _describe(path) != expected:
             return f"{name} has other content than was written"
     try:
-        if RUN_FILE in manifest:
+        if RESUME_FILE in manifest:
             read_settings(checkpoint)
         if TRAINER_STATE_NAME in manifest:
             read_state(checkpoint)
@@ -140,7 +140,7 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     Raises:
         UsageError: it is not of that shape.
     """
-    state = read_object(checkpoint / TRAINER_STATE_NAME, STATE_TYPES)
+    state = read_json_object(checkpoint / TRAINER_STATE_NAME, STATE_TYPES)
     unknown = state.keys() - {field.name for field in fields(TrainerState)}
     if unknown:
         raise UsageError(
@@ -231,7 +231,7 @@ def find_resumable(resume_from: str, output_dir: str, settings: Settings) -> Pat
         print_once(f"{output_dir} has no checkpoint to resume from: starting afresh")
         return None
     found = directory / f"checkpoint-{max(common)}"
-    then = read_settings(found) if is_main_process() or (found / RUN_FILE).is_file() else settings
+    then = read_settings(found) if is_main_process() or (found / RESUME_FILE).is_file() else settings
     differing = next(filter(None, gather_from_all(compare(then, settings))), "")
     if differing:
         raise UsageError(f"{found} was written by a run with {differing}: give it the same, or start another run")
@@ -301,7 +301,7 @@ def read_settings(checkpoint: Path) -> Settings:
     Raises:
         UsageError: the file is not of that shape.
     """
-    return read_object(checkpoint / RUN_FILE, {"trains": dict, "steps": dict})
+    return read_json_object(checkpoint / RESUME_FILE, {"trains": dict, "steps": dict})
 
 
 def _describe(path: Path) -> dict[str, Any]:

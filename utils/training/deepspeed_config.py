@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from utils.common.errors import Faults, UsageError
-from utils.common.json_files import read_object
+from utils.common.json_files import read_json_object
 
 SECTIONS = ("zero_optimization", "fp16", "bf16", "amp", "activation_checkpointing", "aio", "flops_profiler")
 # What a file may say at its top: keys of which this training makes use and that reach nothing outside it.
@@ -42,7 +42,7 @@ def read_deepspeed_config(path: str) -> dict[str, Any]:
             `SERVED`, or a value that DeepSpeed does not take; each fault with its line and column.
     """
     try:
-        config = read_object(Path(path))
+        config = read_json_object(Path(path))
     except UsageError as error:
         raise UsageError(f"--deepspeed {error}") from None
     text = Path(path).read_text(encoding="utf-8-sig")

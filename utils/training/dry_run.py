@@ -21,8 +21,8 @@ from utils.distributed.collectives import gather_from_all
 from utils.layers.quantization import Quantization
 from utils.training.argument_checks import count_steps
 from utils.training.callbacks import Bar, Curves
-from utils.training.memory import FREE_SHARE, GIB, Load, ModelSizes, describe, free_gib
-from utils.training.run_config import BY_LENGTH, Request, data_seed, global_batch
+from utils.training.memory import FREE_SHARE, GIB, MemoryModel, ModelSizes, describe, free_gib
+from utils.training.run_config import BY_LENGTH, TrainingRequest, data_seed, global_batch
 from utils.training.trainer import AdapterTrainer
 
 TRIAL_STEPS = 4  # of which the first, in which layers are compiled and memory is found, is timed apart
@@ -38,7 +38,7 @@ def padding_share(lengths: list[int], args: TrainingArguments) -> float:
 
 
 def plan(
-    request: Request,
+    request: TrainingRequest,
     flags: Any,
     args: TrainingArguments,
     dtype: torch.dtype,
@@ -49,13 +49,13 @@ def plan(
     the output directory. Every process must call it. Changes `args`.
 
     Args:
-        request, flags, args, dtype: see `Load.of`.
+        request, flags, args, dtype: see `MemoryModel.of`.
         make_trainer: the run's own trainer, with `args` as they are when it is called.
 
     Raises:
         RankError: the steps ran out of memory all the same.
     """
-    load = replace(Load.of(request, flags, args, dtype), checkpointing=args.gradient_checkpointing)
+    load = replace(MemoryModel.of(request, flags, args, dtype), checkpointing=args.gradient_checkpointing)
     lengths = row_lengths(request.dataset)
     items = len(pack_rows(lengths, flags.pack_tokens, args.seed)) if flags.packing else len(lengths)
     steps = count_steps(items, args)
@@ -102,7 +102,7 @@ def try_steps(args: TrainingArguments, make_trainer: Callable[[], AdapterTrainer
             shutil.rmtree(args.output_dir, ignore_errors=True)
 
 
-def describe_speed(speed: dict[str, float], load: Load, steps: int, tokens: float) -> str:
+def describe_speed(speed: dict[str, float], load: MemoryModel, steps: int, tokens: float) -> str:
     """What `try_steps` found, and how long a run of so many steps and tokens takes by that."""
     first = speed["first_step_seconds"]
     seconds = round(first + tokens * (steps - 1) / steps / speed["tokens_per_second"])
@@ -116,7 +116,7 @@ def describe_speed(speed: dict[str, float], load: Load, steps: int, tokens: floa
     return found
 
 
-def describe_plan(request: Request, load: Load, items: int, flags: Any, args: TrainingArguments) -> str:
+def describe_plan(request: TrainingRequest, load: MemoryModel, items: int, flags: Any, args: TrainingArguments) -> str:
     """One line a subject, of a run over so many rows or packs; for the other arguments see `plan`."""
     lengths = row_lengths(request.dataset)
     trained, tokens = int(trained_tokens(request.dataset).sum()), sum(lengths)
@@ -136,7 +136,7 @@ def describe_plan(request: Request, load: Load, items: int, flags: Any, args: Tr
     return "\n".join(lines)
 
 
-def advise(load: Load, request: Request, processes: int, room: float, dtype: torch.dtype) -> str:
+def advise(load: MemoryModel, request: TrainingRequest, processes: int, room: float, dtype: torch.dtype) -> str:
     """The fastest recipe that fits in `room` GiB a card, in flags."""
     whole = replace(
         load, packing=True, compiled=True, partitions=None, offloaded=False, fsdp=False, optimizer_partitions=1

@@ -26,7 +26,7 @@ from utils.distributed.collectives import gather_from_all
 from utils.layers.quantization import BITS, Quantization
 from utils.training.loss import CHUNK
 from utils.training.optimize import decoder_blocks, partitions_weights
-from utils.training.run_config import Request
+from utils.training.run_config import TrainingRequest
 
 GIB = 2**30
 PREFIX = 1 / 3  # of ChatGLM-6B's query, key, value and output that its two attention calls keep a second time
@@ -78,7 +78,7 @@ class ModelSizes:
 
 
 @dataclass(frozen=True)
-class Load:
+class MemoryModel:
     """
     What decides the memory of a run.
 
@@ -105,7 +105,7 @@ class Load:
     optimizer_partitions: int = 1
 
     @classmethod
-    def of(cls, request: Request, flags: Any, args: TrainingArguments, dtype: torch.dtype) -> "Load":
+    def of(cls, request: TrainingRequest, flags: Any, args: TrainingArguments, dtype: torch.dtype) -> "MemoryModel":
         """Of a training script's request, its own flags with `compile_layers` resolved, and Trainer's."""
         longest = max(row_lengths(request.dataset))
         fsdp, zero3 = launched_by_accelerate_with_fsdp(), partitions_weights(args)
@@ -182,16 +182,16 @@ def free_gib(on_cpu: bool = False) -> float:
     return min(free, allowed) / GIB
 
 
-def resolve_checkpointing(request: Request, flags: Any, args: TrainingArguments, dtype: torch.dtype) -> bool:
+def resolve_checkpointing(request: TrainingRequest, flags: Any, args: TrainingArguments, dtype: torch.dtype) -> bool:
     """
     Whether activations are computed again in the backward pass: as the flag says, else where they do not fit. Says
     what was found, and what would fit where nothing does. Without a GPU only where the flag says so. Every process
-    must call it; for the arguments see `Load.of`.
+    must call it; for the arguments see `MemoryModel.of`.
     """
     wanted = request.checkpointing
     if args.use_cpu:
         return bool(wanted)
-    load = Load.of(request, flags, args, dtype)
+    load = MemoryModel.of(request, flags, args, dtype)
     free = min(gather_from_all(free_gib()))
     room = FREE_SHARE * free
     checkpointing = load.gib() > room if wanted is None else wanted
@@ -217,12 +217,12 @@ def resolve_checkpointing(request: Request, flags: Any, args: TrainingArguments,
     return checkpointing
 
 
-def describe(load: Load) -> str:
+def describe(load: MemoryModel) -> str:
     parts = ", ".join(f"{name} {size:.1f}" for name, size in load.parts().items() if size >= 0.05)
     return f"{load.gib():.1f} GiB estimated ({parts})"
 
 
-def smaller_loads(load: Load, checkpoint: Checkpoint, dtype: torch.dtype) -> Iterator[tuple[str, Load]]:
+def smaller_loads(load: MemoryModel, checkpoint: Checkpoint, dtype: torch.dtype) -> Iterator[tuple[str, MemoryModel]]:
     """Flags that make a run smaller, and what it is with them; those first that change the least."""
     load = replace(load, checkpointing=True)
     tokens = [load.tokens >> halvings for halvings in range(32) if load.tokens >> halvings >= load.longest]

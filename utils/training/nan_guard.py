@@ -172,13 +172,13 @@ class GuardedTrainer(Trainer):
         path = Path(self.args.output_dir) / f"rows_at_fault.rank{process_rank()}.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("w", encoding="utf-8") as file:
-            for input_ids in (ids for batch in batches for ids in rows_of(batch)):
+            for input_ids in (ids for batch in batches for ids in rows_of_batch(batch)):
                 row = {"row": find_row(self.rows, input_ids), "text": self.tokenizer.decode(input_ids)}
                 file.write(json.dumps(row | {"input_ids": input_ids}, ensure_ascii=False) + "\n")
         return f"step {step}, rank {process_rank()}: {fault}; the rows of its batch are in {path}: {advice}"
 
 
-def rows_of(batch: dict[str, Any]) -> Iterator[list[int]]:
+def rows_of_batch(batch: dict[str, Any]) -> Iterator[list[int]]:
     """The input_ids of each row of a batch, padded or packed, and of what fills a pack up."""
     if "cu_seq_lens_q" in batch:
         ends = batch["cu_seq_lens_q"].tolist()

@@ -7,7 +7,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from utils.layers.fp8 import convert_to_fp8
 from utils.layers.fused_mlp import fuse_mlps
-from utils.layers.fused_qkv import JOINED, fuse_heads, fuse_projections
+from utils.layers.fused_qkv import QKV_PROJ, fuse_heads, fuse_projections
 from utils.layers.varlen_attention import VARLEN
 from utils.models.family import Generation
 
@@ -62,7 +62,7 @@ def speed_up(
     if compile_layers or not partitioned:  # else the joined product would be made twice
         fuse_projections(model, partitioned)
     if fp8:
-        convert_to_fp8(model, {*generation.linear_layers, JOINED}, trains=True)
+        convert_to_fp8(model, {*generation.linear_layers, QKV_PROJ}, trains=True)
     if half and not args.use_cpu:
         fuse_mlps(model)
         fuse_heads(model)

@@ -13,7 +13,7 @@ from utils.checkpoint.directory import check_name
 from utils.checkpoint.model import Checkpoint
 from utils.checkpoint.tokenizer import load_tokenizer
 from utils.common.errors import Faults, UsageError
-from utils.common.json_files import read_object
+from utils.common.json_files import read_json_object
 from utils.common.processes import launched_by_accelerate_with_deepspeed, launched_by_accelerate_with_fsdp
 from utils.data.arrow_reader import check_origin, keep_trained, load_examples, row_lengths, split_off
 from utils.data.arrow_writer import is_dataset
@@ -27,10 +27,10 @@ from utils.models.templates import template_for
 from utils.training.argument_checks import check_values
 from utils.training.checkpoints import list_checkpoints
 from utils.training.deepspeed_config import read_deepspeed_config
-from utils.training.run_config import Request, checkpointing_flag
+from utils.training.run_config import TrainingRequest, checkpointing_flag
 
 
-def open_request(values: Namespace) -> Request:
+def open_request(values: Namespace) -> TrainingRequest:
     """
     Opens what the flags name, once all of them are known to work together. Needs no process group and no GPU.
 
@@ -90,7 +90,7 @@ def open_request(values: Namespace) -> Request:
     made_by = fingerprint(tokenizer, template_for(tokenizer, template))
     origin = AdapterOrigin(template, checkpoint.fingerprint(), values.model_name_or_path, made_by)
     check_adapter_there(values, origin)
-    return Request(dataset, tokenizer, checkpoint, origin, checkpointing_flag(values), eval_dataset)
+    return TrainingRequest(dataset, tokenizer, checkpoint, origin, checkpointing_flag(values), eval_dataset)
 
 
 @contextlib.contextmanager
@@ -202,7 +202,7 @@ def check_adapter_there(values: Namespace, origin: AdapterOrigin) -> None:
     resumes_there = resumed_from and (resumed_from == "latest" or Path(resumed_from).parent == directory)
     if not (directory / CONFIG_NAME).is_file() or (resumes_there and list_checkpoints(directory)):
         return
-    there = read_object(directory / CONFIG_NAME)
+    there = read_json_object(directory / CONFIG_NAME)
     targets = there.get("target_modules")
     before = read_origin(directory)
     pairs = {

@@ -16,7 +16,7 @@ CHECKPOINTING = ("gradient_checkpointing", "activation_checkpointing")
 
 
 @dataclass(frozen=True)
-class Request:
+class TrainingRequest:
     """What the flags of a training run name, opened."""
 
     dataset: datasets.Dataset

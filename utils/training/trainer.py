@@ -23,7 +23,7 @@ from utils.distributed.collectives import barrier, gather_from_all
 from utils.lora.adapter import AdapterOrigin, save_adapter
 from utils.training.callbacks import Bar, Curves, ExactOffload, StepEnd
 from utils.training.checkpoints import (
-    RUN_FILE,
+    RESUME_FILE,
     STAGING,
     find_damage,
     list_checkpoints,
@@ -238,7 +238,7 @@ class AdapterTrainer(GuardedTrainer):
                 self.state.best_model_checkpoint = str(final)
             if self.args.should_save:
                 self.state.save_to_json(str(staged / TRAINER_STATE_NAME))
-                (staged / RUN_FILE).write_text(json.dumps(self.settings, indent=1), encoding="utf-8")
+                (staged / RESUME_FILE).write_text(json.dumps(self.settings, indent=1), encoding="utf-8")
             save_sealed(staged, final)
         except Exception:
             if local_rank() == 0:  # it may be what fills the disk

@@ -19,10 +19,10 @@ from transformers import PreTrainedModel
 
 from utils.inference.engine.kv_cache import SLOTS, LayerSlots, SlotState
 from utils.inference.engine.model_runner import StepGraphs, StepParts
-from utils.inference.engine.prefill import MOST_READ, Task, pack_prompts
+from utils.inference.engine.prefill import MOST_READ, TokenSequence, pack_prompts
 from utils.inference.sampling import GREEDY, Sampling
-from utils.kernels import decode_kernels, few_rows_product
-from utils.layers.fused_qkv import join_projections
+from utils.kernels import load_decode_attention, load_skinny_gemm
+from utils.layers.fused_qkv import fuse_qkv
 from utils.lora.multi_lora import AdapterChoice
 from utils.models.modeling_chatglm import ChatGLMForConditionalGeneration, derive_position_ids
 
@@ -41,7 +41,7 @@ def can_serve(model: torch.nn.Module) -> bool:
 
 def has_kernels(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether attention is that of decode_kernels.py, and prompts are read without a mask."""
-    return device.type == "cuda" and dtype.itemsize == 2 and decode_kernels() is not None
+    return device.type == "cuda" and dtype.itemsize == 2 and load_decode_attention() is not None
 
 
 def column_bytes(model: PreTrainedModel) -> int:
@@ -66,7 +66,7 @@ def step_size(slots: int, running: int, on_gpu: bool) -> int:
 class Steps:
     """Steps that were started: what they choose, (slots, steps) on the host, is there when `done` has come."""
 
-    tasks: list[Task | None]  # of each slot, then
+    tasks: list[TokenSequence | None]  # of each slot, then
     chosen: torch.Tensor
     done: torch.cuda.Event | None
     reads: list[tuple[torch.cuda.Event, torch.cuda.Event]]  # of prompts, before them
@@ -102,7 +102,7 @@ class Engine:
     ):
         started = time.perf_counter()
         self.model = model.get_base_model() if isinstance(model, PeftModel) else model
-        join_projections(self.model)
+        fuse_qkv(self.model)
         self.model.set_attn_implementation(SLOTS)
         self.body = self.model.base_model
         self.norm = self.body.final_layernorm if self.has_prefix else self.body.norm
@@ -111,7 +111,7 @@ class Engine:
         self.device, self.dtype = self.embed.weight.device, self.model.dtype
         self.on_gpu = self.device.type == "cuda"
         self.kernels = has_kernels(self.device, self.dtype)
-        if self.kernels and few_rows_product() is not None:
+        if self.kernels and load_skinny_gemm() is not None:
             from utils.layers.skinny_linear import convert_layers  # which imports Triton
 
             convert_layers(self.body.layers)
@@ -126,8 +126,8 @@ class Engine:
         self.inputs: dict[int, tuple[torch.Tensor, ...]] = {}  # what graphs of reading read
         self.reads: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []  # since the last steps
         self.started: deque[Steps] = deque()
-        self.running: list[Task | None] = [None] * slots
-        self.waiting: deque[Task] = deque()
+        self.running: list[TokenSequence | None] = [None] * slots
+        self.waiting: deque[TokenSequence] = deque()
         remembered = self.head.weight.shape[0] if sampling.repetition_penalty != 1 else 0
         self.state = SlotState(slots, 2 if self.has_prefix else 1, self.steps, stop_ids, remembered, self.device)
         compiled = self.on_gpu if compile_layers is None else compile_layers
@@ -140,7 +140,7 @@ class Engine:
         return isinstance(self.model, ChatGLMForConditionalGeneration)
 
     @torch.inference_mode()
-    def answer(self, tasks: Iterable[Task]) -> Iterator[Task]:
+    def answer(self, tasks: Iterable[TokenSequence]) -> Iterator[TokenSequence]:
         """
         Yields each task when its answer is complete. They begin in their order, which should be that of their prompts'
         lengths, and are taken when there is a slot for them.
@@ -184,7 +184,7 @@ class Engine:
         self.started.append(Steps(self.running[:size], chosen, done, self.reads))
         self.reads = []
 
-    def _look(self) -> Iterator[Task]:
+    def _look(self) -> Iterator[TokenSequence]:
         """Yields the tasks that the oldest steps under way complete."""
         steps = self.started.popleft()
         if steps.done:
@@ -205,14 +205,14 @@ class Engine:
         steps = self.steps * (1 + len(self.started))
         return min(-(-(longest + steps) // WIDTH_GRAIN) * WIDTH_GRAIN, self.columns)
 
-    def unfinished(self) -> list[Task]:
+    def unfinished(self) -> list[TokenSequence]:
         """The tasks that were taken and not yet answered, their answers forgotten: what an error leaves to do."""
         tasks = [task for task in self.running if task]
         for task in tasks:
             task.answer_ids.clear()
         return [*tasks, *self.waiting]
 
-    def _extend(self, task: Task, ids: list[int]) -> bool:
+    def _extend(self, task: TokenSequence, ids: list[int]) -> bool:
         """Appends tokens up to the answer's end; whether it has come."""
         ended = False
         for token in ids:
@@ -251,7 +251,7 @@ class Engine:
             if self.preparing == prepared:
                 self.reads.append((begin, end))
 
-    def _read(self, batch: list[Task], slots: list[int]) -> None:
+    def _read(self, batch: list[TokenSequence], slots: list[int]) -> None:
         """
         What the prompts' tokens but the last leave behind into the slots, and where each row stands. Rows are laid end
         to end; each sees itself alone.

@@ -13,7 +13,7 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface
 
-from utils.kernels import decode_kernels
+from utils.kernels import load_decode_attention
 from utils.layers.varlen_attention import varlen_attention_forward
 
 SLOTS = "slots"  # its name in transformers' attention interface
@@ -63,7 +63,7 @@ def slot_attention(
         (B, 1, H, D).
     """
     if mask.ndim == 1:
-        return decode_kernels().attend(query, keys, values, mask, scaling)
+        return load_decode_attention().attend(query, keys, values, mask, scaling)
     B, H, _, D = query.shape
     S = mask.shape[-1]
     heads = keys.shape[1]

@@ -9,7 +9,7 @@ LEAST_READ, MOST_READ = 128, 4096  # tokens of the prompts that are read at once
 
 
 @dataclass
-class Task:
+class TokenSequence:
     """
     One row: its number (with the seed it decides a sampled answer), its prompt's tokens, how many an answer has at
     most, the number of its adapter among several, and the answer so far, up to and with the token that stopped it.
@@ -76,7 +76,7 @@ class PackedPrompts:
 
 
 def pack_prompts(
-    batch: Sequence[Task],
+    batch: Sequence[TokenSequence],
     slots: Sequence[int],
     positions_of: Callable[[Sequence[int]], list[tuple[int, ...]]],
 ) -> PackedPrompts:

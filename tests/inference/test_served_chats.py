@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import GOLDEN
 from jinja2 import TemplateError
-from test_export import make_adapter
+from test_merge_export import make_adapter
 from transformers import AutoTokenizer
 
 from utils.checkpoint.tokenizer import load_tokenizer
