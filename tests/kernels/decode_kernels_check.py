@@ -14,6 +14,7 @@ from transformers import GlmConfig
 from transformers.models.glm.modeling_glm import GlmMLP
 
 from utils.kernels import decode_attention, skinny_gemm
+from utils.layers import skinny_linear
 from utils.layers.fp8 import quantize_rows
 
 ON_GPU = torch.cuda.is_available()
@@ -21,8 +22,8 @@ DEVICE = torch.device("cuda" if ON_GPU else "cpu")
 EXACT, FP8 = 4e-3, 8e-3  # Hopper adds FP8 products up in some 14 bits (DeepSeek-V3, arXiv:2412.19437, 3.3.2)
 DTYPE = torch.bfloat16 if ON_GPU else torch.float16  # numpy, by which the interpreter computes, has no bfloat16
 if not ON_GPU:
-    decode_attention.starts_early = skinny_gemm.starts_early = lambda device: False
-    skinny_gemm.shared_bytes = lambda device: skinny_gemm.SHARED_BYTES
+    decode_attention.supports_pdl = skinny_gemm.supports_pdl = lambda device: False
+    skinny_gemm.pipeline_smem = lambda device: skinny_gemm.MAX_PIPELINE_SMEM
 
 
 def random(*shape: int) -> torch.Tensor:
@@ -33,7 +34,7 @@ def check(found: torch.Tensor, expected: torch.Tensor, tolerance: float) -> None
     assert found.shape == expected.shape
     distance = ((found.float() - expected).norm() / expected.norm()).item()
     assert distance < tolerance, distance
-    assert not decode_attention.arrival_counts(DEVICE).any()
+    assert not decode_attention.arrival_counters(DEVICE).any()
 
 
 def gated(y: torch.Tensor) -> torch.Tensor:
@@ -44,15 +45,15 @@ def gated(y: torch.Tensor) -> torch.Tensor:
 def check_products(M: int, N: int, K: int) -> None:
     x, weight, bias = random(M, K), random(N, K), random(N)
     expected = x.float() @ weight.float().T
-    check(skinny_gemm.few_rows_product(x, weight, bias), expected + bias.float(), EXACT)
-    check(skinny_gemm.few_rows_product(x, weight, None, gated=True), gated(expected), EXACT)
+    check(skinny_gemm.skinny_gemm(x, weight, bias), expected + bias.float(), EXACT)
+    check(skinny_gemm.skinny_gemm(x, weight, None, gated=True), gated(expected), EXACT)
     if not ON_GPU:
         return
     (x, x_scale), (weight, weight_scale) = quantize_rows(x), quantize_rows(weight)
     quantized = x, x_scale, weight, weight_scale.t().contiguous()
     expected = (x.float() * x_scale) @ (weight.float() * weight_scale).T
-    check(skinny_gemm.fp8_product(*quantized), expected, FP8)
-    check(skinny_gemm.fp8_product(*quantized, gated=True), gated(expected), FP8)
+    check(skinny_gemm.fp8_skinny_gemm(*quantized), expected, FP8)
+    check(skinny_gemm.fp8_skinny_gemm(*quantized, gated=True), gated(expected), FP8)
 
 
 def check_modules() -> None:
@@ -60,10 +61,10 @@ def check_modules() -> None:
     config = GlmConfig(hidden_size=512, intermediate_size=2048, hidden_act="silu")
     converted = GlmMLP(config).to(DEVICE, DTYPE)
     exact = copy.deepcopy(converted).float()
-    skinny_gemm.convert_layers([converted])
-    assert type(converted) is skinny_gemm.FewRowsMLP
-    assert {type(layer) for layer in (converted.gate_up_proj, converted.down_proj)} == {skinny_gemm.FewRowsLinear}
-    for shape in ((3, 1, 512), (1, 3, 512), (skinny_gemm.ROWS + 1, 1, 512)):
+    skinny_linear.convert_layers([converted])
+    assert type(converted) is skinny_linear.FewRowsMLP
+    assert {type(layer) for layer in (converted.gate_up_proj, converted.down_proj)} == {skinny_linear.FewRowsLinear}
+    for shape in ((3, 1, 512), (1, 3, 512), (skinny_gemm.MAX_ROWS + 1, 1, 512)):
         hidden_states = random(*shape)
         check(converted(hidden_states), exact(hidden_states.float()), 4 * EXACT)
 
@@ -72,7 +73,7 @@ def check_attention(B: int, H: int, K: int, D: int, S: int) -> None:
     query, keys, values = random(B, H, 1, D), random(B + 1, K, S, D), random(B + 1, K, S, D)
     last = torch.randint(0, S - 1, (B,), device=DEVICE)
     last[0] = 0
-    found = decode_attention.attend(query, keys, values, last, D**-0.5)
+    found = decode_attention.decode_attention(query, keys, values, last, D**-0.5)
     visible = (torch.arange(S, device=DEVICE) <= last[:, None])[:, None, None]
     keys, values = (tensor[:B].float().repeat_interleave(H // K, 1) for tensor in (keys, values))
     scores = (query.float() @ keys.transpose(2, 3) * D**-0.5).masked_fill(~visible, -torch.inf)

@@ -129,7 +129,7 @@ def check_all_heads(dtype: torch.dtype, tolerance: float) -> None:
 torch.manual_seed(0)
 fused_mlp.load_mlp_activation = lambda: mlp_activation
 fused_qkv.load_qkv_rope_lora = lambda: qkv_rope_lora
-assert qkv_rope_lora.fits(128, 3 * 32) and not qkv_rope_lora.fits(128, 3 * 64)
+assert qkv_rope_lora.supports_head_dim(128, 3 * 32) and not qkv_rope_lora.supports_head_dim(128, 3 * 64)
 check_all_heads(*((torch.bfloat16, 2 * HALF) if ON_GPU else (torch.float32, 1e-5)))
 for gated in (True, False):
     for T, F in ((300, 13696), (7, 16384), (5, 48)) if ON_GPU else ((3, 13696), (5, 48)):

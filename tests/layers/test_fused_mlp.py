@@ -92,7 +92,11 @@ def test_fused_mlps_compute_what_others_do(kind, is_fp8, is_compiled, ops, monke
     fused = copy.deepcopy(plain)
     fused_mlp.fuse_mlps(fused)
     assert type(fused) is type(plain)  # without kernels
-    monkeypatch.setattr(fused_mlp, "load_mlp_activation", lambda: SimpleNamespace(fits=lambda columns: columns == 96))
+    monkeypatch.setattr(
+        fused_mlp,
+        "load_mlp_activation",
+        lambda: SimpleNamespace(supports_intermediate_size=lambda columns: columns == 96),
+    )
     fused_mlp.fuse_mlps(fused)
     assert isinstance(fused, type(plain)) and type(fused) is not type(plain)
     hidden_states = torch.randn(2, 24, 64, dtype=torch.bfloat16)

@@ -56,12 +56,14 @@ def ops():
     common = "Tensor cos, Tensor sin"
     with torch.library._scoped_library("chatglm_family", "FRAGMENT") as library:
         library.define(
-            f"heads_of(Tensor heads, Tensor hidden, Tensor B, {common}, int[] counts, bool neighbours)"
+            f"qkv_rope_lora(Tensor heads, Tensor hidden, Tensor B, {common}, int[] counts, bool neighbours)"
             " -> (Tensor, Tensor, Tensor)"
         )
-        library.define(f"heads_gradient(Tensor query, Tensor key, Tensor value, {common}, bool neighbours) -> Tensor")
-        library.impl("heads_of", heads_of, "CompositeExplicitAutograd")
-        library.impl("heads_gradient", heads_gradient, "CompositeExplicitAutograd")
+        library.define(
+            f"qkv_rope_lora_backward(Tensor query, Tensor key, Tensor value, {common}, bool neighbours) -> Tensor"
+        )
+        library.impl("qkv_rope_lora", heads_of, "CompositeExplicitAutograd")
+        library.impl("qkv_rope_lora_backward", heads_gradient, "CompositeExplicitAutograd")
         yield
 
 
@@ -102,7 +104,7 @@ def test_heads_are_those_without_a_kernel(family, is_compiled, ops, monkeypatch)
     fused_qkv.fuse_heads(fused)
     assert type(fused) is type(plain)  # without a kernel
     sizes = []
-    kernels = SimpleNamespace(fits=lambda *size: sizes.append(size) or len(sizes) > 1)
+    kernels = SimpleNamespace(supports_head_dim=lambda *size: sizes.append(size) or len(sizes) > 1)
     monkeypatch.setattr(fused_qkv, "load_qkv_rope_lora", lambda: kernels)
     fused_qkv.fuse_heads(fused)
     assert type(fused) is type(plain) and sizes == [(16, 4 if family is chatglm else 12)]  # where it does not fit

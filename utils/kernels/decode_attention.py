@@ -14,15 +14,15 @@ import triton
 import triton.language as tl
 
 from utils.kernels.triton_utils import (
-    LEAST,
-    PROGRAMS,
-    arrival_counts,
-    is_last_to_arrive,
-    starts_early,
+    MIN_TILE_ROWS,
+    TARGET_PROGRAMS,
+    arrival_counters,
+    is_last_program,
+    supports_pdl,
     wait_for_inputs,
 )
 
-COLUMNS = 64  # of a slot, at a time
+KV_BLOCK = 64  # of a slot, at a time
 
 
 @triton.jit
@@ -32,25 +32,25 @@ def _attention_kernel(
     value_ptr,
     last_ptr,  # (B,) int64: the last column that is filled
     output_ptr,  # (B, K, G, D)
-    part_ptr,  # (B * K, PARTS, G, D) float32
-    log_ptr,  # (B * K, PARTS, G) float32
-    count_ptr,  # (B * K,) int32, see `arrival_counts`
+    part_ptr,  # (B * K, SPLITS, G, D) float32
+    log_ptr,  # (B * K, SPLITS, G) float32
+    count_ptr,  # (B * K,) int32, see `arrival_counters`
     S,
     scaling,  # with log2(e) in it
     G: tl.constexpr,
     D: tl.constexpr,
     TILE: tl.constexpr,  # G, at least what a product takes
-    PARTS: tl.constexpr,
+    SPLITS: tl.constexpr,
     BLOCK: tl.constexpr,
     KV_HEADS: tl.constexpr,
-    EARLY: tl.constexpr,
+    PDL: tl.constexpr,
 ):
-    if EARLY:
+    if PDL:
         wait_for_inputs()
     row_head, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     g, d, s = tl.arange(0, TILE), tl.arange(0, D), tl.arange(0, BLOCK)
     columns = tl.load(last_ptr + row_head // KV_HEADS).to(tl.int32) + 1
-    share = tl.cdiv(tl.cdiv(columns, PARTS), BLOCK) * BLOCK
+    share = tl.cdiv(tl.cdiv(columns, SPLITS), BLOCK) * BLOCK
     first = part * share
     end = min(columns, first + share)
     slot = row_head * S * D
@@ -73,20 +73,20 @@ def _attention_kernel(
         total = total * shrink + tl.sum(weights, 1)
         best = higher
     whole = output_ptr + (row_head * G + g[:, None]) * D + d[None, :]
-    if PARTS == 1:
+    if SPLITS == 1:
         tl.store(whole, (output / total[:, None]).to(output_ptr.dtype.element_ty), mask=heads)
     else:
         output = output / tl.maximum(total, 1e-30)[:, None]
         log = tl.where(total > 0, best + tl.log2(total), -1e30)
-        place = (row_head * PARTS + part) * G + g
+        place = (row_head * SPLITS + part) * G + g
         tl.store(part_ptr + place[:, None] * D + d[None, :], output, mask=heads)
         tl.store(log_ptr + place, log, mask=g < G)
-        if is_last_to_arrive(count_ptr + row_head, PARTS):
+        if is_last_program(count_ptr + row_head, SPLITS):
             best = tl.full((TILE,), -1e30, tl.float32)
             total = tl.zeros((TILE,), tl.float32)
             output = tl.zeros((TILE, D), tl.float32)
-            for other in tl.static_range(PARTS):
-                place = (row_head * PARTS + other) * G + g
+            for other in tl.static_range(SPLITS):
+                place = (row_head * SPLITS + other) * G + g
                 log = tl.load(log_ptr + place, mask=g < G, other=-1e30, cache_modifier=".cg")
                 there = part_ptr + place[:, None] * D + d[None, :]
                 values = tl.load(there, mask=heads, other=0.0, cache_modifier=".cg")
@@ -98,7 +98,7 @@ def _attention_kernel(
             tl.store(whole, (output / total[:, None]).to(output_ptr.dtype.element_ty), mask=heads)
 
 
-def attend(
+def decode_attention(
     query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, last: torch.Tensor, scaling: float
 ) -> torch.Tensor:
     """
@@ -113,11 +113,11 @@ def attend(
     B, H, _, D = query.shape
     heads, S = keys.shape[1], keys.shape[2]
     G = H // heads
-    parts = triton.next_power_of_2(min(triton.cdiv(PROGRAMS, B * heads), triton.cdiv(S, COLUMNS), 16))
+    parts = triton.next_power_of_2(min(triton.cdiv(TARGET_PROGRAMS, B * heads), triton.cdiv(S, KV_BLOCK), 16))
     output = query.new_empty(B, 1, H, D)
     part = query.new_empty(B * heads, parts, G, D, dtype=torch.float32) if parts > 1 else output
     log = query.new_empty(B * heads, parts, G, dtype=torch.float32)
-    early = starts_early(query.device)
+    pdl = supports_pdl(query.device)
     _attention_kernel[(B * heads, parts)](
         query.contiguous(),
         keys,
@@ -126,18 +126,18 @@ def attend(
         output,
         part,
         log,
-        arrival_counts(query.device),
+        arrival_counters(query.device),
         S,
         scaling * 1.4426950408889634,
         G=G,
         D=D,
-        TILE=max(LEAST, triton.next_power_of_2(G)),
-        PARTS=parts,
-        BLOCK=COLUMNS,
+        TILE=max(MIN_TILE_ROWS, triton.next_power_of_2(G)),
+        SPLITS=parts,
+        BLOCK=KV_BLOCK,
         KV_HEADS=heads,
-        EARLY=early,
+        PDL=pdl,
         num_warps=4,
         num_stages=3,
-        **({"launch_pdl": True} if early else {}),
+        **({"launch_pdl": True} if pdl else {}),
     )
     return output

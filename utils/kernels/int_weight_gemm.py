@@ -17,12 +17,12 @@ def _product_kernel(
     x_ptr,  # (M, K) 16 bits; for 4 bits the even columns, then the odd ones
     weight_ptr,  # (N, COLUMNS) int8
     scale_ptr,  # (N,) float16
-    y_ptr,  # (PARTS, M, N) float32
+    y_ptr,  # (SPLITS, M, N) float32
     M,
     N,
     COLUMNS: tl.constexpr,
     BITS: tl.constexpr,
-    PARTS: tl.constexpr,
+    SPLITS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -33,7 +33,7 @@ def _product_kernel(
     weight_rows = weight_ptr + n[:, None].to(tl.int64) * COLUMNS
     x_rows = x_ptr + m[:, None] * (COLUMNS * 8 // BITS)
     total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    for start in range(0, COLUMNS, PARTS * BLOCK_C):
+    for start in range(0, COLUMNS, SPLITS * BLOCK_C):
         c = start + tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
         packed = tl.load(weight_rows + c[None, :], mask=(n[:, None] < N) & (c[None, :] < COLUMNS), other=0)
         known = (m[:, None] < M) & (c[None, :] < COLUMNS)
@@ -89,8 +89,8 @@ class Tiling:
 FEW, SEVERAL = Tiling(4, 32, 128, 4, 4), Tiling(4, 64, 64, 4, 3)
 
 
-@torch.library.custom_op("chatglm::quantized_product", mutates_args=())
-def quantized_product(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bits: int) -> torch.Tensor:
+@torch.library.custom_op("chatglm_family::int_weight_gemm", mutates_args=())
+def int_weight_gemm(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bits: int) -> torch.Tensor:
     """
     Args:
         x: (M, K) float16 or bfloat16, M at most utils.layers.quantization.FEW_ROWS.
@@ -113,7 +113,7 @@ def quantized_product(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor
         N,
         COLUMNS=columns,
         BITS=bits,
-        PARTS=tiling.parts,
+        SPLITS=tiling.parts,
         BLOCK_M=max(16, triton.next_power_of_2(M)),
         BLOCK_N=tiling.rows,
         BLOCK_C=tiling.columns,
@@ -123,12 +123,12 @@ def quantized_product(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor
     return y.sum(0).to(x.dtype)
 
 
-@quantized_product.register_fake
+@int_weight_gemm.register_fake
 def _(x, weight, scale, bits):
     return x.new_empty(x.shape[0], weight.shape[0])
 
 
-def dequantize(weight: torch.Tensor, scale: torch.Tensor, bits: int, dtype: torch.dtype) -> torch.Tensor:
+def dequantize_with_triton(weight: torch.Tensor, scale: torch.Tensor, bits: int, dtype: torch.dtype) -> torch.Tensor:
     """int8 (N, K), or (N, K / 2) for 4 bits, and its scales (N,) float16 -> (N, K) in float16 or bfloat16."""
     rows, columns = weight.shape
     output = weight.new_empty(rows, columns * 8 // bits, dtype=dtype)

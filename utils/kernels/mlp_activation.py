@@ -10,9 +10,9 @@ import torch
 import triton
 import triton.language as tl
 
-WIDEST = 16384  # columns of F that a program can hold
-CHUNK = 2048  # columns of a program that needs no whole row
-LARGEST = torch.finfo(torch.float8_e4m3fn).max
+MAX_INTERMEDIATE_SIZE = 16384  # columns of F that a program can hold
+BACKWARD_BLOCK = 2048  # columns of a program that needs no whole row
+FP8_MAX = torch.finfo(torch.float8_e4m3fn).max
 
 
 @triton.jit
@@ -29,7 +29,7 @@ def _activation_kernel(
     scale_ptr,  # (T,) float32
     F,
     GATED: tl.constexpr,
-    LARGEST: tl.constexpr,
+    FP8_MAX: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
@@ -43,8 +43,8 @@ def _activation_kernel(
         share, _ = _gelu_share(x)
         output = x * share
     largest = tl.maximum(tl.max(tl.abs(output)), 1e-12)
-    tl.store(output_ptr + row * F + column, (output * (LARGEST / largest)).to(tl.float8e4nv), mask=inside)
-    tl.store(scale_ptr + row, largest / LARGEST)
+    tl.store(output_ptr + row * F + column, (output * (FP8_MAX / largest)).to(tl.float8e4nv), mask=inside)
+    tl.store(scale_ptr + row, largest / FP8_MAX)
 
 
 @triton.jit
@@ -56,7 +56,7 @@ def _gradient_kernel(
     F,
     GATED: tl.constexpr,
     QUANTIZED: tl.constexpr,
-    LARGEST: tl.constexpr,
+    FP8_MAX: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
@@ -76,17 +76,17 @@ def _gradient_kernel(
         of_up = of_x
     if QUANTIZED:
         largest = tl.maximum(tl.max(tl.maximum(tl.abs(of_x), tl.abs(of_up))), 1e-12)
-        of_x *= LARGEST / largest
-        of_up *= LARGEST / largest
-        tl.store(scale_ptr + row, largest / LARGEST)
+        of_x *= FP8_MAX / largest
+        of_up *= FP8_MAX / largest
+        tl.store(scale_ptr + row, largest / FP8_MAX)
     tl.store(output_ptr + start, of_x.to(output_ptr.dtype.element_ty), mask=inside)
     if GATED:
         tl.store(output_ptr + start + F, of_up.to(output_ptr.dtype.element_ty), mask=inside)
 
 
-def fits(columns: int) -> bool:
+def supports_intermediate_size(columns: int) -> bool:
     """Whether a program can hold a row of F = `columns`."""
-    return columns <= WIDEST
+    return columns <= MAX_INTERMEDIATE_SIZE
 
 
 def _whole_row(columns: int) -> dict[str, int]:
@@ -96,10 +96,10 @@ def _whole_row(columns: int) -> dict[str, int]:
 
 @torch.library.custom_op("chatglm_family::activation_fp8", mutates_args=())
 def activation_fp8(inputs: torch.Tensor, gated: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """Inputs in 16 bits, F at most WIDEST -> e4m3 (T, F) and its scales (T, 1) float32."""
+    """Inputs in 16 bits, F at most MAX_INTERMEDIATE_SIZE -> e4m3 (T, F) and its scales (T, 1) float32."""
     output, scale = _empty_activation(inputs, gated)
     rows, columns = output.shape
-    options = {"GATED": gated, "LARGEST": LARGEST, **_whole_row(columns)}
+    options = {"GATED": gated, "FP8_MAX": FP8_MAX, **_whole_row(columns)}
     _activation_kernel[(rows,)](inputs, output, scale, columns, **options)
     return output, scale
 
@@ -116,8 +116,8 @@ def activation_gradient(gradient: torch.Tensor, inputs: torch.Tensor, gated: boo
     """The gradient of the output (T, F), and the inputs -> the gradient of the inputs, in their dtype."""
     rows, columns = gradient.shape
     output = torch.empty_like(inputs)
-    grid = (rows, triton.cdiv(columns, CHUNK))
-    options = {"GATED": gated, "QUANTIZED": False, "LARGEST": LARGEST, "BLOCK": CHUNK, "num_warps": 4}
+    grid = (rows, triton.cdiv(columns, BACKWARD_BLOCK))
+    options = {"GATED": gated, "QUANTIZED": False, "FP8_MAX": FP8_MAX, "BLOCK": BACKWARD_BLOCK, "num_warps": 4}
     _gradient_kernel[grid](gradient, inputs, output, output, columns, **options)
     return output
 
@@ -134,7 +134,7 @@ def activation_gradient_fp8(
     """As `activation_gradient`, but e4m3 and its scales (T, 1) float32."""
     rows, columns = gradient.shape
     output, scale = _empty_gradient(gradient, inputs, gated)
-    options = {"GATED": gated, "QUANTIZED": True, "LARGEST": LARGEST, **_whole_row(columns)}
+    options = {"GATED": gated, "QUANTIZED": True, "FP8_MAX": FP8_MAX, **_whole_row(columns)}
     _gradient_kernel[(rows, 1)](gradient, inputs, output, scale, columns, **options)
     return output, scale
 

@@ -81,7 +81,7 @@ def _kernel(capability: tuple[int, int], bits: int, dtype: torch.dtype) -> Kerne
     return KernelFunction(LazyKernelCModule(ptx.raw), "dequantize")
 
 
-def dequantize(weight: torch.Tensor, scale: torch.Tensor, bits: int, dtype: torch.dtype) -> torch.Tensor:
+def dequantize_with_nvrtc(weight: torch.Tensor, scale: torch.Tensor, bits: int, dtype: torch.dtype) -> torch.Tensor:
     """
     int8 (N, K), or (N, K / 2) for 4 bits, and its scales (N,) float16 -> (N, K) in float16, bfloat16 or float32.
 

@@ -118,7 +118,7 @@ def _heads_kernel(
         _store_pairs(key_ptr, apart, turned, partner, inside, NEIGHBOURS, D, TOKENS)
 
 
-def fits(size: int, rank: int) -> bool:
+def supports_head_dim(size: int, rank: int) -> bool:
     """Whether heads of D = `size` and a branch of R = `rank` are such that a program of any GPU can hold."""
     return 32 <= size <= 256 and size == triton.next_power_of_2(size) and size * rank <= MOST_OF_B
 
@@ -135,8 +135,8 @@ def _launch(heads, query, key, value, cos, sin, branch, neighbours: bool) -> Non
     _heads_kernel[grid](*tensors, tokens, H, K, cos.shape[1], R, **options)
 
 
-@torch.library.custom_op("chatglm_family::heads_of", mutates_args=())
-def heads_of(
+@torch.library.custom_op("chatglm_family::qkv_rope_lora", mutates_args=())
+def qkv_rope_lora(
     heads: torch.Tensor,
     hidden: torch.Tensor,
     B: torch.Tensor,
@@ -160,7 +160,7 @@ def heads_of(
     return apart
 
 
-@heads_of.register_fake
+@qkv_rope_lora.register_fake
 def _empty_apart(heads, hidden, B, cos, sin, counts, neighbours):
     H, K = counts
     tokens, columns = heads.shape
@@ -168,8 +168,8 @@ def _empty_apart(heads, hidden, B, cos, sin, counts, neighbours):
     return tuple(heads.new_empty(tokens, count, size) for count in (H, K, K))
 
 
-@torch.library.custom_op("chatglm_family::heads_gradient", mutates_args=())
-def heads_gradient(
+@torch.library.custom_op("chatglm_family::qkv_rope_lora_backward", mutates_args=())
+def qkv_rope_lora_backward(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -177,13 +177,13 @@ def heads_gradient(
     sin: torch.Tensor,
     neighbours: bool,
 ) -> torch.Tensor:
-    """The gradients of what `heads_of` returned, contiguous -> the gradient of its heads (T, C)."""
+    """The gradients of what `qkv_rope_lora` returned, contiguous -> the gradient of its heads (T, C)."""
     heads = _empty_joint(query, key, value, cos, sin, neighbours)
     _launch(heads, query, key, value, cos, sin, None, neighbours)
     return heads
 
 
-@heads_gradient.register_fake
+@qkv_rope_lora_backward.register_fake
 def _empty_joint(query, key, value, cos, sin, neighbours):
     tokens, H, D = query.shape
     return query.new_empty(tokens, (H + 2 * key.shape[1]) * D)

@@ -6,20 +6,20 @@ import torch
 import triton
 import triton.language as tl
 
-LEAST = 16  # rows of the smallest tile of a product
-PROGRAMS = 512  # that keep a GPU busy with reading
+MIN_TILE_ROWS = 16  # rows of the smallest tile of a product
+TARGET_PROGRAMS = 512  # that keep a GPU busy with reading
 
 
 @cache
-def starts_early(device: torch.device) -> bool:
+def supports_pdl(device: torch.device) -> bool:
     """Whether the GPU knows programmatic dependent launch."""
     return torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 @cache
-def arrival_counts(device: torch.device) -> torch.Tensor:
-    """(PROGRAMS,) int32, zeros between two kernels: how many programs have left their part of a result."""
-    return torch.zeros(PROGRAMS, dtype=torch.int32, device=device)
+def arrival_counters(device: torch.device) -> torch.Tensor:
+    """(TARGET_PROGRAMS,) int32, zeros between two kernels: how many programs have left their part of a result."""
+    return torch.zeros(TARGET_PROGRAMS, dtype=torch.int32, device=device)
 
 
 @triton.jit
@@ -30,10 +30,10 @@ def wait_for_inputs():
 
 
 @triton.jit
-def is_last_to_arrive(count_ptr, PARTS: tl.constexpr):
+def is_last_program(count_ptr, SPLITS: tl.constexpr):
     """Whether the parts of all programs are there, this one's, stored before, too; the last finds the count at 0."""
     tl.debug_barrier()
-    last = tl.atomic_add(count_ptr, 1, sem="acq_rel") == PARTS - 1
+    last = tl.atomic_add(count_ptr, 1, sem="acq_rel") == SPLITS - 1
     if last:
         tl.store(count_ptr, 0)
     return last

@@ -82,16 +82,16 @@ class Fp8Linear(nn.Module):
 
     @property
     def for_few_rows(self) -> bool:
-        return self.kernels is not None and self.kernels.fits(self.weight)
+        return self.kernels is not None and self.kernels.supports_weight(self.weight)
 
     def few_rows(self, hidden_states: torch.Tensor, gated: bool = False) -> torch.Tensor:
-        """(..., K), of few rows in all -> (..., N), see `load_skinny_gemm.fp8_product`."""
+        """(..., K), of few rows in all -> (..., N), see `fp8_skinny_gemm`."""
         quantized = quantize_rows(hidden_states.reshape(-1, self.in_features))
-        output = self.kernels.fp8_product(*quantized, self.weight, self.weight_scale, gated)
+        output = self.kernels.fp8_skinny_gemm(*quantized, self.weight, self.weight_scale, gated)
         return output.view(*hidden_states.shape[:-1], -1)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        if self.for_few_rows and hidden_states.shape[:-1].numel() <= self.kernels.ROWS:
+        if self.for_few_rows and hidden_states.shape[:-1].numel() <= self.kernels.MAX_ROWS:
             output = self.few_rows(hidden_states)
             return output if self.bias is None else output + self.bias
         values = hidden_states.reshape(-1, self.in_features)

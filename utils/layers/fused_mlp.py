@@ -88,5 +88,5 @@ def fuse_mlps(model: nn.Module) -> None:
             fused, columns = FusedChatGLMMLP, module.dense_4h_to_h.in_features
         else:
             continue
-        if kernels.fits(columns):
+        if kernels.supports_intermediate_size(columns):
             module.__class__ = fused

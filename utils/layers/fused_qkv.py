@@ -145,19 +145,19 @@ def fuse_projections(model: nn.Module, partitioned: bool = False) -> None:
 
 
 class _Heads(torch.autograd.Function):
-    """See `load_qkv_rope_lora.heads_of`."""
+    """See `qkv_rope_lora.qkv_rope_lora`."""
 
     @staticmethod
     def forward(ctx, heads, hidden, B, cos, sin, counts, neighbours):
         ctx.save_for_backward(hidden, B, cos, sin)
         ctx.neighbours = neighbours
-        return torch.ops.chatglm_family.heads_of(heads, hidden, B, cos, sin, counts, neighbours)
+        return torch.ops.chatglm_family.qkv_rope_lora(heads, hidden, B, cos, sin, counts, neighbours)
 
     @staticmethod
     def backward(ctx, *gradients):
         hidden, B, cos, sin = ctx.saved_tensors
         gradients = (gradient.contiguous() for gradient in gradients)
-        gradient = torch.ops.chatglm_family.heads_gradient(*gradients, cos, sin, ctx.neighbours)  # (T, C)
+        gradient = torch.ops.chatglm_family.qkv_rope_lora_backward(*gradients, cos, sin, ctx.neighbours)  # (T, C)
         return gradient, gradient @ B, gradient.t() @ hidden, None, None, None, None
 
 
@@ -207,7 +207,7 @@ def fuse_heads(model: nn.Module) -> None:
             continue
         if all(isinstance(layer, LoraLinear) and layer.is_plain() for layer in layers):
             rank = sum(layer.r[layer.active_adapters[0]] for layer in layers)
-            if kernels.fits(module.head_dim, rank):
+            if kernels.supports_head_dim(module.head_dim, rank):
                 module.__class__ = kind
 
 

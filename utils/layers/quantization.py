@@ -125,7 +125,7 @@ def _cpm_kernels() -> ModuleType | None:
 
         weight = torch.arange(-128, 128, dtype=torch.int8, device="cuda")[None]
         case = weight, weight.new_full((1,), 0.1, dtype=torch.float16), 4, torch.float16
-        if not torch.equal(nvrtc_dequantize.dequantize(*case), dequantize(*case)):
+        if not torch.equal(nvrtc_dequantize.dequantize_with_nvrtc(*case), dequantize(*case)):
             raise RuntimeError("its kernel computes other values")
     except Exception as error:  # of a package that raises what ctypes, pkg_resources and three CUDA libraries do
         reason = str(error).partition("\n")[0]
@@ -143,9 +143,9 @@ def _weight_for(hidden_states: torch.Tensor, weight: torch.Tensor, scale: torch.
     one_pass = dequantize
     if hidden_states.is_cuda and not torch.compiler.is_compiling():
         if _triton_fits(hidden_states):
-            one_pass = _triton_kernels().dequantize
+            one_pass = _triton_kernels().dequantize_with_triton
         elif _cpm_kernels():
-            one_pass = _cpm_kernels().dequantize
+            one_pass = _cpm_kernels().dequantize_with_nvrtc
     return one_pass(weight, scale, bits, hidden_states.dtype)
 
 
@@ -196,7 +196,7 @@ class QuantizedLinear(_ScaledRows, nn.Linear):
         few = hidden_states.numel() <= FEW_ROWS * self.in_features and not hidden_states.requires_grad
         if few and _triton_fits(hidden_states):
             rows = hidden_states.reshape(-1, self.in_features)
-            output = _triton_kernels().quantized_product(rows, self.weight, self.weight_scale, self.bits)
+            output = _triton_kernels().int_weight_gemm(rows, self.weight, self.weight_scale, self.bits)
             output = output.view(*hidden_states.shape[:-1], self.out_features)
         else:
             output = _QuantizedLinearFunction.apply(hidden_states, self.weight, self.weight_scale, self.bits)

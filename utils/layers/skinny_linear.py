@@ -6,12 +6,12 @@ import torch
 from torch import nn
 from transformers.models.glm.modeling_glm import GlmMLP
 
-from utils.kernels.skinny_gemm import ROWS, few_rows_product, fits
+from utils.kernels.skinny_gemm import MAX_ROWS, skinny_gemm, supports_weight
 
 
 def is_for_few(hidden_states: torch.Tensor) -> bool:
     """(B, T, K): whether this is a token of each of few rows."""
-    return hidden_states.shape[1] == 1 and hidden_states.shape[0] <= ROWS
+    return hidden_states.shape[1] == 1 and hidden_states.shape[0] <= MAX_ROWS
 
 
 class FewRowsLinear(nn.Linear):
@@ -24,8 +24,8 @@ class FewRowsLinear(nn.Linear):
         return self.few_rows(hidden_states) if is_for_few(hidden_states) else super().forward(hidden_states)
 
     def few_rows(self, hidden_states: torch.Tensor, gated: bool = False) -> torch.Tensor:
-        """(B, 1, K) -> (B, 1, N), see `few_rows_product`."""
-        return few_rows_product(hidden_states[:, 0].contiguous(), self.weight, self.bias, gated)[:, None]
+        """(B, 1, K) -> (B, 1, N), see `skinny_gemm`."""
+        return skinny_gemm(hidden_states[:, 0].contiguous(), self.weight, self.bias, gated)[:, None]
 
 
 class FewRowsMLP(GlmMLP):
@@ -41,7 +41,7 @@ def convert_layers(layers: Iterable[nn.Module]) -> None:
     """Changes every plain linear layer and gated MLP in `layers` that is worth it, in place."""
     for layer in layers:
         for module in layer.modules():
-            if type(module) is nn.Linear and fits(module.weight):
+            if type(module) is nn.Linear and supports_weight(module.weight):
                 module.__class__ = FewRowsLinear
         for module in layer.modules():
             gated = type(module) is GlmMLP and module.config.hidden_act == "silu"

@@ -63,7 +63,7 @@ def slot_attention(
         (B, 1, H, D).
     """
     if mask.ndim == 1:
-        return load_decode_attention().attend(query, keys, values, mask, scaling)
+        return load_decode_attention().decode_attention(query, keys, values, mask, scaling)
     B, H, _, D = query.shape
     S = mask.shape[-1]
     heads = keys.shape[1]
