@@ -77,12 +77,12 @@ def _heads_kernel(
         is_query, is_value = slot < H, slot >= H + K
         head = tl.where(is_query, slot, tl.where(is_value, slot - H - K, slot - H))
         factor = tl.arange(0, D // 2)[None, :]
-        turns = factor < factors // 2
+        turning = factors // 2
     else:
         is_query, is_value = slot % 3 == 0, slot % 3 == 2
         head = slot // 3
         factor = element
-        turns = factor < factors
+        turning = factors
     inside = token < T
     joint = token * (H + 2 * K) * D + slot * D
     apart = token * tl.where(is_query, H, K) * D + head * D
@@ -101,7 +101,7 @@ def _heads_kernel(
         GAP: tl.constexpr = 1 if NEIGHBOURS else D // 4
         first += tl.dot(hidden, tl.load(row, mask=rank[:, None] < R, other=0.0))
         second += tl.dot(hidden, tl.load(row + GAP * R, mask=rank[:, None] < R, other=0.0))
-    rotates = inside & turns & (is_value == 0)
+    rotates = inside & (factor < tl.where(is_value, 0, turning))
     cos = tl.load(cos_ptr + token * factors + factor, mask=rotates, other=1.0).to(tl.float32)
     sin = tl.load(sin_ptr + token * factors + factor, mask=rotates, other=0.0).to(tl.float32)
     if BACK:
