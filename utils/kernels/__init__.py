@@ -1,36 +1,48 @@
-"""Kernels that need Triton, which not every machine has."""
+"""
+Loaders of the kernels: each returns a module of this room, or None where its kernels cannot run.
+
+`utils.layers` and `utils.inference.engine` call them, and keep torch's operations on None. A kernel runs where Triton
+is installed and the GPU is new enough, or, on a machine without a GPU, by Triton's interpreter where the environment
+has TRITON_INTERPRET=1, which is slow and for tests. utils/layers/quantization.py imports int_weight_gemm.py and
+nvrtc_dequantize.py itself, because CHATGLM_KERNELS chooses between them.
+"""
 
 import importlib
 import importlib.util
+import os
 from types import ModuleType
 
 import torch
 
-CAPABILITY = (8, 0)  # bfloat16 products
-PRODUCT_CAPABILITY = (9, 0)  # on older GPUs it was not measured
+AMPERE = (8, 0)  # the first compute capability with bfloat16 GEMMs
+HOPPER = (9, 0)
 
 
 def load_decode_attention() -> ModuleType | None:
-    """utils/kernels/decode_attention.py, or None where it cannot run."""
-    return _module("decode_attention", CAPABILITY)
+    """Return utils/kernels/decode_attention.py, or None where it cannot run."""
+    return _load("decode_attention", AMPERE)
 
 
 def load_skinny_gemm() -> ModuleType | None:
-    """utils/kernels/skinny_gemm.py, or None where it cannot run or is not known to be worth it."""
-    return _module("skinny_gemm", PRODUCT_CAPABILITY)
+    """Return utils/kernels/skinny_gemm.py, or None before Hopper, where its speed was not measured."""
+    return _load("skinny_gemm", HOPPER)
 
 
 def load_qkv_rope_lora() -> ModuleType | None:
-    """utils/kernels/qkv_rope_lora.py, or None where it cannot run."""
-    return _module("qkv_rope_lora", CAPABILITY)
+    """Return utils/kernels/qkv_rope_lora.py, or None where it cannot run."""
+    return _load("qkv_rope_lora", AMPERE)
 
 
 def load_mlp_activation() -> ModuleType | None:
-    """utils/kernels/mlp_activation.py, or None where it cannot run."""
-    return _module("mlp_activation", CAPABILITY)
+    """Return utils/kernels/mlp_activation.py, or None where it cannot run."""
+    return _load("mlp_activation", AMPERE)
 
 
-def _module(name: str, capability: tuple[int, int]) -> ModuleType | None:
-    if not torch.cuda.is_available() or torch.cuda.get_device_capability() < capability:
+def _load(name: str, capability: tuple[int, int]) -> ModuleType | None:
+    if torch.cuda.is_available():
+        can_run = torch.cuda.get_device_capability() >= capability
+    else:
+        can_run = os.environ.get("TRITON_INTERPRET") == "1"
+    if not can_run or importlib.util.find_spec("triton") is None:
         return None
-    return importlib.import_module(f"{__name__}.{name}") if importlib.util.find_spec("triton") else None
+    return importlib.import_module(f"{__name__}.{name}")

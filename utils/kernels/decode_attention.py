@@ -1,12 +1,19 @@
 """
-Triton kernels for a step of decoding, in which few rows meet all weights and their own cache. Here attention, which
-reads of each slot what is filled; in utils/kernels/skinny_gemm.py products that read their weight once.
+Attention of a decode step: one query token per sequence over its slot of the KV cache, as one Triton kernel.
 
-A kernel's programs that share a result each leave a part and count themselves; the last one puts the parts together.
-On Hopper and newer a kernel is launched while the one before it ends (programmatic dependent launch, CUDA C++
-Programming Guide) and waits before it reads.
+Called by utils/inference/engine/kv_cache.py. The kernel reads only the filled tokens of a slot, so sequences of
+unequal length share one CUDA graph; torch's attention needs a mask and reads the whole slot. flashinfer has a
+maintained kernel, but for a paged cache that the host plans again at each step, while a slot here is contiguous and a
+graph replays without the host.
 
-Shapes: B rows, H query heads, K key/value heads, G = H / K, D head size, S columns of a slot.
+Softmax is computed online (Milakov and Gimelshein, arXiv:1805.02867), in powers of 2. A small batch would leave most
+of a GPU idle, so several programs share the tokens of a slot (as in Flash-Decoding), and the last one combines their
+results.
+
+Shapes: B sequences, H query heads, K key/value heads, G = H / K, D head size, S max_seq_len.
+
+Triton's interpreter runs it from version 3.7.1 on; that of 3.6 cannot loop up to a value that a kernel has loaded
+("only 0-dimensional arrays can be converted to Python scalars").
 """
 
 import torch
@@ -22,24 +29,26 @@ from utils.kernels.triton_utils import (
     wait_for_inputs,
 )
 
-KV_BLOCK = 64  # of a slot, at a time
+KV_BLOCK = 64  # cached tokens that a program loads at a time
+MAX_SPLITS = 16  # programs per slot and key/value head
+LOG2_E = 1.4426950408889634
 
 
 @triton.jit
-def _attention_kernel(
+def _decode_attention_kernel(
     query_ptr,  # (B, K, G, D)
     key_ptr,  # (slots, K, S, D)
-    value_ptr,
-    last_ptr,  # (B,) int64: the last column that is filled
+    value_ptr,  # (slots, K, S, D)
+    last_ptr,  # (B,) int64, index of the last filled token
     output_ptr,  # (B, K, G, D)
-    part_ptr,  # (B * K, SPLITS, G, D) float32
-    log_ptr,  # (B * K, SPLITS, G) float32
+    partial_ptr,  # (B * K, SPLITS, G, D) float32, normalised outputs
+    log_ptr,  # (B * K, SPLITS, G) float32, log2 of their softmax denominators
     count_ptr,  # (B * K,) int32, see `arrival_counters`
     S,
-    scaling,  # with log2(e) in it
+    scaling,  # times log2(e), because the kernel takes powers of 2
     G: tl.constexpr,
     D: tl.constexpr,
-    TILE: tl.constexpr,  # G, at least what a product takes
+    TILE: tl.constexpr,  # G, padded to what `tl.dot` takes
     SPLITS: tl.constexpr,
     BLOCK: tl.constexpr,
     KV_HEADS: tl.constexpr,
@@ -47,94 +56,99 @@ def _attention_kernel(
 ):
     if PDL:
         wait_for_inputs()
-    row_head, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    head, split = tl.program_id(0).to(tl.int64), tl.program_id(1)  # head of B * K
     g, d, s = tl.arange(0, TILE), tl.arange(0, D), tl.arange(0, BLOCK)
-    columns = tl.load(last_ptr + row_head // KV_HEADS).to(tl.int32) + 1
-    share = tl.cdiv(tl.cdiv(columns, SPLITS), BLOCK) * BLOCK
-    first = part * share
-    end = min(columns, first + share)
-    slot = row_head * S * D
-    heads = g[:, None] < G
-    query = tl.load(query_ptr + (row_head * G + g[:, None]) * D + d[None, :], mask=heads, other=0.0)
-    best = tl.full((TILE,), -1e30, tl.float32)
+    length = tl.load(last_ptr + head // KV_HEADS).to(tl.int32) + 1
+    tokens_per_split = tl.cdiv(tl.cdiv(length, SPLITS), BLOCK) * BLOCK
+    first = split * tokens_per_split
+    end = min(length, first + tokens_per_split)
+    slot = head * S * D
+    in_group = g[:, None] < G
+    query = tl.load(query_ptr + (head * G + g[:, None]) * D + d[None, :], mask=in_group, other=0.0)
+    highest = tl.full((TILE,), -1e30, tl.float32)
     total = tl.zeros((TILE,), tl.float32)
     output = tl.zeros((TILE, D), tl.float32)
     for start in range(first, end, BLOCK):
-        known = (start + s) < end
-        place = slot + (start + s[:, None]) * D + d[None, :]
-        key = tl.load(key_ptr + place, mask=known[:, None], other=0.0)
+        filled = (start + s) < end
+        offset = slot + (start + s[:, None]) * D + d[None, :]
+        key = tl.load(key_ptr + offset, mask=filled[:, None], other=0.0)
         scores = tl.dot(query, tl.trans(key)) * scaling
-        scores = tl.where(known[None, :], scores, -1e30)
-        higher = tl.maximum(best, tl.max(scores, 1))
-        weights = tl.where(known[None, :], tl.exp2(scores - higher[:, None]), 0.0)
-        shrink = tl.exp2(best - higher)
-        value = tl.load(value_ptr + place, mask=known[:, None], other=0.0)
+        scores = tl.where(filled[None, :], scores, -1e30)
+        new_highest = tl.maximum(highest, tl.max(scores, 1))
+        weights = tl.where(filled[None, :], tl.exp2(scores - new_highest[:, None]), 0.0)
+        shrink = tl.exp2(highest - new_highest)
+        value = tl.load(value_ptr + offset, mask=filled[:, None], other=0.0)
         output = output * shrink[:, None] + tl.dot(weights.to(value.dtype), value)
         total = total * shrink + tl.sum(weights, 1)
-        best = higher
-    whole = output_ptr + (row_head * G + g[:, None]) * D + d[None, :]
+        highest = new_highest
+    result = output_ptr + (head * G + g[:, None]) * D + d[None, :]
     if SPLITS == 1:
-        tl.store(whole, (output / total[:, None]).to(output_ptr.dtype.element_ty), mask=heads)
+        tl.store(result, (output / total[:, None]).to(output_ptr.dtype.element_ty), mask=in_group)
     else:
-        output = output / tl.maximum(total, 1e-30)[:, None]
-        log = tl.where(total > 0, best + tl.log2(total), -1e30)
-        place = (row_head * SPLITS + part) * G + g
-        tl.store(part_ptr + place[:, None] * D + d[None, :], output, mask=heads)
-        tl.store(log_ptr + place, log, mask=g < G)
-        if is_last_program(count_ptr + row_head, SPLITS):
-            best = tl.full((TILE,), -1e30, tl.float32)
+        output = output / tl.maximum(total, 1e-30)[:, None]  # a split beyond the filled tokens has total 0
+        log = tl.where(total > 0, highest + tl.log2(total), -1e30)
+        offset = (head * SPLITS + split) * G + g
+        tl.store(partial_ptr + offset[:, None] * D + d[None, :], output, mask=in_group)
+        tl.store(log_ptr + offset, log, mask=g < G)
+        if is_last_program(count_ptr + head, SPLITS):
+            highest = tl.full((TILE,), -1e30, tl.float32)
             total = tl.zeros((TILE,), tl.float32)
             output = tl.zeros((TILE, D), tl.float32)
             for other in tl.static_range(SPLITS):
-                place = (row_head * SPLITS + other) * G + g
-                log = tl.load(log_ptr + place, mask=g < G, other=-1e30, cache_modifier=".cg")
-                there = part_ptr + place[:, None] * D + d[None, :]
-                values = tl.load(there, mask=heads, other=0.0, cache_modifier=".cg")
-                higher = tl.maximum(best, log)
-                weight, shrink = tl.exp2(log - higher), tl.exp2(best - higher)
+                offset = (head * SPLITS + other) * G + g
+                # ".cg" loads from L2, where the stores of programs on other multiprocessors are.
+                log = tl.load(log_ptr + offset, mask=g < G, other=-1e30, cache_modifier=".cg")
+                partial = partial_ptr + offset[:, None] * D + d[None, :]
+                values = tl.load(partial, mask=in_group, other=0.0, cache_modifier=".cg")
+                new_highest = tl.maximum(highest, log)
+                weight, shrink = tl.exp2(log - new_highest), tl.exp2(highest - new_highest)
                 output = output * shrink[:, None] + values * weight[:, None]
                 total = total * shrink + weight
-                best = higher
-            tl.store(whole, (output / total[:, None]).to(output_ptr.dtype.element_ty), mask=heads)
+                highest = new_highest
+            tl.store(result, (output / total[:, None]).to(output_ptr.dtype.element_ty), mask=in_group)
 
 
 def decode_attention(
     query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, last: torch.Tensor, scaling: float
 ) -> torch.Tensor:
     """
+    Attention of one query token per sequence over the filled tokens of its slot.
+
     Args:
-        query: (B, H, 1, D) in 16 bits, D a power of 2.
-        keys, values: (slots, K, S, D); the first B slots are read.
-        last: (B,) int64, the last column of each slot that is filled.
+        query: (B, H, 1, D) float16 or bfloat16, D a power of 2.
+        keys: (slots, K, S, D), contiguous, in the dtype of `query`; sequence b has slot b, so slots >= B.
+        values: as `keys`.
+        last: (B,) int64, index in its slot of each sequence's last filled token.
+        scaling: factor of the scores, usually D ** -0.5.
 
     Returns:
-        (B, 1, H, D).
+        (B, 1, H, D) in the dtype of `query`.
     """
     B, H, _, D = query.shape
-    heads, S = keys.shape[1], keys.shape[2]
-    G = H // heads
-    parts = triton.next_power_of_2(min(triton.cdiv(TARGET_PROGRAMS, B * heads), triton.cdiv(S, KV_BLOCK), 16))
+    K, S = keys.shape[1], keys.shape[2]
+    G = H // K
+    splits = triton.next_power_of_2(min(triton.cdiv(TARGET_PROGRAMS, B * K), triton.cdiv(S, KV_BLOCK), MAX_SPLITS))
     output = query.new_empty(B, 1, H, D)
-    part = query.new_empty(B * heads, parts, G, D, dtype=torch.float32) if parts > 1 else output
-    log = query.new_empty(B * heads, parts, G, dtype=torch.float32)
+    partial = query.new_empty(B * K, splits, G, D, dtype=torch.float32) if splits > 1 else output
+    log = query.new_empty(B * K, splits, G, dtype=torch.float32)
     pdl = supports_pdl(query.device)
-    _attention_kernel[(B * heads, parts)](
+    _decode_attention_kernel[(B * K, splits)](
         query.contiguous(),
         keys,
         values,
         last,
         output,
-        part,
+        partial,
         log,
         arrival_counters(query.device),
         S,
-        scaling * 1.4426950408889634,
+        scaling * LOG2_E,
         G=G,
         D=D,
         TILE=max(MIN_TILE_ROWS, triton.next_power_of_2(G)),
-        SPLITS=parts,
+        SPLITS=splits,
         BLOCK=KV_BLOCK,
-        KV_HEADS=heads,
+        KV_HEADS=K,
         PDL=pdl,
         num_warps=4,
         num_stages=3,

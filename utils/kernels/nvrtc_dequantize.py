@@ -1,6 +1,9 @@
 """
-A CUDA C kernel that brings INT8 and INT4 weights (utils/layers/quantization.py) back in one pass, for GPUs that Triton
-does not know: cpm_kernels compiles it at its first use, with NVRTC, and loads it.
+INT8 and INT4 weights in 16 or 32 bits, as a CUDA C kernel for GPUs that Triton does not know.
+
+Called by utils/layers/quantization.py before compute capability 7.5, or with CHATGLM_KERNELS=cpm_kernels. cpm_kernels
+binds NVRTC, which compiles the source below at its first use, and loads the result; the kernels that cpm_kernels ships
+compiled have no code for Hopper.
 
 Importing this module raises what cpm_kernels raises where it does not run: no CUDA driver, no pkg_resources.
 """
@@ -63,13 +66,13 @@ extern "C" __global__ void dequantize(
     }
 }
 """
-NAMES = {torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float32: "float32"}
-THREADS = 256
+TYPE_NAMES = {torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float32: "float32"}
+THREADS = 256  # of a block, which has one row
 
 
 @cache
-def _kernel(capability: tuple[int, int], bits: int, dtype: torch.dtype) -> KernelFunction:
-    name = NAMES[dtype]
+def _compile(capability: tuple[int, int], bits: int, dtype: torch.dtype) -> KernelFunction:
+    name = TYPE_NAMES[dtype]
     options = ["--gpu-architecture=compute_{}{}".format(*capability), f"-DBITS={bits}"]
     options += [f"-DOUTPUT={name}", f"-DCONVERT=to_{name}"]
     program = nvrtc.nvrtcProgram()
@@ -83,21 +86,30 @@ def _kernel(capability: tuple[int, int], bits: int, dtype: torch.dtype) -> Kerne
 
 def dequantize_with_nvrtc(weight: torch.Tensor, scale: torch.Tensor, bits: int, dtype: torch.dtype) -> torch.Tensor:
     """
-    int8 (N, K), or (N, K / 2) for 4 bits, and its scales (N,) float16 -> (N, K) in float16, bfloat16 or float32.
+    The weight, equal to `utils.layers.quantization.dequantize` to the bit.
+
+    Args:
+        weight: int8 (N, K), or (N, K / 2) for 4 bits, on a GPU.
+        scale: (N,) float16.
+        bits: 8 or 4.
+        dtype: float16, bfloat16 or float32.
+
+    Returns:
+        (N, K) in `dtype`.
 
     Raises:
         RuntimeError: NVRTC or the driver refuses, or is not found.
     """
-    rows, columns = weight.shape
-    output = weight.new_empty(rows, columns * 8 // bits, dtype=dtype)
+    N, stored_columns = weight.shape
+    output = weight.new_empty(N, stored_columns * 8 // bits, dtype=dtype)
     with torch.cuda.device(weight.device):
-        cudart.cudaSetDevice(weight.device.index)  # cpm_kernels' CUDA runtime is another one than torch's
+        cudart.cudaSetDevice(weight.device.index)  # cpm_kernels has a CUDA runtime of its own
         arguments = [ctypes.c_void_p(tensor.data_ptr()) for tensor in (weight, scale, output)]
-        _kernel(torch.cuda.get_device_capability(), bits, dtype)(
-            (rows, 1, 1),
+        _compile(torch.cuda.get_device_capability(), bits, dtype)(
+            (N, 1, 1),
             (THREADS, 1, 1),
             0,
             torch.cuda.current_stream().cuda_stream,
-            [*arguments, ctypes.c_int(columns)],
+            [*arguments, ctypes.c_int(stored_columns)],
         )
     return output

@@ -1,4 +1,10 @@
-"""What the decode kernels share: programs that count themselves, and programmatic dependent launch."""
+"""
+What the decode kernels share: tile sizes, results split over programs, and programmatic dependent launch (PDL).
+
+Used by decode_attention.py and skinny_gemm.py. Programs that share a result store partial results and count
+themselves; the last one combines them, which saves a second kernel. With PDL a kernel starts while the one before it
+ends (CUDA C++ Programming Guide, "Programmatic Dependent Launch and Synchronization").
+"""
 
 from functools import cache
 
@@ -6,33 +12,37 @@ import torch
 import triton
 import triton.language as tl
 
-MIN_TILE_ROWS = 16  # rows of the smallest tile of a product
-TARGET_PROGRAMS = 512  # that keep a GPU busy with reading
+MIN_TILE_ROWS = 16  # `tl.dot` takes no fewer
+TARGET_PROGRAMS = 512  # enough to saturate memory bandwidth
 
 
 @cache
 def supports_pdl(device: torch.device) -> bool:
-    """Whether the GPU knows programmatic dependent launch."""
-    return torch.cuda.get_device_capability(device) >= (9, 0)
+    """Whether the device has programmatic dependent launch: Hopper and newer GPUs."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 @cache
 def arrival_counters(device: torch.device) -> torch.Tensor:
-    """(TARGET_PROGRAMS,) int32, zeros between two kernels: how many programs have left their part of a result."""
+    """
+    Counters (TARGET_PROGRAMS,) int32 for `is_last_program`, all 0 between two kernels.
+
+    All kernels of a device share them, which is right as long as one kernel runs at a time.
+    """
     return torch.zeros(TARGET_PROGRAMS, dtype=torch.int32, device=device)
 
 
 @triton.jit
 def wait_for_inputs():
-    """Behind it what earlier kernels wrote is there; the next kernel may start, and wait in its turn."""
+    """PDL barrier: wait for prior kernels' writes, then let the next kernel launch."""
     tl.extra.cuda.gdc_wait()
     tl.extra.cuda.gdc_launch_dependents()
 
 
 @triton.jit
 def is_last_program(count_ptr, SPLITS: tl.constexpr):
-    """Whether the parts of all programs are there, this one's, stored before, too; the last finds the count at 0."""
-    tl.debug_barrier()
+    """True in the last program to arrive; resets the counter. Store this program's partial result first."""
+    tl.debug_barrier()  # every thread of the program has stored its share
     last = tl.atomic_add(count_ptr, 1, sem="acq_rel") == SPLITS - 1
     if last:
         tl.store(count_ptr, 0)
