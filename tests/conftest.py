@@ -18,6 +18,8 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ROOT / "data" / "chatglm-tiny"
 GOLDEN = ROOT / "tests" / "golden"
+# Triton's interpreter needs a process of its own: `pytest tests/kernels`, which `make test` runs too.
+collect_ignore = ["kernels"]
 LONGEST = (
     *("test_readme", "test_family", "test_optimize", "test_configs", "test_demo", "test_resume", "test_answers"),
     *("test_memory", "test_training", "test_watchdog", "test_inference", "test_merge_export", "test_data_faults"),

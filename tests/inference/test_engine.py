@@ -1,12 +1,11 @@
 """The engine's greedy answers are those of plain `generate`, whatever shares the batch."""
 
 import gc
-import sys
 import weakref
 
 import pytest
 import torch
-from conftest import ROOT, TEXTS, TINY, attend_row_by_row
+from conftest import TEXTS, TINY, attend_row_by_row
 
 from tools.random_checkpoint import random_model
 from utils.checkpoint.model import load_model
@@ -78,12 +77,6 @@ def test_reads_are_of_few_sizes():
     sizes = {read_size(tokens) for tokens in range(1, MOST_READ + 1)}
     assert len(sizes) == 11 and max(sizes) == MOST_READ
     assert all(tokens <= read_size(tokens) < max(1.5 * tokens + 1, 129) for tokens in range(1, 10000))
-
-
-def test_kernels_of_a_step(run_command):
-    """By Triton's interpreter without a GPU, where Triton is installed; torch without a GPU comes without it."""
-    pytest.importorskip("triton")
-    assert "equal" in run_command(f"{sys.executable} {ROOT}/tests/kernels/decode_kernels_check.py").check().out
 
 
 @pytest.mark.parametrize("made", [trained_chatglm, random_glm])

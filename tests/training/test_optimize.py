@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, attend_row_by_row
+from conftest import attend_row_by_row
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 
@@ -206,33 +206,6 @@ def test_throughput_counts_since_the_first_step(monkeypatch):
     assert found["tokens_per_second"] == 15.0 and found["padding"] == 0.25
     assert throughput.seconds_left(3) == 12
     assert throughput.read() == {}
-
-
-def test_kernels_over_integers(run_command, tmp_path):
-    """By Triton's interpreter, where Triton is installed; torch without a GPU comes without it."""
-    pytest.importorskip("triton")
-    script = tmp_path / "kernels.py"
-    script.write_text(
-        f"""
-import sys
-sys.path.insert(0, {str(ROOT)!r})
-import torch
-from utils.kernels import int_weight_gemm
-from utils.layers.quantization import dequantize, quantize
-torch.manual_seed(0)
-for bits in (8, 4):
-    for M, N, K in ((3, 70, 300), (17, 64, 256)):
-        weight, scale = quantize(torch.randn(N, K) * 0.1, bits)
-        x, full = torch.randn(M, K).half(), dequantize(weight, scale, bits, torch.float16)
-        assert int_weight_gemm.dequantize_with_triton(weight, scale, bits, torch.float16).equal(full)
-        expected = x.float() @ full.float().T
-        actual = int_weight_gemm.int_weight_gemm(x, weight, scale, bits).float()
-        assert (actual - expected).norm() <= 1e-3 * expected.norm()
-print("equal")
-""",
-        encoding="utf-8",
-    )
-    assert "equal" in run_command(f"{sys.executable} {script}", TRITON_INTERPRET="1").check().out
 
 
 hopper = pytest.mark.skipif(

@@ -1,0 +1,116 @@
+"""Layers whose loaders find the kernels: MLPs, attention with adapters and skinny linear layers, beside stock ones."""
+
+import copy
+
+import pytest
+import torch
+from kernel_checks import DEVICE, DTYPE, FP8_ROUNDING, ON_GPU, ROUNDING, assert_close, random
+from transformers import GlmConfig, GlmForCausalLM
+from transformers.models.glm.modeling_glm import GlmAttention, GlmMLP, GlmRotaryEmbedding
+
+from utils.kernels import skinny_gemm
+from utils.layers import fused_mlp, fused_qkv, skinny_linear
+from utils.layers.fp8 import convert_to_fp8
+from utils.layers.fused_qkv import fuse_projections
+from utils.lora.adapter import attach_adapter
+from utils.models import ChatGLMConfig, ChatGLMForConditionalGeneration
+from utils.models.modeling_chatglm import ChatGLMAttention, ChatGLMMLP, ChatGLMRotaryEmbedding
+
+MLP_LAYERS = ("gate_up_proj", "down_proj", "dense_h_to_4h", "dense_4h_to_h")
+MLPS = {
+    "GLM": lambda: GlmMLP(GlmConfig(hidden_size=512, intermediate_size=1200, hidden_act="silu")),
+    "ChatGLM-6B": lambda: ChatGLMMLP(ChatGLMConfig(hidden_size=512, inner_hidden_size=2048)),
+}
+fp8_on_a_gpu = pytest.mark.skipif(not ON_GPU, reason="torch multiplies FP8 matrices on a GPU alone")
+
+
+@pytest.mark.parametrize("is_fp8", [False, pytest.param(True, marks=fp8_on_a_gpu)])
+@pytest.mark.parametrize("family", MLPS)
+def test_fused_mlp(family, is_fp8):
+    fused = MLPS[family]().to(DEVICE, DTYPE).requires_grad_(False)
+    exact = copy.deepcopy(fused).float()
+    if is_fp8:
+        convert_to_fp8(fused, MLP_LAYERS, trains=True)
+    fused_mlp.fuse_mlps(fused)
+    assert type(fused) is not type(exact)
+    hidden_states = random(2, 40, 512).requires_grad_()
+    exact_states = hidden_states.detach().float().requires_grad_()
+    gradient = torch.randn_like(hidden_states)
+    output, expected = fused(hidden_states), exact(exact_states)
+    output.backward(gradient)
+    expected.backward(gradient.float())
+    tolerance = 3 * FP8_ROUNDING if is_fp8 else 2 * ROUNDING
+    assert_close(output.detach(), expected.detach(), tolerance)
+    assert_close(hidden_states.grad, exact_states.grad, tolerance)
+
+
+def test_skinny_mlp():
+    """For one token of each of few sequences, and for more tokens, which stay with torch."""
+    config = GlmConfig(hidden_size=512, intermediate_size=2048, hidden_act="silu")
+    converted = GlmMLP(config).to(DEVICE, DTYPE).requires_grad_(False)
+    exact = copy.deepcopy(converted).float()
+    skinny_linear.convert_layers([converted])
+    assert type(converted) is skinny_linear.FewRowsMLP
+    assert {type(layer) for layer in (converted.gate_up_proj, converted.down_proj)} == {skinny_linear.FewRowsLinear}
+    for shape in ((3, 1, 512), (1, 3, 512), (skinny_gemm.MAX_ROWS + 1, 1, 512)):
+        hidden_states = random(*shape)
+        assert_close(converted(hidden_states), exact(hidden_states.float()), 4 * ROUNDING)
+
+
+ADAPTER_DTYPE, ADAPTER_TOLERANCE = (torch.bfloat16, 2 * ROUNDING) if ON_GPU else (torch.float32, 1e-5)
+
+
+def chatglm(hidden_size: int, head_count: int):
+    config = ChatGLMConfig(
+        hidden_size=hidden_size, num_attention_heads=head_count, vocab_size=64, num_layers=1, inner_hidden_size=64,
+        bos_token_id=1, eos_token_id=2, mask_token_id=3, gmask_token_id=4, pad_token_id=0,
+    )  # fmt: skip
+    return ChatGLMForConditionalGeneration(config), ["query_key_value"], ChatGLMRotaryEmbedding(config)
+
+
+def glm(key_heads: int, rotated_share: float):
+    config = GlmConfig(
+        hidden_size=192, num_attention_heads=4, num_key_value_heads=key_heads, head_dim=64, num_hidden_layers=1,
+        intermediate_size=64, vocab_size=64, attention_bias=True, pad_token_id=0,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": rotated_share},
+    )  # fmt: skip
+    return GlmForCausalLM(config), ["q_proj", "k_proj", "v_proj"], GlmRotaryEmbedding(config).to(DEVICE)
+
+
+@pytest.mark.parametrize(
+    "build, sizes",
+    [(chatglm, (256, 4)), (chatglm, (96, 3)), (glm, (2, 0.5)), (glm, (4, 1.0)), (glm, (1, 0.25))],
+    ids=[
+        "ChatGLM-6B, 4 heads",
+        "ChatGLM-6B, 3 heads",
+        "GLM, half rotated",
+        "GLM, all rotated",
+        "GLM, a quarter rotated",
+    ],
+)
+def test_attention_with_adapters(build, sizes):
+    """Query, key and value of 2 x 70 tokens, the gradients of the inputs and of the adapters."""
+    model, targets, rotary = build(*sizes)
+    model = attach_adapter(model.to(ADAPTER_DTYPE), 4, 8, 0.0, targets, seed=0)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    fuse_projections(model)
+    plain = next(module for module in model.modules() if isinstance(module, GlmAttention | ChatGLMAttention))
+    plain = plain.to(DEVICE)
+    fused = copy.deepcopy(plain)
+    fused_qkv.fuse_heads(fused)
+    assert type(fused) is not type(plain)
+    positions = torch.randint(0, 500, (2, 2, 70) if build is chatglm else (2, 70), device=DEVICE)
+    factors = rotary(torch.zeros(1, device=DEVICE, dtype=ADAPTER_DTYPE), positions)
+    hidden_states = torch.randn(2, 70, model.config.hidden_size, device=DEVICE, dtype=ADAPTER_DTYPE)
+    results = []
+    for module in (plain, fused):
+        inputs = hidden_states.clone().requires_grad_()
+        outputs = torch.cat([heads.flatten(0, 1) for heads in module.heads_of(inputs, factors)])
+        outputs.backward(torch.sin(torch.arange(outputs.numel(), device=DEVICE)).view(outputs.shape).to(outputs))
+        trained = [parameter.grad for _, parameter in sorted(module.named_parameters()) if parameter.requires_grad]
+        assert trained and all(gradient is not None and gradient.norm() > 0 for gradient in trained)
+        results.append((outputs.detach(), inputs.grad, *trained))
+    for expected, actual in zip(*results, strict=True):
+        assert_close(actual, expected, ADAPTER_TOLERANCE)
