@@ -273,5 +273,5 @@ def prepare_model(
 
 
 if __name__ == "__main__":
-    run(main, go_on="no step was made; run the same command again")
+    run(main, after_signal="no step was made; run the same command again")
     shut_down()

@@ -153,4 +153,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main, go_on="run the same command again: the outputs appear whole or not at all")
+    run(main, after_signal="run the same command again: the outputs appear whole or not at all")

@@ -27,7 +27,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from utils.checkpoint.directory import add_model_flags, choose_generation
 from utils.checkpoint.tokenizer import load_tokenizer
-from utils.common.code_caches import own_cache
+from utils.common.code_caches import user_cache
 from utils.common.errors import Faults, UsageError
 from utils.common.terminal import escape_controls
 from utils.inference.arguments import check_sampling, resolve_dtype
@@ -339,7 +339,7 @@ def main() -> None:
         talk(open_chat(args), choices)
         return
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
-    os.environ.setdefault("GRADIO_TEMP_DIR", str(own_cache("gradio")))  # by default /tmp/gradio, which is everybody's
+    os.environ.setdefault("GRADIO_TEMP_DIR", str(user_cache("gradio")))  # by default /tmp/gradio, which is everybody's
     try:
         import gradio  # noqa: F401
     except ImportError:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from utils.common.code_caches import own_cache
+from utils.common.code_caches import user_cache
 from utils.common.errors import UsageError
 
 try:
@@ -18,7 +18,7 @@ except ImportError as error:
     raise UsageError(f"{error.name} is not installed: pip install -r tools/requirements.txt") from None
 
 jieba.setLogLevel(logging.WARNING)
-jieba.dt.tmp_dir = str(own_cache("jieba"))  # its words, as Python objects; by default in /tmp, whoever put them there
+jieba.dt.tmp_dir = str(user_cache("jieba"))  # its words, as Python objects; by default in /tmp, whoever put them there
 ROUGE = ("rouge1", "rouge2", "rougeL")
 CONFIDENCE = (2.5, 97.5)  # percent
 RESAMPLES = 1000

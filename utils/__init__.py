@@ -1,10 +1,10 @@
 """
-What the scripts share. Importing it settles what other libraries read when they are imported, so it comes first.
+The library of the scripts. Importing it sets the environment that other libraries read when they are imported.
 
-Compiled code is loaded from the user's own directories. Files are data, whichever library reads them. What a terminal
-cannot show is escaped. Progress bars are for a person at a terminal: elsewhere, and on ranks other than 0, there are
-none. Deprecations between other libraries are theirs to mend. A signal, or memory that runs out, ends a script's
-imports with one line.
+So a script imports `utils.common.script` before torch and transformers. What is set: directories for compiled code
+that only this user can write to; no pickle runs code, whichever library loads it (DeepSpeed opens its checkpoints with
+`weights_only=False`); no output encoding ends a run; no progress bars except for a person at a terminal, on rank 0; no
+deprecation warnings between other libraries. In a script, a signal or exhausted memory ends the imports with one line.
 """
 
 import io
@@ -13,22 +13,22 @@ import sys
 import warnings
 
 from utils.common.code_caches import use_private_caches
-from utils.common.errors import explain_uncaught
-from utils.common.interrupts import answer_during_imports, explain_bus_errors, is_script
+from utils.common.machine_faults import explain_uncaught
+from utils.common.signals import explain_bus_errors, handle_signals_during_imports, is_script
 
 if is_script():
-    answer_during_imports()
+    handle_signals_during_imports()
     explain_bus_errors()
     sys.excepthook = explain_uncaught
 use_private_caches()
 for stream in (sys.stdout, sys.stderr):
-    if isinstance(stream, io.TextIOWrapper):  # else GBK or Latin-1 would end the run
+    if isinstance(stream, io.TextIOWrapper):  # otherwise a character that GBK or Latin-1 lacks would end the run
         stream.reconfigure(errors="backslashreplace")
 
 if os.environ.get("RANK", "0") != "0" or not sys.stderr.isatty():
     for variable in ("TQDM_DISABLE", "HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS"):
         os.environ.setdefault(variable, "1")
 os.environ.setdefault("DS_LOG_LEVEL", "error")
-os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a dead process's store and sockets, with C++ stacks
-os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"  # no pickle runs code, whoever loads it: DeepSpeed would let it
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # C++ stack traces about the sockets of a process that died
+os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
 warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.|transformers\.|deepspeed\.|accelerate\.")

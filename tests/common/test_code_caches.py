@@ -1,4 +1,4 @@
-"""Code that libraries compiled is loaded from the user's own directories, whoever prepared others."""
+"""Compiled code is loaded only from directories that other users cannot write to."""
 
 import json
 import os
@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-from utils.common.code_caches import is_own, own_cache, use_private_caches
+from utils.common.code_caches import is_user_owned, use_private_caches, user_cache
 
 OTHER = 65534  # nobody
 VARIABLES = ("TORCHINDUCTOR_CACHE_DIR", "TORCH_EXTENSIONS_DIR", "TRITON_CACHE_DIR")
@@ -19,14 +19,14 @@ as_root = pytest.mark.skipif(os.geteuid() != 0, reason="plays another user")
 
 @pytest.fixture
 def home():
-    """A home directory; those of tmp_path lie below a directory of /tmp too."""
+    """A home directory directly below /tmp."""
     with tempfile.TemporaryDirectory(dir="/tmp") as directory:
         (Path(directory) / ".cache").mkdir()
         yield Path(directory)
 
 
-def settled(home, **variables):
-    """What a script's environment says of caches, and its stderr."""
+def caches_of_a_script(home, **variables):
+    """Return the cache variables after `import utils` (dict) and its stderr."""
     environment = {name: value for name, value in os.environ.items() if name not in (*VARIABLES, "XDG_CACHE_HOME")}
     code = f"import json, os, utils; print(json.dumps([[v, os.environ.get(v)] for v in {VARIABLES}]))"
     done = subprocess.run(
@@ -41,20 +41,20 @@ def settled(home, **variables):
 
 
 def test_compiled_code_lies_below_home(home):
-    found, stderr = settled(home)
-    assert found == {VARIABLES[0]: f"{home}/.cache/torchinductor", VARIABLES[1]: None, VARIABLES[2]: None}
+    variables, stderr = caches_of_a_script(home)
+    assert variables == {VARIABLES[0]: f"{home}/.cache/torchinductor", VARIABLES[1]: None, VARIABLES[2]: None}
     assert stderr == ""
-    assert settled(home, TORCHINDUCTOR_CACHE_DIR="/elsewhere")[0][VARIABLES[0]] == "/elsewhere"
-    assert settled(home, XDG_CACHE_HOME=f"{home}/x")[0][VARIABLES[0]] == f"{home}/x/torchinductor"
+    assert caches_of_a_script(home, TORCHINDUCTOR_CACHE_DIR="/elsewhere")[0][VARIABLES[0]] == "/elsewhere"
+    assert caches_of_a_script(home, XDG_CACHE_HOME=f"{home}/x")[0][VARIABLES[0]] == f"{home}/x/torchinductor"
 
 
-def test_a_home_that_everybody_has():
-    """A container whose HOME is /tmp: the caches go with the process."""
-    found, stderr = settled("/tmp")
+def test_a_home_that_everybody_can_write_to():
+    """A container whose HOME is /tmp: the caches are removed with the process."""
+    variables, stderr = caches_of_a_script("/tmp")
     assert len(stderr.splitlines()) == 1 and "/tmp/.cache/torchinductor (TORCHINDUCTOR_CACHE_DIR)" in stderr
-    directories = {Path(found[variable]).parent for variable in VARIABLES}
+    directories = {Path(variables[variable]).parent for variable in VARIABLES}
     assert len(directories) == 1 and not directories.pop().exists()
-    assert settled("/nowhere/~", XDG_CACHE_HOME="~")[1]
+    assert caches_of_a_script("/nowhere/~", XDG_CACHE_HOME="~")[1]
 
 
 @as_root
@@ -73,10 +73,10 @@ def test_a_home_that_everybody_has():
         lambda home: (home / ".cache" / "torchinductor").touch(),
     ],
 )
-def test_what_others_own_or_can_write_to_is_not_used(home, prepare, monkeypatch):
+def test_a_directory_that_others_can_write_to_is_not_used(home, prepare, monkeypatch):
     prepare(home)
-    found, stderr = settled(home)
-    assert not found["TORCHINDUCTOR_CACHE_DIR"].startswith(str(home)) and "torchinductor" in stderr
+    variables, stderr = caches_of_a_script(home)
+    assert not variables["TORCHINDUCTOR_CACHE_DIR"].startswith(str(home)) and "torchinductor" in stderr
 
 
 def make(path):
@@ -91,33 +91,34 @@ def link(path, target):
 
 
 @as_root
-def test_a_sticky_directory_on_the_way(home):
+def test_a_sticky_parent_is_safe(home):
     (home / "sticky").mkdir()
     os.chmod(home / "sticky", 0o1777)
     own = make(home / "sticky" / "own")
-    assert is_own(own) and is_own(own / "new") and not is_own(home / "sticky" / "new")
+    assert is_user_owned(own) and is_user_owned(own / "new") and not is_user_owned(home / "sticky" / "new")
     os.chmod(home / "sticky", 0o777)
-    assert not is_own(own)
+    assert not is_user_owned(own)
 
 
 @as_root
-def test_words_of_others_are_not_loaded(home, monkeypatch):
-    """jieba loads its words from /tmp by default."""
+def test_jieba_loads_no_dictionary_of_others(home, monkeypatch):
+    """jieba caches its dictionary, pickled, in /tmp by default."""
     import jieba
 
     import tools.scores  # noqa: F401
 
-    assert Path(jieba.dt.tmp_dir) != Path(tempfile.gettempdir()) and is_own(Path(jieba.dt.tmp_dir))
+    assert Path(jieba.dt.tmp_dir) != Path(tempfile.gettempdir()) and is_user_owned(Path(jieba.dt.tmp_dir))
     monkeypatch.setenv("XDG_CACHE_HOME", str(home / ".cache"))
     assert (
-        own_cache("words") == home / ".cache" / "words" and (home / ".cache" / "words").stat().st_mode & 0o777 == 0o700
+        user_cache("words") == home / ".cache" / "words"
+        and (home / ".cache" / "words").stat().st_mode & 0o777 == 0o700
     )
     os.chown(home / ".cache" / "words", OTHER, OTHER)
-    assert home not in own_cache("words").parents and is_own(own_cache("words"))
+    assert home not in user_cache("words").parents and is_user_owned(user_cache("words"))
 
 
-def test_torch_and_triton_ask_these_variables(home, monkeypatch):
-    """The names are the libraries' own."""
+def test_torch_and_triton_read_these_variables(home, monkeypatch):
+    """The libraries define these names."""
     from torch._inductor.runtime.cache_dir_utils import cache_dir, triton_cache_dir
 
     for variable in VARIABLES:

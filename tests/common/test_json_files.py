@@ -1,4 +1,4 @@
-"""Side files of another shape: each is one line that names the file."""
+"""A side file that is not as expected gives one line that names the file."""
 
 import os
 
@@ -23,7 +23,7 @@ from utils.common.json_files import MAX_BYTES, read_json_object
         (b'{"template": 3}', "'template' is int, not str"),
     ],
 )
-def test_other_shapes(tmp_path, content, fault):
+def test_faults_of_a_file(tmp_path, content, fault):
     file = tmp_path / "side.json"
     file.write_bytes(content)
     with pytest.raises(UsageError, match=fault) as caught:
@@ -31,7 +31,7 @@ def test_other_shapes(tmp_path, content, fault):
     assert str(file) in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_not_a_plain_file(tmp_path):
+def test_a_file_that_is_not_plain_is_refused(tmp_path):
     os.mkfifo(tmp_path / "fifo")  # opened, it would wait for a writer
     with (tmp_path / "sparse").open("wb") as sparse:
         sparse.truncate(MAX_BYTES + 1)
@@ -40,7 +40,7 @@ def test_not_a_plain_file(tmp_path):
             read_json_object(tmp_path / name)
 
 
-def test_reads(tmp_path):
+def test_reads_a_file_with_a_byte_order_mark(tmp_path):
     file = tmp_path / "side.json"
     file.write_text('\ufeff{"template": "native", "more": 1}', encoding="utf-8")
     assert read_json_object(file, {"template": str, "more": (int, float)}) == {"template": "native", "more": 1}

@@ -1,4 +1,4 @@
-"""A full disk, memory that ran out, an output directory that is gone: one line with the cause, exit code 1."""
+"""A full disk, exhausted memory or a removed output directory ends a script with one line and exit code 1."""
 
 import contextlib
 import errno
@@ -17,7 +17,8 @@ from conftest import ROOT, TINY
 from safetensors.torch import save_file
 from transformers import Trainer
 
-from utils.common.errors import RunError, UsageError, explain_machine_fault
+from utils.common.errors import RunError, UsageError
+from utils.common.machine_faults import explain_machine_fault
 from utils.training.checkpoints import find_damage, list_checkpoints
 
 
@@ -32,9 +33,9 @@ def train(run_script, tokens):
     return run
 
 
-@pytest.mark.parametrize("small_disk", ["600k"], indirect=True)  # a checkpoint takes 170
+@pytest.mark.parametrize("small_disk", ["600k"], indirect=True)  # a checkpoint takes 170k
 def test_training_on_a_full_disk(train, small_disk):
-    """The checkpoints before are whole, nothing half written takes space, and with space it goes on."""
+    """Older checkpoints stay complete, nothing half written stays, and with free space the run resumes."""
     output_dir = small_disk / "run"
     result = train(output_dir)
     assert result.code == 1 and "Traceback" not in result.err
@@ -45,8 +46,8 @@ def test_training_on_a_full_disk(train, small_disk):
     train(output_dir, "--save_total_limit 1 --resume_from_checkpoint latest").check()
 
 
-def test_an_output_directory_that_is_removed(train, tmp_path, monkeypatch):
-    """The next checkpoint makes it again, or one line says that it is gone."""
+def test_an_output_directory_that_is_removed_during_training(train, tmp_path, monkeypatch):
+    """The next checkpoint creates it again, or one line says that it is gone."""
     training_step, steps = Trainer.training_step, []
 
     def training_step_and_remove(*args, **kwargs):
@@ -92,16 +93,16 @@ TENSORS = {"a": torch.zeros(100_000)}
         (lambda path: bytearray(1 << 60), "memory ran out (MemoryError)"),
     ],
 )
-def test_what_libraries_say_of_it(tmp_path, capsys, monkeypatch, fail, words):
-    """Their own errors, with a disk or a limit that makes them."""
+def test_faults_that_libraries_report(tmp_path, capsys, monkeypatch, fail, words):
+    """Real errors of each library, provoked by a device or a limit."""
     monkeypatch.setattr(sys, "argv", ["script.py"])
     with limited(resource.RLIMIT_FSIZE, 1000), pytest.raises(SystemExit) as end:
         run(lambda: fail(tmp_path))
-    said = capsys.readouterr().err
-    assert end.value.code == 1 and said.count("\n") == 1 and words in said, said
+    stderr = capsys.readouterr().err
+    assert end.value.code == 1 and stderr.count("\n") == 1 and words in stderr, stderr
 
 
-def test_causes_are_looked_for_below_what_they_led_to():
+def test_the_first_error_of_a_chain_is_explained():
     def chained(first, second):
         try:
             try:
@@ -119,11 +120,11 @@ def test_causes_are_looked_for_below_what_they_led_to():
     assert "CUDA out of memory" in explain_machine_fault(torch.OutOfMemoryError("CUDA out of memory. Tried to"))
 
 
-def test_a_dataset_that_is_cut_off_while_it_is_read(tmp_path):
-    """It lies in memory by its file: the process cannot go on, and says why."""
+def test_a_memory_mapped_file_that_is_cut_off(tmp_path):
+    """The process cannot continue, and says why."""
     (tmp_path / "rows").write_bytes(b"x" * 100_000)
     read = (
-        "import os, sys, numpy; from utils.common.interrupts import explain_bus_errors; explain_bus_errors()\n"
+        "import os, sys, numpy; from utils.common.signals import explain_bus_errors; explain_bus_errors()\n"
         "rows = numpy.memmap(sys.argv[1], mode='r'); os.truncate(sys.argv[1], 0); rows.sum()"
     )
     result = subprocess.run(

@@ -1,4 +1,4 @@
-"""What is printed reaches any terminal: whatever its encoding, and whatever names and texts hold."""
+"""Output is safe on any terminal, whatever its encoding and whatever file names and texts contain."""
 
 import json
 import os
@@ -22,8 +22,8 @@ from utils.data.shards import parts_directory
 from utils.inference.merge_export import merge_and_save
 from utils.training.run_log import keep_log
 
-UNDECODABLE = os.fsdecode(b"gb\xb0\xa1")  # a name in GBK, which Linux has no encoding for
-SCREEN = "\x1b[2J\x1b]0;title\x07"  # clears it and names it
+UNDECODABLE = os.fsdecode(b"gb\xb0\xa1")  # a file name in GBK: Linux does not say in which encoding
+SCREEN = "\x1b[2J\x1b]0;title\x07"  # clears the screen and sets its title
 
 
 @pytest.mark.parametrize("encoding", ("gbk", "latin-1", "ascii", "utf-8", "ascii:surrogateescape"))
@@ -42,15 +42,15 @@ def test_stdout_takes_any_text(encoding):
         assert printed.decode(name).strip() == text.encode(name, "backslashreplace").decode(name)
 
 
-def test_every_script_settles_its_output_first():
-    """Importing utils does it."""
+def test_every_script_that_prints_imports_utils():
+    """Importing utils makes its output safe."""
     scripts = [*ROOT.glob("*.py"), *ROOT.glob("tools/*.py"), *ROOT.glob("benchmarks/*.py")]
     printing = [path for path in scripts if "print(" in path.read_text(encoding="utf-8")]
     assert len(printing) >= 12
     assert not [path for path in printing if "\nfrom utils" not in path.read_text(encoding="utf-8")]
 
 
-def test_control_characters_are_shown():
+def test_control_characters_are_escaped():
     assert escape_controls(f"a{SCREEN}b\r\x9b0m\u202ec\n\td") == "a\\x1b[2J\\x1b]0;title\\x07b\\r\\x9b0m\\u202ec\n\td"
     assert one_line("a\n\tb\u2028c") == "a\\n\\tb\\u2028c"
     assert escape_controls("你好,'😀' \\n") == "你好,'😀' \\n"
@@ -70,7 +70,7 @@ def test_a_name_of_several_lines_is_one_line(run_script, tmp_path, capsys):
 
 
 def test_undecodable_names_are_kept(tmp_path):
-    """In JSON and in the log; each can be read back."""
+    """JSON and the log keep file names that are not UTF-8, and both can be read back."""
     with atomic_writer(tmp_path / "rows.jsonl") as file:
         file.write(dump_row({"file": UNDECODABLE}))
     rejections = Rejections(str(tmp_path / "out"))
@@ -97,7 +97,7 @@ def test_data_under_undecodable_names(run_script, tmp_path):
 
 
 def test_weights_under_undecodable_names_are_refused(run_script, tmp_path, tokens):
-    """safetensors and sentencepiece take no such path; found before a model loads."""
+    """safetensors and sentencepiece accept no such path; the fault is reported before a model loads."""
     shutil.copytree(TINY, tmp_path / UNDECODABLE)
     bad = "gb\\udcb0\\udca1: the name is not UTF-8"
     with pytest.raises(UsageError, match="the name is not UTF-8"):
@@ -109,7 +109,7 @@ def test_weights_under_undecodable_names_are_refused(run_script, tmp_path, token
         merge_and_save(str(TINY), "adapter", tmp_path / UNDECODABLE / "merged", None)
 
 
-def test_a_literal_name_is_no_pattern(tmp_path, monkeypatch):
+def test_an_existing_name_is_not_a_pattern(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("rows[1].jsonl", "rows1.jsonl", "data[1]/a.json", "data[1]/b[2].json", "data1/c.json", "d/e?.json"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -122,8 +122,8 @@ def test_a_literal_name_is_no_pattern(tmp_path, monkeypatch):
     assert input_paths(["data?/*.json"]) == ["data1/c.json"]
 
 
-def test_work_of_other_datasets_stays(tmp_path):
-    """A dataset named like a pattern removes its own unfinished work, not that of those whose names fit it."""
+def test_unfinished_work_of_other_datasets_stays(tmp_path):
+    """A dataset named like a pattern removes its own unfinished work, not that of datasets that match it."""
     others = tmp_path / ".ab.key.parts"
     others.mkdir()
     (others / "lock").touch()
@@ -134,7 +134,7 @@ def test_work_of_other_datasets_stays(tmp_path):
     assert others.is_dir() and not (tmp_path / ".a*.key.parts").exists()
 
 
-def test_the_demo_empties_its_own_directory_alone(tmp_path):
+def test_the_demo_empties_only_its_own_directory(tmp_path):
     (tmp_path / "thesis.txt").touch()
     with pytest.raises(UsageError, match="holds other files"):
         empty_directory(tmp_path)

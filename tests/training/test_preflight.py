@@ -5,7 +5,7 @@ import os
 import re
 import socket
 
-from utils.common.script import take_debug_flag
+from utils.common.script import take_traceback_flag
 
 import datasets
 import pytest
@@ -220,12 +220,16 @@ def test_a_directory_of_something_else(run_script, tokens, faults, tmp_path):
     assert (tmp_path / "a" / "adapter_model.safetensors").read_bytes() == before
 
 
-def test_debug_shows_where(run_script):
+@pytest.mark.parametrize("flag", ("--traceback", "--debug"))
+def test_the_traceback_is_shown_on_demand(run_script, flag):
     with pytest.raises(Exception, match="nowhere"):
-        run_script("multi_gpu_fintune_belle.py --dataset_path nowhere --debug")
+        run_script(f"multi_gpu_fintune_belle.py --dataset_path nowhere {flag}")
+
+
+def test_debug_with_a_value_is_a_flag_of_training():
     argv = ["x", "--debug", "underflow_overflow", "--debug", "--max_steps", "3"]
-    assert take_debug_flag(argv) and argv == ["x", "--debug", "underflow_overflow", "--max_steps", "3"]
-    assert not take_debug_flag(argv)
+    assert take_traceback_flag(argv) and argv == ["x", "--debug", "underflow_overflow", "--max_steps", "3"]
+    assert not take_traceback_flag(argv)
 
 
 WRONG_VALUES = {

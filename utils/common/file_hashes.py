@@ -1,8 +1,9 @@
 """
-Hashes of whole files: what answers records of a model and its adapters, so that one changed in place is another.
+Hashes of whole files.
 
-Nothing less than every byte will do: a file's size and time can stay what they were, and ends or samples of a weight
-say nothing of its middle. Reading costs little, for a model that is loaded next is read from the same pages of memory.
+Answers record the hash of their model and adapters, so that weights that were changed in place count as other weights.
+Only a hash of every byte shows that: a file's size and time can stay the same, and its ends or samples say nothing
+about its middle. Reading costs little, because the model that is loaded next reads the same pages from memory.
 """
 
 import hashlib
@@ -11,35 +12,37 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-PIECE = 64 << 20  # bytes that one thread hashes at a time; a file's hash is that of its pieces' hashes
-THREADS = 16  # SHA-256 makes about 1 GB/s on a core
+CHUNK_BYTES = 64 << 20  # hashed by one thread at a time; recorded hashes depend on it
+THREADS = 16  # SHA-256 reaches about 1 GB/s on a core
 
 
 def hash_files(files: Iterable[Path]) -> str:
     """
-    A hash of the names and the content of `files`, 32 hexadecimal digits.
+    Return a hash of the names and the contents of `files`, 32 hexadecimal digits.
+
+    A hash over the SHA-256 of each chunk of `CHUNK_BYTES`, in the order of the file names.
 
     Raises:
-        OSError: one cannot be read.
+        OSError: a file cannot be read.
     """
-    pieces = [
+    chunks = [
         (file, start)
         for file in sorted(files, key=lambda file: file.name)
-        for start in range(0, max(file.stat().st_size, 1), PIECE)
+        for start in range(0, max(file.stat().st_size, 1), CHUNK_BYTES)
     ]
     total = hashlib.sha256()
     with ThreadPoolExecutor(min(THREADS, os.cpu_count() or 1)) as threads:
-        for (file, start), digest in zip(pieces, threads.map(_hash_piece, pieces), strict=True):
+        for (file, start), digest in zip(chunks, threads.map(_hash_chunk, chunks), strict=True):
             total.update(f"{file.name}\0{start}\0".encode() + digest)
     return total.hexdigest()[:32]
 
 
-def _hash_piece(piece: tuple[Path, int]) -> bytes:
-    file, start = piece
-    digest, left = hashlib.sha256(), PIECE
-    with file.open("rb", buffering=0) as opened:
-        opened.seek(start)
-        while left and (data := opened.read(min(left, 1 << 20))):
+def _hash_chunk(chunk: tuple[Path, int]) -> bytes:
+    file, start = chunk
+    digest, remaining = hashlib.sha256(), CHUNK_BYTES
+    with file.open("rb", buffering=0) as stream:
+        stream.seek(start)
+        while remaining and (data := stream.read(min(remaining, 1 << 20))):
             digest.update(data)
-            left -= len(data)
+            remaining -= len(data)
     return digest.digest()

@@ -1,4 +1,8 @@
-"""Files and directories that appear whole or not at all, in the place of no input."""
+"""
+Outputs that appear complete or not at all, and never in the place of an input.
+
+Every script writes its results with `atomic_writer`; `check_output_path` refuses a bad path before the work starts.
+"""
 
 import contextlib
 import glob
@@ -9,23 +13,24 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO
 
-from utils.common.errors import FULL_DISK, UsageError
+from utils.common.errors import UsageError
+from utils.common.machine_faults import FULL_DISK
 
-UNENCODABLE = "backslashreplace"  # bytes of a file name that are not UTF-8: as \\udcff, which JSON reads back
+UNENCODABLE = "backslashreplace"  # a byte of a file name that is not UTF-8 becomes \\udcff, which JSON can read back
 
 
 def check_output_path(path: str | os.PathLike, inputs: Iterable[str | os.PathLike] = (), flag: str = "") -> None:
     """
-    Refuses, before the work, an output that `atomic_writer` could not write or that would destroy something.
+    Refuse an output that `atomic_writer` could not write or that would destroy an input.
 
     Args:
-        path: the file to be.
+        path: the output file.
         inputs: files and directories that the command reads.
         flag: the flag that names `path`, for the message.
 
     Raises:
-        UsageError: `path` is a directory, a device or a pipe; is one of `inputs`, also by another name or link; lies
-            where nothing can be written.
+        UsageError: `path` is a directory, a device or a pipe; or one of `inputs`, under any name or link; or in a
+            directory that cannot be written to.
     """
     name = f"{flag} {os.fspath(path)}".strip()
     absolute = os.path.abspath(path)
@@ -49,23 +54,21 @@ def check_output_path(path: str | os.PathLike, inputs: Iterable[str | os.PathLik
 @contextlib.contextmanager
 def atomic_writer(path: str | os.PathLike) -> Iterator[IO[str]]:
     """
-    A text file (UTF-8, with UNENCODABLE) that replaces `path` when the block ends without an error, and leaves it
-    untouched otherwise. What a killed run of this machine left behind is removed.
+    Open a text file that replaces `path` when the block ends without an error.
+
+    After an error `path` is unchanged. The file is UTF-8, unencodable characters are written as in UNENCODABLE.
+    Leftovers of killed runs of this machine are removed.
 
     Raises:
-        UsageError: the directory cannot be made or written to, or `path` is no plain file.
+        UsageError: the directory cannot be created or written to, or `path` is not a plain file.
     """
     check_output_path(path)
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    temporary = _temporary_path(path)
+    with _usage_error_if_unwritable(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         remove_leftovers(path)
         file = temporary.open("w", encoding="utf-8", errors=UNENCODABLE, newline="\n")
-    except OSError as error:
-        if error.errno in FULL_DISK:
-            raise
-        raise UsageError(f"{path} cannot be written: {error.strerror}") from None
     try:
         with file:
             yield file
@@ -78,17 +81,18 @@ def atomic_writer(path: str | os.PathLike) -> Iterator[IO[str]]:
 
 @contextlib.contextmanager
 def scratch_directory(path: str | os.PathLike) -> Iterator[Path]:
-    """A directory beside `path` for what is written on the way to it; it goes with the block."""
+    """
+    Create a directory beside `path` for intermediate files; it is removed when the block ends.
+
+    Raises:
+        UsageError: the directory cannot be created.
+    """
     path = Path(path)
-    directory = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    directory = _temporary_path(path)
+    with _usage_error_if_unwritable(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         remove_leftovers(path)
         directory.mkdir()
-    except OSError as error:
-        if error.errno in FULL_DISK:
-            raise
-        raise UsageError(f"{path} cannot be written: {error.strerror}") from None
     try:
         yield directory
     finally:
@@ -96,11 +100,25 @@ def scratch_directory(path: str | os.PathLike) -> Iterator[Path]:
 
 
 def remove_leftovers(path: Path) -> None:
-    """Removes temporary files and directories of `path` whose process, of this machine, runs no more."""
-    for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
-        process_id = left.name.split(".")[-2]
+    """Remove temporary files and directories of `path` whose process no longer runs on this machine."""
+    for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        process_id = leftover.name.split(".")[-2]
         if process_id.isdigit() and not Path(f"/proc/{process_id}").exists():
-            if left.is_dir():
-                shutil.rmtree(left)
+            if leftover.is_dir():
+                shutil.rmtree(leftover)
             else:
-                left.unlink()
+                leftover.unlink()
+
+
+def _temporary_path(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+
+
+@contextlib.contextmanager
+def _usage_error_if_unwritable(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno in FULL_DISK:
+            raise
+        raise UsageError(f"{path} cannot be written: {error.strerror}") from None

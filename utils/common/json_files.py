@@ -1,7 +1,7 @@
 """
-JSON objects in the files that lie beside data: origins, states, manifests, configurations.
+Reads the JSON object of a side file: a dataset's origin, a state, a manifest, a configuration.
 
-Such a file may come from anywhere: `read_json_object` bounds its size, `json` its depth, and every fault is one line.
+Such a file may come from anywhere, so its size is bounded here, its depth by `json`, and every fault is one line.
 """
 
 import json
@@ -11,24 +11,25 @@ from typing import Any
 
 from utils.common.errors import UsageError
 
-MAX_BYTES = 256 << 20  # the manifest of a dataset of 100,000 files is below; the largest tokenizer.json has 35 MB
+# The manifest of a dataset of 100,000 files is smaller; the largest tokenizer.json has 35 MB.
+MAX_BYTES = 256 << 20
 
 
 def read_json_object(file: Path, types: Mapping[str, type | tuple[type, ...]] | None = None) -> dict[str, Any]:
     """
-    Reads the JSON object in `file` (UTF-8, with or without a byte order mark).
+    Read the JSON object in `file` (UTF-8, with or without a byte order mark).
 
     Args:
         types: keys that the object must have, and the types of their values.
 
     Raises:
-        UsageError: `file` is absent, not a plain file, too large, not UTF-8, not JSON, nested too deeply, no object,
-            or lacks one of `types`. The message names the file and the fault.
+        UsageError: `file` is absent, not a plain file, too large, not UTF-8, not JSON, nested too deeply, not an
+            object, or lacks a key of `types`. The message names the file and the fault.
     """
     if not file.is_file():
         raise UsageError(f"{file} is not a file" if file.exists() else f"{file} does not exist")
     if file.stat().st_size > MAX_BYTES:
-        raise UsageError(f"{file} has {file.stat().st_size:,} bytes, which no such file needs")
+        raise UsageError(f"{file} has {file.stat().st_size:,} bytes, more than the {MAX_BYTES:,} that are read")
     try:
         values = json.loads(file.read_text(encoding="utf-8-sig"))
     except UnicodeDecodeError:
@@ -45,9 +46,10 @@ def read_json_object(file: Path, types: Mapping[str, type | tuple[type, ...]] | 
         if name not in values:
             raise UsageError(f"{file} has no {name!r}")
         if not isinstance(values[name], expected):
-            raise UsageError(f"{file}: {name!r} is {type(values[name]).__name__}, not {_names(expected)}")
+            raise UsageError(f"{file}: {name!r} is {type(values[name]).__name__}, not {_type_names(expected)}")
     return values
 
 
-def _names(types: type | tuple[type, ...]) -> str:
-    return " or ".join(each.__name__ for each in (types if isinstance(types, tuple) else (types,)))
+def _type_names(types: type | tuple[type, ...]) -> str:
+    alternatives = types if isinstance(types, tuple) else (types,)
+    return " or ".join(alternative.__name__ for alternative in alternatives)

@@ -1,4 +1,9 @@
-"""Processes that must not outlive the one that started them."""
+"""
+What a process knows of its launcher: its rank, the number of processes, and who prints.
+
+The launcher (torchrun, deepspeed, accelerate) says so in environment variables; without a launcher there is one
+process of rank 0. No torch is needed.
+"""
 
 import ctypes
 import os
@@ -6,39 +11,45 @@ import signal
 
 from utils.common.terminal import escape_controls
 
-PR_SET_PDEATHSIG = 1  # of Linux's prctl
-
-
-def end_with_parent(number: signal.Signals) -> None:
-    """Has the signal sent to this process when its parent dies; it would go on unseen, beside what replaces it."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, number)
+PR_SET_PDEATHSIG = 1  # an option of Linux's prctl
 
 
 def process_rank() -> int:
+    """Return this process's rank among all processes of the run."""
     return int(os.environ.get("RANK", "0"))
 
 
 def local_rank() -> int:
+    """Return this process's rank among the run's processes on this machine."""
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
 def world_size() -> int:
+    """Return the number of processes of the run."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def launched_by_accelerate_with_deepspeed() -> bool:
-    return os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
-
-
 def is_main_process() -> bool:
+    """Whether this is rank 0."""
     return process_rank() == 0
 
 
+def launched_by_accelerate_with_deepspeed() -> bool:
+    """Whether `accelerate launch` started this process with a DeepSpeed configuration."""
+    return os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
+
+
+def launched_by_accelerate_with_fsdp() -> bool:
+    """Whether `accelerate launch` started this process with an FSDP configuration."""
+    return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+
+
 def print_once(message: str) -> None:
-    """Prints on rank 0 alone."""
+    """Print `message` on rank 0 only, with control characters escaped."""
     if is_main_process():
         print(escape_controls(message), flush=True)
 
 
-def launched_by_accelerate_with_fsdp() -> bool:
-    return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+def end_with_parent(number: signal.Signals) -> None:
+    """Have the kernel send signal `number` to this process when its parent dies; otherwise it would live on unseen."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, number)

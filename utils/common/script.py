@@ -1,62 +1,98 @@
-"""How every script runs its `main`: errors become one line and an exit code."""
+"""
+How every script runs its `main`: errors become one line and an exit code.
+
+A script imports `run` before any other library: importing `utils` sets the environment variables that torch,
+transformers and tqdm read when they are imported.
+"""
 
 import contextlib
 import os
 import sys
 from collections.abc import Callable
 
-from utils.common.errors import RankError, RunError, UsageError, explain_machine_fault
-from utils.common.interrupts import drop_closed_outputs, end_answers_to_imports, on_signals, raise_interrupted
-from utils.common.terminal import one_line
+from utils.common.errors import EXIT_FAILED, EXIT_USAGE, RankError, RunError, UsageError
+from utils.common.machine_faults import explain_machine_fault
+from utils.common.signals import on_signals, raise_interrupted, restore_default_handlers
+from utils.common.terminal import drop_closed_outputs, one_line
 
-failing: list[Callable[[BaseException], None]] = []  # called with the error that is about to end a script
+_failure_callbacks: list[Callable[[BaseException], None]] = []
 
 
-def run(main: Callable[[], None], go_on: str = "run the same command again: it goes on where this one was") -> None:
+def run(
+    main: Callable[[], None], after_signal: str = "run the same command again: it resumes where this one stopped"
+) -> None:
     """
-    Runs a script's `main`. Exit code 0: done; 1: the run failed, or a signal stopped it (traceback, or one line of a
-    RunError, of a signal, of a full or failing disk, or of memory that ran out); 2: the request was wrong (one line a
-    fault). With `--debug`, and nothing behind it, the traceback is shown in every case. `go_on` tells a user what to
-    do after a signal.
+    Run a script's `main` and end the process by its result.
 
-    Under a launcher only the first process of each machine prints the lines that all of them have.
+    Exit code 0: done. 1: the run failed or a signal stopped it, with one line for a RunError, a signal, a full or
+    failing disk or exhausted memory, and a traceback for anything else. 2: the request is wrong, with one line for
+    each fault. `--traceback` shows the traceback in every case; so does a bare `--debug`. Under a launcher only the
+    first process of each machine prints the lines that all processes have.
+
+    Args:
+        main: the script; it reads `sys.argv`.
+        after_signal: what the user can do after a signal, for the message.
     """
-    debug = take_debug_flag(sys.argv)
-    end_answers_to_imports()
+    show_traceback = take_traceback_flag(sys.argv)
+    restore_default_handlers()
     try:
         with on_signals(raise_interrupted()):
             main()
     except (Exception, KeyboardInterrupt) as error:
-        with on_signals(lambda number: None):  # a launcher ends the others of a process that failed
-            if not _report(error, go_on) or debug:
+        with on_signals(lambda number: None):  # a launcher sends signals to all processes when one has failed
+            if not _report(error, after_signal) or show_traceback:
                 raise
-        sys.exit(2 if isinstance(error, UsageError) else 1)
+        sys.exit(EXIT_USAGE if isinstance(error, UsageError) else EXIT_FAILED)
 
 
-def _report(error: BaseException, go_on: str) -> bool:
-    """Tells those in `failing` of an error, and prints its lines; False where it takes a traceback to explain it."""
+def on_failure(callback: Callable[[BaseException], None]) -> Callable[[], None]:
+    """
+    Call `callback(error)` when an error other than a UsageError is about to end this script.
+
+    Returns:
+        A function that removes the callback.
+    """
+    _failure_callbacks.append(callback)
+    return lambda: _failure_callbacks.remove(callback)
+
+
+def _report(error: BaseException, after_signal: str) -> bool:
+    """Call the failure callbacks and print the error's lines; False if the error needs a traceback."""
     machine_fault = explain_machine_fault(error)
     explained = RankError(machine_fault) if machine_fault else error
-    for call in failing if not isinstance(error, UsageError) else ():
-        call(explained)
+    if not isinstance(error, UsageError):
+        for callback in _failure_callbacks:
+            callback(explained)
     if isinstance(error, KeyboardInterrupt):
         drop_closed_outputs()
-        lines = [f"{str(error) or 'stopped by SIGINT'}: {go_on}"]
+        lines = [f"{str(error) or 'stopped by SIGINT'}: {after_signal}"]
     elif isinstance(explained, (UsageError, RunError)):
         lines = explained.args
     else:
         return False
-    first = int(os.environ.get("LOCAL_RANK", "0")) == 0
-    for line in lines if first or isinstance(explained, RankError) else ():
-        with contextlib.suppress(OSError):  # the terminal, or what read this, may be gone
-            print(f"{os.path.basename(sys.argv[0])}: error: {one_line(str(line))}", file=sys.stderr, flush=True)
+    if int(os.environ.get("LOCAL_RANK", "0")) == 0 or isinstance(explained, RankError):
+        for line in lines:
+            with contextlib.suppress(OSError):  # the terminal, or the reader of a pipe, may be gone
+                print(f"{os.path.basename(sys.argv[0])}: error: {one_line(str(line))}", file=sys.stderr, flush=True)
     return True
 
 
-def take_debug_flag(argv: list[str]) -> bool:
-    """Removes a bare `--debug` from `argv`; TrainingArguments has a flag of that name with a value, which stays."""
-    for place, word in enumerate(argv):
-        if word == "--debug" and (place + 1 == len(argv) or argv[place + 1].startswith("--")):
-            del argv[place]
-            return True
-    return False
+def take_traceback_flag(argv: list[str]) -> bool:
+    """
+    Remove `--traceback` and a bare `--debug` from `argv`; return whether one was there.
+
+    `--debug` with a value stays: it is a flag of TrainingArguments.
+
+    >>> argv = ["x", "--debug", "underflow_overflow", "--traceback", "--max_steps", "3"]
+    >>> take_traceback_flag(argv), argv
+    (True, ['x', '--debug', 'underflow_overflow', '--max_steps', '3'])
+    """
+    following = argv[1:] + ["--"]
+    kept = [
+        word
+        for word, next_word in zip(argv, following, strict=True)
+        if not (word == "--traceback" or word == "--debug" and next_word.startswith("--"))
+    ]
+    was_given = len(kept) < len(argv)
+    argv[:] = kept
+    return was_given

@@ -10,12 +10,12 @@ import threading
 import time
 from datetime import timedelta
 
-from utils.common.script import failing
+from utils.common.script import on_failure
 
 import torch
 
 from utils.common.errors import RunError
-from utils.common.interrupts import Interrupted
+from utils.common.signals import Interrupted
 
 BEAT = 1.0  # seconds
 MISSED_BEATS = 2
@@ -72,11 +72,11 @@ class Watchdog:
         self.threads = [threading.Thread(target=work, daemon=True) for work in (self._beat, self._watch_store)]
         for thread in self.threads:
             thread.start()
-        failing.append(self.tell)
+        self.unregister = on_failure(self.tell)
 
     def close(self) -> None:
         """Says that this process ends as it should."""
-        failing.remove(self.tell)
+        self.unregister()
         with contextlib.suppress(RuntimeError):  # the process that holds the store has ended already
             self.store.set(f"ended.{self.rank}", "done")
         self._stop()

@@ -13,8 +13,9 @@ from accelerate.optimizer import AcceleratedOptimizer
 from transformers import ProgressCallback, TrainerCallback
 
 from utils.common.files import atomic_writer
-from utils.common.interrupts import STOP_SIGNALS, Interrupted, on_signals, print_to_stderr
 from utils.common.processes import is_main_process
+from utils.common.signals import STOP_SIGNALS, Interrupted, on_signals
+from utils.common.terminal import print_to_stderr
 from utils.data.json_lines import dump_row
 from utils.distributed.collectives import max_over_processes
 from utils.training.throughput import Throughput

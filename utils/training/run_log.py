@@ -18,9 +18,9 @@ import torch
 from transformers import TrainingArguments
 
 from utils.common.files import UNENCODABLE, atomic_writer
-from utils.common.interrupts import drop_output
 from utils.common.processes import is_main_process, print_once
 from utils.common.redaction import hide_in_command, hide_secrets
+from utils.common.terminal import drop_output
 
 RUN_FILE = "run.json"
 LOG_FILE = "train.log"

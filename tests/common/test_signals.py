@@ -1,4 +1,4 @@
-"""Signals that ask a script to end: training saves first; every other script says in one line how to go on."""
+"""Signals that ask a script to end: training saves a checkpoint first, every other script ends with one line."""
 
 import os
 import signal
@@ -33,7 +33,7 @@ def train(run_script, tokens):
 
 @pytest.fixture
 def send(monkeypatch):
-    """send(2, SIGINT, SIGTERM): in the second step of training, these signals to this process."""
+    """send(2, SIGINT, SIGTERM) sends these signals to this process in the second step of training."""
 
     def send(step, *numbers):
         training_step, steps = Trainer.training_step, []
@@ -58,8 +58,8 @@ def send(monkeypatch):
         ((signal.SIGUSR1,), "--save_strategy best --eval_fraction 0.02 --eval_steps 1 --learning_rate 0.5"),
     ],
 )
-def test_training_saves(train, send, tmp_path, numbers, flags):
-    """Whatever --save_strategy says, and however often a signal comes; handlers are as before then."""
+def test_training_saves_a_checkpoint_at_a_signal(train, send, tmp_path, numbers, flags):
+    """With any --save_strategy and however often a signal comes; the handlers are restored."""
     before = [signal.getsignal(number) for number in numbers]
     send(2, *numbers)
     result = train(tmp_path, flags)
@@ -85,7 +85,7 @@ def test_a_signal_before_the_first_step_is_one_line(train, tmp_path, monkeypatch
 
 
 def test_an_ignored_signal_stays_ignored(train, send, tmp_path):
-    """As nohup wants it."""
+    """nohup ignores SIGHUP."""
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         send(2, signal.SIGHUP)
@@ -95,7 +95,7 @@ def test_an_ignored_signal_stays_ignored(train, send, tmp_path):
 
 
 def test_training_outlives_its_terminal(tokens, tmp_path):
-    """Ctrl-C ends the `tee` of a pipe with it: what training would say is lost, and nothing else."""
+    """Ctrl-C also ends the `tee` of a pipe: only the output of training is lost."""
     pipe, output_dir = tmp_path / "pipe", tmp_path / "run"
     os.mkfifo(pipe)
     command = (
@@ -104,8 +104,8 @@ def test_training_outlives_its_terminal(tokens, tmp_path):
     process = forked_ranks.process(f"{command} --output_dir {output_dir}", ROOT, [str(pipe)] * 2, {})
     process.start()
     with pipe.open() as reader:
-        while "'loss'" not in (said := reader.readline()):
-            assert said and "Traceback" not in said, said
+        while "'loss'" not in (line := reader.readline()):
+            assert line and "Traceback" not in line, line
     os.kill(process.pid, signal.SIGINT)
     process.join(timeout=60)
     assert process.exitcode == 0
@@ -114,8 +114,8 @@ def test_training_outlives_its_terminal(tokens, tmp_path):
 
 
 @pytest.mark.parametrize("number", (signal.SIGINT, signal.SIGTERM, signal.SIGHUP))
-def test_a_script_ends_in_one_line(tmp_path, capsys, monkeypatch, number):
-    """Its temporary files are gone, the older output stays, and signals mean what they did before."""
+def test_a_signal_ends_a_script_with_one_line(tmp_path, capsys, monkeypatch, number):
+    """Temporary files are removed, the older output stays, the handlers are restored."""
     monkeypatch.setattr(sys, "argv", ["script.py"])
     output, before = tmp_path / "output", signal.getsignal(number)
     output.write_text("older")
@@ -130,7 +130,7 @@ def test_a_script_ends_in_one_line(tmp_path, capsys, monkeypatch, number):
         run(main)
     assert end.value.code == 1 and signal.getsignal(number) == before
     assert capsys.readouterr().err == (
-        f"script.py: error: stopped by {number.name}: run the same command again: it goes on where this one was\n"
+        f"script.py: error: stopped by {number.name}: run the same command again: it resumes where this one stopped\n"
     )
     assert output.read_text() == "older" and list(tmp_path.iterdir()) == [output]
 
@@ -142,7 +142,6 @@ def test_a_signal_during_the_imports(tmp_path):
         assert process.poll() is None
         time.sleep(0.005)
     process.send_signal(signal.SIGINT)
-    said = process.communicate(timeout=60)[1]
-    assert process.returncode == 1 and said.count("\n") == 1 and "stopped by SIGINT: run the same command" in said, (
-        said
-    )
+    stderr = process.communicate(timeout=60)[1]
+    assert process.returncode == 1 and stderr.count("\n") == 1, stderr
+    assert "stopped by SIGINT: run the same command" in stderr
