@@ -102,7 +102,7 @@ def test_an_output_replaces_no_input_and_no_device(run_script, tmp_path):
     for name, words in names:
         result = run_script(f"process_belle_1M_data.py --input rows.json --output {name}", cwd=tmp_path)
         assert result.code == 2 and words in result.err and len(result.err.splitlines()) == 1, (name, result.err)
-    # one of several inputs, a side of a split, and the list of rejected rows
+    # one of several inputs, one of a split, and the list of rejected rows
     (tmp_path / "rows.valid.json").write_text(content)
     os.link(tmp_path / "rows.json", tmp_path / "new.json.rejected.jsonl")
     for flags in ("--output ./rows.valid.json", "--output rows.json --split 0.5,0.5", "--output new.json"):

@@ -1,4 +1,4 @@
-"""process_belle_1M_data.py's options: which rows come out, in which order, on which side, and what a kill leaves."""
+"""process_belle_1M_data.py's options: which rows come out, in which order, in which split, and what a kill leaves."""
 
 import json
 import random
@@ -11,8 +11,8 @@ import pytest
 from conftest import ROOT
 
 from utils.common.errors import UsageError
-from utils.data.dedup import Deduplicator, jaccard, near_keys, repeated, shingle_set
-from utils.data.shuffle_split import parse_split, shuffle_lines, side_of
+from utils.data.dedup import Deduplicator, find_repeats, hash_text, jaccard, near_keys, shingle_set
+from utils.data.shuffle_split import parse_split, shuffle_lines, split_of
 
 SENTENCE = "请根据下面这段文字的内容，写出一篇大约三百字的读后感，要求语句通顺，观点鲜明，并且联系自己的生活实际"
 
@@ -31,8 +31,8 @@ def process(run_script, tmp_path):
         result = run_script(command)
         assert result.code == code, result.err
         summary = json.loads(result.out.splitlines()[-1]) if code == 0 else result.err
-        made = tmp_path / output
-        return summary, [json.loads(line) for line in made.read_text().splitlines()] if made.is_file() else None
+        path = tmp_path / output
+        return summary, [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else None
 
     return run
 
@@ -77,61 +77,74 @@ def test_near_keys_meet_where_texts_are_alike():
     assert (near_keys(texts[:7]) == one[:7]).all()  # a text's keys are its own
 
 
-def test_repeats_are_found_in_parts(monkeypatch):
+def test_repeats_are_found_in_partitions():
     keys = np.random.default_rng(0).integers(0, 60, 600).astype(np.uint64)
     firsts = {}
     expected = {(row, firsts[key]) for row, key in enumerate(keys.tolist()) if firsts.setdefault(key, row) != row}
-    for rows in (10000, 100, 7):
-        monkeypatch.setattr("utils.data.dedup.SORTED_ROWS", rows)
-        found = []
-        for repeats, first in repeated(keys, np.zeros(600, np.uint8)):
-            found += zip(repeats.tolist(), first.tolist(), strict=True)
-        assert len(found) == len(expected) and set(found) == expected
+    for sort_rows in (10000, 100, 7):
+        pairs_of_rows = []
+        for repeats, first in find_repeats(keys, np.zeros(600, np.uint8), sort_rows):
+            pairs_of_rows += zip(repeats.tolist(), first.tolist(), strict=True)
+        assert len(pairs_of_rows) == len(expected) and set(pairs_of_rows) == expected
 
 
-def test_dedup_over_several_chunks(tmp_path, monkeypatch):
-    monkeypatch.setattr("utils.data.dedup.CHUNK_ROWS", 16)
+def test_dedup_over_several_chunks(tmp_path):
     draw = random.Random(1)
-    lines = [f"{draw.randrange(150)}\n" for _ in range(1000)]
-    dedup = Deduplicator(tmp_path, str.strip, near=True)
-    kept = list(dedup(lines))
-    assert kept == list(dict.fromkeys(lines)) and dedup.exact_dropped == 1000 - len(kept) and dedup.near_dropped == 0
+    prompts = [str(draw.randrange(150)) for _ in range(1000)]
+    dedup = Deduplicator(tmp_path, near=True, chunk_rows=16)
+    kept = list(dedup((f"{prompt}\n", prompt) for prompt in prompts))
+    assert kept == [(f"{prompt}\n", hash_text(prompt)) for prompt in dict.fromkeys(prompts)]
+    assert dedup.exact_dropped == 1000 - len(kept) and dedup.near_dropped == 0
 
 
-def test_shuffle_is_a_seeded_permutation(process, tmp_path, monkeypatch):
+def test_near_duplicates_over_several_chunks(tmp_path):
+    """Questions are compared as they were stored, of any length in bytes, behind the same earlier turns alone."""
+    questions = [f"{'é' * (n % 5)}{number}，{SENTENCE[n:]}" for n, number in enumerate("abcdefghijklmnop")]
+    prompts = [*questions, *(f"一问\x1e{question}" for question in questions), *(f"{q}！" for q in questions)]
+    dedup = Deduplicator(tmp_path, near=True, chunk_rows=7)
+    kept = [line for line, _ in dedup((f"{n}\n", prompt) for n, prompt in enumerate(prompts))]
+    fewer = Deduplicator(tmp_path, near=True)
+    assert kept == [line for line, _ in fewer((f"{n}\n", prompt) for n, prompt in enumerate(prompts))]
+    numbers = [int(line) for line in kept]
+    assert 0 in numbers and 16 in numbers and max(numbers) < 32 and dedup.near_dropped == 48 - len(kept) > 16
+
+
+def test_shuffle_is_a_seeded_permutation(process, tmp_path):
     rows = pairs(*map(str, range(300)))
     orders = [process(rows, f"--shuffle --seed {seed}")[1] for seed in (1, 1, 2)]
     assert orders[0] == orders[1] != orders[2] and orders[0] != rows
     assert sorted(orders[0], key=lambda row: int(row["input"])) == rows
-    monkeypatch.setattr("utils.data.shuffle_split.BUCKET_BYTES", 40)  # buckets of buckets
     lines = [f"{number}\n" for number in range(300)]
-    assert sorted(shuffle_lines(lines, tmp_path / "deep", 0)) == sorted(lines)
+    assert sorted(shuffle_lines(lines, tmp_path / "deep", 0, bucket_bytes=40)) == sorted(lines)  # buckets of buckets
     firsts = Counter(next(shuffle_lines(lines[:4], tmp_path / f"s{seed}", seed)) for seed in range(60))
     assert set(firsts) == set(lines[:4]) and max(firsts.values()) < 35
 
 
 def test_max_rows_counts_what_it_leaves(process):
     rows = pairs(*map(str, range(20)))
-    summary, made = process(rows, "--max_rows 5")
-    assert made == rows[:5] and summary == {"read": 5, "written": 5, "rejected": 0, "skipped": 0}
-    summary, made = process(rows, "--max_rows 5 --shuffle")
-    assert len(made) == 5 and (summary["read"], summary["skipped"], summary["beyond_max_rows"]) == (20, 15, 15)
+    summary, written = process(rows, "--max_rows 5")
+    assert written == rows[:5] and summary == {"read": 5, "written": 5, "rejected": 0, "skipped": 0}
+    summary, written = process(rows, "--max_rows 5 --shuffle")
+    assert len(written) == 5 and (summary["read"], summary["skipped"], summary["beyond_max_rows"]) == (20, 15, 15)
 
 
-def test_a_row_keeps_its_side_when_data_grows(process, tmp_path):
+def test_a_row_keeps_its_split_when_data_grows(process, tmp_path):
     rows = pairs(*(f"问题{number}" for number in range(400)))
 
-    def sides(rows, flags=""):
-        summary, none = process(rows, f"--split 0.8,0.1,0.1 {flags}", output="all.train.json")
-        made = [(tmp_path / f"all.{side}.json").read_text().splitlines() for side in ("train", "valid", "test")]
-        assert none is None or len(none) == len(made[0])
-        assert sum(map(len, made)) == summary["written"] == len(rows)
-        return [{json.loads(line)["input"] for line in lines} for lines in made]
+    def splits(rows, flags=""):
+        summary, train = process(rows, f"--split 0.8,0.1,0.1 {flags}", output="all.train.json")
+        files = [(tmp_path / f"all.{split}.json").read_text().splitlines() for split in ("train", "valid", "test")]
+        assert len(train) == len(files[0])
+        assert sum(map(len, files)) == summary["written"] == len(rows)
+        return [{json.loads(line)["input"] for line in lines} for lines in files]
 
-    few, many = sides(rows[:200]), sides(rows, "--shuffle")
+    few, many = splits(rows[:200]), splits(rows, "--shuffle")
+    assert many == splits(rows, "--dedup exact")
     assert all(small <= large for small, large in zip(few, many, strict=True))
     assert 280 < len(many[0]) < 360 and min(map(len, many)) > 20
-    assert {side_of(row["input"], parse_split("0.8,0.1,0.1")) for row in rows} == {0, 1, 2}
+    bounds = parse_split("0.8,0.1,0.1")
+    for split, prompts in enumerate(many):
+        assert {split_of(hash_text(prompt), bounds) for prompt in prompts} == {split}
 
 
 @pytest.mark.parametrize("split", ["1", "0.5,0.6", "0.5,-0.1,0.6", "a,b", "0.25,0.25,0.25,0.25", "1,0"])
@@ -142,13 +155,13 @@ def test_split_must_add_up(split):
 
 def test_rejected_rows_are_listed_and_strict_stops(process, tmp_path):
     rows = [*pairs("问"), {"input": "无"}, {"q": "?"}, *pairs("再问")]
-    summary, made = process(rows)
+    summary, written = process(rows)
     listed = [json.loads(line) for line in (tmp_path / "out.json.rejected.jsonl").read_text().splitlines()]
     assert [(item["file"], item["line"]) for item in listed] == [(f"{tmp_path}/in.json", line) for line in (2, 3)]
     assert "no target" in listed[0]["reason"] and "no known columns" in listed[1]["reason"]
     assert (summary["read"], summary["written"], summary["rejected"]) == (4, 2, 2)
     error, kept = process(rows[1:], "--strict", code=1)
-    assert "--strict" in error and "in.json:1: no target" in error and kept == made  # the old output stays
+    assert "--strict" in error and "in.json:1: no target" in error and kept == written  # the old output stays
     process(pairs("问"))
     assert not (tmp_path / "out.json.rejected.jsonl").exists()  # no row, no file
 
@@ -158,8 +171,8 @@ def test_rejected_rows_are_listed_and_strict_stops(process, tmp_path):
     [("--max_rows 0", "--max_rows"), ("--split 0.5", "--split"), ("--input nowhere*.json", "nowhere")],
 )
 def test_wrong_requests(process, flags, words):
-    error, made = process(pairs("问"), flags, code=2)
-    assert words in error and len(error.strip().splitlines()) == 1 and made is None
+    error, written = process(pairs("问"), flags, code=2)
+    assert words in error and len(error.strip().splitlines()) == 1 and written is None
 
 
 def test_a_killed_run_leaves_the_old_file_and_the_next_tidies_up(process, tmp_path):

@@ -1,4 +1,8 @@
-"""Lines in another order, or on several sides: a seeded shuffle in bounded memory, and a split by hash."""
+"""
+Shuffles lines by a seed in bounded memory, and splits them by a hash of their prompt.
+
+process_belle_1M_data.py calls it. A shuffle in memory would need all rows there; this one needs one of 32 files.
+"""
 
 import contextlib
 import itertools
@@ -7,17 +11,18 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from utils.common.errors import UsageError
-from utils.data.dedup import hash_text
 
 BUCKETS = 32
-BUCKET_BYTES = 64 << 20  # what is shuffled in memory
-SIDES = ("train", "valid", "test")
+BUCKET_BYTES = 64 << 20  # largest bucket that is shuffled in memory
+SPLITS = ("train", "valid", "test")
 
 
-def shuffle_lines(lines: Iterable[str], directory: Path, seed: int) -> Iterator[str]:
+def shuffle_lines(lines: Iterable[str], directory: Path, seed: int, bucket_bytes: int = BUCKET_BYTES) -> Iterator[str]:
     """
-    A uniformly random order of the lines, the same for the same lines and seed. Lines fall at random into files in
-    `directory`, which are shuffled in memory one by one; a file too large for that is spread over further files.
+    Yield the lines in a uniformly random order, the same for the same lines and seed.
+
+    Lines fall at random into BUCKETS files in `directory`, which it makes; each file is shuffled in memory, one after
+    another, and one above `bucket_bytes` is distributed over further files first.
     """
     directory.mkdir()
     draw = random.Random(seed)
@@ -28,8 +33,9 @@ def shuffle_lines(lines: Iterable[str], directory: Path, seed: int) -> Iterator[
             draw.choice(files).write(line)
     for path in paths:
         with path.open(encoding="utf-8", newline="\n") as file:
-            if path.stat().st_size > BUCKET_BYTES:
-                yield from shuffle_lines(file, path.with_name(f"{path.name}_"), draw.getrandbits(32))
+            if path.stat().st_size > bucket_bytes:
+                deeper = path.with_name(f"{path.name}_")
+                yield from shuffle_lines(file, deeper, draw.getrandbits(32), bucket_bytes)
             else:
                 bucket = list(file)
                 draw.shuffle(bucket)
@@ -39,7 +45,7 @@ def shuffle_lines(lines: Iterable[str], directory: Path, seed: int) -> Iterator[
 
 def parse_split(text: str) -> list[float]:
     """
-    "0.98,0.01,0.01" as the ends of each side's share: [0.98, 0.99, 1.0].
+    Parse "0.98,0.01,0.01" into the upper bounds of the splits: [0.98, 0.99, 1.0].
 
     Raises:
         UsageError: not two or three positive numbers whose sum is 1.
@@ -48,19 +54,24 @@ def parse_split(text: str) -> list[float]:
         shares = [float(share) for share in text.split(",")]
     except ValueError:
         shares = []
-    if not 2 <= len(shares) <= len(SIDES) or not all(share > 0 for share in shares) or abs(sum(shares) - 1) > 1e-6:
-        raise UsageError(f"--split {text}: two or three positive shares whose sum is 1, such as 0.98,0.01,0.01")
+    if not 2 <= len(shares) <= len(SPLITS) or not all(share > 0 for share in shares) or abs(sum(shares) - 1) > 1e-6:
+        raise UsageError(f"--split {text}: give two or three positive shares whose sum is 1, such as 0.98,0.01,0.01")
     return [*itertools.accumulate(shares[:-1]), 1.0]
 
 
-def side_of(prompt: str, ends: Sequence[float]) -> int:
-    """Which side a prompt is on: by its hash alone, so that it stays there when other rows come or go."""
-    place = hash_text(prompt) / 2**64
-    return next((side for side, end in enumerate(ends) if place < end), len(ends) - 1)
+def split_of(prompt_hash: int, bounds: Sequence[float]) -> int:
+    """
+    Index into SPLITS of a prompt, by its 64-bit hash alone: it stays there when other rows are added or removed.
+
+    Args:
+        bounds: what `parse_split` returns.
+    """
+    position = prompt_hash / 2**64
+    return next((split for split, bound in enumerate(bounds) if position < bound), len(bounds) - 1)
 
 
-def side_paths(output: str, ends: Sequence[float]) -> list[str]:
-    """data/rows.json -> data/rows.train.json, data/rows.valid.json, ..."""
+def split_paths(output: str, count: int) -> list[str]:
+    """The outputs of `count` splits: data/rows.json -> data/rows.train.json, data/rows.valid.json, ..."""
     path = Path(output)
     stem = path.stem.removesuffix(".train")
-    return [str(path.with_name(f"{stem}.{side}{path.suffix}")) for side in SIDES[: len(ends)]]
+    return [str(path.with_name(f"{stem}.{split}{path.suffix}")) for split in SPLITS[:count]]
