@@ -2,74 +2,130 @@
 python tokenize_dataset_rows_belle.py --jsonl_path data/alpaca_data.jsonl --save_path data/alpaca \\
     --max_seq_length 200 --skip_overlength
 
-Turns rows (any file that process_belle_1M_data.py reads) into the Arrow dataset that multi_gpu_fintune_belle.py trains
-on: prompt and target in the template of the model's generation, with the loss on the target and its stop token alone.
-Rows longer than --max_seq_length are skipped with --skip_overlength and cut without it; a cut takes text, never
-special tokens. Run again with nothing changed it keeps the dataset; killed, it goes on where it was. What cannot be
-used is listed in SAVE_PATH.rejected.jsonl, and what became of the rows in SAVE_PATH/report.json and report.png. Exit
-code 1 where more than half of the rows cannot be used.
+Tokenises rows (any file that process_belle_1M_data.py reads) into the Arrow dataset that multi_gpu_fintune_belle.py
+trains on: prompt and target in the template of the model's generation, with loss only on the target and its stop
+token. Rows longer than --max_seq_length are skipped with --skip_overlength and cut without it; a cut takes text, never
+special tokens. Run again with nothing changed, it keeps the dataset; run again after a kill, it resumes. Rows that
+cannot be used are listed in SAVE_PATH.rejected.jsonl; counts and lengths are in SAVE_PATH/report.json and report.png.
+Exit code 1 if more than half of the rows cannot be used.
 """
 
-import argparse
 import contextlib
 import json
 import os
-import shutil
+from argparse import RawDescriptionHelpFormatter
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from utils.common.script import run
 
-from transformers import PreTrainedTokenizerBase
+from transformers import HfArgumentParser, PreTrainedTokenizerBase
 
-from utils.checkpoint.directory import add_model_flags, choose_generation
+from utils.checkpoint.directory import DEFAULT_MODEL, GENERATION_FLAGS, GENERATION_HELP, choose_generation
 from utils.checkpoint.tokenizer import load_tokenizer
 from utils.common.errors import RowError, RunError, UsageError
 from utils.common.files import check_output_path
-from utils.data.arrow_writer import DatasetOrigin, check_target, complete_dataset, is_dataset, replace_dataset
+from utils.data.arrow_writer import DatasetOrigin, check_target, complete_dataset, is_dataset
 from utils.data.dataset_report import REPORT_FILE, TokenReport, import_matplotlib, preview
 from utils.data.encode import LOSS_ON, encode_rows, fingerprint, rows_to_train
 from utils.data.raw_reader import input_paths
 from utils.data.rejections import Rejections, check_share
 from utils.data.row_parser import check_columns, read_rows
-from utils.data.row_schema import COLUMNS_HELP, NO_RENAMES, ColumnMap
-from utils.data.shards import REPORTS, PartMaker, TokenizeOptions, cache_key, make_parts, parts_directory
+from utils.data.row_schema import COLUMNS_HELP, ColumnMap
+from utils.data.shards import (
+    ShardTokenizer,
+    TokenizeOptions,
+    cache_key,
+    count_finished,
+    discard_shards,
+    make_shards,
+    publish_dataset,
+    shards_directory,
+)
 from utils.models.conversation import Conversation
 from utils.models.templates import TEMPLATES, ChatGLMTemplate, template_for
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = (files := parser.add_argument_group("files")).add_argument
-    add("--jsonl_path", nargs="+", required=True, help="files of rows, or quoted patterns")
-    add("--save_path", required=True, help="directory of the dataset; an older one is replaced")
-    add_model_flags(files, "whose tokenizer: a directory or hub id")
-    add = parser.add_argument_group("rows").add_argument
-    add("--max_seq_length", type=int, default=384, help="tokens of a whole row, at most (%(default)s)")
-    add("--skip_overlength", action="store_true", help="skip longer rows (cut them)")
-    add(
-        "--template",
-        choices=TEMPLATES,
-        default="native",
-        help="form of the prompts: that of the model's own chat, or the first training script's (%(default)s)",
+@dataclass(kw_only=True)
+class TokenizeArguments:
+    """The flags of this script."""
+
+    jsonl_path: list[str] = field(
+        metadata={"aliases": ["--input_path"], "help": "files of rows, or quoted patterns (required)"}
     )
-    add("--loss_on", choices=LOSS_ON, default="last", help="assistant turns that are trained on (%(default)s)")
-    add("--columns", type=ColumnMap.parse, default=NO_RENAMES, help=COLUMNS_HELP)
-    add("--strict", action="store_true", help="stop with exit code 1 at the first row that cannot be used (list it)")
-    add = parser.add_argument_group("run").add_argument
-    add("--num_proc", type=int, default=len(os.sched_getaffinity(0)), help="processes (one a core: %(default)s)")
-    add("--preview", type=int, default=0, metavar="N", help="show N rows, the trained tokens marked (%(default)s)")
-    args = parser.parse_args()
+    save_path: str = field(
+        metadata={
+            "aliases": ["--output_path"],
+            "help": "directory of the dataset, which replaces an older one (required)",
+        }
+    )
+    model_name_or_path: str = field(
+        default=DEFAULT_MODEL,
+        metadata={"help": "directory or hub id of the model, for its tokenizer (default: %(default)s)"},
+    )
+    generation: Literal[*GENERATION_FLAGS] | None = field(default=None, metadata={"help": GENERATION_HELP})
+    max_seq_length: int = field(default=384, metadata={"help": "most tokens a row (default: %(default)s)"})
+    skip_overlength: bool = field(default=False, metadata={"help": "skip longer rows (default: cut them)"})
+    template: Literal[*TEMPLATES] = field(
+        default="native",
+        metadata={
+            "help": "form of the prompts: that of the model's own chat, or the first training script's "
+            "(default: %(default)s)"
+        },
+    )
+    loss_on: Literal[*LOSS_ON] = field(
+        default="last", metadata={"help": "assistant turns that are trained on (default: %(default)s)"}
+    )
+    columns: str | None = field(default=None, metadata={"help": COLUMNS_HELP})
+    strict: bool = field(
+        default=False, metadata={"help": "stop with exit code 1 at the first rejected row (default: list it)"}
+    )
+    num_proc: int = field(
+        default_factory=lambda: len(os.sched_getaffinity(0)),
+        metadata={"help": "processes (default: %(default)s, one a core)"},
+    )
+    preview: int = field(
+        default=0,
+        metadata={
+            "metavar": "N",
+            "help": "show N rows, the trained tokens marked (default: %(default)s)",
+        },
+    )
+
+    def options(self) -> TokenizeOptions:
+        """
+        The flags that decide the tokens.
+
+        Raises:
+            UsageError: --columns has no column map.
+        """
+        columns = ColumnMap.parse(self.columns)
+        return TokenizeOptions(self.template, self.max_seq_length, self.skip_overlength, self.loss_on, columns)
+
+
+def parse_arguments() -> tuple[TokenizeArguments, TokenizeOptions]:
+    """
+    Parse the command line.
+
+    Raises:
+        UsageError: a value that cannot be.
+    """
+    parser = HfArgumentParser(TokenizeArguments, description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    # parse_args_into_dataclasses would answer an unknown flag with a traceback
+    args = TokenizeArguments(**vars(parser.parse_args()))
+    options = args.options()
     choose_generation(args.model_name_or_path, args.generation)
     for name in ("max_seq_length", "num_proc"):
         if getattr(args, name) < 1:
             raise UsageError(f"--{name} {getattr(args, name)} must be at least 1")
-    return args
+    return args, options
 
 
 def show_preview(
     tokenizer: PreTrainedTokenizerBase, template: ChatGLMTemplate, options: TokenizeOptions, paths: list[str], n: int
 ) -> None:
-    """Prints the first rows of the files as they are trained on."""
+    """Print the first `n` usable rows as they are trained on."""
     rows = []
     for _, _, row in read_rows(paths, options.parse):
         with contextlib.suppress(RowError):  # which the run lists
@@ -82,8 +138,8 @@ def show_preview(
         print(line)
 
 
-def kept_report(target: Path, key: str, rejections: Rejections) -> TokenReport | None:
-    """The report of the dataset at `target`, if all that decides it is as it was when it was made."""
+def load_report(target: Path, key: str, rejections: Rejections) -> TokenReport | None:
+    """The report of the dataset at `target` if it is up to date: complete, and made from what `key` hashes."""
     path = target / REPORT_FILE
     if not (is_dataset(target) and path.is_file()):
         return None
@@ -93,74 +149,68 @@ def kept_report(target: Path, key: str, rejections: Rejections) -> TokenReport |
     return TokenReport.load(content)
 
 
-def make_dataset(
-    maker: PartMaker,
-    args: argparse.Namespace,
-    paths: list[str],
-    origin: DatasetOrigin,
-    key: str,
-    rejections: Rejections,
-) -> TokenReport:
+def tokenize_rows(
+    shard_tokenizer: ShardTokenizer, paths: list[str], num_proc: int, rejections: Rejections
+) -> tuple[TokenReport, list[str]]:
     """
-    Writes the dataset and its report beside `--save_path` and puts them in its place.
+    Tokenise all rows into the shards directory.
+
+    Returns:
+        Counts over all rows, and the names of the Arrow files in order.
 
     Raises:
-        RunError: there is no row for it.
+        RunError: no row is left; or a worker process was killed.
     """
-    report, arrow_files, directory = TokenReport(), [], maker.directory
-    if done := len(list((directory / REPORTS).glob("*.json"))):
-        print(f"going on after an interrupted run, which finished {done} part{'s' * (done > 1)}")
+    report, arrow_files = TokenReport(), []
+    if finished := count_finished(shard_tokenizer.directory):
+        print(f"resuming an interrupted run: {finished} shard{'s' * (finished > 1)} finished")
     try:
-        for part in make_parts(maker, paths, args.num_proc, meanwhile=import_matplotlib):
-            report.add(part.report)
-            for rejection in part.rejections:
+        for shard in make_shards(shard_tokenizer, paths, num_proc, meanwhile=import_matplotlib):
+            report.add(shard.report)
+            for rejection in shard.rejections:
                 rejections.add(*rejection)
-            if part.arrow_file:
-                arrow_files.append(part.arrow_file)
+            if shard.arrow_file:
+                arrow_files.append(shard.arrow_file)
     finally:
         rejections.report()
     if not report.written:
-        for line in report.lines(args.max_seq_length):
+        for line in report.lines(shard_tokenizer.options.max_seq_length):
             print(line)
-        shutil.rmtree(directory)
-        raise RunError("no row is left to write: see the counts above, and mend the file or the length limit")
-    complete_dataset(directory, arrow_files, origin, key)
-    report.save(directory, args.max_seq_length, key)
-    target = Path(args.save_path)
-    replace_dataset(directory, target)
-    (target / "lock").unlink()
-    shutil.rmtree(target / REPORTS)
-    return report
+        discard_shards(shard_tokenizer.directory)
+        raise RunError("no row is left to write: see the counts above, and fix the file or raise --max_seq_length")
+    return report, arrow_files
 
 
 def main() -> None:
-    args = parse_arguments()
+    args, options = parse_arguments()
     target = Path(args.save_path)
     paths = input_paths(args.jsonl_path)
     rejections = Rejections(args.save_path, args.strict)
     check_target(target, paths)
     check_output_path(rejections.path, paths, "--save_path")
-    check_columns(args.columns, paths)
+    check_columns(options.columns, paths)
     tokenizer = load_tokenizer(args.model_name_or_path)
     template = template_for(tokenizer, args.template)
-    options = TokenizeOptions(args.template, args.max_seq_length, args.skip_overlength, args.loss_on, args.columns)
     if args.preview:
         show_preview(tokenizer, template, options, paths, args.preview)
     key = cache_key(tokenizer, template, options, paths)
-    report = kept_report(target, key, rejections)
+    report = load_report(target, key, rejections)
     if report and not (args.strict and report.rejected):
-        print(f"{target} was made from these rows in this way: it is kept")
+        print(f"{target} is kept: it was made from these rows with these options")
     else:
-        with parts_directory(target, key) as directory:
-            maker = PartMaker(tokenizer, template, options, directory)
+        with shards_directory(target, key) as directory:
+            shard_tokenizer = ShardTokenizer(tokenizer, template, options, directory)
+            report, arrow_files = tokenize_rows(shard_tokenizer, paths, args.num_proc, rejections)
             origin = DatasetOrigin(
-                args.template,
-                fingerprint(tokenizer, template),
-                args.model_name_or_path,
-                args.loss_on,
-                template.system_turns,
+                template=args.template,
+                tokenizer=fingerprint(tokenizer, template),
+                model_name_or_path=args.model_name_or_path,
+                loss_on=args.loss_on,
+                system_turns=template.system_turns,
             )
-            report = make_dataset(maker, args, paths, origin, key, rejections)
+            complete_dataset(directory, arrow_files, origin, key)
+            report.save(directory, args.max_seq_length, key)
+            publish_dataset(directory, target)
     for line in report.lines(args.max_seq_length):
         print(line)
     print(json.dumps(report.counts()), flush=True)

@@ -18,7 +18,7 @@ from utils.common.terminal import escape_controls, one_line
 from utils.data.json_lines import dump_row
 from utils.data.raw_reader import input_paths
 from utils.data.rejections import Rejections
-from utils.data.shards import parts_directory
+from utils.data.shards import shards_directory
 from utils.inference.merge_export import merge_and_save
 from utils.training.run_log import keep_log
 
@@ -127,9 +127,9 @@ def test_unfinished_work_of_other_datasets_stays(tmp_path):
     others = tmp_path / ".ab.key.parts"
     others.mkdir()
     (others / "lock").touch()
-    with parts_directory(tmp_path / "a*", "key"):
+    with shards_directory(tmp_path / "a*", "key"):
         pass
-    with parts_directory(tmp_path / "a*", "other key"):
+    with shards_directory(tmp_path / "a*", "other key"):
         pass
     assert others.is_dir() and not (tmp_path / ".a*.key.parts").exists()
 

@@ -1,4 +1,4 @@
-"""Encodings that are read, and those that are refused by name; JSON that is spread over lines."""
+"""Encodings that are decoded, and those that are refused by name; JSON objects that spread over lines."""
 
 import gzip
 import json
@@ -7,7 +7,7 @@ import pytest
 
 from utils.common.errors import RowError, UsageError
 from utils.data.encodings import decode_text
-from utils.data.raw_reader import input_paths, read_json_rows
+from utils.data.raw_reader import BLOCK_BYTES, input_paths, read_json_rows
 
 CHINESE = ("请把下面的句子改写成一个问题。", "今天天气怎么样？", "他昨天在图书馆看书", "好的，谢谢！", "春风又绿江南")
 TRADITIONAL = (
@@ -31,11 +31,12 @@ def lines_of(rows):
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
-def read(tmp_path, data, name="rows.json"):
-    (tmp_path / name).write_bytes(data)
-    found = list(read_json_rows(tmp_path / name))
-    return [value for _, value in found if not isinstance(value, RowError)], [
-        (line, str(value)) for line, value in found if isinstance(value, RowError)
+def read(tmp_path, data, block_bytes=BLOCK_BYTES):
+    """The values of a file, and its errors with their lines."""
+    (tmp_path / "rows.json").write_bytes(data)
+    numbered = list(read_json_rows(tmp_path / "rows.json", block_bytes))
+    return [value for _, value in numbered if not isinstance(value, RowError)], [
+        (line, str(value)) for line, value in numbered if isinstance(value, RowError)
     ]
 
 
@@ -89,9 +90,9 @@ def test_a_line_in_another_encoding_is_named(tmp_path):
     data = b"".join(line.encode() + b"\n" for line in lines * 10)
     for texts, codec, name in bad:
         line = json.dumps({"input": "".join(texts), "target": texts[0]}, ensure_ascii=False).encode(codec)
-        good, found = read(tmp_path, data + line)
-        assert good == rows * 10 and len(found) == 1 and found[0][0] == 51
-        assert found[0][1].startswith(f"bytes that are not UTF-8, but {name}")
+        good, errors = read(tmp_path, data + line)
+        assert good == rows * 10 and len(errors) == 1 and errors[0][0] == 51
+        assert errors[0][1].startswith(f"bytes that are not UTF-8, but {name}")
 
 
 def test_cyrillic_is_no_chinese(tmp_path):
@@ -101,7 +102,7 @@ def test_cyrillic_is_no_chinese(tmp_path):
 
 
 def test_zeros_are_no_text():
-    with pytest.raises(UsageError, match="rows.txt:2: a byte of zero"):
+    with pytest.raises(UsageError, match="rows.txt:2: a zero byte"):
         decode_text("一\n二\0\n".encode(), "rows.txt")
 
 
@@ -129,11 +130,10 @@ CHATS = [{"messages": [{"role": "user", "content": f"{i}"}, {"role": "assistant"
         lines_of(ROWS).replace('{"instruction"', '{\n"instruction"', 1),
     ],
 )
-@pytest.mark.parametrize("block", [700, 1 << 20])
-def test_rows_spread_over_lines(tmp_path, monkeypatch, text, block):
-    monkeypatch.setattr("utils.data.raw_reader.BLOCK_BYTES", block)
+@pytest.mark.parametrize("block_bytes", [700, BLOCK_BYTES])
+def test_rows_spread_over_lines(tmp_path, text, block_bytes):
     for data in (text.encode(), b"\xef\xbb\xbf" + text.encode(), gzip.compress(text.encode()), text.encode("gb18030")):
-        assert read(tmp_path, data) == (ROWS, [])
+        assert read(tmp_path, data, block_bytes) == (ROWS, [])
 
 
 def test_chats_spread_over_lines(tmp_path):

@@ -1,4 +1,4 @@
-"""Raw files of every schema and encoding -> rows; what cannot be read, and where it stands."""
+"""Raw files of every schema and encoding become rows; what cannot be read is reported with its line."""
 
 import gzip
 import json
@@ -6,7 +6,7 @@ import json
 import pytest
 
 from utils.common.errors import RowError, UsageError
-from utils.data.raw_reader import input_paths, read_json_rows
+from utils.data.raw_reader import BLOCK_BYTES, input_paths, read_blocks, read_json_rows
 from utils.data.row_parser import parse_prompt, parse_row, read_rows
 from utils.models.conversation import Message
 
@@ -22,12 +22,17 @@ def turns(row):
     return [content for _, content in row.messages]
 
 
-def read(tmp_path, data):
-    (tmp_path / "rows").write_bytes(data)
-    found = list(read_json_rows(tmp_path / "rows"))
-    return [value for _, value in found if not isinstance(value, RowError)], [
-        (line, str(value)) for line, value in found if isinstance(value, RowError)
+def sort_out(numbered):
+    """(line, value) pairs -> the values, and the errors with their lines."""
+    numbered = list(numbered)
+    return [value for _, value in numbered if not isinstance(value, RowError)], [
+        (line, str(value)) for line, value in numbered if isinstance(value, RowError)
     ]
+
+
+def read(tmp_path, data, block_bytes=BLOCK_BYTES):
+    (tmp_path / "rows").write_bytes(data)
+    return sort_out(read_json_rows(tmp_path / "rows", block_bytes))
 
 
 @pytest.mark.parametrize(
@@ -97,10 +102,9 @@ def test_a_seed_task_is_a_row_an_instance(tmp_path):
         (json.dumps(ROWS[:10], indent=1) + "\n" + "".join(map(json.dumps, ROWS[10:]))).encode(),
     ],
 )
-@pytest.mark.parametrize("block", [600, 1 << 20])
-def test_every_encoding_gives_the_same_rows(tmp_path, monkeypatch, data, block):
-    monkeypatch.setattr("utils.data.raw_reader.BLOCK_BYTES", block)
-    assert read(tmp_path, data) == (ROWS, [])
+@pytest.mark.parametrize("block_bytes", [600, BLOCK_BYTES])
+def test_every_encoding_gives_the_same_rows(tmp_path, data, block_bytes):
+    assert read(tmp_path, data, block_bytes) == (ROWS, [])
 
 
 def test_quotes_and_escapes_of_python_dicts(tmp_path):
@@ -158,10 +162,10 @@ def test_a_cut_gzip_file_gives_what_it_still_holds(tmp_path):
     assert "breaks off" in bad[-1][1] and len(bad) <= 2
 
 
-def test_endless_lines_and_other_files_are_reported(tmp_path, monkeypatch):
-    monkeypatch.setattr("utils.data.raw_reader.LONGEST_LINE", 5000)
-    monkeypatch.setattr("utils.data.raw_reader.BLOCK_BYTES", 1000)
-    good, bad = read(tmp_path, b"x" * 9000 + b"\n" + LINES.encode())
+def test_endless_lines_and_other_files_are_reported(tmp_path):
+    (tmp_path / "endless").write_bytes(b"x" * 9000 + b"\n" + LINES.encode())
+    blocks = read_blocks(str(tmp_path / "endless"), block_bytes=1000, longest_line=5000)
+    good, bad = sort_out(pair for block in blocks for pair in block.values())
     assert good == ROWS and bad == [(1, "a line longer than 0 MiB")]
     assert read(tmp_path, b"") == ([], [])
     assert read(tmp_path, b"[]") == ([], [])
@@ -174,5 +178,5 @@ def test_several_files_and_patterns(tmp_path, monkeypatch):
     paths = input_paths(["b*.json", "a.json", "b0.json"])
     assert paths == ["b0.json", "b1.json", "a.json"]
     assert [turns(row)[0] for _, _, row in read_rows(paths, parse_row)] == paths
-    with pytest.raises(UsageError, match=r"c\*.json is not a file, and no file fits it"):
+    with pytest.raises(UsageError, match=r"c\*.json is not a file, and no file matches it"):
         input_paths(["c*.json"])

@@ -1,4 +1,4 @@
-"""Tokenising at scale: batches, processes, resumption, the cache, loss on every turn, reports, foreign datasets."""
+"""Tokenising at scale: batches, processes, resuming, the cache, loss on every turn, reports, foreign datasets."""
 
 import json
 import os
@@ -14,11 +14,12 @@ from hypothesis import strategies as st
 
 from utils.checkpoint.tokenizer import load_tokenizer
 from utils.common.errors import RowError, UsageError
+from utils.data import shards
 from utils.data.arrow_reader import FEATURES, check_origin, load_examples
 from utils.data.arrow_writer import SCHEMA, DatasetOrigin, complete_dataset
 from utils.data.dataset_report import TokenReport, preview
 from utils.data.encode import encode_batch, encode_example, encode_rows
-from utils.data.shards import PartMaker, TokenizeOptions, cache_key
+from utils.data.shards import ShardTokenizer, TokenizeOptions, cache_key
 from utils.models.conversation import Conversation, Message
 from utils.models.templates import template_for
 from utils.models.token_spans import IGNORE_INDEX, encode_texts
@@ -144,9 +145,9 @@ def test_loss_on_every_turn_of_a_single_turn_is_that_on_the_last(tokenizer):
 
 @pytest.fixture
 def workspace(tmp_path, monkeypatch, run_script):
-    """40 rows in a file that makes 5 parts or more; tokenize("--flags") -> (its output, summary, dataset)."""
-    monkeypatch.setattr("utils.data.raw_reader.BLOCK_BYTES", 600)
-    monkeypatch.setattr("utils.data.shards.PART_BLOCKS", 1)
+    """40 rows in a file that makes 5 shards or more; tokenize("--flags") -> (its output, summary, dataset)."""
+    monkeypatch.setattr(shards, "BLOCK_BYTES", 600)
+    monkeypatch.setattr(shards, "SHARD_BLOCKS", 1)
     rows = [{"input": f"第{n}个问题：" + "问" * (n % 9), "target": "答" * (n % 13 + 1)} for n in range(40)]
     rows[7] = {"input": "没有答案"}
     (tmp_path / "rows.json").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
@@ -165,19 +166,19 @@ def workspace(tmp_path, monkeypatch, run_script):
     return tokenize
 
 
-def count_parts(monkeypatch, fail_at=None):
-    """How many parts are made from now on; the one numbered `fail_at` is killed half way."""
-    made, make = [], PartMaker.__call__
+def record_shards(monkeypatch, fail_at=None):
+    """A list that gains the number of each shard tokenised from now on; shard `fail_at` is killed half way."""
+    numbers, tokenize = [], ShardTokenizer.__call__
 
-    def counted(self, number, blocks):
+    def recorded(self, number, blocks):
         if number == fail_at:
-            (self.directory / f"part-{number:05d}.arrow").write_bytes(b"half a part")
+            (self.directory / f"part-{number:05d}.arrow").write_bytes(b"half a shard")
             raise KeyboardInterrupt
-        made.append(number)
-        return make(self, number, blocks)
+        numbers.append(number)
+        return tokenize(self, number, blocks)
 
-    monkeypatch.setattr(PartMaker, "__call__", counted)
-    return made
+    monkeypatch.setattr(ShardTokenizer, "__call__", recorded)
+    return numbers
 
 
 def test_processes_make_the_same_dataset(workspace):
@@ -191,53 +192,53 @@ def test_processes_make_the_same_dataset(workspace):
     assert summary["trained_tokens"] == sum(label >= 0 for labels in one["labels"] for label in labels)
 
 
-def test_nothing_is_made_again_unless_something_changed(workspace, monkeypatch):
+def test_nothing_is_tokenised_again_unless_something_changed(workspace, monkeypatch):
     _, summary, _ = workspace()
-    made = count_parts(monkeypatch)
+    numbers = record_shards(monkeypatch)
     result, same, _ = workspace("--num_proc 2")
-    assert made == [] and same == summary and "it is kept" in result.out
+    assert numbers == [] and same == summary and "is kept: it was made from these rows" in result.out
     rows = (workspace.path / "rows.json").read_text()
     for flags, change in (("--max_seq_length 20", ""), ("--loss_on every", ""), ("--template alpaca", ""), ("", "x")):
-        made.clear()
+        numbers.clear()
         (workspace.path / "rows.json").write_text(rows.replace("第3个", f"第3{change}个"))
         _, summary, dataset = workspace(flags)
-        assert len(made) >= 5 and len(dataset) == summary["written"]
+        assert len(numbers) >= 5 and len(dataset) == summary["written"]
     (workspace.path / "tokens.rejected.jsonl").unlink()  # part of what was made
-    made.clear()
+    numbers.clear()
     workspace(flags)
-    assert len(made) >= 5 and (workspace.path / "tokens.rejected.jsonl").is_file()
+    assert len(numbers) >= 5 and (workspace.path / "tokens.rejected.jsonl").is_file()
 
 
-def test_a_killed_run_is_gone_on_with(workspace, monkeypatch):
+def test_a_killed_run_is_resumed(workspace, monkeypatch):
     _, summary, whole = workspace()
     whole = whole.to_dict()
     workspace("--max_seq_length 20")
     with monkeypatch.context() as patch:
-        made = count_parts(patch, fail_at=3)
+        numbers = record_shards(patch, fail_at=3)
         workspace(code=1)
-        assert made == [0, 1, 2]
+        assert numbers == [0, 1, 2]
     assert max(map(len, datasets.load_from_disk(str(workspace.path / "tokens"))["input_ids"])) == 20  # the older one
-    made = count_parts(monkeypatch)
+    numbers = record_shards(monkeypatch)
     result, again, dataset = workspace()
-    assert "finished 3 parts" in result.out and made[0] == 3
+    assert "resuming an interrupted run: 3 shards finished" in result.out and numbers[0] == 3
     assert dataset.to_dict() == whole and again == summary
     names = sorted(path.name for path in workspace.path.iterdir())
     assert names == ["rows.json", "tokens", "tokens.rejected.jsonl"]
     assert not {"lock", "reports"} & {path.name for path in (workspace.path / "tokens").iterdir()}
 
 
-def test_parts_of_another_run_are_not_used(workspace, monkeypatch):
+def test_shards_of_another_run_are_not_used(workspace, monkeypatch):
     with monkeypatch.context() as patch:
-        count_parts(patch, fail_at=2)
+        record_shards(patch, fail_at=2)
         workspace("--max_seq_length 20", code=1)
     assert len(list(workspace.path.glob(".tokens.*.parts"))) == 1
-    made = count_parts(monkeypatch)
+    numbers = record_shards(monkeypatch)
     workspace()
-    assert made[0] == 0 and list(workspace.path.glob(".tokens.*.parts")) == []
+    assert numbers[0] == 0 and list(workspace.path.glob(".tokens.*.parts")) == []
 
 
-def test_a_killed_worker_is_said(workspace, monkeypatch):
-    monkeypatch.setattr(PartMaker, "_encode", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+def test_a_killed_worker_is_reported(workspace, monkeypatch):
+    monkeypatch.setattr(ShardTokenizer, "_encode", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
     result, _, _ = workspace("--num_proc 2", code=1)
     assert "a worker process was killed" in result.err and "Traceback" not in result.err
 

@@ -1,8 +1,11 @@
 """
-The encoding of raw bytes: UTF-8 and GB18030 are read, others are refused by name.
+Detects the encoding of raw bytes: UTF-8 and GB18030 are decoded, others are refused by name.
 
-GB18030 takes almost any bytes for Chinese characters, so that they decode says nothing. What tells encodings apart is
-which of them gives common characters: `likely_encoding` counts points.
+Almost any bytes decode as GB18030, also a UTF-8 line that lost a byte, or Big5, so decoding proves nothing. What tells
+encodings apart is which of them gives common characters: `likely_encoding` counts points. If none is clear, the line
+is rejected. An even number of bytes lost inside GB18030 text leaves other text, which no reader can tell from the
+right one. chardet and charset-normalizer decide by whole files; here single lines count, because `cat` joins files of
+both encodings. utils/data/raw_reader.py and utils/inference/prompt_reader.py call it.
 """
 
 import functools
@@ -13,17 +16,17 @@ from collections import Counter
 from utils.common.errors import RowError, UsageError
 from utils.common.terminal import one_line
 
-LEAST_EVIDENCE = 8  # bytes that are not ASCII, below which nothing is taken for GB18030
-SAMPLE = 1 << 16  # bytes that are looked at
-LEAST_POINTS = 0.35  # a byte that is not ASCII
+MIN_NON_ASCII = 8  # non-ASCII bytes below which nothing is taken for GB18030
+SAMPLE_BYTES = 1 << 16  # enough for any count below, in milliseconds
+MIN_POINTS = 0.35  # for each non-ASCII byte; right text has about 1
 _ASCII = bytes(range(128))
-# A Chinese character or mark in UTF-8, the quotes and dashes of U+2000 to U+203F among them.
+# A Chinese character or punctuation mark in UTF-8, including the quotes and dashes of U+2000 to U+203F.
 _CHINESE = rb"(?:[\xe3-\xe9\xef][\x80-\xbf]|\xe2\x80)[\x80-\xbf]"
 _CHINESE_UTF8 = re.compile(_CHINESE)
-# Once in 2,000,000 random characters of GB2312, as measured.
+# Three in a row: measured once in 2,000,000 random characters of GB2312.
 UTF8_RUN = re.compile(rb"(?:" + _CHINESE + rb"){3}")
 _TWO_BYTES = re.compile("[\x80-\u07ff]")
-# The codecs that are told apart: their names for a person and for iconv.
+# The codecs that are told apart -> their names for a person and for iconv.
 NAMES = {
     "gb18030": ("GB18030", "GB18030"),
     "big5hkscs": ("Big5", "BIG5"),
@@ -66,8 +69,8 @@ _KOREAN_COMMON = (
 )
 _PLAIN = {*map(chr, range(0x20, 0x7F)), *"\t\r\n"}
 _LATIN_COMMON = "éèêëàâäáãåæçíìîïñóòôöõøœúùûüýßÉÈÀÂÄÁÅÆÇÍÎÑÓÖØÚÜ"
-_FOREIGN = re.compile(rb"[\x80-\xff]")
-# Isolated letters of a language with accents: not next to another byte that is not ASCII.
+_NON_ASCII = re.compile(rb"[\x80-\xff]")
+# A letter of a language with accents: not next to another non-ASCII byte.
 _ALONE = re.compile(rb"(?<![\x80-\xff])[\x80-\xff](?![\x80-\xff])")
 
 
@@ -80,8 +83,9 @@ def _level(codec: str, first: int, last: int, trails: range) -> set[str]:
 @functools.cache
 def _points(codec: str) -> dict[str, int]:
     """
-    What a character counts: 3 of the most frequent of the language, 1 of the first level of its standard, which is in
-    the order of readings or strokes and holds what is in daily use; others count nothing.
+    Points of each character: 3 for the language's most frequent, 1 for the first level of its standard.
+
+    That level holds the characters in daily use, in the order of readings or strokes. Others have no points.
     """
     high = range(0xA1, 0xFF)
     chinese = (
@@ -103,16 +107,16 @@ def _points(codec: str) -> dict[str, int]:
 
 def likely_encoding(data: bytes) -> str | None:
     """
-    The codec, one of NAMES, in which bytes that are not UTF-8 give the most points; None where all give few.
+    The codec, one of NAMES, in which bytes that are not UTF-8 give the most points; None if all give few.
 
-    A character gives 3, 1 or no point (`_points`), bytes that are none cost 3; an accented letter between letters
-    without accents gives 3, and bytes that are not ASCII next to each other cost Windows-1252 as many. Right text has
-    about 2 points a character, text in the wrong codec hardly 1. Texts of a few characters can be told wrong, above
-    all names and rare words.
+    A character gives 3, 1 or no points (`_points`), undecodable bytes cost 3. For Windows-1252 an accented letter
+    between letters without accents gives 3, and a non-ASCII byte next to another costs 3. Right text has about 2
+    points a character, text in the wrong codec hardly 1. Texts of a few characters may be taken for another encoding,
+    most of all names and rare words.
     """
-    start = _FOREIGN.search(data)
-    data = data[start.start() if start else 0 :][:SAMPLE]
-    foreign = len(data.translate(None, _ASCII))
+    start = _NON_ASCII.search(data)
+    data = data[start.start() if start else 0 :][:SAMPLE_BYTES]
+    non_ascii = len(data.translate(None, _ASCII))
     alone = _ALONE.findall(data)
     letters = sum(3 for byte in alone if byte.decode("cp1252", "replace") in _LATIN_COMMON)
     points = {}
@@ -120,22 +124,22 @@ def likely_encoding(data: bytes) -> str | None:
         worth = _points(codec)
         counts = Counter(data.decode(codec, "replace"))
         points[codec] = sum(worth.get(char, 0) * count for char, count in counts.items()) - 3 * counts["\ufffd"]
-    points["gb18030"] += 1  # for what is too short to tell
-    points["cp1252"] = letters - 3 * (foreign - len(alone))
+    points["gb18030"] += 1  # breaks the tie of texts that are too short to tell
+    points["cp1252"] = letters - 3 * (non_ascii - len(alone))
     best = max(points, key=points.__getitem__)
-    return best if points[best] >= LEAST_POINTS * foreign else None
+    return best if points[best] >= MIN_POINTS * non_ascii else None
 
 
 def wide_encoding(data: bytes) -> str | None:
-    """UTF-16, UTF-32 or ISO-2022-JP by its byte order mark, its zeros or its escapes, as a codec of NAMES, or None."""
+    """UTF-16, UTF-32 or ISO-2022-JP, as a codec of NAMES, by byte order mark, zeros or escapes; else None."""
     for mark, codec in _BOMS:
         if data.startswith(mark):
             return codec
-    if b"\x1b$B" in data[:SAMPLE] or b"\x1b$@" in data[:SAMPLE]:
+    if b"\x1b$B" in data[:SAMPLE_BYTES] or b"\x1b$@" in data[:SAMPLE_BYTES]:
         return "iso2022_jp"
-    if b"\0" not in data[:SAMPLE]:
+    if b"\0" not in data[:SAMPLE_BYTES]:
         return None
-    data, worth, points = data[:SAMPLE], _points("gb18030"), {}
+    data, worth, points = data[:SAMPLE_BYTES], _points("gb18030"), {}
     for codec, size in (("utf-16-le", 2), ("utf-16-be", 2), ("utf-32-le", 4), ("utf-32-be", 4)):
         text = data[: len(data) // size * size].decode(codec, "replace")
         known = sum(count for char, count in Counter(text).items() if char in _PLAIN or worth.get(char))
@@ -144,20 +148,20 @@ def wide_encoding(data: bytes) -> str | None:
     return best if points[best] > 0.5 else None
 
 
-def encoding_of(data: bytes, path: str) -> str:
+def detect_encoding(data: bytes, path: str) -> str:
     """
-    "utf-8" or "gb18030": what the file that begins with `data` is to be read in.
+    Encoding of the file that begins with `data`: "utf-8" or "gb18030".
 
-    Told apart are UTF-8, GB18030, Big5, Shift-JIS, EUC-JP, EUC-KR, Windows-1252 and Latin-1 (as one), UTF-16 and
-    UTF-32; of the latter without a byte order mark those with an ASCII character, such as a newline. Cyrillic and
-    other encodings give few points and are not read either, but not named. Not told apart: encodings within one file
-    that are neither UTF-8 nor GB18030, and texts of 4 characters or fewer, which may be told wrong.
+    It tells apart UTF-8, GB18030, Big5, Shift-JIS, EUC-JP, EUC-KR, Windows-1252 and Latin-1 (as one), UTF-16 and
+    UTF-32; the last two without a byte order mark if there is an ASCII character, such as a newline. Cyrillic and
+    other encodings give few points: their rows are rejected without a name. It does not tell apart several encodings
+    in one file other than UTF-8 and GB18030, and may be wrong about texts of 4 characters or fewer.
 
     Raises:
-        UsageError: it is in another encoding, which the message names.
+        UsageError: the file is in another encoding, which the message names.
     """
     codec = wide_encoding(data)
-    if codec is None and is_foreign(data):
+    if codec is None and is_not_utf8(data):
         codec = likely_encoding(data)
         if codec == "gb18030":
             return codec if _is_whole(data) else "utf-8"
@@ -170,39 +174,43 @@ def encoding_of(data: bytes, path: str) -> str:
     )
 
 
-def is_foreign(data: bytes) -> bool:
+def is_not_utf8(data: bytes) -> bool:
     """
     Whether bytes are in another encoding than UTF-8, rather than UTF-8 with bytes lost.
 
-    Few of those that are not ASCII form UTF-8 characters of three bytes. Of two bytes they form many by chance, but a
-    text in such letters that lost a byte consists of little else.
+    In another encoding few non-ASCII bytes form UTF-8 characters of three bytes. They form many of two bytes by
+    chance, but a UTF-8 text in two-byte letters that lost a byte consists of little else.
     """
-    foreign = len(data.translate(None, _ASCII))
-    if foreign < LEAST_EVIDENCE:
+    non_ascii = len(data.translate(None, _ASCII))
+    if non_ascii < MIN_NON_ASCII:
         return False
     text = data.decode("utf-8", "ignore")
     two_bytes = 2 * len(_TWO_BYTES.findall(text))
-    more_bytes = len(text.encode()) - (len(data) - foreign) - two_bytes
-    return more_bytes < 0.4 * foreign and two_bytes + more_bytes < 0.8 * foreign
+    more_bytes = len(text.encode()) - (len(data) - non_ascii) - two_bytes
+    return more_bytes < 0.4 * non_ascii and two_bytes + more_bytes < 0.8 * non_ascii
 
 
 def _is_whole(data: bytes) -> bool:
-    """Whether nearly all bytes that are not ASCII form GB18030 characters."""
+    """Whether nearly all non-ASCII bytes form GB18030 characters."""
     return data.decode("gb18030", "replace").count("\ufffd") <= len(data.translate(None, _ASCII)) / 20 + 1
 
 
 def decode_line(line: bytes, encoding: str, path: str) -> str | RowError:
     """
-    A line in its file's encoding, or in the other where all of it speaks for that: `cat` joins files of both. A UTF-8
-    line of which bytes are lost would often pass for GB18030 in other characters; most of it is UTF-8 still.
+    Decode a line in its file's encoding, or in the other one if all of it points there: `cat` joins files of both.
+
+    A UTF-8 line that lost bytes would often decode as GB18030 to other characters; but most of it is still UTF-8.
+
+    Returns:
+        The text, or the error that rejects the line.
     """
     codec = None
     if encoding == "utf-8":
         if (text := decode_strict(line, encoding)) is not None:
             return text
-        codec = likely_encoding(line) if is_foreign(line) else None
+        codec = likely_encoding(line) if is_not_utf8(line) else None
         if codec == "gb18030" and _is_whole(line) and (text := decode_strict(line, codec)) is not None:
-            say(f"{path}: some lines are GB18030, read as such; what is written is UTF-8")
+            warn_once(f"{path}: reading some lines as GB18030; output is UTF-8")
             return text
     else:
         if len(_CHINESE_UTF8.findall(line)) >= 2 and (text := decode_strict(line, "utf-8")) is not None:
@@ -215,31 +223,33 @@ def decode_line(line: bytes, encoding: str, path: str) -> str | RowError:
 
 def decode_text(data: bytes, path: str) -> str:
     """
-    A whole file's text: UTF-8 with or without a BOM, or GB18030, which is said on stderr.
+    Decode a whole file: UTF-8 with or without a BOM, or GB18030, about which a line goes to stderr.
 
     Raises:
-        UsageError: none of these, or bytes of zero in it.
+        UsageError: another encoding, or a zero byte.
     """
-    encoding_of(data, path)
+    detect_encoding(data, path)
     text = decode_line(data.removeprefix(b"\xef\xbb\xbf"), "utf-8", path)
     if isinstance(text, RowError):
         raise UsageError(f"{path}: {text}: convert it to UTF-8")
     if "\0" in text:
         line = text.count("\n", 0, text.index("\0")) + 1
-        raise UsageError(
-            f"{path}:{line}: a byte of zero, which no text has: take it out, or convert the file to UTF-8"
-        )
+        raise UsageError(f"{path}:{line}: a zero byte, which no text has: remove it, or convert the file to UTF-8")
     return text
 
 
-@functools.cache
-def say(message: str) -> None:
-    """Prints a line on stderr, once."""
-    print(one_line(message), file=sys.stderr)
+_printed_warnings: set[str] = set()
+
+
+def warn_once(message: str) -> None:
+    """Print a line on stderr, unless this process has printed it before."""
+    if message not in _printed_warnings:
+        _printed_warnings.add(message)
+        print(one_line(message), file=sys.stderr)
 
 
 def decode_strict(data: bytes, encoding: str) -> str | None:
-    """The text, or None where it is not in that encoding."""
+    """The text, or None if it is not in that encoding."""
     try:
         text = data.decode(encoding)
     except UnicodeDecodeError:

@@ -1,4 +1,8 @@
-"""One line of JSON Lines -> values, and files that appear whole or not at all, in the place of no input."""
+"""
+Parses one line of JSON Lines or Python dicts into values, and writes rows as lines.
+
+utils/data/raw_reader.py parses with it; every script writes its JSON Lines with `dump_row`.
+"""
 
 import ast
 import json
@@ -10,15 +14,20 @@ from typing import Any
 from utils.common.errors import RowError
 
 NEVER_ENDS = "a Python dict that never ends"
-BLANKS = " \t\r\n\ufeff"  # a BOM stands in the middle of a file that `cat` made
+BLANKS = " \t\r\n\ufeff"  # a BOM too: in a file that `cat` made it may be in the middle
 _scan = json.JSONDecoder().scan_once  # (text, position) -> (value, end); what json.loads calls
 _PYTHON_TOKENS = re.compile(r"""'(?:[^'\\]|\\.)*+'|"(?:[^"\\]|\\.)*+"|[{}\[\]]""", re.DOTALL)
 
 
 def scan_value(text: str, position: int) -> tuple[Any, int]:
     """
-    The JSON value at `position` and where it ends, or the Python dict that `str(dict)` made, its quotes single: the
-    lines of the first BELLE processing script are such. Nothing but literals is read.
+    Parse the JSON value, or the Python dict, that begins at `position`.
+
+    A Python dict has single quotes, as `str(dict)` prints it: the first BELLE processing script wrote such lines. Only
+    literals are evaluated.
+
+    Returns:
+        The value and the position after it.
 
     Raises:
         RowError: it cannot be a row, or its text holds half a surrogate pair, which no encoding can write.
@@ -64,10 +73,12 @@ def _python_dict(text: str, position: int) -> tuple[dict, int]:
     return value, end
 
 
-def values_of(line: str) -> list[Any | RowError]:
+def parse_line(line: str) -> list[Any | RowError]:
     """
-    The values of one line: none of a blank one, several where `cat` joined files without a last newline or where the
-    line is a JSON array. What follows the first thing that cannot be read is lost with it, as one RowError.
+    Parse the values of one line.
+
+    A blank line has none; a line has several if it is a JSON array, or if `cat` joined files without a last newline.
+    Everything from the first text that cannot be read is one RowError.
     """
     try:  # nearly every line is one object and nothing else
         value, end = _scan(line, 0)
@@ -96,10 +107,10 @@ def values_of(line: str) -> list[Any | RowError]:
 
 
 def dump_row(row: dict[str, Any]) -> str:
-    """One line of JSON Lines, Chinese left readable."""
+    """One line of JSON Lines, newline included; Chinese stays readable."""
     return json.dumps(row, ensure_ascii=False) + "\n"
 
 
 def dump_pair(prompt: str, target: str) -> str:
-    """`dump_row({"input": prompt, "target": target})`, four times as fast."""
+    """Same as `dump_row({"input": prompt, "target": target})`, four times as fast."""
     return f'{{"input": {encode_basestring(prompt)}, "target": {encode_basestring(target)}}}\n'

@@ -1,6 +1,9 @@
 """
-JSON values that are not one a line: the elements of an array, of an array in an object such as {"data": [...]}, or
-objects spread over lines, one behind the other. utils/data/raw_reader.py reads JSON Lines and calls this for the rest.
+Reads JSON values that are not one a line, in constant memory.
+
+These are the elements of an array, of an array in an object such as {"data": [...]}, or objects that spread over lines
+and follow one another. utils/data/raw_reader.py reads JSON Lines and calls this for the rest. A value that cannot be
+read becomes a RowError in its place; ijson and the like would end at the first.
 """
 
 import codecs
@@ -14,37 +17,44 @@ from utils.data.encodings import UTF8_RUN
 from utils.data.json_lines import BLANKS, NEVER_ENDS, scan_value
 from utils.data.row_schema import CHATS, PROMPTS
 
-HEAD_BYTES = 1 << 16  # that the layout is told from
-LONGEST_ELEMENT = 16 << 20  # characters of a row
-# Names of a list of rows in an object round it; no row has a column of such a name that holds objects.
+HEAD_BYTES = 1 << 16  # from which the layout is detected
+LONGEST_ELEMENT = 16 << 20  # characters; a row that has no end within them is rejected
+# Keys under which an object holds a list of rows; no row has a column of these names that holds objects.
 WRAPPERS = ("data", "rows", "train", "training", "examples", "items", "records", "samples", "dataset", "test", "valid")
 LINES, ARRAY, WRAPPED, VALUES = "lines", "array", "wrapped", "values"
 _BLANK = re.compile(f"[{BLANKS}]*")
 
 
 class Layout(NamedTuple):
+    """How the values of a file are arranged."""
+
     name: str  # LINES, ARRAY, WRAPPED or VALUES
     start: int  # bytes before the first element of an array, or before the first value
 
 
-def layout_of(head: bytes, encoding: str, more: bool) -> Layout:
-    """How the values that `head` begins with are laid out; `more` says that it does not reach the file's end."""
+def detect_layout(head: bytes, encoding: str, more: bool) -> Layout:
+    """
+    Layout of the values with which `head` begins.
+
+    Args:
+        more: whether the file continues after `head`.
+    """
     text = codecs.getincrementaldecoder(encoding)("surrogateescape").decode(head[:HEAD_BYTES])
     more = more or len(head) > HEAD_BYTES
     start = _BLANK.match(text).end()
-    name, place = LINES, 0
+    name, position = LINES, 0
     if text.startswith("[", start) and text[start + 1 :].lstrip()[:1] in ("{", "]"):
-        name, place = ARRAY, start + 1
+        name, position = ARRAY, start + 1
     elif text.startswith("{", start):
-        if place := _wrapped_start(text, start):
+        if position := _wrapped_start(text, start):
             name = WRAPPED
         elif _is_spread(text, start, more):
-            name, place = VALUES, start
-    return Layout(name, len(text[:place].encode(encoding, "surrogateescape")))
+            name, position = VALUES, start
+    return Layout(name, len(text[:position].encode(encoding, "surrogateescape")))
 
 
 def _wrapped_start(text: str, start: int) -> int:
-    """Where the first element of the array stands in `{..., "data": [...]}` at `start`; 0 where there is none."""
+    """Position of the array's first element in the `{..., "data": [...]}` at `start`; 0 if there is no such array."""
     position = start + 1
     try:
         while True:
@@ -67,7 +77,7 @@ def _wrapped_start(text: str, start: int) -> int:
 
 
 def _is_spread(text: str, start: int, more: bool) -> bool:
-    """Whether the object at `start` goes on in the next line, rather than being a line that breaks off."""
+    """Whether the object at `start` continues in the next line, rather than being a line that breaks off."""
     newline = text.find("\n", start)
     if newline < 0:
         return False
@@ -80,7 +90,7 @@ def _is_spread(text: str, start: int, more: bool) -> bool:
 
 
 class Stream(Protocol):
-    """A file that takes back what was read too far."""
+    """A file that takes back bytes that were read too far."""
 
     def read(self, size: int) -> bytes: ...
 
@@ -89,14 +99,15 @@ class Stream(Protocol):
 
 class ValueReader:
     """
-    Reads the elements of a JSON array behind its opening bracket, or values that follow one another, one by one. After
-    one that cannot be read it goes on at the next object whose first key is that of the first: `{"instruction":`
-    cannot stand in a JSON string.
+    Reads the elements of a JSON array after its opening bracket, or values that follow one another.
+
+    After a value that cannot be read it resumes at the next object whose first key is that of the first object:
+    `{"instruction":` cannot occur in a JSON string.
 
     Args:
-        line: number of the stream's next line.
+        line: number of the stream's next line; afterwards that of the line after the values.
         layout: ARRAY, WRAPPED or VALUES.
-        block_bytes: how much is read at a time.
+        block_bytes: bytes read at a time.
     """
 
     def __init__(self, stream: Stream, encoding: str, line: int, layout: str, block_bytes: int):
@@ -109,7 +120,7 @@ class ValueReader:
         self.opening: re.Pattern | None = None
 
     def batches(self) -> Iterator[list[tuple[int, Any | RowError]]]:
-        """Lists of (line number, value), of about `block_bytes` each."""
+        """Yield lists of (line number, value), of about `block_bytes` each."""
         elements, size = [], 0
         for number, value, length in self._elements():
             elements.append((number, value))
@@ -121,7 +132,7 @@ class ValueReader:
             yield elements
 
     def _fill(self) -> bool:
-        """Drops what was read, and reads at least as much as is left; False at the end of the file."""
+        """Drop the text before the position and read at least as much as remains; False at the end of the file."""
         self._count()
         data = self.stream.read(max(self.block_bytes, len(self.text) - self.position))
         self.text = self.text[self.position :] + self.decoder.decode(data, final=not data)
@@ -129,11 +140,13 @@ class ValueReader:
         return bool(data)
 
     def _count(self) -> int:
+        """Number of the line of the position."""
         self.line += self.text.count("\n", self.counted, self.position)
         self.counted = self.position
         return self.line
 
     def _next_character(self) -> str:
+        """Move to the next character that is not blank and return it; "" at the end of the file."""
         while True:
             while self.position < len(self.text) and (c := self.text[self.position]) in BLANKS:
                 self.position += 1
@@ -143,10 +156,10 @@ class ValueReader:
                 return ""
 
     def _elements(self) -> Iterator[tuple[int, Any | RowError, int]]:
-        """(line number, value, its characters); what stands behind the last is given back to the stream."""
+        """Yield (line number, value, its length in characters); return the text after the last to the stream."""
         while character := self._next_character():
             if self.layout == VALUES:
-                if character == "[":  # an array behind them
+                if character == "[":  # an array follows them
                     self._give_back()
                     return
             elif character == "]":
@@ -172,7 +185,7 @@ class ValueReader:
         self.stream.unread(rest + self.decoder.getstate()[0])
 
     def _rest_of_wrapper(self) -> Iterator[tuple[int, RowError, int]]:
-        """Reads to the end of the object round the array; a second list of objects is an error, as it is not read."""
+        """Read to the end of the object round the array; a second list of objects in it is skipped with an error."""
         while (character := self._next_character()) and character != "}":
             key, length = self._scan()
             self.position += length or 1
@@ -185,18 +198,18 @@ class ValueReader:
             self.position += length or 1
             holds_rows = isinstance(value, list) and any(isinstance(item, dict) for item in value)
             if holds_rows or (opening == "[" and isinstance(value, RowError)):
-                reason = f'"{key}" is a second list of the file, which is not read: write it into a file of its own'
+                reason = f'"{key}" is a second list of the file, which is not read: save it as a separate file'
                 yield line, RowError(reason), 0
         self.position += 1
 
     def _scan(self) -> tuple[Any | RowError, int]:
-        """The element at the position and how long it is, 0 if that cannot be said; text is read until it is whole."""
+        """The element at the position and its length, 0 if unknown; reads text until the element is whole."""
         while True:
             try:
                 value, end = scan_value(self.text, self.position)
                 break
             except (RowError, json.JSONDecodeError) as error:
-                # A value that breaks off at the end of the text may go on in the file.
+                # A value that breaks off at the end of the text may continue in the file.
                 message, broken_at = getattr(error, "msg", str(error)), getattr(error, "pos", self.position)
                 open_end = message.startswith(("Unterminated", NEVER_ENDS)) or broken_at >= len(self.text) - 16
                 if open_end and len(self.text) - self.position < LONGEST_ELEMENT and self._fill():
@@ -211,7 +224,7 @@ class ValueReader:
         return RowError(f"bytes that are not {self.encoding.upper()}"), length
 
     def _is_text(self, element: str) -> bool:
-        """Whether no lone surrogate stands for a byte, and no GB18030 for UTF-8."""
+        """Whether no byte became a lone surrogate, and no UTF-8 was decoded as GB18030."""
         if element.isascii():
             return True
         try:
@@ -221,10 +234,10 @@ class ValueReader:
         return self.encoding == "utf-8" or not UTF8_RUN.search(data)
 
     def _resume(self) -> bool:
-        """Goes to the next object like the first; False where none follows."""
+        """Move to the next object like the first; False if none follows."""
         while self.opening:
-            if found := self.opening.search(self.text, self.position):
-                self.position = found.start()
+            if match := self.opening.search(self.text, self.position):
+                self.position = match.start()
                 return True
             self.position = max(self.position, len(self.text) - 1000)
             if not self._fill():

@@ -1,4 +1,10 @@
-"""Raw files -> blocks of rows, in constant memory: globs, gzip, encodings, JSON in lines and spread over them."""
+"""
+Reads raw files as blocks of rows in constant memory: file patterns, gzip, encodings, JSON by lines or in arrays.
+
+utils/data/row_parser.py turns the rows into conversations; utils/data/shards.py hands whole blocks to its workers,
+which then decode and parse them. `datasets.load_dataset("json")` reads no JSON array in an object, no Python dicts, no
+GB18030, needs one schema for all rows, and stops at the first bad one.
+"""
 
 import glob
 import gzip
@@ -9,17 +15,22 @@ from pathlib import Path
 from typing import Any
 
 from utils.common.errors import RowError, UsageError
-from utils.data.encodings import decode_line, encoding_of, say
-from utils.data.json_lines import values_of
-from utils.data.json_values import ARRAY, VALUES, WRAPPED, ValueReader, layout_of
+from utils.data.encodings import decode_line, detect_encoding, warn_once
+from utils.data.json_lines import parse_line
+from utils.data.json_values import ARRAY, VALUES, WRAPPED, ValueReader, detect_layout
 
-BLOCK_BYTES = 1 << 20
-LONGEST_LINE = 64 << 20  # bytes; what has no newline for longer is no row
+BLOCK_BYTES = 1 << 20  # of a block: thousands of rows, so that work per block costs little
+LONGEST_LINE = 64 << 20  # bytes; something without a newline for longer is no row
 
 
 @dataclass(frozen=True)
 class Block:
-    """Consecutive rows of a raw file: whole lines as bytes, or values that stand in an array or over several lines."""
+    """
+    Consecutive rows of a raw file, cheap to send to another process.
+
+    Either `lines`, whole lines as bytes, or `elements`, (line number, value) pairs of an array or of objects that
+    spread over lines.
+    """
 
     path: str
     first_line: int
@@ -28,13 +39,13 @@ class Block:
     elements: Sequence[tuple[int, Any | RowError]] = ()
 
     def values(self) -> Iterator[tuple[int, Any | RowError]]:
-        """(line number from 1, value), a RowError where the file holds something else. Blank lines are skipped."""
+        """Yield (line number from 1, value or the RowError of what cannot be read); blank lines are skipped."""
         yield from self.elements
         for number, line in enumerate(self._decoded_lines(), start=self.first_line):
             if isinstance(line, RowError):
                 yield number, line
             else:
-                for value in values_of(line):
+                for value in parse_line(line):
                     yield number, value
 
     def _decoded_lines(self) -> list[str | RowError]:
@@ -48,24 +59,27 @@ class Block:
 
 def input_paths(patterns: Sequence[str]) -> list[str]:
     """
-    Files named one by one, or by patterns such as "data/*.json", each pattern's in the order of their names.
+    Expand file names and patterns such as "data/*.json"; each pattern's files are in the order of their names.
 
     Raises:
-        UsageError: a name is not a file, a pattern fits none, or a file begins in an encoding that is not read.
+        UsageError: a name is not a file, a pattern matches none, or a file begins in an unsupported encoding.
     """
     paths = []
     for pattern in patterns:
-        found = [pattern] if Path(pattern).is_file() else sorted(p for p in _fitting(pattern) if Path(p).is_file())
-        if not found:
-            raise UsageError(f"{pattern} is not a file" + (", and no file fits it" if "*" in pattern else ""))
-        paths += found
+        if Path(pattern).is_file():
+            matches = [pattern]
+        else:
+            matches = sorted(path for path in _expand(pattern) if Path(path).is_file())
+        if not matches:
+            raise UsageError(f"{pattern} is not a file" + (", and no file matches it" if "*" in pattern else ""))
+        paths += matches
     for path in paths:
         next(read_blocks(path), None)
     return list(dict.fromkeys(paths))
 
 
-def _fitting(pattern: str) -> list[str]:
-    """The names that fit; a directory that exists by its name as it stands is no pattern."""
+def _expand(pattern: str) -> list[str]:
+    """The names that match; a directory that exists under its literal name is no pattern."""
     directory = Path(pattern)
     while not directory.is_dir():
         directory = directory.parent
@@ -75,48 +89,52 @@ def _fitting(pattern: str) -> list[str]:
     return [str(directory / name) for name in glob.glob(rest, root_dir=directory)]
 
 
-def read_json_rows(path: str | Path) -> Iterator[tuple[int, Any | RowError]]:
+def read_json_rows(path: str | Path, block_bytes: int = BLOCK_BYTES) -> Iterator[tuple[int, Any | RowError]]:
     """
-    (line number from 1, value) of each row of a file of JSON Lines, of JSON objects spread over lines, of a JSON array
-    or of one in an object, `{"data": [...]}`, or of these with Python dicts for JSON objects; gzip or not; UTF-8 with
-    or without a BOM, or GB18030, which is said on stderr.
+    Yield (line number from 1, value) of each row of a file; a RowError in place of a value that cannot be read.
 
-    A thing that cannot be read is a RowError in place of its value.
+    The file holds JSON Lines, JSON objects that spread over lines, a JSON array, an array in an object
+    (`{"data": [...]}`), or these with Python dicts in place of JSON objects. It may be gzip. It is UTF-8 with or
+    without a BOM, or GB18030, about which a line goes to stderr.
 
     Raises:
-        UsageError: `path` is not a file, or in an encoding that is not read.
+        UsageError: `path` is not a file, or in an unsupported encoding.
     """
-    for block in read_blocks(str(path)):
+    for block in read_blocks(str(path), block_bytes):
         yield from block.values()
 
 
-def read_blocks(path: str) -> Iterator[Block]:
+def read_blocks(path: str, block_bytes: int = BLOCK_BYTES, longest_line: int = LONGEST_LINE) -> Iterator[Block]:
     """
-    The blocks of a file, the same at each reading; `read_json_rows` says which files.
+    Yield the blocks of a file, the same at each call; `read_json_rows` says which files.
+
+    Args:
+        block_bytes: size of a block, which its last row may exceed.
+        longest_line: bytes without a newline from which a line is rejected.
 
     Raises:
-        UsageError: `path` is not a file, or in an encoding that is not read.
+        UsageError: `path` is not a file, or in an unsupported encoding.
     """
     if not Path(path).is_file():
         raise UsageError(f"{path} is not a file")
     with open(path, "rb") as file:
         stream = _Stream(gzip.GzipFile(fileobj=file) if file.peek(2)[:2] == b"\x1f\x8b" else file)
-        sample = stream.read(BLOCK_BYTES)
-        encoding = encoding_of(sample, path)
+        sample = stream.read(block_bytes)
+        encoding = detect_encoding(sample, path)
         stream.unread(sample)
         if encoding != "utf-8":
-            say(f"{path}: GB18030, read as such; what is written is UTF-8")
+            warn_once(f"{path}: reading it as GB18030; output is UTF-8")
         line = 1
         while True:
-            head = stream.read(BLOCK_BYTES)
-            layout, start = layout_of(head, encoding, len(head) == BLOCK_BYTES)
+            head = stream.read(block_bytes)
+            layout, start = detect_layout(head, encoding, len(head) == block_bytes)
             if layout not in (ARRAY, WRAPPED, VALUES):
                 stream.unread(head)
-                yield from _line_blocks(path, stream, encoding, line)
+                yield from _LineReader(stream, path, encoding, block_bytes, longest_line).blocks(line)
                 break
             line += head[:start].count(b"\n")
             stream.unread(head[start:])
-            reader = ValueReader(stream, encoding, line, layout, BLOCK_BYTES)
+            reader = ValueReader(stream, encoding, line, layout, block_bytes)
             for elements in reader.batches():
                 yield Block(path, elements[0][0], elements=elements)
             line = reader.line
@@ -133,8 +151,8 @@ class _Stream:
         self.error = ""
 
     def read(self, size: int) -> bytes:
-        """`size` bytes, fewer at the end alone."""
-        parts, missing = [self.ahead[:size]], size - len(self.ahead)
+        """Read `size` bytes, fewer only at the end of the file."""
+        pieces, missing = [self.ahead[:size]], size - len(self.ahead)
         self.ahead = self.ahead[size:]
         while missing > 0 and not self.error:
             try:
@@ -144,34 +162,47 @@ class _Stream:
                 break
             if not data:
                 break
-            parts.append(data)
+            pieces.append(data)
             missing -= len(data)
-        return b"".join(parts)
+        return b"".join(pieces)
 
     def unread(self, data: bytes) -> None:
+        """Put bytes back, to be read next."""
         self.ahead = data + self.ahead
 
 
-def _line_blocks(path: str, stream: _Stream, encoding: str, line: int) -> Iterator[Block]:
-    parts, size = [], 0  # of the line that the last read ended in
-    while True:
-        data = stream.read(BLOCK_BYTES)
-        cut = data.rfind(b"\n") + 1
-        if data and not cut:
-            parts.append(data)
-            size += len(data)
-            if size <= LONGEST_LINE:
+@dataclass(frozen=True)
+class _LineReader:
+    """Reads blocks of whole lines from a stream; see `read_blocks` for the fields."""
+
+    stream: _Stream
+    path: str
+    encoding: str
+    block_bytes: int
+    longest_line: int
+
+    def blocks(self, line: int) -> Iterator[Block]:
+        """Yield the blocks up to the end of the file; `line` is the number of the next line."""
+        pieces, size = [], 0  # of the line in which the last read ended
+        while True:
+            data = self.stream.read(self.block_bytes)
+            cut = data.rfind(b"\n") + 1
+            if data and not cut:
+                pieces.append(data)
+                size += len(data)
+                if size <= self.longest_line:
+                    continue
+                reason = RowError(f"a line longer than {self.longest_line >> 20} MiB")
+                yield Block(self.path, line, elements=[(line, reason)])
+                while data and b"\n" not in data:
+                    data = self.stream.read(self.block_bytes)
+                self.stream.unread(data[data.find(b"\n") + 1 :])
+                pieces, size, line = [], 0, line + 1
                 continue
-            yield Block(path, line, elements=[(line, RowError(f"a line longer than {LONGEST_LINE >> 20} MiB"))])
-            while data and b"\n" not in data:
-                data = stream.read(BLOCK_BYTES)
-            stream.unread(data[data.find(b"\n") + 1 :])
-            parts, size, line = [], 0, line + 1
-            continue
-        lines = b"".join([*parts, data[:cut]])
-        if lines:
-            yield Block(path, line, lines, encoding)
-            line += lines.count(b"\n")
-        if not data:
-            return
-        parts, size = [data[cut:]], len(data) - cut
+            lines = b"".join([*pieces, data[:cut]])
+            if lines:
+                yield Block(self.path, line, lines, self.encoding)
+                line += lines.count(b"\n")
+            if not data:
+                return
+            pieces, size = [data[cut:]], len(data) - cut

@@ -1,4 +1,13 @@
-"""Blocks of raw rows -> Arrow files of tokens, over several processes, in bounded memory; resumed after a kill."""
+"""
+Tokenises blocks of raw rows into Arrow files, over several processes, in bounded memory, resumed after a kill.
+
+tokenize_dataset_rows_belle.py calls it. Each shard of about 8 MiB of raw rows becomes one Arrow file with a report
+beside it, in a directory whose name holds a hash of tokenizer, template, options and input: a run that finds it
+resumes there, and a run with anything changed does not. The complete directory becomes the dataset.
+
+`datasets.Dataset.map(num_proc=...)` would need the whole input as a table first, one schema for all rows, and starts
+anew after a kill.
+"""
 
 import collections
 import concurrent.futures
@@ -25,10 +34,10 @@ from transformers import PreTrainedTokenizerBase
 
 from utils.common.errors import RowError, RunError, UsageError
 from utils.common.processes import end_with_parent
-from utils.data.arrow_writer import SCHEMA, record_batch
+from utils.data.arrow_writer import SCHEMA, record_batch, replace_dataset
 from utils.data.dataset_report import TokenReport
 from utils.data.encode import TokenBatch, encode_batch, fingerprint, rows_to_train
-from utils.data.raw_reader import Block, read_blocks
+from utils.data.raw_reader import BLOCK_BYTES, Block, read_blocks
 from utils.data.rejections import Rejection
 from utils.data.row_parser import NumberedRow, parse_row, rows_in_block
 from utils.data.row_schema import NO_RENAMES, ColumnMap
@@ -37,14 +46,15 @@ from utils.models.templates import ChatGLMTemplate
 from utils.models.token_spans import IGNORE_INDEX
 from utils.models.tokenization_base import VocabFileTokenizer
 
-PART_BLOCKS = 8  # of a part, which is one Arrow file: about 8 MiB of raw rows
-VERSION = 2  # of what is made of a row; a new one makes every dataset anew
-REPORTS = "reports"  # directory of the finished parts' reports
+SHARD_BLOCKS = 8  # blocks of an Arrow file, 8 MiB of raw rows: a few seconds of work, which a kill may cost
+VERSION = 2  # of the tokens that a row becomes; a new one tokenises every dataset again
+REPORTS_DIRECTORY = "reports"  # reports of the finished shards
+LOCK_FILE = "lock"
 
 
 @dataclass(frozen=True)
 class TokenizeOptions:
-    """What decides the tokens beside the tokenizer and the rows."""
+    """What decides the tokens besides the tokenizer and the rows; its field names are hashed in `cache_key`."""
 
     template: str
     max_seq_length: int
@@ -53,33 +63,44 @@ class TokenizeOptions:
     columns: ColumnMap = NO_RENAMES
 
     def parse(self, raw: Any) -> Conversation:
+        """
+        Read a training row from a raw one.
+
+        Raises:
+            RowError: the row cannot be used.
+        """
         return parse_row(raw, self.columns)
 
 
 @dataclass(frozen=True)
-class Part:
-    """A finished Arrow file, without rows None, and what became of the raw rows of it."""
+class Shard:
+    """
+    A finished Arrow file, None if no row was written, and what became of its raw rows.
+
+    Format: reports/NUMBER.json has these field names as its keys.
+    """
 
     number: int
     arrow_file: str | None
     report: TokenReport
     rejections: list[Rejection]
 
-    def save(self, directory: Path) -> "Part":
-        """Says in `directory` that the part is finished, once its file is on the disk."""
+    def save(self, directory: Path) -> "Shard":
+        """Record in `directory` that the shard is finished, once its Arrow file is on the disk; return the shard."""
         if self.arrow_file:
             with open(directory / self.arrow_file, "rb") as file:
                 os.fsync(file.fileno())
         content = {**asdict(self), "rejections": self.rejections}
         content["report"]["lengths"] = list(self.report.lengths.items())
-        path = directory / REPORTS / f"{self.number}.json"
+        path = directory / REPORTS_DIRECTORY / f"{self.number}.json"
         path.with_suffix(".tmp").write_text(json.dumps(content), encoding="utf-8")
         path.with_suffix(".tmp").rename(path)
         return self
 
     @classmethod
-    def load(cls, directory: Path, number: int) -> "Part | None":
-        path = directory / REPORTS / f"{number}.json"
+    def load(cls, directory: Path, number: int) -> "Shard | None":
+        """The finished shard `number` in `directory`, or None."""
+        path = directory / REPORTS_DIRECTORY / f"{number}.json"
         if not path.is_file():
             return None
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -88,22 +109,17 @@ class Part:
         return cls(number, content["arrow_file"], report, [Rejection(*item) for item in content["rejections"]])
 
 
-class PartMaker:
-    """Tokenises the blocks of one part into `directory`; what a worker process holds."""
+@dataclass(frozen=True)
+class ShardTokenizer:
+    """Tokenises the blocks of one shard into an Arrow file in `directory`; each worker process has one."""
 
-    def __init__(
-        self,
-        tokenizer: PreTrainedTokenizerBase,
-        template: ChatGLMTemplate,
-        options: TokenizeOptions,
-        directory: Path,
-    ):
-        self.tokenizer = tokenizer
-        self.template = template
-        self.options = options
-        self.directory = directory
+    tokenizer: PreTrainedTokenizerBase
+    template: ChatGLMTemplate
+    options: TokenizeOptions
+    directory: Path
 
-    def __call__(self, number: int, blocks: Sequence[Block]) -> Part:
+    def __call__(self, number: int, blocks: Sequence[Block]) -> Shard:
+        """Write the Arrow file of shard `number`."""
         name = f"part-{number:05d}.arrow"
         report, rejections = TokenReport(), []
         with (
@@ -117,10 +133,10 @@ class PartMaker:
                     writer.write_batch(record_batch(batch))
         if not report.written:
             (self.directory / name).unlink()
-        return Part(number, name if report.written else None, report, rejections)
+        return Shard(number, name if report.written else None, report, rejections)
 
     def _encode(self, block: Block, report: TokenReport, rejections: list[Rejection]) -> TokenBatch:
-        """The rows to write; `report` and `rejections` gain what became of all."""
+        """The rows to write; adds what became of all rows to `report` and `rejections`."""
         usable: list[NumberedRow] = []
         for numbered in rows_in_block(block, self.options.parse):
             try:
@@ -136,13 +152,13 @@ class PartMaker:
         for number, error in batch.errors.items():
             rejections.append(Rejection(usable[number].path, usable[number].line, f"--max_seq_length: {error}"))
         report.rejected = len(rejections)
-        encoded, cut = batch.lengths > 0, batch.tokens_cut > 0
-        lengths, counts = np.unique((batch.lengths + batch.tokens_cut)[encoded], return_counts=True)
+        is_written, is_cut = batch.lengths > 0, batch.tokens_cut > 0
+        lengths, counts = np.unique((batch.lengths + batch.tokens_cut)[is_written], return_counts=True)
         report.lengths.update(dict(zip(lengths.tolist(), counts.tolist(), strict=True)))
         if options.skip_overlength:
-            report.skipped_overlength += int(cut.sum())
-            encoded &= ~cut
-        batch = batch.select(encoded)
+            report.skipped_overlength += int(is_cut.sum())
+            is_written &= ~is_cut
+        batch = batch.select(is_written)
         report.cut += int((batch.tokens_cut > 0).sum())
         report.written += len(batch.lengths)
         report.tokens += len(batch.labels)
@@ -153,8 +169,9 @@ class PartMaker:
 @contextlib.contextmanager
 def no_garbage_collection() -> Iterator[None]:
     """
-    Without Python's search for cycles, of which tokens make none: with so many small objects it walks the libraries'
-    millions again and again, and takes half of the time.
+    Turn off Python's search for reference cycles, of which tokens make none.
+
+    With so many small objects it would walk the libraries' millions again and again and take half of the time.
     """
     was_enabled = gc.isenabled()
     gc.disable()
@@ -182,32 +199,34 @@ def cache_key(
 
 
 @contextlib.contextmanager
-def parts_directory(target: Path, key: str) -> Iterator[Path]:
+def shards_directory(target: Path, key: str) -> Iterator[Path]:
     """
-    The directory beside `target` where the parts of the dataset `key` are collected, with what an earlier run of the
-    same key left there; those of other keys are removed. It stays when the run fails.
+    Make and lock the directory beside `target` that collects the shards of the dataset `key`.
+
+    It keeps the shards of an earlier run with the same key, and stays if the run fails. Those of other keys are
+    removed. `publish_dataset` or `discard_shards` ends it.
 
     Raises:
         UsageError: another run works there now, or the directory cannot be made.
     """
     directory = target.with_name(f".{target.name}.{key}.parts")
     try:
-        (directory / REPORTS).mkdir(parents=True, exist_ok=True)
+        (directory / REPORTS_DIRECTORY).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UsageError(f"--save_path {target} cannot be written: {error.strerror}") from None
-    with open(directory / "lock", "w") as lock:
+    with open(directory / LOCK_FILE, "w") as lock:
         if not _lock(lock):
             raise UsageError(f"another run is writing --save_path {target} now: wait for it or choose another path")
         for other in target.parent.glob(f".{glob.escape(target.name)}.*.parts"):
-            if other != directory and (other / "lock").is_file():
-                with open(other / "lock", "w") as other_lock:
+            if other != directory and (other / LOCK_FILE).is_file():
+                with open(other / LOCK_FILE, "w") as other_lock:
                     if _lock(other_lock):
                         shutil.rmtree(other)
         yield directory
 
 
 def _lock(file) -> bool:
-    """Locks a file for this process, until it ends or closes the file; its child processes do not hold the lock."""
+    """Lock a file for this process until it ends or closes the file; child processes do not hold the lock."""
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
@@ -215,59 +234,80 @@ def _lock(file) -> bool:
     return True
 
 
-def make_parts(
-    maker: PartMaker, paths: Sequence[str], num_proc: int, meanwhile: Callable[[], None] = lambda: None
-) -> Iterator[Part]:
+def count_finished(directory: Path) -> int:
+    """Number of finished shards in a shards directory."""
+    return len(list((directory / REPORTS_DIRECTORY).glob("*.json")))
+
+
+def publish_dataset(directory: Path, target: Path) -> None:
+    """Move a complete dataset from its shards directory to `target`, and remove what only the shards needed."""
+    replace_dataset(directory, target)
+    (target / LOCK_FILE).unlink()
+    shutil.rmtree(target / REPORTS_DIRECTORY)
+
+
+def discard_shards(directory: Path) -> None:
+    """Remove a shards directory from which no dataset can be made."""
+    shutil.rmtree(directory)
+
+
+def make_shards(
+    shard_tokenizer: ShardTokenizer, paths: Sequence[str], num_proc: int, meanwhile: Callable[[], None] = lambda: None
+) -> Iterator[Shard]:
     """
-    Yields the parts of the files in their order; one that `maker.directory` has already is not made again. With
-    worker processes, `meanwhile` is called when they have the last parts, and some of them nothing more to do.
+    Yield the shards of the files in order; one that an earlier run finished is loaded.
+
+    Args:
+        meanwhile: called once if there are worker processes, when they have the last shards and some are idle.
 
     Raises:
         RunError: a worker process was killed.
     """
-    blocks = itertools.chain.from_iterable(map(read_blocks, paths))
-    batches = enumerate(iter(lambda: list(itertools.islice(blocks, PART_BLOCKS)), []))
-    first = list(itertools.islice(batches, 2))
-    batches = itertools.chain(first, batches)
-    if num_proc == 1 or len(first) < 2:
+    blocks = itertools.chain.from_iterable(read_blocks(path, BLOCK_BYTES) for path in paths)
+    batches = enumerate(iter(lambda: list(itertools.islice(blocks, SHARD_BLOCKS)), []))
+    first_two = list(itertools.islice(batches, 2))
+    batches = itertools.chain(first_two, batches)
+    directory = shard_tokenizer.directory
+    if num_proc == 1 or len(first_two) < 2:
         for number, batch in batches:
-            yield Part.load(maker.directory, number) or maker(number, batch).save(maker.directory)
+            yield Shard.load(directory, number) or shard_tokenizer(number, batch).save(directory)
         return
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # each process encodes for itself
     with concurrent.futures.ProcessPoolExecutor(
-        num_proc, multiprocessing.get_context("fork"), _start_worker, (maker,)
+        num_proc, multiprocessing.get_context("fork"), _start_worker, (shard_tokenizer,)
     ) as pool:
-        waiting: collections.deque = collections.deque()
+        pending: collections.deque = collections.deque()
         try:
             for number, batch in batches:
-                waiting.append(Part.load(maker.directory, number) or pool.submit(_make_part, number, batch))
-                if len(waiting) > num_proc + 1:
-                    yield _result(waiting.popleft(), maker.directory)
+                pending.append(Shard.load(directory, number) or pool.submit(_tokenize_shard, number, batch))
+                if len(pending) > num_proc + 1:
+                    yield _finish(pending.popleft(), directory)
             meanwhile()
-            while waiting:
-                yield _result(waiting.popleft(), maker.directory)
+            while pending:
+                yield _finish(pending.popleft(), directory)
         except BrokenProcessPool:
             raise RunError(
-                "a worker process was killed, perhaps for want of memory: run the command again, with a lower "
-                "--num_proc; what is done so far is kept"
+                "a worker process was killed, perhaps because memory ran out: run the command again with a lower "
+                "--num_proc; finished shards are kept"
             ) from None
         finally:
             pool.shutdown(cancel_futures=True)
 
 
-_maker: PartMaker | None = None  # of a worker process
+# Of a worker process, set as it starts: an argument of each task would be pickled each time, with its vocabulary.
+_worker_tokenizer: ShardTokenizer | None = None
 
 
-def _start_worker(maker: PartMaker) -> None:
-    global _maker
-    _maker = maker
+def _start_worker(shard_tokenizer: ShardTokenizer) -> None:
+    global _worker_tokenizer
+    _worker_tokenizer = shard_tokenizer
     end_with_parent(signal.SIGKILL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent answers Ctrl-C
 
 
-def _make_part(number: int, blocks: Sequence[Block]) -> Part:
-    return _maker(number, blocks)
+def _tokenize_shard(number: int, blocks: Sequence[Block]) -> Shard:
+    return _worker_tokenizer(number, blocks)
 
 
-def _result(part: "Part | concurrent.futures.Future[Part]", directory: Path) -> Part:
-    return part if isinstance(part, Part) else part.result().save(directory)
+def _finish(shard: "Shard | concurrent.futures.Future[Shard]", directory: Path) -> Shard:
+    return shard if isinstance(shard, Shard) else shard.result().save(directory)
