@@ -1,6 +1,7 @@
 """Row or chat -> input_ids and labels. The only place that knows prompt templates, for training and inference."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -14,6 +15,7 @@ from utils.models.token_spans import (
     constant,
     encode_constant,
     encode_drafts,
+    encode_text,
     token_ids,
     token_span,
 )
@@ -60,6 +62,44 @@ class ChatGLMTemplate:
 
     def prompt(self, tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> EncodedText:
         return encode_drafts(tokenizer, [self.prompt_draft(tokenizer, messages)])[0]
+
+    def chat(self, tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> list[int]:
+        """
+        The ids of a conversation and nothing after its last message.
+
+        After a question that is the whole prompt: its closing belongs to the question. An answer's ids follow the
+        prompt that it answers, without the token that ends it.
+        """
+        if messages[-1].role != "assistant":
+            return self.prompt(tokenizer, messages).ids()
+        return self.prompt(tokenizer, messages[:-1]).ids() + encode_text(tokenizer, messages[-1].content)
+
+    def check_roles(self, messages: Sequence[Message]) -> None:
+        """
+        Raises:
+            ValueError: the messages are not an optional system message, then user and assistant in turn.
+        """
+        start = 1 if messages[0].role == "system" else 0
+        if start == len(messages):
+            raise ValueError("message 1: a system message alone is no chat: a user's message must follow it")
+        for number, message in enumerate(messages[start:]):
+            expected = ("user", "assistant")[number % 2]
+            if message.role != expected:
+                raise ValueError(
+                    f"message {start + number + 1}: the role is {message.role!r}, not {expected!r}: here one optional "
+                    "system message comes first, then user and assistant in turn"
+                )
+
+    def check_is_question(self, messages: Sequence[Message]) -> None:
+        """
+        Raises:
+            ValueError: the last message is an answer, so the model has nothing to answer.
+        """
+        if messages[-1].role == "assistant":
+            raise ValueError(
+                f"message {len(messages)}: the role is 'assistant', and this generation can only answer a user: pass "
+                "add_generation_prompt=False, or end with the user's message"
+            )
 
     def prompt_draft(
         self, tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], untrained: Collection[int] = ()
@@ -156,6 +196,16 @@ class ChatGLM3Template(ChatGLMTemplate):
             answered = answers
         return UnencodedText(spans[:-1], messages[-1].content, "", token_span(tokenizer, "<|assistant|>"))
 
+    def chat(self, tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> list[int]:
+        """The ids of a conversation without the `<|assistant|>` that a prompt ends with."""
+        return self.prompt(tokenizer, messages)._replace(end=NO_TOKENS).ids()
+
+    def check_roles(self, messages: Sequence[Message]) -> None:
+        """Accepts any order of roles, as the released template does."""
+
+    def check_is_question(self, messages: Sequence[Message]) -> None:
+        """Accepts an answer at the end, as the released template does: `<|assistant|>` follows it."""
+
     def frame(self, tokenizer: PreTrainedTokenizerBase) -> tuple[list[Span], Span]:
         return [token_span(tokenizer, *self.prefix)], NO_TOKENS
 
@@ -245,3 +295,68 @@ def encode_prompt(
 ) -> list[int]:
     """The input of generation; without a template, in that of the tokenizer's generation."""
     return (template or template_for(tokenizer)).prompt(tokenizer, messages).ids()
+
+
+ROLES = ("system", "user", "assistant")
+UNSUPPORTED_KEYS = ("tools", "tool_calls", "metadata")  # of a message: released templates make tokens of them
+
+
+def encode_chat(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Mapping[str, Any]],
+    add_generation_prompt: bool = True,
+    **options: Any,
+) -> list[int]:
+    """
+    The token ids of a chat in the native template of the tokenizer's generation.
+
+    Contents are plain text: `<|user|>` in one is no role token. An empty content keeps its role token.
+
+    Args:
+        tokenizer: what `load_tokenizer` returns.
+        messages: `{"role": "system" | "user" | "assistant", "content": text}`, the oldest first. ChatGLM3-6B and
+            GLM-4-9B take any order of roles; ChatGLM-6B and ChatGLM2-6B an optional system message, then user and
+            assistant in turn. Keys that no template of the family reads, such as "name", have no effect.
+        add_generation_prompt: True gives the ids that generation starts from, those of `encode_prompt`. False gives
+            the chat and nothing after its last message, as the released templates do: no template writes a token
+            that ends an answer. ChatGLM3-6B and GLM-4-9B then lack the final `<|assistant|>`. ChatGLM-6B and
+            ChatGLM2-6B have no form of a question without its closing (`答：`, `[gMASK] <sop>`), so a chat that ends
+            with the user has the same ids either way; an answer's ids follow the prompt that it answers.
+        options: variables of the chat template, such as `enable_thinking`. As in transformers, a template ignores
+            those that it does not know; those of these four generations know none.
+
+    Returns:
+        Token ids, the special tokens that open the chat included.
+
+    Raises:
+        ValueError: no messages; or a message, named by its number from 1, that is no mapping, lacks a key, has an
+            unknown role, a content that is no text, or tools (`UNSUPPORTED_KEYS`); or roles in an order that the
+            generation has no form for, which for ChatGLM-6B and ChatGLM2-6B includes an answer as the last message
+            with `add_generation_prompt`.
+    """
+    if not messages:
+        raise ValueError("messages is empty: a chat has at least one message")
+    chat = [_checked_message(number, message) for number, message in enumerate(messages, start=1)]
+    template = template_for(tokenizer)
+    template.check_roles(chat)
+    if not add_generation_prompt:
+        return template.chat(tokenizer, chat)
+    template.check_is_question(chat)
+    return encode_prompt(tokenizer, chat, template)
+
+
+def _checked_message(number: int, message: Mapping[str, Any]) -> Message:
+    if not isinstance(message, Mapping):
+        raise ValueError(f"message {number}: it is a {type(message).__name__}, not a dict of role and content")
+    for key in ("role", "content"):
+        if key not in message:
+            raise ValueError(f"message {number}: it has no {key!r}: a message is a dict of role and content")
+    role, content = message["role"], message["content"]
+    if role not in ROLES:
+        raise ValueError(f"message {number}: the role is {role!r:.60}, not one of {', '.join(ROLES)}")
+    if not isinstance(content, str):
+        raise ValueError(f"message {number}: the content is a {type(content).__name__}, not a text")
+    for key in UNSUPPORTED_KEYS:
+        if message.get(key):
+            raise ValueError(f"message {number}: {key!r} is not supported: put the text in the content")
+    return Message(role, content)
