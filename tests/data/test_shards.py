@@ -120,7 +120,7 @@ def test_flat_arrays_are_the_rows(tokenizer, name, loss_on):
 def test_loss_on_every_turn(tokenizer):
     """Each turn's tokens and the one that ends it; and what a prompt is made of stays as in inference."""
     template = template_for(tokenizer)
-    examples = [row.example() for row in encode_rows(tokenizer, template.unfold(CHAT), None, template, "every")]
+    examples = [row.example() for row in encode_rows(tokenizer, template.training_rows(CHAT), None, template, "every")]
     last = encode_example(tokenizer, CHAT, None, template)
     assert examples[-1].input_ids == last.input_ids
     trained = [[token for token in example.labels if token != IGNORE_INDEX] for example in examples]
@@ -138,7 +138,7 @@ def test_loss_on_every_turn(tokenizer):
 
 def test_loss_on_every_turn_of_a_single_turn_is_that_on_the_last(tokenizer):
     row, template = Conversation(CHAT.messages[:2]), template_for(tokenizer)
-    assert template.unfold(row) == [row]
+    assert template.training_rows(row) == [row]
     every = encode_rows(tokenizer, [row], None, template, "every")[0].example()
     assert every == encode_example(tokenizer, row, None, template)
 

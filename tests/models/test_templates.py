@@ -46,7 +46,7 @@ def test_alpaca_survives_truncation(tokenizer):
     row = Conversation((Message("user", "公园" * 60), Message("assistant", "学校" * 60)))
     alpaca = template_for(tokenizer, "alpaca")
     whole, cut = encode_example(tokenizer, row, None, alpaca), encode_example(tokenizer, row, 120, alpaca)
-    closing = alpaca.prompt(tokenizer, row.prompt).closing
+    closing = alpaca.encoded_prompt(tokenizer, row.prompt).closing.ids.tolist()
     prompt = cut.input_ids[: cut.labels.count(-100)]
     assert len(cut.input_ids) == 120 and cut.input_ids[-1] == whole.input_ids[-1]
     assert prompt[-len(closing) :] == closing and tokenizer.encode("Response", add_special_tokens=False)[-1] in closing

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from utils.common.errors import RowError
 from utils.models.conversation import Conversation, Message
 from utils.models.templates import ChatGLMTemplate, template_for
-from utils.models.token_spans import IGNORE_INDEX, EncodedText, Span, encode_drafts, encode_texts, split_closing
+from utils.models.token_spans import IGNORE_INDEX, EncodedText, TokenSpan, encode_many, encode_texts, split_ending
 
 
 @dataclass(frozen=True)
@@ -55,9 +55,9 @@ def encode_batch(
     spans = [span for row in encoded if not isinstance(row, RowError) for span in row.spans]
     lengths = np.array([0 if isinstance(row, RowError) else row.length for row in encoded], np.int64)
     tokens_cut = np.array([0 if isinstance(row, RowError) else row.tokens_cut for row in encoded], np.int64)
-    sizes = np.fromiter((len(span.content) for span in spans), np.int64, len(spans))
+    sizes = np.fromiter((len(span.ids) for span in spans), np.int64, len(spans))
     trained = np.fromiter((span.trained for span in spans), bool, len(spans))
-    ids = _concatenate([span.content for span in spans])
+    ids = _concatenate([span.ids for span in spans])
     return TokenBatch(ids, _labels(ids, trained, sizes), lengths, tokens_cut, errors)
 
 
@@ -70,7 +70,7 @@ def _encode_single_turns(
     """Rows whose template's tokens are all the same; None where a prompt happens to end as a template does."""
     prompt_frame, target_frame = template.single_turn(tokenizer)
     prompts = [template.render(row.messages[:1]) for row in rows]
-    has_mark = bool(prompt_frame.mark)
+    has_mark = bool(prompt_frame.ending)
     if any(prompt.endswith(template.answer_mark) != has_mark for prompt in prompts):
         return None
     count = len(rows)
@@ -78,11 +78,11 @@ def _encode_single_turns(
     prompt_ids, target_ids = encoded[:count], encoded[count:]
     marks = [np.empty(0, np.int32)] * count
     if has_mark:
-        mark = prompt_frame.mark_ids(tokenizer)
-        pairs = [split_closing(ids, mark) for ids in prompt_ids]
+        mark = prompt_frame.ending_ids(tokenizer)
+        pairs = [split_ending(ids, mark) for ids in prompt_ids]
         prompt_ids, marks = [text for text, _ in pairs], [found for _, found in pairs]
-    frames = [*prompt_frame.opening, prompt_frame.end, *target_frame.opening, target_frame.end]
-    fixed = sum(len(span.content) for span in frames) + _sizes(marks)
+    frames = [*prompt_frame.opening, prompt_frame.closing, *target_frame.opening, target_frame.closing]
+    fixed = sum(len(span.ids) for span in frames) + _sizes(marks)
     lengths = _sizes(prompt_ids) + _sizes(target_ids) + fixed
     tokens_cut, errors = np.zeros(count, np.int64), {}
     if max_seq_length is not None:
@@ -96,13 +96,13 @@ def _encode_single_turns(
                 lengths[row] = max_seq_length
                 prompt_ids[row], target_ids[row] = cut_texts(prompt_ids[row], target_ids[row], room)
     columns = [
-        *[(span.content, False) for span in prompt_frame.opening],
+        *[(span.ids, False) for span in prompt_frame.opening],
         (prompt_ids, False),
         (marks, False),
-        (prompt_frame.end.content, False),
-        *[(span.content, True) for span in target_frame.opening],
+        (prompt_frame.closing.ids, False),
+        *[(span.ids, True) for span in target_frame.opening],
         (target_ids, True),
-        (target_frame.end.content, True),
+        (target_frame.closing.ids, True),
     ]
     columns = [column for column in columns if len(column[0]) and (column[0] is not marks or has_mark)]
     contents = [None] * (count * len(columns))
@@ -148,13 +148,13 @@ class Example:
 class EncodedRow(NamedTuple):
     """An example as it is made: spans of token ids, trained or not, one behind the other."""
 
-    spans: list[Span]
+    spans: list[TokenSpan]
     length: int  # tokens of all spans
     tokens_cut: int
 
     def example(self) -> Example:
-        input_ids = [int(token) for span in self.spans for token in span.content]
-        trained = [span.trained for span in self.spans for _ in span.content]
+        input_ids = [int(token) for span in self.spans for token in span.ids]
+        trained = [span.trained for span in self.spans for _ in span.ids]
         labels = [token if loss else IGNORE_INDEX for token, loss in zip(input_ids, trained, strict=True)]
         return Example(input_ids, labels, self.tokens_cut)
 
@@ -189,7 +189,7 @@ def rows_to_train(row: Conversation, template: ChatGLMTemplate, loss_on: str) ->
         RowError: `loss_on` names the last answer alone, and the row says that it is not trained on.
     """
     if loss_on == "every":
-        return template.unfold(row)
+        return template.training_rows(row)
     if len(row.messages) - 1 in row.untrained:
         raise RowError("the last answer is not to be trained on, and no other is with --loss_on last")
     return [row]
@@ -209,16 +209,16 @@ def encode_rows(
     first, and neither goes below half of the room unless it is shorter than that.
 
     `loss_on` "last" trains on the last answer; "every" also on the earlier ones that stand in the row's prompt as
-    tokens of their own: `template.unfold` makes rows of which that is true.
+    tokens of their own: `template.training_rows` makes rows of which that is true.
     """
     template = template or template_for(tokenizer)
     drafts = []
     for row in rows:
         drafts += (
-            template.prompt_draft(tokenizer, row.prompt, row.untrained),
-            template.target_draft(tokenizer, row.target),
+            template.unencoded_prompt(tokenizer, row.prompt, row.untrained),
+            template.unencoded_target(tokenizer, row.target),
         )
-    parts = encode_drafts(tokenizer, drafts)
+    parts = encode_many(tokenizer, drafts)
     return [_join(parts[i], parts[i + 1], max_seq_length, loss_on) for i in range(0, len(parts), 2)]
 
 
@@ -235,9 +235,9 @@ def cut_texts(prompt: np.ndarray, target: np.ndarray, room: int) -> tuple[np.nda
 def _join(prompt: EncodedText, target: EncodedText, max_seq_length: int | None, loss_on: str) -> EncodedRow | RowError:
     opening, prompt_text, prompt_end = prompt
     target_opening, target_text, target_end = target
-    fixed = len(prompt_end.content) + len(target_end.content)
+    fixed = len(prompt_end.ids) + len(target_end.ids)
     for span in (*opening, *target_opening):
-        fixed += len(span.content)
+        fixed += len(span.ids)
     length = fixed + len(prompt_text) + len(target_text)
     cut = 0
     if max_seq_length is not None and length > max_seq_length:
@@ -247,8 +247,8 @@ def _join(prompt: EncodedText, target: EncodedText, max_seq_length: int | None, 
         cut = length - max_seq_length
         prompt_text, target_text = cut_texts(prompt_text, target_text, room)
     if loss_on == "last" and len(opening) > 1:
-        opening = [Span(content) for content, _ in opening]
-    spans = [*opening, Span(prompt_text), prompt_end, *target_opening, Span(target_text, True), target_end]
+        opening = [TokenSpan(ids) for ids, _ in opening]
+    spans = [*opening, TokenSpan(prompt_text), prompt_end, *target_opening, TokenSpan(target_text, True), target_end]
     return EncodedRow(spans, length - cut, cut)
 
 

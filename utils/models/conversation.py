@@ -30,6 +30,6 @@ class Conversation(NamedTuple):
         messages = enumerate(self.messages)
         return [i + 1 for i, message in messages if message.role == "assistant" and i not in self.untrained]
 
-    def begin(self, length: int) -> "Conversation":
+    def first_messages(self, length: int) -> "Conversation":
         """The first `length` messages."""
         return Conversation(self.messages[:length], tuple(number for number in self.untrained if number < length))

@@ -10,11 +10,12 @@ from utils.models.conversation import Conversation, Message
 from utils.models.token_spans import (
     NO_TOKENS,
     EncodedText,
-    Span,
+    TextSpan,
+    TokenSpan,
     UnencodedText,
-    constant,
-    encode_constant,
-    encode_drafts,
+    computed_once,
+    encode_many,
+    encode_template_text,
     encode_text,
     token_ids,
     token_span,
@@ -60,8 +61,8 @@ class ChatGLMTemplate:
         final = self.round_form.format(i=last + self.first_round, question=turns[-1], answer="")
         return history + final.rstrip("\n")
 
-    def prompt(self, tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> EncodedText:
-        return encode_drafts(tokenizer, [self.prompt_draft(tokenizer, messages)])[0]
+    def encoded_prompt(self, tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> EncodedText:
+        return encode_many(tokenizer, [self.unencoded_prompt(tokenizer, messages)])[0]
 
     def chat(self, tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> list[int]:
         """
@@ -71,8 +72,8 @@ class ChatGLMTemplate:
         prompt that it answers, without the token that ends it.
         """
         if messages[-1].role != "assistant":
-            return self.prompt(tokenizer, messages).ids()
-        return self.prompt(tokenizer, messages[:-1]).ids() + encode_text(tokenizer, messages[-1].content)
+            return self.encoded_prompt(tokenizer, messages).ids()
+        return self.encoded_prompt(tokenizer, messages[:-1]).ids() + encode_text(tokenizer, messages[-1].content)
 
     def check_roles(self, messages: Sequence[Message]) -> None:
         """
@@ -101,20 +102,20 @@ class ChatGLMTemplate:
                 "add_generation_prompt=False, or end with the user's message"
             )
 
-    def prompt_draft(
+    def unencoded_prompt(
         self, tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], untrained: Collection[int] = ()
     ) -> UnencodedText:
         """`untrained` numbers the answers in `messages` that training on every turn leaves out."""
         text = self.render(messages)
-        opening, end = constant(tokenizer, "frame", lambda: self.frame(tokenizer))
-        return UnencodedText(opening, text, self.answer_mark if text.endswith(self.answer_mark) else "", end)
+        opening, closing = computed_once(tokenizer, "frame", lambda: self.frame(tokenizer))
+        return UnencodedText(opening, text, self.answer_mark if text.endswith(self.answer_mark) else "", closing)
 
-    def frame(self, tokenizer: PreTrainedTokenizerBase) -> tuple[list[Span], Span]:
+    def frame(self, tokenizer: PreTrainedTokenizerBase) -> tuple[list[TokenSpan], TokenSpan]:
         """The special tokens before and after a prompt that is one text."""
         ids = [tokenizer.gmask_token_id, tokenizer.bos_token_id]
-        return [], Span(np.array(ids, np.int32))
+        return [], TokenSpan(np.array(ids, np.int32))
 
-    def target_draft(self, tokenizer: PreTrainedTokenizerBase, text: str) -> UnencodedText:
+    def unencoded_target(self, tokenizer: PreTrainedTokenizerBase, text: str) -> UnencodedText:
         return UnencodedText([], text, "", self.stop_span(tokenizer))
 
     def single_turn(self, tokenizer: PreTrainedTokenizerBase) -> tuple[UnencodedText, UnencodedText]:
@@ -123,23 +124,25 @@ class ChatGLMTemplate:
         is `render` of it, and every span of the openings is tokens.
         """
         empty = (Message("user", ""),)
-        return constant(
+        return computed_once(
             tokenizer,
             (type(self), "single turn"),
-            lambda: (self.prompt_draft(tokenizer, empty), self.target_draft(tokenizer, "")),
+            lambda: (self.unencoded_prompt(tokenizer, empty), self.unencoded_target(tokenizer, "")),
         )
 
-    def stop_span(self, tokenizer: PreTrainedTokenizerBase) -> Span:
+    def stop_span(self, tokenizer: PreTrainedTokenizerBase) -> TokenSpan:
         """The token that ends a target."""
-        return constant(tokenizer, "stop", lambda: Span(np.array(self.stop_ids(tokenizer)[:1], np.int32), True))
+        return computed_once(
+            tokenizer, "stop", lambda: TokenSpan(np.array(self.stop_ids(tokenizer)[:1], np.int32), True)
+        )
 
-    def unfold(self, row: Conversation) -> list[Conversation]:
+    def training_rows(self, row: Conversation) -> list[Conversation]:
         """
         The rows whose examples together have every trained assistant turn as a target: here one a turn. The prompt of
         ChatGLM-6B sees itself in both directions, so nothing can be learnt inside it; and that of ChatGLM2 and of
         alpaca is one text, in which an answer's tokens and those round it may be one.
         """
-        return [row.begin(end) for end in row.trained_ends]
+        return [row.first_messages(end) for end in row.trained_ends]
 
     def stop_ids(self, tokenizer: PreTrainedTokenizerBase) -> list[int]:
         """Tokens that end an answer; a target ends with the first."""
@@ -163,7 +166,7 @@ class ChatGLM2Template(ChatGLMTemplate):
     def render(self, messages: Sequence[Message]) -> str:
         return self.rounds(fold_system(messages))
 
-    def frame(self, tokenizer: PreTrainedTokenizerBase) -> tuple[list[Span], Span]:
+    def frame(self, tokenizer: PreTrainedTokenizerBase) -> tuple[list[TokenSpan], TokenSpan]:
         return [token_span(tokenizer, *CHATGLM2_PREFIX)], NO_TOKENS
 
 
@@ -183,22 +186,22 @@ class ChatGLM3Template(ChatGLMTemplate):
             return messages[0].content
         return "".join(f"<|{message.role}|>\n{message.content}" for message in messages) + "<|assistant|>"
 
-    def prompt_draft(
+    def unencoded_prompt(
         self, tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], untrained: Collection[int] = ()
     ) -> UnencodedText:
-        newline = encode_constant(tokenizer, "\n")
+        newline = encode_template_text(tokenizer, "\n")
         spans, answered = [token_span(tokenizer, *self.prefix)], False
         for number, message in enumerate(messages):
             answers = message.role == "assistant" and number not in untrained
             # The role token of the user's next turn is what ends an answer.
             role = token_span(tokenizer, f"<|{message.role}|>")
-            spans += (Span(role.content, answered), Span(newline, answers), Span(message.content, answers))
+            spans += (TokenSpan(role.ids, answered), TokenSpan(newline, answers), TextSpan(message.content, answers))
             answered = answers
         return UnencodedText(spans[:-1], messages[-1].content, "", token_span(tokenizer, "<|assistant|>"))
 
     def chat(self, tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> list[int]:
         """The ids of a conversation without the `<|assistant|>` that a prompt ends with."""
-        return self.prompt(tokenizer, messages)._replace(end=NO_TOKENS).ids()
+        return self.encoded_prompt(tokenizer, messages)._replace(closing=NO_TOKENS).ids()
 
     def check_roles(self, messages: Sequence[Message]) -> None:
         """Accepts any order of roles, as the released template does."""
@@ -206,16 +209,16 @@ class ChatGLM3Template(ChatGLMTemplate):
     def check_is_question(self, messages: Sequence[Message]) -> None:
         """Accepts an answer at the end, as the released template does: `<|assistant|>` follows it."""
 
-    def frame(self, tokenizer: PreTrainedTokenizerBase) -> tuple[list[Span], Span]:
+    def frame(self, tokenizer: PreTrainedTokenizerBase) -> tuple[list[TokenSpan], TokenSpan]:
         return [token_span(tokenizer, *self.prefix)], NO_TOKENS
 
-    def target_draft(self, tokenizer: PreTrainedTokenizerBase, text: str) -> UnencodedText:
-        newline = constant(tokenizer, "newline", lambda: Span(encode_constant(tokenizer, "\n"), True))
+    def unencoded_target(self, tokenizer: PreTrainedTokenizerBase, text: str) -> UnencodedText:
+        newline = computed_once(tokenizer, "newline", lambda: TokenSpan(encode_template_text(tokenizer, "\n"), True))
         return UnencodedText([newline], text, "", self.stop_span(tokenizer))
 
-    def unfold(self, row: Conversation) -> list[Conversation]:
+    def training_rows(self, row: Conversation) -> list[Conversation]:
         # Turns are encoded apart, and a token sees what is before it alone: one example has them all.
-        return [row.begin(row.trained_ends[-1])]
+        return [row.first_messages(row.trained_ends[-1])]
 
     def stop_ids(self, tokenizer: PreTrainedTokenizerBase) -> list[int]:
         return [tokenizer.eos_token_id, *token_ids(tokenizer, "<|user|>", "<|observation|>")]
@@ -263,7 +266,7 @@ class AlpacaTemplate(ChatGLMTemplate):
         ]
         return self.opening + "".join(turns)
 
-    def frame(self, tokenizer: PreTrainedTokenizerBase) -> tuple[list[Span], Span]:
+    def frame(self, tokenizer: PreTrainedTokenizerBase) -> tuple[list[TokenSpan], TokenSpan]:
         return self.native.frame(tokenizer)
 
     def stop_ids(self, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -294,7 +297,7 @@ def encode_prompt(
     tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], template: ChatGLMTemplate | None = None
 ) -> list[int]:
     """The input of generation; without a template, in that of the tokenizer's generation."""
-    return (template or template_for(tokenizer)).prompt(tokenizer, messages).ids()
+    return (template or template_for(tokenizer)).encoded_prompt(tokenizer, messages).ids()
 
 
 ROLES = ("system", "user", "assistant")

@@ -1,4 +1,10 @@
-"""Texts and tokens of a prompt, unjoined -> token ids, the texts of many prompts in one call of the tokenizer."""
+"""
+Pieces of a prompt or target -> token ids, the texts of many rows in one call of the tokenizer.
+
+The templates (`utils/models/templates.py`) write `UnencodedText`s, `encode_many` makes `EncodedText`s of them, and
+`utils/data/encode.py` joins those to training rows. Each text is encoded apart from its neighbours, and nothing in it
+is special: a row that spells out "<eop>" does not end the answer.
+"""
 
 import weakref
 from collections.abc import Callable, Sequence
@@ -9,47 +15,54 @@ from transformers import PreTrainedTokenizerBase
 
 from utils.models.tokenization_base import VocabFileTokenizer
 
+IGNORE_INDEX = -100  # labels where there is no loss, as torch's cross_entropy has it
 
-class Span(NamedTuple):
-    """A stretch of a conversation: token ids, or a text that is yet to be encoded, apart from its neighbours."""
 
-    content: Sequence[int] | str
+class TextSpan(NamedTuple):
+    """A text of a conversation that is not encoded yet."""
+
+    text: str
     trained: bool = False  # whether training on every turn takes its loss there
 
 
-NO_TOKENS = Span(np.array([], np.int32))
+class TokenSpan(NamedTuple):
+    """Token ids (int32) of a conversation that stand together."""
+
+    ids: np.ndarray
+    trained: bool = False  # whether training on every turn takes its loss there
+
+
+NO_TOKENS = TokenSpan(np.array([], np.int32))
 
 
 class UnencodedText(NamedTuple):
-    """A prompt or a target before its texts are encoded; `EncodedText` is what comes of it."""
+    """A prompt or a target before its texts are encoded."""
 
-    opening: list[Span]
+    opening: list[TextSpan | TokenSpan]
     text: str
-    mark: str  # how `text` ends where the template ends it; its tokens belong to the closing
-    end: Span
+    ending: str  # how `text` ends where the template ends it, or ""; its tokens belong to the closing
+    closing: TokenSpan
 
-    def mark_ids(self, tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
-        return encode_constant(tokenizer, self.mark)
+    def ending_ids(self, tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
+        """The tokens of `ending`, int32."""
+        return encode_template_text(tokenizer, self.ending)
 
 
 class EncodedText(NamedTuple):
-    """A prompt or a target as tokens (int32); truncation takes from the end of `text` alone."""
+    """A prompt or a target as tokens (int32). Truncation takes tokens from the end of `text` only."""
 
-    opening: list[Span]
+    opening: list[TokenSpan]
     text: np.ndarray
-    end: Span
-
-    @property
-    def closing(self) -> list[int]:
-        return [int(token) for token in self.end.content]
+    closing: TokenSpan
 
     def ids(self) -> list[int]:
-        opening = [int(token) for span in self.opening for token in span.content]
-        return [*opening, *self.text.tolist(), *self.closing]
+        """All token ids in their order."""
+        opening = [int(token) for span in self.opening for token in span.ids]
+        return [*opening, *self.text.tolist(), *map(int, self.closing.ids)]
 
 
 def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[np.ndarray]:
-    """Tokens, int32, of texts in which nothing is special: a row that spells out "<eop>" does not end the answer."""
+    """Token ids (int32) of each text, in which nothing is special."""
     if isinstance(tokenizer, VocabFileTokenizer):
         return tokenizer.encode_texts(texts)
     if not texts:
@@ -59,74 +72,75 @@ def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> li
 
 
 def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Tokens of one text in which nothing is special."""
+    """Token ids of one text, in which nothing is special."""
     return encode_texts(tokenizer, [text])[0].tolist()
 
 
-class _Constants:
+class _TokenizerCache:
     """
-    What the templates need of one tokenizer again and again: to look up a token takes transformers microseconds, which
-    every row would pay.
+    Values computed once per tokenizer and key.
+
+    transformers takes microseconds to look up a token, which every row would pay. The last tokenizer asked for
+    is kept at hand, because the weak dictionary hashes a tokenizer as slowly.
     """
 
     def __init__(self):
-        self._of: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # tokenizer -> {key: what was made of it}
-        self._last = (lambda: None, {})  # the tokenizer last asked about and its values
+        self._values: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # tokenizer -> {key: value}
+        self._last = (lambda: None, {})  # the last tokenizer, weakly, and its values
 
-    def __call__(self, tokenizer: PreTrainedTokenizerBase, key: Any, make: Callable[[], Any]) -> Any:
-        last, known = self._last
+    def __call__(self, tokenizer: PreTrainedTokenizerBase, key: Any, compute: Callable[[], Any]) -> Any:
+        last, values = self._last
         if last() is not tokenizer:
-            known = self._of.setdefault(tokenizer, {})
-            self._last = (weakref.ref(tokenizer), known)
-        if key not in known:
-            known[key] = make()
-        return known[key]
+            values = self._values.setdefault(tokenizer, {})
+            self._last = (weakref.ref(tokenizer), values)
+        if key not in values:
+            values[key] = compute()
+        return values[key]
 
 
-constant = _Constants()
+computed_once = _TokenizerCache()
 
 
-def encode_constant(tokenizer: PreTrainedTokenizerBase, text: str) -> np.ndarray:
-    """Tokens of a text that the templates repeat."""
-    return constant(tokenizer, text, lambda: np.array(encode_text(tokenizer, text), np.int32))
+def encode_template_text(tokenizer: PreTrainedTokenizerBase, text: str) -> np.ndarray:
+    """Token ids (int32) of a text that a template repeats, encoded once."""
+    return computed_once(tokenizer, ("text", text), lambda: np.array(encode_text(tokenizer, text), np.int32))
 
 
 def token_ids(tokenizer: PreTrainedTokenizerBase, *tokens: str) -> list[int]:
+    """The ids of special tokens."""
     return tokenizer.convert_tokens_to_ids(list(tokens))
 
 
-def token_span(tokenizer: PreTrainedTokenizerBase, *tokens: str) -> Span:
-    return constant(tokenizer, tokens, lambda: Span(np.array(token_ids(tokenizer, *tokens), np.int32)))
+def token_span(tokenizer: PreTrainedTokenizerBase, *tokens: str) -> TokenSpan:
+    """Special tokens as a span, looked up once."""
+    return computed_once(tokenizer, tokens, lambda: TokenSpan(np.array(token_ids(tokenizer, *tokens), np.int32)))
 
 
-def encode_drafts(tokenizer: PreTrainedTokenizerBase, drafts: Sequence[UnencodedText]) -> list[EncodedText]:
-    """Encodes the texts of all drafts at once."""
+def encode_many(tokenizer: PreTrainedTokenizerBase, unencoded: Sequence[UnencodedText]) -> list[EncodedText]:
+    """Encodes prompts and targets, all their texts in one call of the tokenizer."""
     texts = []
-    for opening, text, _, _ in drafts:
+    for opening, text, _, _ in unencoded:
         if opening:
-            texts += [span.content for span in opening if isinstance(span.content, str)]
+            texts += [span.text for span in opening if isinstance(span, TextSpan)]
         texts.append(text)
-    encoded = iter(encode_texts(tokenizer, texts))
-    made = []
-    for opening, _, mark, end in drafts:
+    ids_of_texts = iter(encode_texts(tokenizer, texts))
+    encoded = []
+    for opening, _, ending, closing in unencoded:
         if opening:
             opening = [
-                Span(next(encoded), span.trained) if isinstance(span.content, str) else span for span in opening
+                TokenSpan(next(ids_of_texts), span.trained) if isinstance(span, TextSpan) else span for span in opening
             ]
-        text = next(encoded)
-        if mark:
-            text, marked = split_closing(text, encode_constant(tokenizer, mark))
-            end = Span(np.concatenate([marked, end.content]), end.trained)
-        made.append(EncodedText(opening, text, end))
-    return made
+        text = next(ids_of_texts)
+        if ending:
+            text, ending_ids = split_ending(text, encode_template_text(tokenizer, ending))
+            closing = TokenSpan(np.concatenate([ending_ids, closing.ids]), closing.trained)
+        encoded.append(EncodedText(opening, text, closing))
+    return encoded
 
 
-def split_closing(ids: np.ndarray, closing: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Cuts off the end that `ids` has in common with `closing`."""
+def split_ending(ids: np.ndarray, ending: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Splits off the end that `ids` and `ending` have in common, which may be shorter than `ending`."""
     common = 0
-    while common < min(len(ids), len(closing)) and ids[-1 - common] == closing[-1 - common]:
+    while common < min(len(ids), len(ending)) and ids[-1 - common] == ending[-1 - common]:
         common += 1
     return ids[: len(ids) - common], ids[len(ids) - common :]
-
-
-IGNORE_INDEX = -100  # labels where there is no loss
