@@ -44,7 +44,7 @@ from utils.data.shards import (
     shards_directory,
 )
 from utils.models.conversation import Conversation
-from utils.models.templates import TEMPLATES, ChatGLMTemplate, template_for
+from utils.models.templates import TEMPLATES, ChatTemplate, template_for
 
 
 @dataclass(kw_only=True)
@@ -123,7 +123,7 @@ def parse_arguments() -> tuple[TokenizeArguments, TokenizeOptions]:
 
 
 def show_preview(
-    tokenizer: PreTrainedTokenizerBase, template: ChatGLMTemplate, options: TokenizeOptions, paths: list[str], n: int
+    tokenizer: PreTrainedTokenizerBase, template: ChatTemplate, options: TokenizeOptions, paths: list[str], n: int
 ) -> None:
     """Print the first `n` usable rows as they are trained on."""
     rows = []
@@ -206,7 +206,7 @@ def main() -> None:
                 tokenizer=fingerprint(tokenizer, template),
                 model_name_or_path=args.model_name_or_path,
                 loss_on=args.loss_on,
-                system_turns=template.system_turns,
+                system_turns=template.has_system_role,
             )
             complete_dataset(directory, arrow_files, origin, key)
             report.save(directory, args.max_seq_length, key)

@@ -28,8 +28,7 @@ from utils.inference.engine import Engine, column_bytes
 from utils.inference.engine.prefill import TokenSequence
 from utils.layers.fp8 import FP8, convert_to_fp8
 from utils.layers.fused_qkv import QKV_PROJ, fuse_qkv
-from utils.models.family import CHATGLM as CHATGLM_6B
-from utils.models.family import CHATGLM3
+from utils.models.family import CHATGLM3, CHATGLM_6B
 
 
 def timed(call) -> float:

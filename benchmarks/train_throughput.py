@@ -38,8 +38,7 @@ from peft import LoraConfig, get_peft_model
 
 from tools.random_checkpoint import CHATGLM, SHAPES, random_model, write_checkpoint
 from utils.data.collators import PaddingCollator
-from utils.models.family import CHATGLM as CHATGLM_6B
-from utils.models.family import CHATGLM3
+from utils.models.family import CHATGLM3, CHATGLM_6B
 from utils.training.optimize import decoder_blocks
 from utils.training.throughput import Throughput
 

@@ -37,7 +37,7 @@ from utils.inference.stop_strings import decode
 from utils.layers.quantization import BITS
 from utils.lora.adapter import load_adapter
 from utils.models.conversation import Message
-from utils.models.templates import TEMPLATES, ChatGLMTemplate, encode_prompt
+from utils.models.templates import TEMPLATES, ChatTemplate, encode_prompt
 
 UNFINISHED = "\ufffd"  # bytes of a character whose other tokens are still to come
 LOOPBACK = "127.0.0.1"
@@ -96,7 +96,7 @@ class Chat:
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
-    template: ChatGLMTemplate
+    template: ChatTemplate
     has_adapter: bool
     lock: threading.Lock = field(default_factory=threading.Lock)
 

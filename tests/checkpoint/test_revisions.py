@@ -22,7 +22,7 @@ from utils.data.encode import fingerprint
 from utils.lora.adapter import AdapterOrigin, warn_of_old_ids
 from utils.models.conversation import Message
 from utils.models.convert_tokenizer import fast_tokenizer
-from utils.models.family import CHATGLM, CHATGLM2, CHATGLM3, GLM4, identify
+from utils.models.family import CHATGLM2, CHATGLM3, CHATGLM_6B, GLM4, CheckpointFiles, identify
 from utils.models.templates import encode_prompt, template_for
 from utils.models.tokenization_chatglm import CONTROL_PIECES, FIRST_IMAGE_TOKENS
 from utils.models.tokenization_glm4 import ChatGLM4Tokenizer, merges_of
@@ -285,7 +285,7 @@ def test_the_releases_own_tokens_written_down_as_added_stay_text(tmp_path):
 # which generation
 
 
-def generation_of(directory):
+def generation_in(directory):
     return Checkpoint.open(str(directory), weights=False).generation
 
 
@@ -301,19 +301,19 @@ def generation_of(directory):
 )
 def test_the_last_part_of_a_path_names_the_release(tmp_path, capsys, source, path, expected):
     directory = copy_of(source, tmp_path / "glm-4-chatglm2", {"_name_or_path": path}, {"name_or_path": None})
-    assert generation_of(directory) is expected and capsys.readouterr().out == ""
+    assert generation_in(directory) is expected and capsys.readouterr().out == ""
 
 
 def test_what_the_files_are_counts_more_than_a_name(tmp_path, capsys):
     directory = copy_of(V3, tmp_path / "chatglm2-6b", {"_name_or_path": "x/chatglm2-6b"}, {"name_or_path": None})
     (directory / "tokenization_chatglm.py").write_text("class ChatGLMTokenizer: roles = ['<|user|>']")
-    assert generation_of(directory) is CHATGLM3
+    assert generation_in(directory) is CHATGLM3
     (directory / "tokenization_chatglm.py").write_text("class ChatGLMTokenizer:\n    def build_prompt(self): ...")
     edit(directory / "config.json", _name_or_path="x/chatglm3-6b")
-    assert generation_of(directory) is CHATGLM2
+    assert generation_in(directory) is CHATGLM2
     (directory / "tokenization_chatglm.py").unlink()
     edit(directory / "tokenizer_config.json", chat_template="{{ '<|assistant|>' }}", name_or_path="chatglm2-6b")
-    assert generation_of(directory) is CHATGLM3
+    assert generation_in(directory) is CHATGLM3
     assert capsys.readouterr().out == ""
 
 
@@ -321,23 +321,23 @@ def test_what_the_files_are_counts_more_than_a_name(tmp_path, capsys):
 def test_an_open_generation_is_said_once_and_decided_by_the_flag(tmp_path, capsys, name, expected):
     nameless = {"_name_or_path": None}, {"name_or_path": None}
     directory = copy_of(V3, tmp_path / "chatglm3" / name, *nameless)
-    assert generation_of(directory) is expected and generation_of(directory) is expected
+    assert generation_in(directory) is expected and generation_in(directory) is expected
     said = capsys.readouterr().out
     assert said.count(f"is taken for {expected.name}") == 1 and "--generation" in said and said.count("\n") == 1
     for flag, generation in (("chatglm2", CHATGLM2), ("chatglm3", CHATGLM3)):
         choose_generation(str(directory), flag)
-        assert generation_of(directory) is generation and capsys.readouterr().out == ""
+        assert generation_in(directory) is generation and capsys.readouterr().out == ""
     choose_generation(str(directory), "glm4")
     with pytest.raises(UsageError, match="--generation glm4: the files in .* are those of ChatGLM"):
-        generation_of(directory)
+        generation_in(directory)
 
 
 def test_the_vocabulary_tells_glm4_and_the_layout_chatglm(tmp_path):
     other_names = {"_name_or_path": "x/chatglm3-6b"}, {"name_or_path": "chatglm2-6b"}
-    assert generation_of(copy_of(V4, tmp_path / "chatglm2", *other_names)) is GLM4
-    assert generation_of(copy_of(V1, tmp_path / "chatglm3", *other_names)) is CHATGLM
+    assert generation_in(copy_of(V4, tmp_path / "chatglm2", *other_names)) is GLM4
+    assert generation_in(copy_of(V1, tmp_path / "chatglm3", *other_names)) is CHATGLM_6B
     big = json.loads((V4 / "config.json").read_text()) | {"padded_vocab_size": 151552}
-    assert identify(tmp_path, big, {}) == (GLM4, None)  # a directory without a vocabulary
+    assert identify(CheckpointFiles(tmp_path, big, {})) == (GLM4, None)  # a directory without a vocabulary
 
 
 def test_another_model_of_the_library_is_refused_by_what_it_lacks(tmp_path):

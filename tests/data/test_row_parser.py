@@ -168,7 +168,7 @@ def test_a_system_message_as_the_released_code_has_it(tokenizer):
     """ChatGLM3 and GLM-4 have a turn for it; before, its text stands before the first question's."""
     template, messages = template_for(tokenizer), (Message("system", "说短些"), Message("user", "你好"))
     ids = encode_prompt(tokenizer, messages)
-    if template.system_turns:
+    if template.has_system_role:
         token = tokenizer.convert_tokens_to_ids
         newline, system, user = (tokenizer.encode(text, add_special_tokens=False) for text in ("\n", "说短些", "你好"))
         prefix = token(list(template.prefix))

@@ -96,7 +96,7 @@ def test_flat_arrays_are_the_rows(tokenizer, name, loss_on):
     single = [
         Conversation((Message("user", "问" * n), Message("assistant", "答  \n" * (n % 7 + 1)))) for n in range(1, 40)
     ]
-    odd = Conversation((Message("user", f"问{template.answer_mark}"), Message("assistant", "答")))
+    odd = Conversation((Message("user", f"问{template.prompt_ending}"), Message("assistant", "答")))
     for rows in (single, [*single, odd], [CHAT, *single], [single[0]], []):
         for limit in (None, 90, 60, 20, 5):
             batch = encode_batch(tokenizer, rows, limit, template, loss_on)

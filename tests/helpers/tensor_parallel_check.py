@@ -19,7 +19,7 @@ init_process_group(use_deepspeed=False)
 sharded, replica = load_on_processes(path, torch.float32, None, lambda model, shards: model, tp_size)
 assert replica.replicas == world_size() // tp_size
 whole = load_model(path)
-plan, split = Checkpoint.open(path).generation.architecture.tensor_parallel, 0
+plan, split = Checkpoint.open(path).architecture.tensor_parallel, 0
 parts = dict(sharded.named_modules())
 for name, module in whole.named_modules():
     columns = any(name.endswith(column) for column in (*plan.columns, *plan.packed_columns))

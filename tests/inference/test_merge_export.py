@@ -24,7 +24,7 @@ from utils.inference import merge_export
 from utils.lora.adapter import AdapterOrigin, attach_adapter, merge_adapter, save_adapter
 from utils.models.conversation import Message
 from utils.models.convert_tokenizer import fast_tokenizer
-from utils.models.family import CHATGLM, GLM4_HF
+from utils.models.family import CHATGLM_6B, GLM4_HF
 from utils.models.templates import encode_prompt, template_for
 from utils.models.token_spans import encode_text
 
@@ -76,7 +76,7 @@ def test_layout(merged):
     assert checkpoint.generation.name == ("GLM-4-9B-hf" if expected == "GLM-4-9B" else expected)
     assert not [path for path in merged.path.parent.iterdir() if path.name.startswith(f".{merged.path.name}")]
     state = load_file(merged.path / "model.safetensors")
-    if checkpoint.generation is CHATGLM:
+    if checkpoint.generation is CHATGLM_6B:
         assert "lm_head.weight" in state and "transformer.layers.0.attention.query_key_value.weight" in state
         assert json.loads((merged.path / "config.json").read_text())["inner_hidden_size"]
     expected = merge_adapter(load_model(str(merged.base)), merged.adapter).state_dict()

@@ -40,7 +40,7 @@ def chats():
 @pytest.mark.parametrize("name", ("chatglm2-6b-tiny", "chatglm3-6b-tiny", "glm-4-9b-chat-tiny"))
 def test_a_served_chat_has_the_tokens_of_training(name, template):
     tokenizer = load_tokenizer(str(GOLDEN / name))
-    fast = fast_tokenizer(tokenizer, AlpacaTemplate.opening if template == "alpaca" else None)
+    fast = fast_tokenizer(tokenizer, AlpacaTemplate.instruction if template == "alpaca" else None)
     for chat in chats():
         ids = fast.apply_chat_template(turns_of(chat), add_generation_prompt=True, return_dict=False)
         assert ids == encode_prompt(tokenizer, chat, template_for(tokenizer, template)), chat

@@ -16,7 +16,7 @@ from utils.checkpoint.model import Checkpoint
 from utils.layers.quantization import Quantization
 from utils.models import ChatGLMConfig
 from utils.models.convert_checkpoint import glm_config
-from utils.models.family import CHATGLM, CHATGLM3
+from utils.models.family import CHATGLM3, CHATGLM_6B
 from utils.training import dry_run, memory
 from utils.training.dry_run import advise
 from utils.training.memory import MemoryModel, ModelSizes, resolve_checkpointing
@@ -24,13 +24,13 @@ from utils.training.run_config import TrainingRequest
 
 INT4 = Quantization(4)
 ZERO3 = {"partitions": 1, "compiled": False}
-V1 = Checkpoint(Path("chatglm-6b"), CHATGLM, ChatGLMConfig())
+V1 = Checkpoint(Path("chatglm-6b"), CHATGLM_6B, ChatGLMConfig())
 V3 = Checkpoint(Path("chatglm3-6b"), CHATGLM3, glm_config(GLM["chatglm3-6b"], positions_interpolated=False))
 
 
 def load_of(checkpoint, tokens, compiled=True, longest=1024, packing=True, **flags):
     sizes = ModelSizes.of(checkpoint, torch.bfloat16)
-    return MemoryModel(sizes, tokens, longest, packing, 8, sizes.qkv, compiled, **flags)
+    return MemoryModel(sizes, tokens, longest, packing, 8, sizes.layers.qkv, compiled, **flags)
 
 
 @pytest.mark.parametrize(

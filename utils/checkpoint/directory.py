@@ -11,7 +11,7 @@ from huggingface_hub.errors import HfHubHTTPError
 
 from utils.common.errors import UsageError
 from utils.common.json_files import read_json_object
-from utils.models.family import BY_FLAG, CHATGLM2, CHATGLM3, SUPPORTED, Generation, identify
+from utils.models.family import BY_FLAG, LOOK_ALIKES, SUPPORTED, CheckpointFiles, Generation, chosen_by_flag, identify
 
 DEFAULT_MODEL = "THUDM/chatglm-6b"
 GENERATION_FLAGS = tuple(BY_FLAG)
@@ -75,19 +75,21 @@ def open_directory(path_or_id: str, weights: bool) -> tuple[Path, Generation, di
     if not config_file.is_file():
         raise UsageError(f"--model_name_or_path {directory} has no config.json: is it a checkpoint directory?")
     released = read_config(config_file)
-    generation, assumed = identify(directory, released, read_tokenizer_config(directory))
+    generation, assumed = identify(CheckpointFiles(directory, released, read_tokenizer_config(directory)))
     if generation is None:
         model_type = released.get("model_type")
         raise UsageError(f"{directory} (model_type {model_type}) is not supported; supported are: {SUPPORTED}")
     flag = _chosen.get(path_or_id)
-    if flag and not generation.name.startswith(BY_FLAG[flag].name):  # GLM-4-9B-hf is glm4 too
-        if {BY_FLAG[flag], generation} != {CHATGLM2, CHATGLM3}:
+    if flag:
+        chosen = chosen_by_flag(generation, flag)
+        if chosen is None:
             raise UsageError(f"--generation {flag}: the files in {directory} are those of {generation.name}")
-        generation = BY_FLAG[flag]
-    elif assumed and not flag:
+        generation = chosen
+    elif assumed:
+        names, flags = (" or ".join(getattr(row, key) for row in LOOK_ALIKES) for key in ("name", "flag"))
         say_once(
-            f"{directory}: its files do not say whether it is ChatGLM2-6B or ChatGLM3-6B; it is taken for "
-            f"{generation.name} ({assumed}): --generation chatglm2 or chatglm3 decides"
+            f"{directory}: its files do not say whether it is {names}; it is taken for "
+            f"{generation.name} ({assumed}): --generation {flags} decides"
         )
     if released.get("pre_seq_len"):
         say_once(

@@ -19,8 +19,7 @@ from utils.checkpoint.weight_files import find_unusable, model_files, read_weigh
 from utils.common.errors import UsageError
 from utils.common.file_hashes import hash_files
 from utils.layers.quantization import BITS, SCALE, Quantization, quantize, quantize_modules
-from utils.models.architectures import model_config
-from utils.models.convert_checkpoint import convert
+from utils.models.architectures import Architecture, architecture_of
 from utils.models.family import Generation
 from utils.models.modeling_chatglm import derive_position_ids
 
@@ -48,7 +47,7 @@ class Checkpoint:
         """
         directory, generation, released = open_directory(path_or_id, weights)
         try:
-            config = model_config(generation, released)
+            config = architecture_of(generation).make_config(released)
             stored = Quantization.of(released)
         except (LookupError, ArithmeticError, ValueError, TypeError, AttributeError, StrictDataclassError) as error:
             reason = " ".join(str(error).split())
@@ -61,13 +60,13 @@ class Checkpoint:
         return cls(directory, generation, config, stored or wanted, quantizes=bool(wanted and not stored))
 
     @property
-    def converts(self) -> bool:
-        """Whether its weights have other names than those of the model class."""
-        return self.generation.is_glm and self.generation.released_layout
+    def architecture(self) -> Architecture:
+        """The model class of its generation, its configuration and key map."""
+        return architecture_of(self.generation)
 
     def row_positions(self, input_ids: torch.Tensor) -> torch.Tensor:
         """(1, T) int64 tokens of one row -> its position_ids: (1, 2, T) for ChatGLM-6B, (1, T) for the others."""
-        if not self.generation.is_glm:
+        if self.architecture.has_prefix:
             return derive_position_ids(input_ids, None, self.config)
         return torch.arange(input_ids.shape[1])[None]
 
@@ -94,11 +93,11 @@ class Checkpoint:
                     f"{self.directory}: {key} is a P-tuning prefix, which is not supported: pass the base model, and "
                     "train a LoRA adapter on it"
                 )
-            if not self.converts:
+            if self.architecture.convert is None:
                 yield key, tensor
                 continue
             try:
-                yield from convert(key, tensor, self.config).items()
+                yield from self.architecture.convert(key, tensor, self.config).items()
             except KeyError:
                 raise UsageError(f"{self.directory}: {key} is no weight of {self.generation.name}") from None
             except RuntimeError:
@@ -130,7 +129,7 @@ class Checkpoint:
     def empty_model(self, dtype: torch.dtype) -> PreTrainedModel:
         """The model without memory for its weights, in eval mode."""
         with init_empty_weights():
-            model = self.generation.architecture.model_class(self.config)
+            model = self.architecture.model_class(self.config)
             if self.quantization:
                 quantize_modules(model, self.quantization, self.generation.linear_layers)
         model.to(dtype)  # an offloaded weight is brought back in the dtype of its place holder
@@ -255,7 +254,7 @@ def load_model(path_or_id: str, dtype: torch.dtype = torch.float32, quantize: st
         expected.take(key, tensor)
     expected.check_complete()
     # The weights are handed over, not looked for again: what was checked above is what is loaded.
-    model = generation.architecture.model_class.from_pretrained(
+    model = checkpoint.architecture.model_class.from_pretrained(
         None, config=checkpoint.config, state_dict=dict(checkpoint.weights()), dtype=dtype
     )
     model.config._name_or_path = model.name_or_path = str(directory)

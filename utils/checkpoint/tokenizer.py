@@ -49,8 +49,8 @@ def load_tokenizer(path_or_id: str) -> PreTrainedTokenizerBase:
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError) as error:
         reason = " ".join(str(error).split())
         raise UsageError(f"the tokenizer in {directory} cannot be read ({reason}): download it again") from None
-    vocabulary = tokenizer.get_vocab() if generation.needed_tokens else ()
-    if missing := [token for token in generation.needed_tokens if token not in vocabulary]:
+    vocabulary = tokenizer.get_vocab() if generation.required_tokens else ()
+    if missing := [token for token in generation.required_tokens if token not in vocabulary]:
         raise UsageError(
             f"{directory}: its tokenizer has no {', '.join(missing)}, so its chats have another form than those of "
             f"{generation.name}; supported are: {SUPPORTED}"

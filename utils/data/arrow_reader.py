@@ -284,7 +284,7 @@ def check_origin(dataset_path: str, tokenizer: PreTrainedTokenizerBase, model_na
             f"--dataset_path {dataset_path} was made with another tokenizer, that of {origin.model_name_or_path}, or "
             f"by an older version of this toolkit: {again}"
         )
-    if origin.system_turns is None and template_for(tokenizer, origin.template).system_turns:
+    if origin.system_turns is None and template_for(tokenizer, origin.template).has_system_role:
         print_once(f"{dataset_path} has system messages, if any, inside the first question, not as turns: {again}")
     return origin.template
 

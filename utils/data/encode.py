@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from utils.common.errors import RowError
 from utils.models.conversation import Conversation, Message
-from utils.models.templates import ChatGLMTemplate, template_for
+from utils.models.templates import ChatTemplate, template_for
 from utils.models.token_spans import IGNORE_INDEX, EncodedText, TokenSpan, encode_many, encode_texts, split_ending
 
 
@@ -42,7 +42,7 @@ def encode_batch(
     tokenizer: PreTrainedTokenizerBase,
     rows: Sequence[Conversation],
     max_seq_length: int | None,
-    template: ChatGLMTemplate,
+    template: ChatTemplate,
     loss_on: str,
 ) -> TokenBatch:
     """What `encode_rows` makes of the rows, as flat arrays."""
@@ -65,13 +65,14 @@ def _encode_single_turns(
     tokenizer: PreTrainedTokenizerBase,
     rows: Sequence[Conversation],
     max_seq_length: int | None,
-    template: ChatGLMTemplate,
+    template: ChatTemplate,
 ) -> TokenBatch | None:
     """Rows whose template's tokens are all the same; None where a prompt happens to end as a template does."""
     prompt_frame, target_frame = template.single_turn(tokenizer)
     prompts = [template.render(row.messages[:1]) for row in rows]
     has_mark = bool(prompt_frame.ending)
-    if any(prompt.endswith(template.answer_mark) != has_mark for prompt in prompts):
+    ending = template.prompt_ending
+    if ending and any(prompt.endswith(ending) != has_mark for prompt in prompts):
         return None
     count = len(rows)
     encoded = encode_texts(tokenizer, [*prompts, *[row.messages[1].content for row in rows]])
@@ -163,7 +164,7 @@ def encode_example(
     tokenizer: PreTrainedTokenizerBase,
     row: Conversation,
     max_seq_length: int | None = None,
-    template: ChatGLMTemplate | None = None,
+    template: ChatTemplate | None = None,
 ) -> Example:
     """
     Prompt and target as a template joins them (that of the tokenizer's generation unless another is given), with the
@@ -181,7 +182,7 @@ def encode_example(
 LOSS_ON = ("last", "every")
 
 
-def rows_to_train(row: Conversation, template: ChatGLMTemplate, loss_on: str) -> list[Conversation]:
+def rows_to_train(row: Conversation, template: ChatTemplate, loss_on: str) -> list[Conversation]:
     """
     The rows whose examples have the targets that `loss_on` names.
 
@@ -199,7 +200,7 @@ def encode_rows(
     tokenizer: PreTrainedTokenizerBase,
     rows: Sequence[Conversation],
     max_seq_length: int | None = None,
-    template: ChatGLMTemplate | None = None,
+    template: ChatTemplate | None = None,
     loss_on: str = "last",
 ) -> list[EncodedRow | RowError]:
     """
@@ -265,7 +266,7 @@ PROBES = (
 )
 
 
-def fingerprint(tokenizer: PreTrainedTokenizerBase, template: ChatGLMTemplate) -> str:
+def fingerprint(tokenizer: PreTrainedTokenizerBase, template: ChatTemplate) -> str:
     """
     What tokenizer and template make of fixed conversations, as a hash: equal where rows tokenised with the one serve
     the other, whatever files the tokenizers were read from.

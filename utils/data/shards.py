@@ -42,7 +42,7 @@ from utils.data.rejections import Rejection
 from utils.data.row_parser import NumberedRow, parse_row, rows_in_block
 from utils.data.row_schema import NO_RENAMES, ColumnMap
 from utils.models.conversation import Conversation
-from utils.models.templates import ChatGLMTemplate
+from utils.models.templates import ChatTemplate
 from utils.models.token_spans import IGNORE_INDEX
 from utils.models.tokenization_base import VocabFileTokenizer
 
@@ -114,7 +114,7 @@ class ShardTokenizer:
     """Tokenises the blocks of one shard into an Arrow file in `directory`; each worker process has one."""
 
     tokenizer: PreTrainedTokenizerBase
-    template: ChatGLMTemplate
+    template: ChatTemplate
     options: TokenizeOptions
     directory: Path
 
@@ -183,7 +183,7 @@ def no_garbage_collection() -> Iterator[None]:
 
 
 def cache_key(
-    tokenizer: PreTrainedTokenizerBase, template: ChatGLMTemplate, options: TokenizeOptions, paths: Sequence[str]
+    tokenizer: PreTrainedTokenizerBase, template: ChatTemplate, options: TokenizeOptions, paths: Sequence[str]
 ) -> str:
     """A hash of all that decides a dataset: the tokenizer, the template, the options, and every byte of the input."""
     digest = hashlib.sha256()

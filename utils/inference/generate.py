@@ -26,7 +26,7 @@ from utils.inference.prompt_reader import BASE, PromptRow
 from utils.inference.sampling import GREEDY, Sampling
 from utils.inference.stop_strings import StopStrings, decode
 from utils.inference.work_queue import SINGLE_REPLICA, Replica, SharedCount, share_of_rows
-from utils.models.templates import ChatGLMTemplate
+from utils.models.templates import ChatTemplate
 
 REPORT_SECONDS = 10.0
 
@@ -46,7 +46,7 @@ class AnswerSettings:
 class Job:
     """What to answer, how, where the answers go, and those that are known, by index."""
 
-    template: ChatGLMTemplate
+    template: ChatTemplate
     requests: list[PromptRow]
     settings: AnswerSettings
     output: AnswerFile
@@ -58,7 +58,7 @@ class Job:
 def generate_answers(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    template: ChatGLMTemplate,
+    template: ChatTemplate,
     requests: Sequence[PromptRow],
     batch_size: int,
     max_new_tokens: int,

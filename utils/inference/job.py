@@ -25,7 +25,7 @@ from utils.layers.quantization import stored_bits
 from utils.lora.adapter import check_base, load_adapter, merge_adapter, read_origin, warn_of_old_ids
 from utils.lora.formats import files_of_adapter
 from utils.lora.multi_lora import add_adapters
-from utils.models.templates import ChatGLMTemplate, template_for
+from utils.models.templates import ChatTemplate, template_for
 
 
 def check_adapters(args: argparse.Namespace) -> None:
@@ -74,7 +74,7 @@ def put_adapters(model: PreTrainedModel, args: argparse.Namespace, shards: bool 
     return model
 
 
-def resolve_template(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> ChatGLMTemplate:
+def resolve_template(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> ChatTemplate:
     """
     The flag decides; without it, what the adapter was trained with; without an adapter, the model's own.
 

@@ -21,11 +21,9 @@ from utils.data.collators import left_pad
 from utils.lora.adapter import load_adapter, read_origin
 from utils.models.conversation import Message
 from utils.models.convert_tokenizer import fast_tokenizer, special_tokens
-from utils.models.family import CHATGLM, MERGED_FROM
+from utils.models.family import CHATGLM_6B, MERGED, MERGED_FROM
 from utils.models.jinja_templates import chat_template, keep_apart
-from utils.models.templates import TEMPLATES, AlpacaTemplate, ChatGLMTemplate, encode_prompt, template_for
-from utils.models.tokenization_base import VocabFileTokenizer
-from utils.models.tokenization_chatglm2 import ChatGLM2Tokenizer
+from utils.models.templates import TEMPLATES, AlpacaTemplate, ChatTemplate, encode_prompt, template_for
 
 TEMPLATE_FILE = "template.json"
 GENERATION_FILE = "generation_config.json"
@@ -34,7 +32,7 @@ PROOF_TOKENS = 16
 USER, ASSISTANT = Message("user", " 你好\n"), Message("assistant", "\n<|user|> sop")
 PROOF_CHATS = ([USER], [Message("system", "你是客服。"), USER, ASSISTANT, USER])
 # Of a released ChatGLM-6B, beside its weights; never its code.
-KEPT = ("config.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", CHATGLM.vocab_file)
+KEPT = ("config.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", CHATGLM_6B.vocab_file)
 # Files of a base whose content reaches what is written.
 READ = (
     *(*KEPT, "tokenizer.model", "tokenizer.json", GENERATION_FILE, TEMPLATE_FILE),
@@ -85,10 +83,10 @@ def merge_and_save(
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as temporary:
         complete = Path(temporary) / "checkpoint"
         complete.mkdir()
-        if checkpoint.generation is CHATGLM:
-            _save_released_layout(merged, checkpoint, complete)
-        else:
+        if checkpoint.generation.name in MERGED:
             _save_glm(merged, tokenizer, checkpoint, complete, recorded == AlpacaTemplate.name)
+        else:
+            _save_released_layout(merged, checkpoint, complete)
         if recorded:
             (complete / TEMPLATE_FILE).write_text(json.dumps({"template": recorded}))
         del model, adapted, merged
@@ -98,7 +96,7 @@ def merge_and_save(
         if equal < before.numel() and dtype == torch.float32:
             raise RuntimeError(f"{target} is not written: it does not answer as the base with the adapter does")
         if (complete / "tokenizer.json").is_file():
-            _prove_chats(complete, tokenizer, template_for(tokenizer, recorded or ChatGLMTemplate.name))
+            _prove_chats(complete, tokenizer, template_for(tokenizer, recorded or ChatTemplate.name))
         if target.exists():
             target.rmdir()
         complete.rename(target)
@@ -184,7 +182,7 @@ def _greedy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> torch
     return output[:, inputs["input_ids"].shape[1] :].cpu()
 
 
-def _prove_chats(directory: Path, tokenizer: PreTrainedTokenizerBase, template: ChatGLMTemplate) -> None:
+def _prove_chats(directory: Path, tokenizer: PreTrainedTokenizerBase, template: ChatTemplate) -> None:
     """
     Raises:
         RuntimeError: what was written renders a chat otherwise than rows are made.
@@ -220,8 +218,8 @@ def _save_glm(
     if rope["rope_type"] != "default":
         older["rope_scaling"] = {key: rope[key] for key in ("rope_type", "factor")}
     _edit(directory / "config.json", **older)
-    opening = AlpacaTemplate.opening if alpaca else None
-    if not isinstance(tokenizer, VocabFileTokenizer):  # of a checkpoint that has its tokenizer.json
+    opening = AlpacaTemplate.instruction if alpaca else None
+    if checkpoint.generation.tokenizer_class is None:  # the base has a tokenizer.json
         keep_apart(tokenizer.backend_tokenizer)
         tokenizer.chat_template = chat_template(tokenizer, special_tokens(tokenizer.backend_tokenizer), opening)
         tokenizer.save_pretrained(directory)
@@ -232,7 +230,7 @@ def _save_glm(
         _edit(directory / "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast")  # in every version
     except ValueError as error:
         print_once(f"without tokenizer.json, which other programs need: {error}")
-    if isinstance(tokenizer, ChatGLM2Tokenizer):  # the scripts here go on reading the release's own file
+    if MERGED[checkpoint.generation.name].tokenizer_class:  # the scripts here read the release's own file
         tokenizer.save_vocabulary(str(directory))
         _edit(directory / "tokenizer_config.json", pad_with_unk=tokenizer.pad_with_unk)
 

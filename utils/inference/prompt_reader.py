@@ -18,7 +18,7 @@ from utils.data.json_lines import BLANKS
 from utils.data.row_parser import check_columns, parse_prompt, parse_question, read_rows
 from utils.data.row_schema import NO_RENAMES, ColumnMap, find_schema
 from utils.models.conversation import Message
-from utils.models.templates import ChatGLMTemplate, encode_prompt
+from utils.models.templates import ChatTemplate, encode_prompt
 
 SEPARATORS = {".csv": ",", ".tsv": "\t"}
 TEXT = ".txt"  # a prompt a line
@@ -124,7 +124,7 @@ def _cell(raw: dict[str, Any], column: str) -> str:
 def read_requests(
     input_path: str,
     tokenizer: PreTrainedTokenizerBase,
-    template: ChatGLMTemplate,
+    template: ChatTemplate,
     form: PromptForm = PromptForm(),
 ) -> list[PromptRow]:
     """

@@ -8,6 +8,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from utils.common.errors import UsageError
 from utils.common.processes import process_rank, world_size
+from utils.models.architectures import architecture_of
 from utils.models.family import Generation
 
 
@@ -61,15 +62,15 @@ def shard_with_deepspeed(
     if tp_size < world_size():  # on the CPU its sums over shared memory, which know no groups, are of all processes
         comm.cdb.shm_vector_kernel_level = 0
     repeat_key_value_heads(model, tp_size)
-    plan = generation.architecture.tensor_parallel
+    plan = architecture_of(generation).tensor_parallel
     partition = AutoTPConfig(
         tp_size=tp_size,
         layer_specs=[
             TPLayerSpec(patterns=[rf".*\b{name}\.weight$" for name in names], partition_type=kind, shape=shape)
             for names, kind, shape in (
-                (plan.columns, PartitionType.COLUMN, None),
-                (plan.packed_columns, PartitionType.COLUMN, (2, -1)),
-                (plan.rows, PartitionType.ROW, None),
+                (plan.column_parallel, PartitionType.COLUMN, None),
+                (plan.packed_column_parallel, PartitionType.COLUMN, (2, -1)),
+                (plan.row_parallel, PartitionType.ROW, None),
             )
         ],
         use_default_specs=False,
@@ -93,7 +94,7 @@ def shard_with_deepspeed(
             "mpu": SimpleNamespace(get_model_parallel_group=lambda: group),
             "tp_group": group,
         },
-        injection_policy={plan.block: plan.rows},
+        injection_policy={plan.block: plan.row_parallel},
     )
     return InferenceEngine(model, config=config).module
 

@@ -20,7 +20,7 @@ from utils.common.json_files import read_json_object
 from utils.layers.lora_linear import LoraLinear
 from utils.layers.quantization import is_quantized
 from utils.lora.formats import Shapes, State, adapter_directory, find_misfit, read_adapter
-from utils.models.family import GLM4, GLM4_HF
+from utils.models.family import GLM4
 from utils.models.templates import TEMPLATES
 
 
@@ -153,7 +153,7 @@ def check_base(path: str | Path, checkpoint: Checkpoint) -> None:
 
 def warn_of_old_ids(path: str | Path, checkpoint: Checkpoint) -> str | None:
     """One line where an adapter's rows were made by a version of this toolkit that gave GLM-4 wrong token ids."""
-    if checkpoint.generation.name not in (GLM4.name, GLM4_HF.name):
+    if checkpoint.generation.flag != GLM4.flag:
         return None
     origin = read_origin(path)
     if origin is None or origin.tokenizer is not None:

@@ -1,8 +1,18 @@
-"""The two model classes of the family, how they are split over ranks, and their configurations."""
+"""
+The model classes of the family, each with its configuration, key map and tensor-parallel plan.
 
+Importing this module registers ChatGLM-6B's classes with transformers' Auto classes.
+
+`architecture_of(generation)` gives the entry that a row of `utils/models/family.py` names. It is here and not there
+because model classes import torch.
+"""
+
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -12,13 +22,14 @@ from transformers import (
     AutoTokenizer,
     GlmConfig,
     GlmForCausalLM,
+    PretrainedConfig,
     PreTrainedModel,
 )
 from transformers.models.glm.modeling_glm import GlmDecoderLayer
 
 from utils.models.configuration_chatglm import ChatGLMConfig
-from utils.models.convert_checkpoint import glm_config
-from utils.models.family import CHATGLM2, Generation
+from utils.models.convert_checkpoint import convert, glm_config
+from utils.models.family import Generation
 from utils.models.modeling_chatglm import ChatGLMBlock, ChatGLMForConditionalGeneration
 from utils.models.tokenization_chatglm import ChatGLMTokenizer
 
@@ -31,52 +42,55 @@ AutoTokenizer.register(ChatGLMConfig, slow_tokenizer_class=ChatGLMTokenizer)
 
 @dataclass(frozen=True)
 class TensorParallelPlan:
-    """How a block's linear layers are split over ranks: by output rows, or by input columns."""
+    """How the linear layers of a decoder block are split over ranks, by the ends of their names."""
 
     block: type[nn.Module]
-    columns: tuple[str, ...]
-    rows: tuple[str, ...]
-    packed_columns: tuple[str, ...] = ()  # two matrices of equal size, one above the other
+    column_parallel: tuple[str, ...]  # each rank has some of the outputs
+    row_parallel: tuple[str, ...]  # each rank has some of the inputs, and the outputs are summed
+    packed_column_parallel: tuple[str, ...] = ()  # two matrices of equal size in one, each split by its outputs
 
 
 @dataclass(frozen=True)
 class Architecture:
+    """A model class, and how a checkpoint's files become one of it."""
+
     model_class: type[PreTrainedModel]
+    make_config: Callable[[dict[str, Any]], PretrainedConfig]  # of a config.json; ValueError: it is another model's
     tensor_parallel: TensorParallelPlan
+    # A weight's key in the files -> its weights under the names of `model_class`; None: the names are the same.
+    convert: Callable[[str, torch.Tensor, PretrainedConfig], dict[str, torch.Tensor]] | None = None
+    has_prefix: bool = False  # the prompt sees itself in both directions, and positions are 2-D
 
 
-CHATGLM_ARCHITECTURE = Architecture(
-    ChatGLMForConditionalGeneration,
-    TensorParallelPlan(
-        block=ChatGLMBlock,
-        columns=("query_key_value", "dense_h_to_4h"),
-        rows=("attention.dense", "mlp.dense_4h_to_h"),
-    ),
+def chatglm_config(released: dict[str, Any]) -> ChatGLMConfig:
+    """The configuration of ChatGLM-6B; early releases leave out the ids of two special tokens."""
+    bos = released.get("bos_token_id")
+    if bos is None:
+        return ChatGLMConfig.from_dict(released)
+    return ChatGLMConfig.from_dict({"mask_token_id": bos - 4, "gmask_token_id": bos - 3} | released)
+
+
+CHATGLM_PLAN = TensorParallelPlan(
+    block=ChatGLMBlock,
+    column_parallel=("query_key_value", "dense_h_to_4h"),
+    row_parallel=("attention.dense", "mlp.dense_4h_to_h"),
 )
-GLM_ARCHITECTURE = Architecture(
-    GlmForCausalLM,
-    TensorParallelPlan(
-        block=GlmDecoderLayer,
-        columns=("q_proj", "k_proj", "v_proj"),
-        rows=("self_attn.o_proj", "mlp.down_proj"),
-        packed_columns=("gate_up_proj",),
-    ),
+GLM_PLAN = TensorParallelPlan(
+    block=GlmDecoderLayer,
+    column_parallel=("q_proj", "k_proj", "v_proj"),
+    row_parallel=("self_attn.o_proj", "mlp.down_proj"),
+    packed_column_parallel=("gate_up_proj",),
 )
+ARCHITECTURES = {
+    "chatglm": Architecture(ChatGLMForConditionalGeneration, chatglm_config, CHATGLM_PLAN, has_prefix=True),
+    "released_chatglm2": Architecture(
+        GlmForCausalLM, partial(glm_config, positions_interpolated=True), GLM_PLAN, convert
+    ),
+    "released_glm": Architecture(GlmForCausalLM, partial(glm_config, positions_interpolated=False), GLM_PLAN, convert),
+    "glm": Architecture(GlmForCausalLM, GlmConfig.from_dict, GLM_PLAN),
+}
 
 
-def model_config(generation: Generation, released: dict[str, Any]) -> ChatGLMConfig | GlmConfig:
-    """
-    The configuration of the generation's model class.
-
-    Raises:
-        ValueError: values under which the model is another one.
-    """
-    if not generation.is_glm:
-        bos = released.get("bos_token_id")
-        derived = (
-            {} if bos is None else {"mask_token_id": bos - 4, "gmask_token_id": bos - 3}
-        )  # early releases name none
-        return ChatGLMConfig.from_dict(derived | released)
-    if not generation.released_layout:
-        return GlmConfig.from_dict(released)
-    return glm_config(released, positions_interpolated=generation is CHATGLM2)
+def architecture_of(generation: Generation) -> Architecture:
+    """The model class, configuration and key map of a generation."""
+    return ARCHITECTURES[generation.architecture]

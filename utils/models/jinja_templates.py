@@ -1,10 +1,10 @@
 """
-The prompts of `utils/models/templates.py` as chat templates of transformers, for merged checkpoints: a chat that
-another program serves has the tokens that rows were trained with.
+The chat formats as Jinja templates, for merged checkpoints that other programs serve.
 
-A template makes one text, in which a tokenizer finds special tokens wherever they are spelled. Two characters that no
-text has (Unicode's noncharacters) keep it to the tokens of training: NO_TOKEN inside a spelled token, APART between a
-role's newline and a text that begins with white space. `keep_apart` has a tokenizer drop both.
+A served chat must have the tokens that rows were trained with. A Jinja template makes one text, in which a tokenizer
+finds special tokens wherever a message spells them. Two characters that no text has (Unicode noncharacters) prevent
+that: NO_TOKEN inside a spelled token, APART between a role's newline and a text that begins with white space.
+`keep_apart` makes a tokenizer drop both. `utils/inference/merge_export.py` compares the result with `encode_prompt`.
 """
 
 from collections.abc import Sequence
@@ -14,12 +14,12 @@ from jinja2 import Environment, TemplateError, meta, nodes
 from tokenizers import Tokenizer, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerBase
 
-from utils.models.tokenization_chatglm2 import CHATGLM2_PREFIX, ChatGLM2Tokenizer, ChatGLM3Tokenizer
-from utils.models.tokenization_glm4 import GLM4_PREFIX
+from utils.models.chat_formats import AlpacaTemplate, ChatGLM2Template, ChatGLM3Template, GLM4Template
+from utils.models.family import generation_of
 
 NO_TOKEN, APART = "\ufdd0", "\ufdd1"
-OPENING = "{#- The FORM form that rows were trained with -#}"
-# Of `messages`: nothing is left out, so what a form cannot say is an error.
+FIRST_LINE = "{#- The FORM form that rows were trained with -#}"  # marks templates that were made here
+# Defines `text(content)`, and `chat.plain`: false if the chat has what a form cannot express, which is then an error.
 HEAD = r"""
 {%- set chat = namespace(plain=true, text='') -%}
 {%- macro text(content) -%}
@@ -40,13 +40,13 @@ HEAD = r"""
 {%- endfor -%}
 {%- if tools or documents -%}{%- set chat.plain = false -%}{%- endif -%}
 """
-REFUSED = "{{- raise_exception('Tools, documents and roles but system, user and assistant are not supported.') -}}"
+REFUSE = "{{- raise_exception('Tools, documents and roles but system, user and assistant are not supported.') -}}"
 TOOLS_ARGUMENT = r"""
 {%- if tools or documents -%}
     {{- raise_exception('Give the tools as the "tools" of a system message.') -}}
 {%- endif -%}
 """
-# ChatGLM3 and GLM-4: turns, each behind its role.
+# ChatGLM3-6B and GLM-4-9B: each message follows its role token.
 TURNS = r"""
 {{- 'PREFIX' -}}
 {%- for message in messages -%}
@@ -56,7 +56,7 @@ TURNS = r"""
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{- '<|assistant|>' -}}{%- endif -%}
 """
-# Forms that are one text: the system's stands before the first user's.
+# Forms that are one text: the system's text precedes the first question.
 ONE_TEXT = r"""
 {{- 'PREFIX' -}}
 {%- set system = messages[0]['role'] == 'system' -%}
@@ -74,65 +74,72 @@ ONE_TEXT = r"""
     {%- endif -%}
 {%- endfor -%}
 """
-ROUND = r"'[Round ' ~ (loop.index0 // 2 + 1) ~ ']\n\n问：'", r"'\n\n答：'"
-ALPACA = (
-    r"""('OPENING' if loop.first else '') ~ '### Input:\n'""",
-    r"'\n\n### Response:'",
-)
-# In ChatGLM3 each text is encoded apart and opens with a blank; in GLM-4 the newline is, which matters before another.
+# In ChatGLM3-6B each text is encoded apart and opens with a blank; in GLM-4-9B the newline is apart, which matters
+# before a text that begins with white space.
 BLANK = "{{- ' ' -}}"
-PROBE = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "hello"}]
 BREAK = r"{%- if message['content'] is string and not message['content'][:1] | trim -%}{{- '\ufdd1' -}}{%- endif -%}"
+# The native form of each chat template that merged checkpoints can have.
+NATIVE_BODIES = {
+    ChatGLM2Template: ONE_TEXT.replace("BEFORE", r"'[Round ' ~ (loop.index0 // 2 + 1) ~ ']\n\n问：'").replace(
+        "AFTER", r"'\n\n答：'"
+    ),
+    ChatGLM3Template: TURNS.replace("BETWEEN", BLANK),
+    GLM4Template: TURNS.replace("BETWEEN", BREAK),
+}
+ALPACA_BODY = ONE_TEXT.replace("BEFORE", r"""('INSTRUCTION' if loop.first else '') ~ '### Input:\n'""").replace(
+    "AFTER", r"'\n\n### Response:'"
+)
+PROBE = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "hello"}]
 
 
 def chat_template(
-    tokenizer: PreTrainedTokenizerBase, special_tokens: Sequence[str], alpaca_opening: str | None = None
+    tokenizer: PreTrainedTokenizerBase, special_tokens: Sequence[str], alpaca_instruction: str | None = None
 ) -> str:
     """
-    The chat template of a merged checkpoint: the native form of its generation, or the alpaca template's.
+    The Jinja template of a merged checkpoint: the native form of its generation, or the alpaca template's.
 
     Args:
-        tokenizer: the base's. Its own template renders chats with tools where it can; otherwise they are refused.
+        tokenizer: the base's. Its own template renders chats with tools if it can; otherwise they are refused.
         special_tokens: those that the merged tokenizer would find in a text.
-        alpaca_opening: the alpaca template's first text, for that form.
+        alpaca_instruction: `AlpacaTemplate.instruction` for the alpaca form, else None.
     """
-    sentencepiece = isinstance(tokenizer, ChatGLM2Tokenizer)
-    prefix = "".join(CHATGLM2_PREFIX if sentencepiece else GLM4_PREFIX)
-    if alpaca_opening is not None:
-        form, (before, after) = "alpaca", ALPACA
-        prefix += r"\ufdd0" * sentencepiece  # "sop" must not run into the first word
-        body = ONE_TEXT.replace("BEFORE", before.replace("OPENING", alpaca_opening.replace("\n", r"\n")))
-        body = body.replace("AFTER", after)
-    elif sentencepiece and not isinstance(tokenizer, ChatGLM3Tokenizer):
-        form, (before, after) = "native", ROUND
-        body = ONE_TEXT.replace("BEFORE", before).replace("AFTER", after)
+    native = generation_of(tokenizer).chat_template
+    prefix = "".join(native.opening_tokens)
+    if alpaca_instruction is None:
+        form, body = "native", NATIVE_BODIES[native]
     else:
-        form, body = "native", TURNS.replace("BETWEEN", BLANK if sentencepiece else BREAK)
-    opening, base = OPENING.replace("FORM", form), tokenizer.chat_template
-    if isinstance(base, str) and base.startswith(opening):  # the base is a merged checkpoint of the same form
+        form, body = AlpacaTemplate.name, ALPACA_BODY.replace("INSTRUCTION", alpaca_instruction.replace("\n", r"\n"))
+        if native.opening_tokens[-1].isalpha():  # "sop" must not run into the first word
+            prefix += r"\ufdd0"
+    first_line, base = FIRST_LINE.replace("FORM", form), tokenizer.chat_template
+    if isinstance(base, str) and base.startswith(first_line):  # the base is a merged checkpoint of the same form
         return base
     head = HEAD.strip().replace("TOKENS", repr(list(special_tokens)))
     body = body.strip().replace("PREFIX", prefix)
 
     def complete(other: str) -> str:
-        return f"{opening}{head}{{%- if chat.plain -%}}{body}{{%- else -%}}{other}{{%- endif -%}}"
+        return f"{first_line}{head}{{%- if chat.plain -%}}{body}{{%- else -%}}{other}{{%- endif -%}}"
 
     def render(template: str) -> str:
         return tokenizer.apply_chat_template(PROBE, chat_template=template, tokenize=False)
 
-    with_tools = _part_for_tools(base)
+    with_tools = _tools_branch(base)
     if with_tools:
         try:
-            if render(complete(with_tools)) == render(complete(REFUSED)):
+            if render(complete(with_tools)) == render(complete(REFUSE)):
                 return complete(with_tools)
-        except TemplateError:  # the base's template is none that transformers can compile
+        except TemplateError:  # transformers cannot compile the base's template
             pass
-    return complete(REFUSED)
+    return complete(REFUSE)
 
 
-def _part_for_tools(template: Any) -> str | None:
-    """What renders chats with tools by a base's own template; None where it has none. The template is not run."""
-    if not isinstance(template, str) or template.startswith(OPENING.partition("FORM")[0]):
+def _tools_branch(template: Any) -> str | None:
+    """
+    The part of a merged template that renders chats with tools by the base's own template.
+
+    None if that template knows no tools. It is parsed, and not run.
+    """
+    if not isinstance(template, str) or template.startswith(FIRST_LINE.partition("FORM")[0]):
         return None
     try:
         parsed = Environment(extensions=["jinja2.ext.loopcontrols"]).parse(template)
@@ -149,7 +156,7 @@ def _part_for_tools(template: Any) -> str | None:
 
 
 def keep_apart(tokenizer: Tokenizer) -> None:
-    """Has `tokenizer` drop the two characters that hold texts and tokens apart."""
+    """Makes `tokenizer` drop NO_TOKEN and APART, in place."""
     if NO_TOKEN in tokenizer.to_str():
         return
     drop = normalizers.Replace(NO_TOKEN, "")

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tokenizers import Tokenizer
 from transformers import AddedToken, PreTrainedTokenizer
 
 
@@ -21,6 +22,7 @@ class VocabFileTokenizer(PreTrainedTokenizer, ABC):
 
     model_input_names = ["input_ids", "attention_mask"]
     padding_side = "left"
+    opening_tokens: tuple[str, ...] = ()  # the special tokens that `tokenizer(text)` prepends
 
     @staticmethod
     def options_of(config: Mapping[str, Any], vocab_file: Path) -> dict[str, Any]:
@@ -51,6 +53,19 @@ class VocabFileTokenizer(PreTrainedTokenizer, ABC):
                 raise ValueError(f"its files give {token.content} two ids")
             own[index] = token
         return own
+
+    def to_tokenizers(self) -> Tokenizer:
+        """
+        The vocabulary as transformers' fast tokenizers compute it, without special tokens.
+
+        Raises:
+            ValueError: there is no form of it that computes the same ids.
+        """
+        raise ValueError(f"{type(self).__name__} has no form as a tokenizer.json")
+
+    def tokens_beside_vocabulary(self) -> dict[int, AddedToken]:
+        """The special tokens, and the checkpoint's own tokens, by id, as a tokenizer.json adds them."""
+        return dict(self.added_tokens_decoder)
 
     def save_vocabulary(self, save_directory: str, filename_prefix: str | None = None) -> tuple[str]:
         name = (f"{filename_prefix}-" if filename_prefix else "") + self.vocab_files_names["vocab_file"]

@@ -8,10 +8,11 @@ from typing import Any
 
 import numpy as np
 import sentencepiece
+from tokenizers import Tokenizer
+from transformers import AddedToken
 
 from utils.models.tokenization_base import VocabFileTokenizer
 
-CHATGLM2_PREFIX = ("[gMASK]", "sop")
 SPECIAL_TOKENS = ("[MASK]", "[gMASK]", "[sMASK]", "sop", "eop")
 ROLE_TOKENS = ("<|system|>", "<|user|>", "<|assistant|>", "<|observation|>")
 EOS_ID = 2  # </s>
@@ -31,6 +32,7 @@ class ChatGLM2Tokenizer(VocabFileTokenizer):
 
     vocab_files_names = {"vocab_file": "tokenizer.model"}
     special_pieces: tuple[str, ...] = SPECIAL_TOKENS
+    opening_tokens = ("[gMASK]", "sop")
 
     @staticmethod
     def options_of(config: Mapping[str, Any], vocab_file: Path) -> dict[str, Any]:
@@ -107,8 +109,22 @@ class ChatGLM2Tokenizer(VocabFileTokenizer):
     def convert_tokens_to_string(self, tokens: list[str]) -> str:
         return self.sp_model.decode([token for token in tokens if token])
 
+    def to_tokenizers(self) -> Tokenizer:
+        from utils.models.convert_sentencepiece import bpe_tokenizer  # needs protobuf, and takes a while to import
+
+        return bpe_tokenizer(self.vocab_file)
+
+    def tokens_beside_vocabulary(self) -> dict[int, AddedToken]:
+        control = {self.sp_model.id_to_piece(i): i for i in range(EOS_ID + 1)}  # <unk>, <s>, </s>
+        special = {
+            # "sop" is also the start of "soprano".
+            index: AddedToken(piece, normalized=False, special=True, single_word=piece.isalpha())
+            for piece, index in (control | self.special_ids).items()
+        }
+        return super().tokens_beside_vocabulary() | special
+
     def get_prefix_tokens(self) -> list[int]:
-        return [self.special_ids[piece] for piece in CHATGLM2_PREFIX]
+        return [self.special_ids[piece] for piece in self.opening_tokens]
 
     def build_inputs_with_special_tokens(self, token_ids_0: list[int], token_ids_1: list[int] | None = None):
         ids = self.get_prefix_tokens() + token_ids_0

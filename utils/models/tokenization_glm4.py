@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tokenizers import Regex, Tokenizer, pre_tokenizers
+from tokenizers import Regex, Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from transformers import AddedToken
 from transformers.convert_slow_tokenizer import bytes_to_unicode
@@ -24,7 +24,6 @@ SPECIAL_TOKENS = (
     "<|endoftext|> [MASK] [gMASK] [sMASK] <sop> <eop> <|system|> <|user|> <|assistant|> <|observation|> "
     "<|begin_of_image|> <|end_of_image|> <|begin_of_video|> <|end_of_video|>"
 )
-GLM4_PREFIX = ("[gMASK]", "<sop>")
 END_OF_TEXT = "<|endoftext|>"
 # What the released template puts before the tools of a system message.
 TOOLS_PREAMBLE = (
@@ -73,6 +72,7 @@ class ChatGLM4Tokenizer(VocabFileTokenizer):
     """
 
     vocab_files_names = {"vocab_file": "tokenizer.model"}
+    opening_tokens = ("[gMASK]", "<sop>")
 
     def __init__(
         self, vocab_file: str, padding_side: str = "left", clean_up_tokenization_spaces: bool = False, **kwargs
@@ -167,8 +167,13 @@ class ChatGLM4Tokenizer(VocabFileTokenizer):
             parts.append(self.convert_tokens_to_string(ordinary))
         return (" " if spaces_between_special_tokens else "").join(parts)
 
+    def to_tokenizers(self) -> Tokenizer:
+        tokenizer = Tokenizer.from_str(self.bpe.to_str())
+        tokenizer.decoder = decoders.ByteLevel()
+        return tokenizer
+
     def get_prefix_tokens(self) -> list[int]:
-        return self.convert_tokens_to_ids(list(GLM4_PREFIX))
+        return self.convert_tokens_to_ids(list(self.opening_tokens))
 
     def build_inputs_with_special_tokens(self, token_ids_0: list[int], token_ids_1: list[int] | None = None):
         if token_ids_1 is not None:

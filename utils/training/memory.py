@@ -24,6 +24,7 @@ from utils.common.processes import launched_by_accelerate_with_fsdp, print_once,
 from utils.data.arrow_reader import row_lengths
 from utils.distributed.collectives import gather_from_all
 from utils.layers.quantization import BITS, Quantization
+from utils.models.family import LayerNames
 from utils.training.loss import CHUNK
 from utils.training.optimize import decoder_blocks, partitions_weights
 from utils.training.run_config import TrainingRequest
@@ -53,7 +54,7 @@ class ModelSizes:
     vocabulary: int
     value_bytes: int  # of an activation
     linear: dict[str, tuple[int, int]]  # a block's, by name: input and output columns
-    qkv: tuple[str, ...]  # which of them
+    layers: LayerNames  # which of them is which
     has_prefix: bool
 
     @classmethod
@@ -72,8 +73,8 @@ class ModelSizes:
             vocabulary=model.config.vocab_size,
             value_bytes=dtype.itemsize,
             linear={name: (layer.in_features, layer.out_features) for name, layer in linear.items()},
-            qkv=checkpoint.generation.lora_target_modules,
-            has_prefix=not checkpoint.generation.is_glm,
+            layers=checkpoint.generation.layers,
+            has_prefix=checkpoint.architecture.has_prefix,
         )
 
 
@@ -128,12 +129,12 @@ class MemoryModel:
     def values_kept(self) -> float:
         """For the backward pass, by a block and token."""
         sizes, targets = self.sizes, set(self.lora_target_modules)
-        *_, output, up, down = sizes.linear
-        attended = sizes.linear[output][0]
-        qkv = sum(sizes.linear[name][1] for name in sizes.qkv)
-        values = 2 * sizes.hidden + qkv + attended + sizes.linear[up][1]
-        values += sizes.hidden * bool(targets & set(sizes.qkv)) + sizes.hidden * (up in targets)
-        values += sizes.linear[down][0] * (down in targets)
+        layers = sizes.layers
+        attended = sizes.linear[layers.attention_output][0]
+        qkv = sum(sizes.linear[name][1] for name in layers.qkv)
+        values = 2 * sizes.hidden + qkv + attended + sizes.linear[layers.mlp_up][1]
+        values += sizes.hidden * bool(targets & set(layers.qkv)) + sizes.hidden * (layers.mlp_up in targets)
+        values += sizes.linear[layers.mlp_down][0] * (layers.mlp_down in targets)
         if sizes.has_prefix:
             values += PREFIX * (qkv + attended)
         if not self.compiled:
