@@ -86,7 +86,7 @@ def test_an_index_that_points_outside(checkpoint, tmp_path, name):
     index["weight_map"]["lm_head.weight"] = name
     (checkpoint / INDEX).write_text(json.dumps(index))
     for open_it in (load_model, Checkpoint.open):
-        with pytest.raises(UsageError, match="which is no file beside it"):
+        with pytest.raises(UsageError, match="which is not a file beside it"):
             open_it(str(checkpoint))
 
 
@@ -108,7 +108,7 @@ def header_of(tensors):
 def test_a_header_that_claims_too_much(tmp_path, content):
     directory = shutil.copytree(TINY, tmp_path / "checkpoint")
     (directory / "model.safetensors").write_bytes(content)
-    with pytest.raises(UsageError, match="is cut or no safetensors file"):
+    with pytest.raises(UsageError, match="is truncated or not a safetensors file"):
         load_model(str(directory))
 
 
@@ -121,7 +121,7 @@ def test_a_header_that_claims_too_much(tmp_path, content):
         ({"num_attention_heads": "32"}, "num_attention_heads is '32'"),
         ({"vocab_size": 1 << 22}, "has the shape"),  # within bounds, and more than the file holds
         ({"num_layers": 500}, "weights are missing"),
-        ({"layernorm_epsilon": {}}, "is no ChatGLM-6B"),
+        ({"layernorm_epsilon": {}}, "does not describe ChatGLM-6B"),
     ],
 )
 def test_absurd_sizes_take_no_memory(tmp_path, values, words):
@@ -183,10 +183,10 @@ def shared_by_many():
 
 
 FILES = [
-    ({"a": torch.ones(1).expand(HUGE)}, r"a of shape \(1099511627776,\) is larger than what the file holds"),
-    ({"a": torch.ones(8).as_strided((1 << 20, 8), (0, 1))}, "is larger than what the file holds"),
-    ({"a": torch.ones(8).as_strided((5, 4), (1, 1))}, "is larger than what the file holds"),
-    (shared_by_many(), "w4 of shape .* is larger than what the file holds"),
+    ({"a": torch.ones(1).expand(HUGE)}, r"a of shape \(1099511627776,\) is larger than its data in the file"),
+    ({"a": torch.ones(8).as_strided((1 << 20, 8), (0, 1))}, "is larger than its data in the file"),
+    ({"a": torch.ones(8).as_strided((5, 4), (1, 1))}, "is larger than its data in the file"),
+    (shared_by_many(), "w4 of shape .* is larger than its data in the file"),
     ({"a": torch.empty(HUGE, device="meta")}, "read safely"),
     ({"a": torch.sparse_coo_tensor([[5]], [1.0], (HUGE,))}, "read safely"),
     ({"a": torch.quantize_per_tensor(torch.ones(4), 0.1, 0, torch.qint8)}, "read safely"),
@@ -197,8 +197,8 @@ FILES = [
     ({"a": torch.ones(4, dtype=torch.int64)}, "a is int64"),
     ({"a" * 2000: torch.ones(4)}, "weight of the name 'aaa.*2,000 characters"),
     ({"a\n.b": torch.ones(4)}, r"weight of the name 'a\\n.b'"),
-    ({3: torch.ones(4)}, "names and tensors alone"),
-    ({"a": {"b": torch.ones(4)}}, "names and tensors alone"),
+    ({3: torch.ones(4)}, "only names and tensors"),
+    ({"a": {"b": torch.ones(4)}}, "only names and tensors"),
 ]
 
 
@@ -267,7 +267,7 @@ def test_integers_in_place_of_weights(tmp_path):
         ('{"weight_map":' * 50_000, "nested too deeply"),
         ('{"weight_map": []}', "has no weight_map"),
         ('{"weight_map": {"a": "absent.bin"}}', "lacks 1 of its weight files, first absent.bin"),
-        ('{"weight_map": {"a": "ice_text.model"}}', "ice_text.model is no plain file of tensors"),
+        ('{"weight_map": {"a": "ice_text.model"}}', "ice_text.model is not a plain file of tensors"),
         ("version https://git-lfs.github.com/spec/v1\n", f"{INDEX} is a Git LFS pointer"),
     ],
 )
@@ -284,7 +284,7 @@ def test_a_weight_in_two_files(checkpoint):
         "lm_head.weight"
     ]
     torch.save(state, file)
-    with pytest.raises(UsageError, match="lm_head.weight stands in pytorch_model-00001-of-00002.bin and in"):
+    with pytest.raises(UsageError, match="lm_head.weight is in pytorch_model-00001-of-00002.bin and in"):
         load_model(str(checkpoint))
 
 
@@ -305,7 +305,7 @@ def test_an_adapter_of_huge_rank(tmp_path):
     torch.save(huge, directory / "adapter_model.bin")
     config = json.loads((directory / "adapter_config.json").read_text())
     (directory / "adapter_config.json").write_text(json.dumps(config | {"r": 1 << 20}))
-    with pytest.raises(UsageError, match="is larger than what the file holds"):
+    with pytest.raises(UsageError, match="is larger than its data in the file"):
         load_adapter(load_model(str(GOLDEN / "chatglm-6b-tiny")), directory)
 
 

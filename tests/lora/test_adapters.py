@@ -141,7 +141,7 @@ LAYER = "base_model.model.transformer.encoder.layers.{}.self_attention.query_key
         ),
         (spoil(lambda s: s | {LAYER.format(1, "A"): torch.zeros(2, 64)}), "holds 2 ranks"),
         (spoil(lambda s: s | {LAYER.format(1, "A"): torch.full((4, 64), torch.nan)}), "not finite"),
-        (spoil(lambda s: list(s.values())), "names and tensors alone"),
+        (spoil(lambda s: list(s.values())), "only names and tensors"),
         (spoil(lambda s: Trap()), "read safely"),
         (lambda directory: (directory / RAW_NAME).write_text("x"), "read safely"),
     ],

@@ -286,7 +286,7 @@ def test_interpolated_positions_of_chatglm2_32k(tmp_path):
         ({"post_layer_norm": False}, "post_layer_norm"),
         ({"padded_vocab_size": 900}, "has the shape .960, 64., not .900, 64."),
         ({"num_layers": 4}, "missing"),
-        ({"num_layers": 2}, "is no weight of ChatGLM3-6B"),
+        ({"num_layers": 2}, "is not a weight of ChatGLM3-6B"),
         ({"multi_query_group_num": 3}, "shape"),
     ],
 )
@@ -305,5 +305,5 @@ def test_an_unknown_key_is_an_error(tmp_path):
     index.write_text(
         json.dumps({"weight_map": weight_map | {"transformer.encoder.layers.0.extra.weight": shard.name}})
     )
-    with pytest.raises(UsageError, match="layers.0.extra.weight is no weight of ChatGLM3-6B"):
+    with pytest.raises(UsageError, match="layers.0.extra.weight is not a weight of ChatGLM3-6B"):
         load_model(str(directory))

@@ -1,7 +1,7 @@
 """
-Opens a checkpoint, which is a directory or a hub id: `load_tokenizer`, `load_model`.
+A checkpoint, which is a directory or a hub id, as a tokenizer and a model: `load_tokenizer`, `load_model`.
 
-A tokenizer is loaded without importing torch, so `load_model` is imported when someone asks for it.
+`load_model` is imported when it is asked for, because it imports torch, which tokenising does without.
 """
 
 from utils.checkpoint.tokenizer import load_tokenizer

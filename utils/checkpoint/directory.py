@@ -1,21 +1,35 @@
-"""A checkpoint's files on this machine, downloaded from the hub if need be, and its configuration; without torch."""
+"""
+A directory or hub id -> the checkpoint's directory on this machine, its generation and its config.json; without torch.
+
+Tokenizers, models and the scripts' checks open a checkpoint through `open_directory`. Files come from anywhere: keys
+that name code are dropped, sizes are bounded before anything is allocated, and Git LFS pointers are refused.
+"""
 
 import argparse
 import functools
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from huggingface_hub import constants, get_session, list_repo_files, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError
 
 from utils.common.errors import UsageError
 from utils.common.json_files import read_json_object
-from utils.models.family import BY_FLAG, LOOK_ALIKES, SUPPORTED, CheckpointFiles, Generation, chosen_by_flag, identify
+from utils.common.processes import print_once
+from utils.models.family import (
+    BY_FLAG,
+    LOOK_ALIKES,
+    SUPPORTED,
+    CheckpointFiles,
+    Generation,
+    chosen_by_flag,
+    identify,
+)
 
 DEFAULT_MODEL = "THUDM/chatglm-6b"
 GENERATION_FLAGS = tuple(BY_FLAG)
-GENERATION_HELP = "what the model is, where its files leave that open"
+GENERATION_HELP = "the model's generation, needed if its files fit ChatGLM2-6B and ChatGLM3-6B"
 # Keys of a config.json by which libraries find code or packages to run; none decides what a model of this family is.
 CODE_KEYS = {
     "auto_map",
@@ -27,7 +41,9 @@ CODE_KEYS = {
     "experts_implementation",
     "quantization_config",
 }
-MAX_CONFIG_SIZES = {  # sizes in a config.json, by the end of their name; the largest of the family is far below
+# The end of a config.json key -> its largest value, far above any model of the family: a larger one would take all
+# memory before the weights show that it is wrong.
+MAX_CONFIG_VALUES = {
     "layers": 1 << 10,
     "hidden_size": 1 << 16,
     "intermediate_size": 1 << 20,
@@ -40,102 +56,7 @@ MAX_CONFIG_SIZES = {  # sizes in a config.json, by the end of their name; the la
     "sequence_length": 1 << 24,
     "position_embeddings": 1 << 24,
 }
-_chosen: dict[str, str] = {}  # path or hub id -> what --generation says of it
-
-
-def add_model_flags(group: argparse._ActionsContainer, what: str = "checkpoint directory or hub id") -> None:
-    """Adds `--model_name_or_path` and `--generation`, of which `choose_generation` is to be told."""
-    group.add_argument("--model_name_or_path", default=DEFAULT_MODEL, help=f"{what} (%(default)s)")
-    group.add_argument("--generation", choices=GENERATION_FLAGS, help=GENERATION_HELP)
-
-
-def choose_generation(path_or_id: str, flag: str | None) -> None:
-    """
-    Lets `--generation` decide what `path_or_id` is, for every later opening in this process.
-
-    Args:
-        flag: one of `GENERATION_FLAGS`; None leaves it to the files.
-    """
-    _chosen.pop(path_or_id, None)
-    if flag is not None:
-        _chosen[path_or_id] = flag
-
-
-def open_directory(path_or_id: str, weights: bool) -> tuple[Path, Generation, dict[str, Any]]:
-    """
-    A checkpoint's directory on this machine, its generation, and its `config.json` as it stands there. Where the files
-    leave the generation open, one line says what was assumed.
-
-    Raises:
-        UsageError: see `local_directory`; no config.json, one that is not JSON or has absurd sizes, a model that is
-            not supported, or files of another generation than `choose_generation` was told.
-    """
-    directory = local_directory(path_or_id, weights)
-    config_file = directory / "config.json"
-    if not config_file.is_file():
-        raise UsageError(f"--model_name_or_path {directory} has no config.json: is it a checkpoint directory?")
-    released = read_config(config_file)
-    generation, assumed = identify(CheckpointFiles(directory, released, read_tokenizer_config(directory)))
-    if generation is None:
-        model_type = released.get("model_type")
-        raise UsageError(f"{directory} (model_type {model_type}) is not supported; supported are: {SUPPORTED}")
-    flag = _chosen.get(path_or_id)
-    if flag:
-        chosen = chosen_by_flag(generation, flag)
-        if chosen is None:
-            raise UsageError(f"--generation {flag}: the files in {directory} are those of {generation.name}")
-        generation = chosen
-    elif assumed:
-        names, flags = (" or ".join(getattr(row, key) for row in LOOK_ALIKES) for key in ("name", "flag"))
-        say_once(
-            f"{directory}: its files do not say whether it is {names}; it is taken for "
-            f"{generation.name} ({assumed}): --generation {flags} decides"
-        )
-    if released.get("pre_seq_len"):
-        say_once(
-            f"{directory}: its config.json has pre_seq_len {released['pre_seq_len']}, a prefix of P-tuning: "
-            "the model is used without one"
-        )
-    return directory, generation, released
-
-
-@functools.cache
-def say_once(message: str) -> None:
-    """Prints a line on rank 0, the first time."""
-    if os.environ.get("RANK", "0") == "0":
-        print(message, flush=True)
-
-
-def read_config(file: Path) -> dict[str, Any]:
-    """
-    A `config.json` as data: without the keys that name code.
-
-    Raises:
-        UsageError: it is no JSON object, or a size in it is none.
-    """
-    refuse_pointer(file)
-    values = read_json_object(file)
-    for name, value in values.items():
-        largest = next((size for end, size in MAX_CONFIG_SIZES.items() if name.endswith(end)), None)
-        if largest is not None and value is not None and (type(value) is not int or not 1 <= value <= largest):
-            raise UsageError(f"{file}: {name} is {value!r}, and must be a number from 1 to {largest}")
-    return {name: value for name, value in values.items() if name not in CODE_KEYS}
-
-
-def read_tokenizer_config(directory: Path) -> dict[str, Any]:
-    """
-    The `tokenizer_config.json` of a checkpoint; empty where there is none.
-
-    Raises:
-        UsageError: it is no JSON object.
-    """
-    file = directory / "tokenizer_config.json"
-    if not file.is_file():
-        return {}
-    refuse_pointer(file)
-    return read_json_object(file)
-
-
+# What a tokenizer needs, and what tells the generations apart.
 TOKENIZER_FILES = [
     "config.json",
     "tokenizer_config.json",
@@ -147,14 +68,123 @@ TOKENIZER_FILES = [
     "tokenization_chatglm.py",
     "modeling_chatglm.py",
 ]
-HUB_TIMEOUT = 10  # seconds
-POINTER = b"version https://git-lfs.github.com/spec/"  # how each file begins that Git LFS leaves in place of another
+HUB_TIMEOUT = 10  # seconds; the hub client's own retries take a minute
+LFS_POINTER_START = b"version https://git-lfs.github.com/spec/"
+
+_generation_flags: dict[str, str] = {}  # path or hub id -> its --generation; `choose_generation` writes it
+
+
+class OpenedDirectory(NamedTuple):
+    """A checkpoint directory on this machine."""
+
+    directory: Path
+    generation: Generation
+    config: dict[str, Any]  # its config.json, without the keys that name code
+
+
+def add_model_flags(group: argparse._ActionsContainer, what: str = "checkpoint directory or hub id") -> None:
+    """Adds `--model_name_or_path` and `--generation`; pass both values on to `choose_generation`."""
+    group.add_argument("--model_name_or_path", default=DEFAULT_MODEL, help=f"{what} (default: %(default)s)")
+    group.add_argument("--generation", choices=GENERATION_FLAGS, help=GENERATION_HELP)
+
+
+def choose_generation(path_or_id: str, flag: str | None) -> None:
+    """
+    Sets the generation of `path_or_id` for every later opening in this process.
+
+    Args:
+        flag: one of `GENERATION_FLAGS`; None leaves it to the files.
+    """
+    _generation_flags.pop(path_or_id, None)
+    if flag is not None:
+        _generation_flags[path_or_id] = flag
+
+
+def open_directory(path_or_id: str, weights: bool) -> OpenedDirectory:
+    """
+    Finds or downloads a checkpoint and identifies its generation.
+
+    Prints one line if the generation is a guess, because the files fit both ChatGLM2-6B and ChatGLM3-6B.
+
+    Args:
+        weights: whether to download the weights, or only the tokenizer's files.
+
+    Raises:
+        UsageError: see `local_directory` and `read_config`; there is no config.json; the model is not supported; or
+            the files are of another generation than `choose_generation` set.
+    """
+    directory = local_directory(path_or_id, weights)
+    config_file = directory / "config.json"
+    if not config_file.is_file():
+        raise UsageError(f"--model_name_or_path {directory} has no config.json: is it a checkpoint directory?")
+    config = read_config(config_file)
+    generation, guess = identify(CheckpointFiles(directory, config, read_tokenizer_config(directory)))
+    if generation is None:
+        model_type = config.get("model_type")
+        raise UsageError(f"{directory} (model_type {model_type}) is not supported; supported are: {SUPPORTED}")
+    flag = _generation_flags.get(path_or_id)
+    if flag:
+        chosen = chosen_by_flag(generation, flag)
+        if chosen is None:
+            raise UsageError(f"--generation {flag}: the files in {directory} are those of {generation.name}")
+        generation = chosen
+    elif guess:
+        names = " or ".join(row.name for row in LOOK_ALIKES)
+        flags = " or ".join(row.flag for row in LOOK_ALIKES)
+        print_first_time(
+            f"{directory}: its files do not say whether it is {names}; it is taken for {generation.name} ({guess}): "
+            f"--generation {flags} decides"
+        )
+    if config.get("pre_seq_len"):
+        print_first_time(
+            f"{directory}: its config.json has pre_seq_len {config['pre_seq_len']}, a prefix of P-tuning: "
+            "the model is used without one"
+        )
+    return OpenedDirectory(directory, generation, config)
+
+
+@functools.cache
+def print_first_time(message: str) -> None:
+    """Prints a line on rank 0, once per process: several callers open the same checkpoint."""
+    print_once(message)
+
+
+def read_config(file: Path) -> dict[str, Any]:
+    """
+    A `config.json` as data, without the keys that name code.
+
+    Raises:
+        UsageError: a Git LFS pointer, not a JSON object, or a size out of range.
+    """
+    refuse_pointer(file)
+    values = read_json_object(file)
+    for name, value in values.items():
+        largest = next((size for end, size in MAX_CONFIG_VALUES.items() if name.endswith(end)), None)
+        if largest is not None and value is not None and (type(value) is not int or not 1 <= value <= largest):
+            raise UsageError(f"{file}: {name} is {value!r}, and must be a number from 1 to {largest}")
+    return {name: value for name, value in values.items() if name not in CODE_KEYS}
+
+
+def read_tokenizer_config(directory: Path) -> dict[str, Any]:
+    """
+    The `tokenizer_config.json` of a checkpoint; empty if there is none.
+
+    Raises:
+        UsageError: a Git LFS pointer, or not a JSON object.
+    """
+    file = directory / "tokenizer_config.json"
+    if not file.is_file():
+        return {}
+    refuse_pointer(file)
+    return read_json_object(file)
 
 
 def local_directory(path_or_id: str, weights: bool = True) -> Path:
     """
-    A checkpoint's directory on this machine: the given one, or the hub repository's files in the cache, downloaded
-    if need be (with `weights` false, those of the tokenizer alone).
+    A checkpoint's directory on this machine: the given one, or a hub repository's files in the cache.
+
+    Args:
+        weights: whether to download the weights, or only the tokenizer's files.
 
     Raises:
         UsageError: no such directory, and the hub cannot serve it; or its name is not UTF-8.
@@ -180,8 +210,10 @@ def local_directory(path_or_id: str, weights: bool = True) -> Path:
 
 def check_name(flag: str, path: str | Path) -> None:
     """
+    Checks a path that weights or vocabularies are read from or written to.
+
     Raises:
-        UsageError: the name is not UTF-8, which the libraries that read and write weights and vocabularies ask for.
+        UsageError: the name is not UTF-8, which the libraries that read and write those files need.
     """
     try:
         str(path).encode()
@@ -190,7 +222,7 @@ def check_name(flag: str, path: str | Path) -> None:
 
 
 def _hub_answers() -> bool:
-    """One short question in place of the hub client's minute of retries."""
+    """Whether the hub answers within HUB_TIMEOUT."""
     if constants.HF_HUB_OFFLINE:
         return False
     try:
@@ -202,9 +234,11 @@ def _hub_answers() -> bool:
 
 def refuse_pointer(file: Path) -> None:
     """
+    Checks that `file` is the file itself.
+
     Raises:
-        UsageError: `file` is what Git LFS leaves where the real file was not downloaded.
+        UsageError: it is the pointer that Git LFS leaves if the real file was not downloaded.
     """
     with file.open("rb") as opened:
-        if opened.read(len(POINTER)) == POINTER:
+        if opened.read(len(LFS_POINTER_START)) == LFS_POINTER_START:
             raise UsageError(f"{file} is a Git LFS pointer, not the file: run `git lfs pull`, or download it again")

@@ -1,10 +1,16 @@
-"""`load_tokenizer` and `load_model`: a member of the ChatGLM family from a directory or a hub id."""
+"""
+`Checkpoint` and `load_model`: a directory or hub id -> a model of the family, its weights checked one by one.
+
+A run opens a checkpoint once, with `Checkpoint.open`, and passes the object on: it loads the model and the tokenizer,
+names the base that an adapter fits (`fingerprint`), and fills a model that is spread over devices (`fill`).
+transformers' own loading is not used for the check, since it takes memory for weights before it compares them.
+"""
 
 import hashlib
 import json
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +18,10 @@ import torch
 from accelerate import init_empty_weights
 from accelerate.utils import offload_weight, save_offload_index, set_module_tensor_to_device
 from huggingface_hub.errors import StrictDataclassError
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from utils.checkpoint.directory import open_directory
+from utils.checkpoint.directory import OpenedDirectory, open_directory
+from utils.checkpoint.tokenizer import tokenizer_in
 from utils.checkpoint.weight_files import find_unusable, model_files, read_weights, weight_files
 from utils.common.errors import UsageError
 from utils.common.file_hashes import hash_files
@@ -26,24 +33,27 @@ from utils.models.modeling_chatglm import derive_position_ids
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint directory whose generation is known."""
+    """An opened checkpoint: its files, what model they hold, and how its weights are quantised."""
 
     directory: Path
     generation: Generation
     config: PretrainedConfig
     quantization: Quantization | None = None
     quantizes: bool = False  # the files hold full weights, which are quantised as they are read
+    released_config: dict[str, Any] = field(default_factory=dict, compare=False)  # config.json as data
 
     @classmethod
     def open(cls, path_or_id: str, weights: bool = True, quantize: str | None = None) -> "Checkpoint":
         """
+        Opens a directory, or downloads a hub repository, without reading weights.
+
         Args:
-            weights: whether the weights are needed, or the tokenizer alone.
-            quantize: "int8" or "int4" for a checkpoint in full precision; a quantised one says so itself.
+            weights: whether the weights are needed, or only the tokenizer.
+            quantize: "int8" or "int4" to quantise a checkpoint in full precision; a quantised one says so itself.
 
         Raises:
-            UsageError: see `open_directory`; values under which the model is another one; or it is quantised
-                already, to other bits.
+            UsageError: see `open_directory` and `weight_files`; config.json describes another model; or the
+                checkpoint is quantised already, to other bits.
         """
         directory, generation, released = open_directory(path_or_id, weights)
         try:
@@ -51,13 +61,20 @@ class Checkpoint:
             stored = Quantization.of(released)
         except (LookupError, ArithmeticError, ValueError, TypeError, AttributeError, StrictDataclassError) as error:
             reason = " ".join(str(error).split())
-            raise UsageError(f"{directory / 'config.json'} is no {generation.name}: {reason}") from None
+            raise UsageError(f"{directory / 'config.json'} does not describe {generation.name}: {reason}") from None
         if weights:
             weight_files(directory)
         if stored and quantize and BITS[quantize] != stored.bits:
             raise UsageError(f"--quantize {quantize}: {directory} is quantised to {stored.bits} bits already")
         wanted = Quantization(BITS[quantize]) if quantize else None
-        return cls(directory, generation, config, stored or wanted, quantizes=bool(wanted and not stored))
+        return cls(
+            directory,
+            generation,
+            config,
+            quantization=stored or wanted,
+            quantizes=wanted is not None and stored is None,
+            released_config=released,
+        )
 
     @property
     def architecture(self) -> Architecture:
@@ -65,17 +82,18 @@ class Checkpoint:
         return architecture_of(self.generation)
 
     def row_positions(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """(1, T) int64 tokens of one row -> its position_ids: (1, 2, T) for ChatGLM-6B, (1, T) for the others."""
+        """The position_ids of one sequence, input_ids (1, T) int64: (1, 2, T) for ChatGLM-6B, else (1, T)."""
         if self.architecture.has_prefix:
             return derive_position_ids(input_ids, None, self.config)
         return torch.arange(input_ids.shape[1])[None]
 
     def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         """
-        Every weight under the name that the model class gives it, mapped from its file, or quantised from there.
+        Every weight under its name in the model class, mapped from its file, or quantised.
 
         Raises:
-            UsageError: a weight that the generation does not have, or of a shape that cannot be split.
+            UsageError: see `read_weights`; a weight that the generation does not have, or of a shape that cannot be
+                split.
         """
         for key, tensor in self._named_weights():
             module, _, kind = key.rpartition(".")
@@ -99,41 +117,69 @@ class Checkpoint:
             try:
                 yield from self.architecture.convert(key, tensor, self.config).items()
             except KeyError:
-                raise UsageError(f"{self.directory}: {key} is no weight of {self.generation.name}") from None
+                raise UsageError(f"{self.directory}: {key} is not a weight of {self.generation.name}") from None
             except RuntimeError:
                 raise UsageError(f"{self.directory}: {key} cannot have the shape {tuple(tensor.shape)}") from None
 
     def fingerprint(self) -> dict[str, Any]:
         """
-        What tells its weights from others', whatever kind of file holds them: a hash of the norms, which quantising
-        leaves alone, and one of the ends of every matrix in the blocks. Reads little of the files.
+        Hashes that tell these weights from others', whatever kind of file holds them.
+
+        One is of the norms, which quantising leaves alone, one of the ends of every matrix in the blocks; so little of
+        the files is read. Adapters record it as their base.
         """
         hashes = {"norms": {}, "matrices": {}}
         for key, tensor in self._named_weights():
             if tensor.ndim == 1 and "norm" in key:
-                hashes["norms"][key] = _digest(tensor)
+                hashes["norms"][key] = _tensor_hash(tensor)
             elif tensor.ndim == 2 and tensor.numel() and "layers." in key:
-                hashes["matrices"][key] = _digest(torch.cat((tensor[0, :256], tensor[-1, -256:])))
+                hashes["matrices"][key] = _tensor_hash(torch.cat((tensor[0, :256], tensor[-1, -256:])))
         bits = self.quantization.bits if self.quantization and not self.quantizes else None
-        return {"bits": bits} | {name: _digest_of(found) for name, found in hashes.items()}
+        return {"bits": bits} | {name: _combined_hash(by_key) for name, by_key in hashes.items()}
 
     def content_hashes(self) -> dict[str, str]:
         """
-        What tells its answers from others': hashes of every byte of the weights, and of the files that say how they
-        and the tokens are used. The fingerprint above says which base an adapter fits, which is less: two models of
-        one fingerprint may answer differently.
+        Hashes of every byte of the weights, and of the files that decide how they and the tokens are used.
+
+        They tell these answers from others'. Two models with one fingerprint may answer differently.
         """
         files = {"weights": weight_files(self.directory), "model_files": model_files(self.directory)}
         return {name: hash_files(paths) for name, paths in files.items()}
 
     def empty_model(self, dtype: torch.dtype) -> PreTrainedModel:
-        """The model without memory for its weights, in eval mode."""
+        """The model in eval mode, its weights on the meta device."""
         with init_empty_weights():
             model = self.architecture.model_class(self.config)
             if self.quantization:
                 quantize_modules(model, self.quantization, self.generation.linear_layers)
-        model.to(dtype)  # an offloaded weight is brought back in the dtype of its place holder
+        model.to(dtype)  # accelerate brings an offloaded weight back in the dtype of its placeholder
         model.tie_weights()
+        model.config._name_or_path = model.name_or_path = str(self.directory)
+        return model.eval()
+
+    def load_tokenizer(self) -> PreTrainedTokenizerBase:
+        """The checkpoint's tokenizer; raises as `tokenizer_in`."""
+        return tokenizer_in(OpenedDirectory(self.directory, self.generation, self.released_config))
+
+    def load_model(self, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+        """
+        The model on the CPU; see the function `load_model`.
+
+        Raises:
+            UsageError: see `weights`; or a weight is missing, of another model, of another shape or not finite.
+        """
+        if self.quantization:
+            model = self.empty_model(dtype)
+            self.fill(model, {"": "cpu"})
+            return model
+        expected = ExpectedWeights(self.empty_model(dtype), str(self.directory), self.generation.name)
+        for key, tensor in self.weights():
+            expected.take(key, tensor)
+        expected.check_complete()
+        # What was checked above is what is loaded: transformers gets the weights, and does not look for files.
+        model = self.architecture.model_class.from_pretrained(
+            None, config=self.config, state_dict=dict(self.weights()), dtype=dtype
+        )
         model.config._name_or_path = model.name_or_path = str(self.directory)
         return model.eval()
 
@@ -142,11 +188,11 @@ class Checkpoint:
         Moves each weight from its file to its device, or to a file of its own in `offload_folder`.
 
         Args:
-            model: what `empty_model` made.
+            model: an `empty_model` of this checkpoint.
             device_map: module -> device or "disk", as accelerate's `infer_auto_device_map` makes it.
 
         Raises:
-            UsageError: see `weights`; or weights are missing, too many or of another shape.
+            UsageError: see `weights` and `ExpectedWeights`.
         """
         expected = ExpectedWeights(model, f"{self.directory}", self.generation.name)
         buffers = {name for name, _ in model.named_buffers()}
@@ -169,8 +215,9 @@ class Checkpoint:
 
 class ExpectedWeights:
     """
-    The weights that a model takes, ticked off as they come from files: before memory is taken for one, its name, its
-    shape and its values are known to be right.
+    The weights that a model needs, checked off as they come from files.
+
+    Names, shapes and values are checked before a weight takes memory.
     """
 
     def __init__(self, model: PreTrainedModel, source: str, name: str):
@@ -185,15 +232,15 @@ class ExpectedWeights:
 
     def take(self, key: str, tensor: torch.Tensor) -> bool:
         """
-        Whether the model needs it; a tied copy gives way to its source.
+        Whether the model needs this weight: not if it is the copy of a tied one, which its source fills.
 
         Raises:
-            UsageError: it belongs to another model, or its values cannot be used.
+            UsageError: the weight belongs to another model, or its values cannot be used.
         """
         if key in self._tied.values() or any(re.search(pattern, key) for pattern in self._ignored):
             return False
         if key not in self._missing:
-            raise UsageError(f"{self.source}: {key} is no weight of {self.name}, which its config.json describes")
+            raise UsageError(f"{self.source}: {key} is not a weight of {self.name}, which its config.json describes")
         expected = self.tensors[key]
         if tensor.shape != expected.shape:
             shapes = f"{tuple(tensor.shape)}, not {tuple(expected.shape)} as its config.json says"
@@ -206,24 +253,26 @@ class ExpectedWeights:
 
     def check_complete(self) -> None:
         """
+        Checks that every weight has come.
+
         Raises:
-            UsageError: a weight has not come.
+            UsageError: some have not.
         """
         if self._missing:
             raise UsageError(f"{self.source}: {len(self._missing)} weights are missing, first {min(self._missing)}")
 
 
-def _digest(tensor: torch.Tensor) -> str:
+def _tensor_hash(tensor: torch.Tensor) -> str:
     values = tensor if tensor.dtype == torch.int8 else tensor.float()  # float32 holds the others exactly
     return hashlib.sha256(values.contiguous().numpy().tobytes()).hexdigest()
 
 
-def _digest_of(hashes: dict[str, str]) -> str:
+def _combined_hash(hashes: dict[str, str]) -> str:
     return hashlib.sha256(json.dumps(sorted(hashes.items())).encode()).hexdigest()[:16]
 
 
 def _enclosing(key: str) -> Iterator[str]:
-    """a.b.c -> a.b.c, a.b, a, and the whole model, which goes by the empty name."""
+    """The modules around a weight: a.b.c -> a.b.c, a.b, a, and "", the whole model."""
     while key:
         yield key
         key = key.rpartition(".")[0]
@@ -232,30 +281,17 @@ def _enclosing(key: str) -> Iterator[str]:
 
 def load_model(path_or_id: str, dtype: torch.dtype = torch.float32, quantize: str | None = None) -> PreTrainedModel:
     """
-    The model of a checkpoint (`.bin`, read with weights_only, or safetensors; sharded or not), on the CPU and in eval
-    mode, its weights in `dtype`. Under DeepSpeed ZeRO-3 each rank holds its partition.
+    The model of a checkpoint, on the CPU and in eval mode, with its weights in `dtype`.
 
-    ChatGLM2-6B, ChatGLM3-6B and GLM-4-9B become `GlmForCausalLM`. A quantised checkpoint keeps its integers; with
-    `quantize`, "int8" or "int4", one in full precision gets them, weight by weight as it is read. Both compute in
-    `dtype` with the rounding of the released GPU kernels (utils/layers/quantization.py).
+    Under DeepSpeed ZeRO-3 each rank holds its partition. ChatGLM2-6B, ChatGLM3-6B and GLM-4-9B become
+    `GlmForCausalLM`. A quantised checkpoint keeps its integers; they compute in `dtype` with the rounding of the
+    released GPU kernels (utils/layers/quantization.py).
+
+    Args:
+        path_or_id: a directory or hub id with `.bin` files, read with weights_only, or safetensors; sharded or not.
+        quantize: "int8" or "int4" to quantise a checkpoint in full precision, weight by weight as it is read.
 
     Raises:
-        UsageError: see `Checkpoint.open`; or the checkpoint lacks a file or a weight, or has a weight too many or of
-            another shape.
+        UsageError: see `Checkpoint.open` and `Checkpoint.load_model`.
     """
-    checkpoint = Checkpoint.open(path_or_id, quantize=quantize)
-    if checkpoint.quantization:
-        model = checkpoint.empty_model(dtype)
-        checkpoint.fill(model, {"": "cpu"})
-        return model
-    directory, generation = checkpoint.directory, checkpoint.generation
-    expected = ExpectedWeights(checkpoint.empty_model(dtype), str(directory), generation.name)
-    for key, tensor in checkpoint.weights():
-        expected.take(key, tensor)
-    expected.check_complete()
-    # The weights are handed over, not looked for again: what was checked above is what is loaded.
-    model = checkpoint.architecture.model_class.from_pretrained(
-        None, config=checkpoint.config, state_dict=dict(checkpoint.weights()), dtype=dtype
-    )
-    model.config._name_or_path = model.name_or_path = str(directory)
-    return model.eval()
+    return Checkpoint.open(path_or_id, quantize=quantize).load_model(dtype)

@@ -1,16 +1,23 @@
-"""Loads a checkpoint's tokenizer, without torch."""
+"""`load_tokenizer`: the tokenizer of a directory or hub id, checked against its config.json; without torch."""
 
 from collections.abc import Mapping
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from utils.checkpoint.directory import open_directory, read_tokenizer_config, refuse_pointer, say_once
+from utils.checkpoint.directory import (
+    OpenedDirectory,
+    open_directory,
+    print_first_time,
+    read_tokenizer_config,
+    refuse_pointer,
+)
 from utils.common.errors import UsageError
 from utils.common.json_files import read_json_object
-from utils.models.family import SUPPORTED
+from utils.models.family import SUPPORTED, Generation
 
 SIDE_FILES = ("added_tokens.json", "special_tokens_map.json")  # transformers reads them beside tokenizer_config.json
+BYTE_TOKENS = 256  # of a byte-level BPE: the only ones that no merge makes
 
 
 def load_tokenizer(path_or_id: str) -> PreTrainedTokenizerBase:
@@ -18,10 +25,20 @@ def load_tokenizer(path_or_id: str) -> PreTrainedTokenizerBase:
     The tokenizer of a checkpoint.
 
     Raises:
-        UsageError: see `open_directory`; or the vocabulary file is missing or spoiled, or `config.json` gives special
-            tokens other ids, or fewer rows than there are tokens.
+        UsageError: see `open_directory` and `tokenizer_in`.
     """
-    directory, generation, config = open_directory(path_or_id, weights=False)
+    return tokenizer_in(open_directory(path_or_id, weights=False))
+
+
+def tokenizer_in(opened: OpenedDirectory) -> PreTrainedTokenizerBase:
+    """
+    The tokenizer of an opened checkpoint directory.
+
+    Raises:
+        UsageError: the vocabulary file is missing or damaged; the tokenizer lacks tokens of its generation's chats; or
+            `config.json` gives special tokens other ids, or fewer rows than there are tokens.
+    """
+    directory, generation, config = opened
     vocab_file = directory / generation.vocab_file
     if not vocab_file.is_file():
         raise UsageError(f"--model_name_or_path {directory} has no {generation.vocab_file}, its vocabulary")
@@ -32,44 +49,59 @@ def load_tokenizer(path_or_id: str) -> PreTrainedTokenizerBase:
         if (directory / name).is_file():
             read_json_object(directory / name)
     try:
-        if generation.tokenizer_class is None:
-            from transformers import AutoTokenizer  # imports torch
-
-            tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
-            if lacks_merges(read_json_object(vocab_file)):
-                say_once(
-                    f"{vocab_file} was exported by an older version of this toolkit, lacks merges, and gives other "
-                    "token ids than the release: tokenise the rows again, train the adapter anew and merge that"
-                )
-        else:
-            options = generation.tokenizer_class.options_of(config, vocab_file)
-            stated = read_tokenizer_config(directory)
-            options = {name: value for name, value in options.items() if name not in stated}
-            tokenizer = generation.tokenizer_class.from_pretrained(directory, **options)
+        tokenizer = _read_tokenizer(opened)
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError) as error:
         reason = " ".join(str(error).split())
         raise UsageError(f"the tokenizer in {directory} cannot be read ({reason}): download it again") from None
-    vocabulary = tokenizer.get_vocab() if generation.required_tokens else ()
-    if missing := [token for token in generation.required_tokens if token not in vocabulary]:
+    missing = find_missing_tokens(tokenizer, generation)
+    if missing:
         raise UsageError(
             f"{directory}: its tokenizer has no {', '.join(missing)}, so its chats have another form than those of "
             f"{generation.name}; supported are: {SUPPORTED}"
         )
-    if fault := find_disagreement(tokenizer, config):
+    fault = find_disagreement(tokenizer, config)
+    if fault:
         raise UsageError(f"{directory}: {fault}: its files are of two checkpoints or revisions; download it again")
     return tokenizer
 
 
+def _read_tokenizer(opened: OpenedDirectory) -> PreTrainedTokenizerBase:
+    directory, generation, config = opened
+    vocab_file = directory / generation.vocab_file
+    if generation.tokenizer_class is None:
+        from transformers import AutoTokenizer  # imports torch
+
+        tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+        if lacks_merges(read_json_object(vocab_file)):
+            print_first_time(
+                f"{vocab_file} was exported by an older version of this toolkit, lacks merges, and gives other "
+                "token ids than the release: tokenise the rows again, train the adapter anew and merge that"
+            )
+        return tokenizer
+    options = generation.tokenizer_class.options_of(config, vocab_file)
+    stated = read_tokenizer_config(directory)
+    options = {name: value for name, value in options.items() if name not in stated}
+    return generation.tokenizer_class.from_pretrained(directory, **options)
+
+
 def lacks_merges(tokenizer_json: Mapping[str, Any]) -> bool:
-    """Whether some tokens of a byte-level BPE are made by no merge, as in older exports of GLM-4."""
+    """Whether no merge makes some tokens of a byte-level BPE, as in older exports of GLM-4-9B."""
     model = tokenizer_json.get("model")
     if not isinstance(model, dict) or model.get("type") != "BPE":
         return False
-    return len(model.get("merges") or ()) < len(model.get("vocab") or ()) - 256
+    return len(model.get("merges") or ()) < len(model.get("vocab") or ()) - BYTE_TOKENS
+
+
+def find_missing_tokens(tokenizer: PreTrainedTokenizerBase, generation: Generation) -> list[str]:
+    """The tokens of the generation's chats that the tokenizer lacks."""
+    if not generation.required_tokens:
+        return []
+    vocabulary = tokenizer.get_vocab()
+    return [token for token in generation.required_tokens if token not in vocabulary]
 
 
 def find_disagreement(tokenizer: PreTrainedTokenizerBase, config: Mapping[str, Any]) -> str | None:
-    """Says in words what a checkpoint's `config.json` and its tokenizer disagree on; None where they agree."""
+    """What a checkpoint's `config.json` and its tokenizer disagree on, as an error message; None if they agree."""
     rows = config.get("padded_vocab_size") or config.get("vocab_size")
     highest = max(len(tokenizer) - 1, *tokenizer.added_tokens_decoder, 0)
     if rows is not None and highest >= rows:
@@ -82,8 +114,8 @@ def find_disagreement(tokenizer: PreTrainedTokenizerBase, config: Mapping[str, A
         "mask_token_id": vocabulary.get("[MASK]"),
     }
     for name, index in ids.items():
-        said = config.get(name)
-        if said is None or index is None or index == said or (isinstance(said, list) and index in said):
+        stated = config.get(name)
+        if stated is None or index is None or index == stated or (isinstance(stated, list) and index in stated):
             continue
-        return f"{name} is {said} in config.json, and {index} in the tokenizer"
+        return f"{name} is {stated} in config.json, and {index} in the tokenizer"
     return None

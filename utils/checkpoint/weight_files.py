@@ -1,6 +1,9 @@
 """
-The weight files of a checkpoint directory or an adapter, read one weight at a time. They are data from outside, and
-may lie: whatever is not a plain tensor with all its elements in the file is refused before it takes memory.
+Weight files of a checkpoint or an adapter -> tensors, one at a time, mapped from their file.
+
+`utils/checkpoint/model.py` and `utils/lora/formats.py` read weights here. The files come from anywhere, and may lie:
+anything but a plain tensor with all its elements in the file is refused before it takes memory or runs code.
+torch.load with weights_only allows more: tensors without storage, and bytearrays of any size.
 """
 
 import pickle
@@ -17,17 +20,18 @@ from utils.checkpoint.directory import refuse_pointer
 from utils.common.errors import UsageError
 from utils.common.json_files import read_json_object
 
-KINDS = ("model.safetensors", "pytorch_model.bin")
+WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int8)
-# All that a pickle of plain tensors calls. weights_only allows more: tensors without storage, bytearrays of any size.
-CALLED = {
+# All that a pickle of plain tensors calls.
+ALLOWED_CALLS = {
     ("collections", "OrderedDict"),
     ("torch._utils", "_rebuild_parameter"),
     ("torch._utils", "_rebuild_tensor_v2"),
 }
-LONGEST_NAME = 1000  # characters of a weight's name
-SHARED = 4  # weights that may lie in one place: tied ones, or the A of query, key and value
-MODEL_FILES = (  # what decides, beside the weights, how a model computes and what its tokens are
+MAX_NAME_LENGTH = 1000  # characters of a weight's name
+MAX_SHARING = 4  # weights that may share a storage: tied ones, or the A of query, key and value
+# Besides the weights, they decide how a model computes and what its tokens are.
+MODEL_FILES = (
     *("config.json", "generation_config.json", "template.json", "*.model", "tokenizer*", "vocab*", "merges.txt"),
     *("special_tokens_map.json", "added_tokens.json", "chat_template*"),
 )
@@ -35,16 +39,16 @@ MODEL_FILES = (  # what decides, beside the weights, how a model computes and wh
 
 def weight_files(directory: Path) -> list[Path]:
     """
-    The files that hold the weights, safetensors where there are both, in the order in which transformers looks.
+    The files that hold the weights: safetensors if there are both kinds, as transformers chooses.
 
     Raises:
-        UsageError: no weights, a file that the index names is missing or lies elsewhere, or the index is no index; or
-            a file is a Git LFS pointer.
+        UsageError: there are no weights; a file that the index names is missing or lies elsewhere; the index is not
+            one; or a file is a Git LFS pointer.
     """
-    for kind in KINDS:
-        index = directory / f"{kind}.index.json"
-        names = [kind]
-        if not (directory / kind).is_file():
+    for name in WEIGHT_FILES:
+        index = directory / f"{name}.index.json"
+        names = [name]
+        if not (directory / name).is_file():
             if not index.is_file():
                 continue
             refuse_pointer(index)
@@ -56,27 +60,27 @@ def weight_files(directory: Path) -> list[Path]:
         for file in files:
             refuse_pointer(file)
         return files
-    raise UsageError(f"{directory} has neither {' nor '.join(KINDS)} nor an index of such files")
+    raise UsageError(f"{directory} has neither {' nor '.join(WEIGHT_FILES)} nor an index of such files")
 
 
 def model_files(directory: Path) -> list[Path]:
-    """The files of MODEL_FILES that are there."""
+    """The files of MODEL_FILES in a directory, sorted."""
     return sorted({file for pattern in MODEL_FILES for file in directory.glob(pattern) if file.is_file()})
 
 
 def read_index(index: Path) -> dict[str, str]:
     """
-    Weight -> the name of its file, which lies beside the index.
+    The index of sharded weights: weight -> the name of its file, which lies beside the index.
 
     Raises:
-        UsageError: something else stands there.
+        UsageError: not an index, or it names a file elsewhere.
     """
     weight_map = read_json_object(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise UsageError(f"{index} has no weight_map: download it again")
     for name in weight_map.values():
         if not isinstance(name, str) or Path(name).name != name or name in ("", "..", "."):
-            raise UsageError(f"{index} names {name!r}, which is no file beside it: do not use this checkpoint")
+            raise UsageError(f"{index} names {name!r}, which is not a file beside it: do not use this checkpoint")
     return weight_map
 
 
@@ -91,22 +95,24 @@ def read_weights(directory: Path) -> Iterator[tuple[str, torch.Tensor]]:
     for file in weight_files(directory):
         for key, tensor in read_tensors(file):
             if key in files:
-                raise UsageError(f"{directory}: {key} stands in {files[key]} and in {file.name}: remove one")
+                raise UsageError(f"{directory}: {key} is in {files[key]} and in {file.name}: remove one")
             files[key] = file.name
             yield key, tensor
 
 
 def read_tensors(file: Path) -> Iterator[tuple[str, torch.Tensor]]:
     """
-    Every tensor of a file with its name, mapped rather than copied; pickles with weights_only. Each is dense, on the
-    CPU, of one of DTYPES, and takes no more memory than the file does.
+    Every tensor of a file with its name, mapped rather than copied; pickles with weights_only.
+
+    Each is dense, on the CPU, of one of DTYPES, and takes no more memory than the file does.
 
     Raises:
-        UsageError: the file is a Git LFS pointer, is cut or spoiled, or holds something else.
+        UsageError: the file is a Git LFS pointer, is truncated or damaged, or holds something else.
     """
     refuse_pointer(file)
-    for key, tensor in _safetensors(file) if file.suffix == ".safetensors" else _pickled(file):
-        if len(key) > LONGEST_NAME or not key.isprintable():
+    tensors = _read_safetensors(file) if file.suffix == ".safetensors" else _read_pickle(file)
+    for key, tensor in tensors:
+        if len(key) > MAX_NAME_LENGTH or not key.isprintable():
             raise UsageError(
                 f"{file} has a weight of the name {key[:40]!r}... ({len(key):,} characters): do not use it"
             )
@@ -116,15 +122,15 @@ def read_tensors(file: Path) -> Iterator[tuple[str, torch.Tensor]]:
         yield key, tensor
 
 
-def _safetensors(file: Path) -> Iterator[tuple[str, torch.Tensor]]:
+def _read_safetensors(file: Path) -> Iterator[tuple[str, torch.Tensor]]:
     try:
         with safe_open(file, framework="pt") as opened:
             yield from ((key, opened.get_tensor(key)) for key in opened.keys())  # noqa: SIM118
     except (SafetensorError, AttributeError, TypeError) as error:  # the latter: dtypes that this torch does not know
-        raise UsageError(f"{file} is cut or no safetensors file ({error}): download it again") from None
+        raise UsageError(f"{file} is truncated or not a safetensors file ({error}): download it again") from None
 
 
-def _pickled(file: Path) -> Iterator[tuple[str, torch.Tensor]]:
+def _read_pickle(file: Path) -> Iterator[tuple[str, torch.Tensor]]:
     try:
         mappable = zipfile.is_zipfile(file)  # not what torch wrote before 1.6
         _check_calls(file, mappable)
@@ -133,46 +139,48 @@ def _pickled(file: Path) -> Iterator[tuple[str, torch.Tensor]]:
         *(pickle.UnpicklingError, zipfile.BadZipFile, RuntimeError, EOFError, ValueError, KeyError, TypeError),
         *(AttributeError, IndexError, MemoryError, OverflowError),
     ):
-        raise UsageError(f"{file} is no plain file of tensors that can be read safely: download it again") from None
+        raise UsageError(f"{file} is not a plain file of tensors that can be read safely: download it again") from None
     if not isinstance(state, dict) or not all(
         isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in state.items()
     ):
-        raise UsageError(f"{file} does not hold names and tensors alone")
+        raise UsageError(f"{file} must hold only names and tensors")
     taken: Counter[int] = Counter()
     for key, tensor in state.items():
         storage = tensor.untyped_storage()
         size = tensor.numel() * tensor.element_size()
         taken[storage.data_ptr()] += size
-        if size > storage.nbytes() or taken[storage.data_ptr()] > SHARED * storage.nbytes():
-            raise UsageError(f"{file}: {key} of shape {tuple(tensor.shape)} is larger than what the file holds of it")
+        if size > storage.nbytes() or taken[storage.data_ptr()] > MAX_SHARING * storage.nbytes():
+            raise UsageError(f"{file}: {key} of shape {tuple(tensor.shape)} is larger than its data in the file")
         yield key, tensor.detach()
 
 
 def _check_calls(file: Path, zipped: bool) -> None:
     """
+    Checks a pickle without running it.
+
     Raises:
-        ValueError: the pickle in `file` calls what plain tensors do not need, or a part would grow when it is read.
+        ValueError: it calls something that plain tensors do not need, or is compressed, and would grow when read.
     """
     if zipped:
         with zipfile.ZipFile(file) as archive:
-            parts = archive.infolist()
-            if any(part.compress_type != zipfile.ZIP_STORED for part in parts):
+            members = archive.infolist()
+            if any(member.compress_type != zipfile.ZIP_STORED for member in members):
                 raise ValueError("torch compresses nothing")
-            streams, pickles = [archive.open(part) for part in parts if part.filename.endswith("data.pkl")], 1
+            streams, pickles = [archive.open(member) for member in members if member.filename.endswith("data.pkl")], 1
     else:
         streams, pickles = [file.open("rb")], 4  # a magic number, a version, the machine, and the tensors
     for stream in streams:
         with stream:
             for _ in range(pickles):
                 for opcode, argument, _ in pickletools.genops(stream):
-                    if opcode.name in ("GLOBAL", "INST") and tuple(argument.split(" ")) not in CALLED:
+                    if opcode.name in ("GLOBAL", "INST") and tuple(argument.split(" ")) not in ALLOWED_CALLS:
                         module, _, name = argument.partition(" ")
                         if module not in ("torch", "torch.storage") or not name.endswith("Storage"):
                             raise ValueError(f"{argument} is called")
 
 
 def find_unusable(tensor: torch.Tensor, dtype: torch.dtype) -> str | None:
-    """Says in words why a weight cannot be used in `dtype`; None where it can."""
+    """Why a weight cannot be used in `dtype`, as an error message; None if it can."""
     if tensor.is_floating_point() != dtype.is_floating_point:
         return f"is {str(tensor.dtype).removeprefix('torch.')}: is config.json that of these weights?"
     if not tensor.is_floating_point() or not tensor.numel():

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from utils.checkpoint.directory import add_model_flags, choose_generation
-from utils.checkpoint.weight_files import KINDS, model_files
+from utils.checkpoint.weight_files import WEIGHT_FILES, model_files
 from utils.common.errors import Faults
 from utils.common.files import check_output_path
 from utils.common.processes import print_once, world_size
@@ -149,7 +149,7 @@ def check_inference_arguments(args: argparse.Namespace) -> None:
 def _files_read(args: argparse.Namespace) -> list[str | Path]:
     """The rows, and the files of model and adapters that are on this machine."""
     model = Path(args.model_name_or_path)
-    weights = [file for kind in KINDS for file in model.glob(f"*{Path(kind).suffix}")]
+    weights = [file for name in WEIGHT_FILES for file in model.glob(f"*{Path(name).suffix}")]
     adapters = [file for path in args.adapter_path for file in files_of_adapter(path)]
     return [args.input_path or DEFAULT_PROMPTS, *weights, *model_files(model), *adapters]
 

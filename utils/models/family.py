@@ -248,8 +248,14 @@ def chosen_by_flag(identified: Generation, flag: str) -> Generation | None:
 
 
 def generation_of(tokenizer: PreTrainedTokenizerBase) -> Generation:
-    """The generation of a tokenizer that `load_tokenizer` returned, by its class."""
+    """
+    The generation of a tokenizer that `load_tokenizer` returned.
+
+    Its class tells; of those that transformers reads itself, the special tokens.
+    """
     for tokenizer_class in type(tokenizer).__mro__:
         if tokenizer_class in BY_TOKENIZER:
             return BY_TOKENIZER[tokenizer_class]
-    return GLM4_HF  # the only row whose tokenizer is of transformers' own class
+    tokens = tokenizer.get_added_vocab()
+    rows = [row for row in GENERATIONS if row.tokenizer_class is None and tokens.keys() >= set(row.required_tokens)]
+    return rows[0] if rows else GLM4_HF
