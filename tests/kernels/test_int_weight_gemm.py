@@ -2,24 +2,28 @@
 
 import pytest
 import torch
-from kernel_checks import DEVICE, DTYPE, ROUNDING, assert_close, random
+from kernel_checks import DEVICE, DTYPE, ON_GPU, ROUNDING, assert_close, random
 
 from utils.kernels.int_weight_gemm import dequantize_with_triton, int_weight_gemm
 from utils.layers.quantization import dequantize
 
+SHAPES = [(1, 1), (3, 17), (129, 1031)] + ([(4608, 4096)] if ON_GPU else [])
 bits = pytest.mark.parametrize("bits", [8, 4])
 
 
 def random_weight(rows: int, stored_columns: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Integers (rows, stored_columns) int8, 8 / bits to a byte, and scales (rows,) float16."""
     weight = torch.randint(-128, 128, (rows, stored_columns), dtype=torch.int8, device=DEVICE)
     return weight, torch.rand(rows, device=DEVICE).half()
 
 
 @bits
-@pytest.mark.parametrize("rows, stored_columns", [(1, 1), (3, 17), (129, 1031)])
-def test_weights_are_those_of_torch_to_the_bit(bits, rows, stored_columns):
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16] if ON_GPU else [torch.float16])
+@pytest.mark.parametrize("rows, stored_columns", SHAPES)
+def test_weights_are_those_of_torch_to_the_bit(rows, stored_columns, dtype, bits):
     weight, scale = random_weight(rows, stored_columns)
-    assert torch.equal(dequantize_with_triton(weight, scale, bits, DTYPE), dequantize(weight, scale, bits, DTYPE))
+    expected = dequantize(weight, scale, bits, dtype)
+    assert torch.equal(dequantize_with_triton(weight, scale, bits, dtype), expected)
 
 
 @bits
