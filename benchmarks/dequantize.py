@@ -1,8 +1,8 @@
 """
 python benchmarks/dequantize.py
 
-INT8 and INT4 weights brought back to bfloat16 on a GPU: torch's operations, Triton's kernel and the one that
-cpm_kernels compiles, at the shapes of a 6B model, in microseconds. The last line is one JSON object.
+Time INT8 and INT4 weights becoming bfloat16 on a GPU: by torch's operations, by Triton's kernel and by the CUDA kernel
+that cpm_kernels compiles, in microseconds, at the weight shapes of a 6B model. The last line is one JSON object.
 """
 
 import json
@@ -14,36 +14,41 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from utils.kernels import int_weight_gemm, nvrtc_dequantize
-from utils.layers import quantization
+from utils.kernels.int_weight_gemm import dequantize_with_triton
+from utils.kernels.nvrtc_dequantize import dequantize_with_nvrtc
+from utils.layers.quantization import BITS, dequantize
 
-KERNELS = {"torch": quantization, "triton": int_weight_gemm, "cpm_kernels": nvrtc_dequantize}
-SHAPES = ((4608, 4096), (4096, 4096), (27392, 4096), (4096, 13696))
-ROUNDS = 50
+IMPLEMENTATIONS = {"torch": dequantize, "triton": dequantize_with_triton, "cpm_kernels": dequantize_with_nvrtc}
+SHAPES = ((4608, 4096), (4096, 4096), (27392, 4096), (4096, 13696))  # (N, K): qkv, output, gate and up, down
+WARMUP_CALLS = 3
+TIMED_CALLS = 50
 
 
 def microseconds(call) -> float:
-    """The GPU's time for one call, with what the caches hold from the one before."""
+    """GPU time of one call, the caches warm from the call before."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    for _ in range(3):
+    for _ in range(WARMUP_CALLS):
         call()
     start.record()
-    for _ in range(ROUNDS):
+    for _ in range(TIMED_CALLS):
         call()
     end.record()
     torch.cuda.synchronize()
-    return round(1000 * start.elapsed_time(end) / ROUNDS, 1)
+    return round(1000 * start.elapsed_time(end) / TIMED_CALLS, 1)
 
 
 def main() -> None:
     result = {"device": torch.cuda.get_device_name(), "unit": "us"}
-    for name, bits in quantization.BITS.items():
-        for rows, columns in SHAPES:
-            weight = torch.randint(-128, 128, (rows, columns * bits // 8), dtype=torch.int8, device="cuda")
-            case = weight, torch.rand(rows, device="cuda").half(), bits, torch.bfloat16
-            times = {key: microseconds(partial(kernels.dequantize, *case)) for key, kernels in KERNELS.items()}
-            result[f"{name} {rows}x{columns}"] = times
-            print(f"{name} {rows}x{columns}: {times}", flush=True)
+    for name, bits in BITS.items():
+        for N, K in SHAPES:
+            weight = torch.randint(-128, 128, (N, K * bits // 8), dtype=torch.int8, device="cuda")
+            scale = torch.rand(N, device="cuda").half()
+            times = {
+                key: microseconds(partial(implementation, weight, scale, bits, torch.bfloat16))
+                for key, implementation in IMPLEMENTATIONS.items()
+            }
+            result[f"{name} {N}x{K}"] = times
+            print(f"{name} {N}x{K}: {times}", flush=True)
     print(json.dumps(result))
 
 
