@@ -1,4 +1,8 @@
-"""Fixtures: where things are, and how a script is run as a user runs it."""
+"""
+Paths, fixtures that run a script as a user does, and checks that several rooms share.
+
+Every test process loads it before its tests; tests/kernels adds a conftest.py of its own.
+"""
 
 import contextlib
 import io
@@ -20,7 +24,8 @@ TINY = ROOT / "data" / "chatglm-tiny"
 GOLDEN = ROOT / "tests" / "golden"
 # Triton's interpreter needs a process of its own: `pytest tests/kernels`, which `make test` runs too.
 collect_ignore = ["kernels"]
-LONGEST = (
+# The slowest files, by name: they start first, so that several processes (`pytest -n`) end at about the same time.
+SLOWEST_FILES = (
     *("test_readme", "test_family", "test_optimize", "test_configs", "test_demo", "test_resume", "test_answers"),
     *("test_memory", "test_training", "test_watchdog", "test_inference", "test_merge_export", "test_data_faults"),
 )
@@ -33,14 +38,14 @@ TEXTS = (
 )
 
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "helpers"), str(ROOT / "tests" / "faults")]
-# A shell lets what it starts behind it, and nohup, ignore these; a script would go on ignoring them.
+# A shell has its background jobs ignore SIGINT, and nohup SIGHUP. Scripts that tests start would inherit that.
 for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
     if signal.getsignal(number) == signal.SIG_IGN:
         signal.signal(number, handler)
 
 
 def check_text_case(tokenizer, case: dict) -> None:
-    """One text of a golden.json, there and back."""
+    """Encode and decode one text of a golden.json, and compare ids and texts."""
     text, ids = case["text"], case["ids"]
     assert tokenizer.encode(text) == ids
     assert tokenizer.encode(text, add_special_tokens=False) == case["ids_nospecial"]
@@ -50,7 +55,7 @@ def check_text_case(tokenizer, case: dict) -> None:
 
 
 def check_generation(model, tensors: dict, case: dict) -> None:
-    """One greedy generation of a golden.json."""
+    """Generate greedily from one prompt of a golden.json, and compare the ids."""
     input_ids = tensors[f"generate.{case['name']}.input_ids"]
     settings = {"max_new_tokens": 24, "do_sample": False} | case.get("kwargs", {})
     output = model.generate(input_ids=input_ids, attention_mask=input_ids.new_ones(input_ids.shape), **settings)
@@ -58,7 +63,17 @@ def check_generation(model, tensors: dict, case: dict) -> None:
 
 
 def attend_row_by_row(query, key, value, starts, _, longest, __, scale, window_size, enable_gqa=False):
-    """What torch.nn.attention.varlen.varlen_attn computes, which runs on GPUs alone; NaN for tokens of no row."""
+    """
+    Compute torch.nn.attention.varlen.varlen_attn, which needs a GPU, one sequence after another.
+
+    Args:
+        query: (N, H, D) of N tokens, key and value (N, K, D).
+        starts: (B + 1,) where each packed sequence starts, and the last one ends.
+        longest: tokens of the longest sequence.
+
+    Returns:
+        (N, H, D), NaN for tokens that belong to no sequence.
+    """
     output = torch.full_like(query, float("nan"))
     for start, end in zip(starts.tolist(), starts.tolist()[1:], strict=False):
         assert end - start <= longest
@@ -73,7 +88,7 @@ def attend_row_by_row(query, key, value, starts, _, longest, __, scale, window_s
 
 
 def readme_commands(name: str = "README.md") -> list[str]:
-    """The lines of a README's bash blocks, continued lines joined and comments dropped."""
+    """Return the commands of a README's bash blocks, one line each, without comments."""
     text = (ROOT / name).read_text(encoding="utf-8")
     blocks = re.findall(r"^```bash\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)
     lines = "".join(blocks).replace("\\\n", " ").splitlines()
@@ -81,35 +96,36 @@ def readme_commands(name: str = "README.md") -> list[str]:
 
 
 def accelerate_variables(config_file: str) -> dict[str, str]:
-    """What `accelerate launch --config_file` puts into the environment of the processes that it starts."""
+    """Return the environment variables that `accelerate launch --config_file` sets for its processes."""
     from accelerate.commands.launch import launch_command, launch_command_parser
 
-    given = {}
-    with mock.patch("torch.distributed.run.run", lambda _: given.update(os.environ)):
+    environment = {}
+    with mock.patch("torch.distributed.run.run", lambda _: environment.update(os.environ)):
         launch_command(launch_command_parser().parse_args(["--config_file", config_file, "script.py"]))
-    return {name: value for name, value in given.items() if os.environ.get(name) != value}
+    return {name: value for name, value in environment.items() if os.environ.get(name) != value}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begins with the files that take longest, so that several processes (`pytest -n`) end at about the same time."""
-    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
+    """Put the slowest files first."""
+    order = {name: position for position, name in enumerate(SLOWEST_FILES)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(order)))
 
 
 class Result:
-    """What a command left: its exit code and its output."""
+    """The exit code and the output of a command that has ended."""
 
     def __init__(self, command: str, code: int, out: str, err: str):
         self.command, self.code, self.out, self.err = command, code, out, err
 
     def check(self) -> "Result":
-        """Fails the test with the whole output unless the command succeeded."""
+        """Fail the test, and show the output, unless the command exited with 0."""
         assert self.code == 0, f"{self.command}\nexit code {self.code}\n{self.out[-4000:]}\n{self.err[-6000:]}"
         return self
 
 
 @pytest.fixture(scope="session")
 def run_command():
-    """run_command("python script.py ...", cwd=ROOT): the command with this interpreter's environment first."""
+    """Return run_command("python script.py ...", cwd=ROOT), which runs it with this interpreter in a new process."""
 
     def run(command: str, cwd: Path = ROOT, timeout: float = 400, **variables: str) -> Result:
         environment = os.environ | {
@@ -128,7 +144,7 @@ def run_command():
         )
         try:
             out, err = process.communicate(timeout=timeout)
-        except BaseException:  # a launcher's workers would live on
+        except BaseException:  # without this a launcher's workers would survive it
             os.killpg(process.pid, signal.SIGKILL)
             raise
         return Result(command, process.returncode, out, err)
@@ -139,8 +155,9 @@ def run_command():
 @pytest.fixture(scope="session")
 def run_script():
     """
-    run_script("script.py --flags", cwd=ROOT): the script as `python script.py` runs it, but in this process, which has
-    the libraries imported already.
+    Return run_script("script.py --flags", cwd=ROOT), which runs a script in this process.
+
+    It behaves as `python script.py --flags`, and saves the seconds that importing torch and transformers takes.
     """
 
     def run(command: str, cwd: Path = ROOT) -> Result:
@@ -166,8 +183,8 @@ def run_script():
 
 @pytest.fixture(scope="session")
 def run_ranks():
-    """run_ranks(2, "script.py --flags"): the script in 2 processes of its own, without waiting for their imports."""
-    from forked_ranks import run_ranks  # which imports all that scripts do
+    """Return run_ranks(2, "script.py --flags"), which forks 2 ranks off a process that has imported the libraries."""
+    from forked_ranks import run_ranks  # imports every library that scripts use
 
     def run(processes: int, command: str, cwd: Path = ROOT, timeout: float = 400, **variables: str) -> Result:
         return Result(command, *run_ranks(processes, command, cwd, timeout, **variables))
@@ -177,7 +194,7 @@ def run_ranks():
 
 @pytest.fixture(scope="session")
 def tokens(run_script, tmp_path_factory):
-    """data/sample.train.json, tokenised for the embedded checkpoint; no test writes there."""
+    """data/sample.train.json, tokenised for the embedded checkpoint; tests only read it."""
     path = tmp_path_factory.mktemp("tokens") / "tokens"
     run_script(
         f"tokenize_dataset_rows_belle.py --jsonl_path data/sample.train.json --save_path {path} "
@@ -188,7 +205,7 @@ def tokens(run_script, tmp_path_factory):
 
 @pytest.fixture
 def small_disk(request, tmp_path):
-    """A disk of 1 MiB, or of the size that a test's parameter gives."""
+    """A file system of 1 MiB, or of the size in the test's parameter, such as "4m"."""
     path, size = tmp_path / "disk", getattr(request, "param", "1m")
     path.mkdir()
     if os.getuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "none", str(path)]).returncode:
