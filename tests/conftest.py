@@ -62,7 +62,7 @@ def check_generation(model, tensors: dict, case: dict) -> None:
     assert output.equal(tensors[f"generate.{case['name']}.output_ids"]), case["name"]
 
 
-def attend_row_by_row(query, key, value, starts, _, longest, __, scale, window_size, enable_gqa=False):
+def varlen_attn_reference(query, key, value, starts, _, longest, __, scale, window_size, enable_gqa=False):
     """
     Compute torch.nn.attention.varlen.varlen_attn, which needs a GPU, one sequence after another.
 

@@ -5,7 +5,7 @@ import weakref
 
 import pytest
 import torch
-from conftest import TEXTS, TINY, attend_row_by_row
+from conftest import TEXTS, TINY, varlen_attn_reference
 
 from tools.random_checkpoint import random_model
 from utils.checkpoint.model import load_model
@@ -83,7 +83,7 @@ def test_reads_are_of_few_sizes():
 @torch.inference_mode()
 def test_reading_without_a_mask(made, monkeypatch):
     """What prompts leave in their slots when they are filled up, as on a GPU, is what they leave with a mask."""
-    monkeypatch.setattr(varlen_attention, "varlen_attn", attend_row_by_row)
+    monkeypatch.setattr(varlen_attention, "varlen_attn", varlen_attn_reference)
     model, prompts = made()
     tasks = [TokenSequence(number, prompt, 20) for number, prompt in enumerate(prompts[:5])]
     slots = [4, 0, 5, 2, 1]

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import attend_row_by_row
+from conftest import varlen_attn_reference
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 
@@ -94,7 +94,7 @@ def test_no_joined_weight_waits_for_the_backward_pass():
 @pytest.mark.parametrize("shape", TARGETS)
 def test_attention_without_a_mask(shape, monkeypatch):
     """The same logits and gradients as with sdpa's mask, in a batch that is filled up."""
-    monkeypatch.setattr(varlen_attention, "varlen_attn", attend_row_by_row)
+    monkeypatch.setattr(varlen_attention, "varlen_attn", varlen_attn_reference)
     model = random_model(shape, "cpu", torch.float32).eval()
     rows, positions = rows_of(model.config, (9, 14, 23, 5)), positions_of(model.config)
 
