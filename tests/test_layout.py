@@ -1,4 +1,4 @@
-"""The rule of dependency between the rooms of `utils`: imports point down, and there is no circle."""
+"""The rule of dependency between the rooms of `utils`: imports point down, without a circle."""
 
 import ast
 from pathlib import Path
@@ -21,7 +21,7 @@ ALLOWED = {
 
 
 def imported_modules(source: str) -> set[str]:
-    """The names of all modules that a file imports, anywhere in it."""
+    """Return the names of all modules that a file imports, at its top or inside functions."""
     names = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
@@ -34,7 +34,7 @@ def imported_modules(source: str) -> set[str]:
 
 
 def forbidden_imports(root: Path) -> tuple[list[str], int]:
-    """`file: module` of each import against ALLOWED, and the number of imports between rooms that were checked."""
+    """Return each import that ALLOWED forbids as "file: module", and the number of imports between rooms."""
     forbidden, checked = [], 0
     for path in sorted((root / "utils").rglob("*.py")):
         room = path.relative_to(root / "utils").parts[0]
@@ -77,13 +77,15 @@ def test_a_forbidden_import_is_found(tmp_path, room, line, shown):
 
 
 def test_no_circle_of_imports():
-    """Between modules, by the imports at the top of each file."""
+    """Between modules, by the imports at the top of each file; those inside functions may close a circle."""
     imports = {}
     for path in (ROOT / "utils").rglob("*.py"):
         name = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
-        tops = [node for node in ast.parse(path.read_text(encoding="utf-8")).body if isinstance(node, ast.ImportFrom)]
-        imports[name] = {node.module for node in tops} | {
-            f"{node.module}.{a.name}" for node in tops for a in node.names
+        statements = [
+            node for node in ast.parse(path.read_text(encoding="utf-8")).body if isinstance(node, ast.ImportFrom)
+        ]
+        imports[name] = {node.module for node in statements} | {
+            f"{node.module}.{a.name}" for node in statements for a in node.names
         }
     imports = {name: (targets & imports.keys()) - {name} for name, targets in imports.items()}
     while leaves := {name for name, targets in imports.items() if not targets & imports.keys()}:

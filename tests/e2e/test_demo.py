@@ -1,4 +1,4 @@
-"""The demo teaches the tiny checkpoint a task that it cannot do; the shipped rows are what their script makes."""
+"""The demo teaches the tiny checkpoint a new task; its shipped rows and checkpoint are as their scripts write them."""
 
 import json
 
@@ -18,7 +18,7 @@ def test_demo_learns_the_task(run_command, tmp_path):
     assert summary["exact_match_after"] >= 0.9
 
 
-def test_sample_rows_are_what_the_script_writes():
+def test_sample_rows_are_those_that_the_script_writes():
     for name, rows in sample_files().items():
         lines = (ROOT / "data" / name).read_text(encoding="utf-8").splitlines()
         assert [json.loads(line) for line in lines] == rows

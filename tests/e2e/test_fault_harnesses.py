@@ -1,6 +1,8 @@
 """
-Each harness of tests/faults is tried on programs that are broken on purpose, and finds them out; those for inference
-and training are in test_answers.py and test_resume.py.
+Each harness of tests/faults detects programs that are broken on purpose.
+
+The harnesses of inference and training are tested in tests/inference/test_answers.py and
+tests/training/test_resume.py.
 """
 
 import contextlib
@@ -11,6 +13,7 @@ import kill_data_scripts
 import kill_rank
 import kill_training
 import pytest
+import two_nodes
 from hypothesis import strategies
 
 COPIER = """
@@ -23,7 +26,7 @@ with open(source) as rows, open(target, "w", buffering=1) as file:
     for number, row in enumerate(rows):
         if fault == "loses a row after a kill" and was_killed and number == 5:
             continue
-        if fault == "goes on behind what it had written" and was_killed and number < 5:
+        if fault == "appends to what it had written" and was_killed and number < 5:
             file.write(row)
         file.write(row)
         if number % 3000 == 0:
@@ -49,7 +52,8 @@ sys.exit(fault != "ends well")
 """
 
 
-def found_out(fault: str, words: str):
+def detected(fault: str, words: str):
+    """Expect the harness's error, or none for the program without a fault."""
     return contextlib.nullcontext() if fault == "none" else pytest.raises(RuntimeError, match=words)
 
 
@@ -57,15 +61,15 @@ def found_out(fault: str, words: str):
     ("fault", "words"),
     [
         ("none", ""),
-        ("writes its output in place", "there is a part of an output"),
-        ("loses a row after a kill", "the output is another one"),
-        ("goes on behind what it had written", "the output is another one"),
+        ("writes its output in place", "the output is partial"),
+        ("loses a row after a kill", "the output differs"),
+        ("appends to what it had written", "the output differs"),
     ],
 )
 def test_kill_data_scripts(tmp_path, fault, words):
     (tmp_path / "copier.py").write_text(COPIER)
     scripts = {"process": f"{tmp_path}/copier.py '{fault}' {{work}}/rows {{out}}"}
-    with found_out(fault, words):
+    with detected(fault, words):
         assert kill_data_scripts.torture(tmp_path, kills=2, seed=1, scripts=scripts) == {"process": 2}
 
 
@@ -73,7 +77,7 @@ def test_kill_data_scripts(tmp_path, fault, words):
     ("fault", "words"),
     [
         ("none", ""),
-        ("waits for the dead", "was not over after 2 s"),
+        ("waits for the dead", "did not end within 2 s"),
         ("names nobody", "0 lines name rank 1"),
         ("leaves the others running", "running"),
         ("ends well", "exit code 0"),
@@ -85,8 +89,40 @@ def test_kill_rank(tmp_path, monkeypatch, fault, words):
     process = kill_training.start([sys.executable, str(tmp_path / "launcher.py"), fault], tmp_path / "log")
     while len(kill_rank.workers_of(process.pid)) < 2 or "both run" not in (tmp_path / "log").read_text():
         assert process.poll() is None
-    with found_out(fault, words):
+    with detected(fault, words):
         assert kill_rank.kill_rank(process, tmp_path / "log", 1) < 2
+
+
+MACHINE = """
+import sys, time
+fault = sys.argv[1]
+if fault == "waits for the other machine":
+    time.sleep(60)
+if fault != "names nobody":
+    print("script.py: error: rank 1 gave no sign of life", flush=True)
+sys.exit(fault != "ends well")
+"""
+
+
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [
+        ("none", ""),
+        ("waits for the other machine", "did not end within 2 s"),
+        ("names nobody", "0 lines name a rank"),
+        ("ends well", "exit codes"),
+    ],
+)
+def test_two_nodes(tmp_path, monkeypatch, fault, words):
+    monkeypatch.setattr(two_nodes, "ENDS_WITHIN", 2)
+    (tmp_path / "machine.py").write_text(MACHINE)
+    process = kill_training.start([sys.executable, str(tmp_path / "machine.py"), fault], tmp_path / "log")
+    try:
+        with detected(fault, words):
+            report = two_nodes.check_end([process], tmp_path / "log")
+            assert report["seconds"] < 2 and report["message"] == "rank 1 gave no sign of life"
+    finally:
+        two_nodes.stop([process])
 
 
 def test_fuzz(tmp_path, monkeypatch):

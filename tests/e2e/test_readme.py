@@ -1,4 +1,4 @@
-"""Every command of the README, run as printed: only the model and the number of steps are added."""
+"""The README's commands run as printed, with only a model and a number of steps added; its links exist."""
 
 import importlib.util
 import json
@@ -9,15 +9,15 @@ from importlib.metadata import version
 import pytest
 from conftest import ROOT, TINY, readme_commands
 
-DATA_FILES = {  # what the two downloads bring, in miniature
+DATA_FILES = {  # the two downloads, with one row each
     "Belle.train.json": [{"input": "你好", "target": "你好!"}],
     "belle_open_source_1M.train.json": [{"instruction": "先说时间:", "input": "老王昨天在家里喝茶", "output": "昨天"}],
 }
 TAKES_MODEL = ("tokenize_dataset_rows_belle.py", "multi_gpu_fintune_belle.py", "_inference.py", "evaluate.py")
 NOT_RUN_HERE = {
-    "make demo": "test_demo runs what it runs",
-    "make test": "is this suite",
-    "pip install -r requirements.txt": "made the environment that this suite runs in",
+    "make demo": "test_demo.py runs it",
+    "make test": "runs this suite",
+    "pip install -r requirements.txt": "installs what this suite runs with",
     "pip install -r tools/requirements.txt": "the same",
 }
 
@@ -29,7 +29,7 @@ def test_both_languages_have_the_same_commands():
 
 @pytest.fixture
 def workspace(tmp_path):
-    """A clone of what a user has, and a `wget` that brings a row in place of the hub, which cannot exist here."""
+    """A clone as a user has it, and a `wget` that copies a row instead of downloading from the hub."""
     clone = tmp_path / "clone"
     clone.mkdir()
     for path in ROOT.iterdir():
@@ -38,20 +38,20 @@ def workspace(tmp_path):
     for name in ("utils", "tools", "configs"):
         shutil.copytree(ROOT / name, clone / name)
     shutil.copytree(ROOT / "data", clone / "data", ignore=shutil.ignore_patterns("demo", "alpaca", "Belle*"))
-    downloads, tools = tmp_path / "downloads", tmp_path / "bin"
+    downloads, programs = tmp_path / "downloads", tmp_path / "bin"
     downloads.mkdir()
-    tools.mkdir()
+    programs.mkdir()
     for name, rows in DATA_FILES.items():
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         (downloads / name).write_text(lines, encoding="utf-8")
-    wget = tools / "wget"
+    wget = programs / "wget"
     wget.write_text(f'#!/bin/sh\ncp "{downloads}/$(basename "$1")" .\n')
     wget.chmod(0o755)
     return tmp_path
 
 
-def test_commands_in_order(run_command, workspace):
-    clone, ran = workspace / "clone", []
+def test_the_commands_run_in_order(run_command, workspace):
+    clone, commands = workspace / "clone", []
     script = ["set -e"]
     for command in readme_commands():
         if command in NOT_RUN_HERE:
@@ -65,14 +65,14 @@ def test_commands_in_order(run_command, workspace):
         if "_inference.py" in command:
             command += " --max_new_tokens 8 --overwrite"
         script.append(command)
-        ran.append(command)
+        commands.append(command)
     (workspace / "commands.sh").write_text("\n".join(script))
     result = run_command(
         f"sh -c 'PATH={workspace}/bin:$PATH exec bash {workspace}/commands.sh'", cwd=clone, timeout=600
     ).check()
-    assert len(ran) == len(readme_commands()) - len(NOT_RUN_HERE)
-    assert result.out.count('"steps": 3') == sum("multi_gpu_fintune" in command for command in ran) == 3
-    answering = [command for command in ran if "_inference.py" in command and "--merge_and_save" not in command]
+    assert len(commands) == len(readme_commands()) - len(NOT_RUN_HERE)
+    assert result.out.count('"steps": 3') == sum("multi_gpu_fintune" in command for command in commands) == 3
+    answering = [command for command in commands if "_inference.py" in command and "--merge_and_save" not in command]
     assert result.out.count('"rows": 8') == len(answering) == 4
     assert (clone / "output" / "merged" / "ice_text.model").is_file()
     assert (clone / "output" / "evaluation" / "report.html").is_file()
@@ -81,13 +81,13 @@ def test_commands_in_order(run_command, workspace):
     assert (clone / "output" / "adapter_model.safetensors").is_file()
 
 
-def test_length():
+def test_readmes_are_under_400_lines():
     assert all(
         len((ROOT / name).read_text(encoding="utf-8").splitlines()) < 400 for name in ("README.md", "README_zh.md")
     )
 
 
-def test_requirements_are_what_runs_here():
+def test_the_pinned_versions_are_installed():
     pins = re.findall(r"^(\S+)==(\S+)", (ROOT / "requirements.txt").read_text(), flags=re.MULTILINE)
     assert len(pins) == 10
     for name, pinned in pins:
@@ -95,10 +95,16 @@ def test_requirements_are_what_runs_here():
     assert importlib.util.find_spec("pkg_resources")  # cpm_kernels imports it, hence setuptools<81
 
 
-def test_links_and_files_exist():
-    for name in ("README.md", "README_zh.md"):
-        text = (ROOT / name).read_text(encoding="utf-8")
-        links = [link for link in re.findall(r"\]\(([^)]+)\)", text) if "://" not in link]
-        assert links
-        for link in links:
-            assert (ROOT / link.split("#")[0]).exists(), link
+def test_links_between_documents_exist():
+    documents = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")]
+    links = [
+        (document, link)
+        for document in documents
+        for link in re.findall(r"\]\(([^)]+)\)", document.read_text(encoding="utf-8"))
+        if "://" not in link
+    ]
+    assert len(documents) > 10 and len(links) > 30
+    broken = [
+        f"{document.name}: {link}" for document, link in links if not (document.parent / link.split("#")[0]).exists()
+    ]
+    assert not broken

@@ -1,4 +1,4 @@
-"""A tiny model overfitted on ten rows stops by itself, for every generation."""
+"""A tiny model of each generation, overfitted on ten rows, gives their answers and ends them by itself."""
 
 import json
 
@@ -24,7 +24,7 @@ ROWS = {
 
 
 @pytest.mark.parametrize("name", ("chatglm-6b-tiny", "chatglm2-6b-tiny", "chatglm3-6b-tiny", "glm-4-9b-chat-tiny"))
-def test_stops_by_itself(run_script, tmp_path, name):
+def test_answers_end_by_themselves(run_script, tmp_path, name):
     model = f"--model_name_or_path {GOLDEN / name}"
     lines = [json.dumps({"input": prompt, "target": target}) + "\n" for prompt, target in ROWS.items()]
     (tmp_path / "rows.jsonl").write_text("".join(lines))

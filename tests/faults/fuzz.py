@@ -1,10 +1,10 @@
 """
 python tests/faults/fuzz.py --minutes 10
 
-Random input to what reads files from outside: row readers, tokenizer (round trip, and parity with SentencePiece),
-model configurations, weight indexes, DeepSpeed files. Whatever comes in, a reader gives values or the error that
-explains, never another. The cases in tests/faults/seeds run first, and in the suite: to them is added what fails, and
-with --keep what reaches lines of utils/ that none of them does. The last line is JSON.
+Gives random input to the readers of files from outside: row readers, tokenizer (round trip, and parity with
+SentencePiece), model configurations, weight indexes, DeepSpeed files. A reader must return values or raise an error
+that explains the fault, never another error. The cases in tests/faults/seeds run first, and in the suite. Failing
+cases are added to them, and with --keep also cases that reach new lines of utils/. The last line is JSON.
 """
 
 import argparse
@@ -55,14 +55,14 @@ LINE = ROW.map(lambda row: json.dumps(row, ensure_ascii=False).encode())
 
 
 def changes_of(file: Path) -> st.SearchStrategy[bytes]:
-    """A JSON object with some values replaced, as text, or anything else."""
+    """Generate the JSON object of `file` with some values replaced, or arbitrary bytes."""
     values = json.loads(file.read_text(encoding="utf-8"))
     changed = st.dictionaries(st.sampled_from(sorted(values)) | TEXT, VALUE, max_size=3)
     return SPOILED | changed.map(lambda change: json.dumps(values | change).encode())
 
 
 def targets(work: Path) -> dict[str, tuple[st.SearchStrategy, Callable]]:
-    """What is fuzzed: what goes in, and what must hold."""
+    """Return, for each target, the strategy of its input and the check of its result."""
     tokenizer = load_tokenizer(str(MODEL))
     pieces = SentencePieceProcessor(model_file=str(MODEL / "ice_text.model"))
     copies = {source: shutil.copytree(source, work / source.name) for source in (MODEL, CHATGLM3)}
@@ -110,7 +110,7 @@ def targets(work: Path) -> dict[str, tuple[st.SearchStrategy, Callable]]:
 
 
 def explained(reader: Callable, argument) -> None:
-    """Runs a reader that may refuse, in words."""
+    """Run a reader that may raise a UsageError with messages."""
     try:
         reader(argument)
     except UsageError as error:
@@ -118,24 +118,26 @@ def explained(reader: Callable, argument) -> None:
 
 
 def seeds(name: str) -> list[str | bytes]:
-    """The kept cases of a target; bytes lie in the file as the characters of those numbers."""
+    """Return the kept cases of a target. The file stores bytes as Latin-1 characters."""
     path = seed_file(name)
     cases = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
     return cases if name == "tokenizer" else [case.encode("latin-1") for case in cases]
 
 
 def keep(name: str, case: str | bytes) -> None:
+    """Add a case to a target's seeds."""
     cases = [*seeds(name), case]
     texts = [case if isinstance(case, str) else case.decode("latin-1") for case in cases]
     seed_file(name).write_text(json.dumps(texts, indent=0) + "\n", encoding="utf-8")
 
 
 def seed_file(name: str) -> Path:
+    """Return the file of a target's seeds."""
     return SEEDS / f"{name.replace(' ', '-')}.json"
 
 
 def lines_of(check: Callable, case: str | bytes) -> set[tuple[str, int]]:
-    """Runs a check; the lines of utils/ that it reached."""
+    """Run a check; return the lines of utils/ that it reached."""
     reached = set()
 
     def trace(frame, event, argument):
@@ -153,7 +155,7 @@ def lines_of(check: Callable, case: str | bytes) -> set[tuple[str, int]]:
 
 
 def fuzz(name: str, strategy: st.SearchStrategy, check: Callable, examples: int) -> None:
-    """One turn of one target; a failing case is kept, as small as hypothesis makes it, and raised."""
+    """Run `examples` cases of a target; keep and raise a failing one, as small as hypothesis can make it."""
     failed = []
 
     @settings(max_examples=examples, deadline=None, database=None, suppress_health_check=list(HealthCheck))
@@ -175,15 +177,15 @@ def fuzz(name: str, strategy: st.SearchStrategy, check: Callable, examples: int)
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=10)
-    parser.add_argument("--examples", type=int, default=300, help="of each target in a turn (%(default)s)")
-    parser.add_argument("--keep", action="store_true", help="cases that reach new lines; slower")
+    parser.add_argument("--examples", type=int, default=300, help="of each target in a turn (default: %(default)s)")
+    parser.add_argument("--keep", action="store_true", help="also add cases that reach new lines; slower")
     args = parser.parse_args()
     ends = time.monotonic() + 60 * args.minutes
     with tempfile.TemporaryDirectory() as directory:
-        found = targets(Path(directory))
-        counts = dict.fromkeys(found, 0)
-        known = dict.fromkeys(found, frozenset())
-        for name, (_, check) in found.items():
+        fuzzed = targets(Path(directory))
+        counts = dict.fromkeys(fuzzed, 0)
+        known = dict.fromkeys(fuzzed, frozenset())
+        for name, (_, check) in fuzzed.items():
             for case in seeds(name):
                 known[name] |= lines_of(check, case)
 
@@ -197,10 +199,10 @@ def main() -> None:
             return run
 
         while time.monotonic() < ends:
-            for name, (strategy, check) in found.items():
+            for name, (strategy, check) in fuzzed.items():
                 fuzz(name, strategy, keeping(name, check) if args.keep else check, args.examples)
                 counts[name] += args.examples
-    kept = {name: len(seeds(name)) for name in found}
+    kept = {name: len(seeds(name)) for name in fuzzed}
     print(json.dumps({"minutes": args.minutes, "examples": counts, "seeds": kept, "failures": 0}))
 
 

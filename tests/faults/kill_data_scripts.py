@@ -1,9 +1,9 @@
 """
 python tests/faults/kill_data_scripts.py --kills 100
 
-Kills processing and tokenising with SIGKILL at random moments and runs them again: after each kill an output is the
-older one, the new one, or not there, never a part; and the run that ends makes, byte for byte, what one makes that
-nobody killed. The last line is JSON.
+Kills processing and tokenising with SIGKILL at random moments and runs them again. After each kill an output must be
+the older one, the new one or absent, never partial; and a run that ends must give, byte for byte, the output of a run
+without a kill. The last line is JSON.
 """
 
 import argparse
@@ -30,12 +30,13 @@ SCRIPTS = {
 
 
 def start(command: str, work: Path, out: Path) -> subprocess.Popen:
+    """Start one of SCRIPTS in a session of its own."""
     words = shlex.split(f"{sys.executable} {command.format(work=work, out=out)}")
     return subprocess.Popen(words, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True)
 
 
 def content(out: Path) -> dict[str, bytes]:
-    """Every file of an output by its name; empty where there is none."""
+    """Return the contents of an output's files by name; empty if it does not exist."""
     if out.is_file():
         return {"": out.read_bytes()}
     return {
@@ -46,16 +47,30 @@ def content(out: Path) -> dict[str, bytes]:
 
 
 def complete(command: str, work: Path, out: Path) -> float:
+    """
+    Run one of SCRIPTS to its end; return its seconds.
+
+    Raises:
+        RuntimeError: it failed.
+    """
     began = time.monotonic()
     process = start(command, work, out)
     _, err = process.communicate(timeout=300)
     if process.returncode:
-        raise RuntimeError(f"{command} failed by itself:\n{err.decode()}")
+        raise RuntimeError(f"{command} failed without a kill:\n{err.decode()}")
     return time.monotonic() - began
 
 
 def torture(work: Path, kills: int, seed: int, scripts: Mapping[str, str] = SCRIPTS) -> dict[str, int]:
-    """Kills the scripts in turn. Raises RuntimeError where an output is not whole."""
+    """
+    Kill the scripts in turn.
+
+    Returns:
+        The number of kills of each script.
+
+    Raises:
+        RuntimeError: an output is partial, or differs from that of a run without a kill.
+    """
     moment, done = random.Random(seed), dict.fromkeys(scripts, 0)
     row = {"input": "", "target": "答案" * 10}
     with (work / "rows").open("w", encoding="utf-8") as file:
@@ -72,19 +87,19 @@ def torture(work: Path, kills: int, seed: int, scripts: Mapping[str, str] = SCRI
         if process.poll() is None:
             done[script] += 1
         else:
-            seconds[script] *= 0.9  # it is faster than when nobody killed it, on a machine with less to do
+            seconds[script] *= 0.9  # the machine is less busy than in the first run
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
-        left = content(out)
-        if script == "tokenize":  # of the last step, after the dataset stands there
-            left = {name: data for name, data in left.items() if name != "lock" and not name.startswith("reports/")}
-        if left and left != expected[script]:
-            raise RuntimeError(f"{script}: after kill {done[script]} there is a part of an output")
+        files = content(out)
+        if script == "tokenize":  # removed in the last step, after the dataset is in its place
+            files = {name: data for name, data in files.items() if name != "lock" and not name.startswith("reports/")}
+        if files and files != expected[script]:
+            raise RuntimeError(f"{script}: after kill {done[script]} the output is partial")
         if done[script] % 5 == 0 or sum(done.values()) > kills - len(scripts):
             complete(scripts[script], work, out)
             if content(out) != expected[script]:
-                raise RuntimeError(f"{script}: after {done[script]} kills the output is another one")
+                raise RuntimeError(f"{script}: after {done[script]} kills the output differs")
             if script == "process":
                 out.unlink()
     return done

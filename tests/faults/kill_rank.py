@@ -1,10 +1,10 @@
 """
 python tests/faults/kill_rank.py
 
-Kills one process of two, each of both, under every launcher: the launcher and the other process end within a minute,
-with an exit code that is not 0, one line that names the rank, and nothing left running. The same command then goes on:
-training to the adapter, bit for bit, of a run that nobody killed, inference to its answers. Prints one line a kill;
-the last line is JSON.
+Kills each of two processes in turn under every launcher. The launcher and the other process must end within a minute
+with a nonzero exit code and one line that names the rank, and nothing may keep running. The same command must then
+resume: training to the adapter, bit for bit, of a run without a kill, inference to its answers. Prints one line a
+kill; the last line is JSON.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from tests.faults import kill_training
 from utils.distributed.process_group import free_port
 
 ENDS_WITHIN = 60.0  # seconds
-LAUNCHERS = {  # of inference
+LAUNCHERS = {  # of inference; those of training are in kill_training
     "one process": "python chatglm_milti_gpu_inference.py",
     "torchrun, replicas": "torchrun --nproc_per_node=2 --master_port {port} chatglm_milti_gpu_inference.py",
     "deepspeed, replicas": "deepspeed --num_gpus 2 --master_port {port} chatglm_milti_gpu_inference.py",
@@ -35,7 +35,7 @@ TRAINING = [name for name, (start, _) in kill_training.LAUNCHERS.items() if star
 
 
 def workers_of(process_id: int) -> dict[int, int]:
-    """rank -> process id of the launcher's workers."""
+    """Return the process id of each of the launcher's workers by its rank."""
     ranks = {}
     for pid in kill_training.descendants(process_id):
         environment = kill_training.environment_of(pid)
@@ -45,20 +45,28 @@ def workers_of(process_id: int) -> dict[int, int]:
 
 
 def kill_rank(process: subprocess.Popen, log: Path, rank: int) -> float:
-    """Seconds until all had ended. Raises RuntimeError where they do not, or not as they should."""
-    words, left = process.args, kill_training.descendants(process.pid)
+    """
+    Kill a rank.
+
+    Returns:
+        Seconds until all processes had ended.
+
+    Raises:
+        RuntimeError: a process kept running, the exit code is 0, or not exactly one line names the rank.
+    """
+    words, running = process.args, kill_training.descendants(process.pid)
     os.kill(workers_of(process.pid)[rank], signal.SIGKILL)
     killed = time.monotonic()
     try:
         code = process.wait(timeout=ENDS_WITHIN)
-        while left := [pid for pid in left if os.path.exists(f"/proc/{pid}")]:
+        while running := [pid for pid in running if os.path.exists(f"/proc/{pid}")]:
             if time.monotonic() - killed > ENDS_WITHIN:
-                raise RuntimeError(f"{shlex.join(words)} left {left} running")
+                raise RuntimeError(f"{shlex.join(words)} left {running} running")
             time.sleep(0.1)
     except subprocess.TimeoutExpired:
-        raise RuntimeError(f"{shlex.join(words)} was not over after {ENDS_WITHIN} s") from None
+        raise RuntimeError(f"{shlex.join(words)} did not end within {ENDS_WITHIN} s") from None
     finally:
-        for pid in left:
+        for pid in running:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
     seconds = time.monotonic() - killed
@@ -71,7 +79,7 @@ def kill_rank(process: subprocess.Popen, log: Path, rank: int) -> float:
 
 
 def command(name: str, work: Path, output: Path) -> list[str]:
-    """Of training into the directory `output`, or of inference into the file."""
+    """Return the words of a command: training into the directory `output`, or inference into the file `output`."""
     if name in TRAINING:
         return kill_training.command(name, work, output)
     return shlex.split(
@@ -81,7 +89,7 @@ def command(name: str, work: Path, output: Path) -> list[str]:
 
 
 def start(name: str, work: Path, output: Path, log: Path) -> subprocess.Popen:
-    """The same, started, after its first step or its first answer."""
+    """Start the command and wait for its first step or its first answer."""
 
     def has_begun() -> bool:
         if name in TRAINING:
@@ -96,7 +104,8 @@ def start(name: str, work: Path, output: Path, log: Path) -> subprocess.Popen:
     return process
 
 
-def kill_and_go_on(name: str, work: Path, rank: int) -> float:
+def kill_and_resume(name: str, work: Path, rank: int) -> float:
+    """Kill a rank, resume, and compare the result with that of a run without a kill; seconds until the end."""
     log, output = work / "log", work / f"{name} {rank}".replace(" ", "-")
     seconds = kill_rank(start(name, work, output, log), log, rank)
     kill_training.finish(command(name, work, output), log)
@@ -113,6 +122,7 @@ def kill_and_go_on(name: str, work: Path, rank: int) -> float:
 
 
 def write_rows(work: Path) -> None:
+    """Write the prompts of inference to work/rows.jsonl."""
     rows = [json.dumps({"prompt": f"今天天气怎么样{number}"}, ensure_ascii=False) for number in range(60)]
     (work / "rows.jsonl").write_text("\n".join(rows), encoding="utf-8")
 
@@ -129,9 +139,9 @@ def main() -> None:
         write_rows(work)
         for name in args.launchers:
             for rank in (0, 1):
-                seconds = kill_and_go_on(name, work, rank)
+                seconds = kill_and_resume(name, work, rank)
                 slowest[name] = round(max(seconds, slowest.get(name, 0)), 1)
-                print(f"{name}: rank {rank} killed, all ended after {seconds:.1f} s, and the run went on", flush=True)
+                print(f"{name}: rank {rank} killed, all ended after {seconds:.1f} s, and the run resumed", flush=True)
     print(json.dumps({"seconds_until_the_end": slowest}))
 
 

@@ -1,12 +1,12 @@
 """
 python tests/faults/kill_training.py --kills 50
 
-Kills training, launcher and workers, with SIGKILL at random moments, in steps, in the writing of checkpoints, and
-between the last one and the end, and starts it again with --resume_from_checkpoint latest until it ends: the adapter
-must be, bit for bit, that of the run that nobody killed. Goes through the launchers in turn. Prints one line a round;
-the last line is JSON. The learning rate is constant, so that each step, also one too many, changes the adapter.
+Kills training, launcher and workers, with SIGKILL at random moments: in steps, while a checkpoint is written, and
+between the last checkpoint and the end. Starts it again with --resume_from_checkpoint latest until it ends. The
+adapter must equal, bit for bit, that of a run without a kill. Takes the launchers in turn and prints one line a round;
+the last line is JSON. The learning rate is constant, so that every step, also one too many, changes the adapter.
 
---self_test runs rounds with programs that are broken on purpose, see BROKEN: each must be found out.
+--self_test runs rounds with programs that are broken on purpose, see BROKEN: each must be detected.
 """
 
 import argparse
@@ -41,7 +41,7 @@ LAUNCHERS = {
     "zero3 one process": ("python", "--deepspeed ds_config_zero3.json"),
 }
 STEPS = 12
-# What a broken program has in place of what it should have: a name, and an expression of its value.
+# Programs that are broken on purpose: the name of a function, and the expression that replaces it.
 BROKEN = {
     "a finished run makes another step": ("utils.training.trainer.AdapterTrainer._run_epoch", "Trainer._run_epoch"),
     "the optimizer's state is lost": ("transformers.Trainer._load_optimizer_and_scheduler", "lambda *_: None"),
@@ -50,7 +50,7 @@ BROKEN = {
 
 
 def arguments(work: Path, output_dir: Path) -> str:
-    """The script and its flags, whatever launches it."""
+    """Return the training script and its flags, without a launcher."""
     return (
         f"multi_gpu_fintune_belle.py --dataset_path {work}/tokens --model_name_or_path data/chatglm-tiny "
         f"--lora_rank 4 --lora_dropout 0.1 --learning_rate 2e-3 --lr_scheduler_type constant "
@@ -61,12 +61,13 @@ def arguments(work: Path, output_dir: Path) -> str:
 
 
 def command(launcher: str, work: Path, output_dir: Path) -> list[str]:
+    """Return the words of a training command under one of LAUNCHERS."""
     start, flags = LAUNCHERS[launcher]
     return shlex.split(f"{start.format(port=free_port())} {arguments(work, output_dir)} {flags}")
 
 
 def broken_command(fault: str, work: Path, output_dir: Path) -> list[str]:
-    """The script as one process, with a fault of BROKEN."""
+    """Return the words of training in one process with a fault of BROKEN."""
     name, value = BROKEN[fault]
     (work / "broken.py").write_text(
         "import runpy, sys, pytest\nfrom transformers import Trainer\n"
@@ -77,6 +78,7 @@ def broken_command(fault: str, work: Path, output_dir: Path) -> list[str]:
 
 
 def start(words: list[str], log: Path) -> subprocess.Popen:
+    """Start a command in a session of its own; stdout and stderr go to `log`."""
     environment = os.environ | {
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
         "OMP_NUM_THREADS": "1",
@@ -89,29 +91,32 @@ def start(words: list[str], log: Path) -> subprocess.Popen:
 
 
 def descendants(pid: int) -> list[int]:
-    """A process and all below it; a launcher's workers are in sessions of their own."""
-    found = [pid]
-    for parent in found:
+    """Return a process and all its descendants. (A launcher's workers have sessions of their own.)"""
+    processes = [pid]
+    for parent in processes:
         for task in Path(f"/proc/{parent}/task").glob("*/children"):
-            found += [int(child) for child in task.read_text().split()]
-    return found
+            processes += [int(child) for child in task.read_text().split()]
+    return processes
 
 
 def environment_of(pid: int) -> dict[str, str]:
+    """Return the environment variables that a process was started with."""
     pairs = Path(f"/proc/{pid}/environ").read_bytes().decode(errors="replace").split("\0")
     return dict(pair.split("=", 1) for pair in pairs if "=" in pair)
 
 
 def wait_for_a_step(process: subprocess.Popen, log: Path) -> None:
-    """Returns when training has logged a step, or has ended."""
+    """Wait until training has logged a step or has ended."""
     while process.poll() is None and "'loss'" not in log.read_text():
         time.sleep(0.02)
 
 
 def kill_once(words: list[str], log: Path, moment: random.Random, last: Path | None = None) -> bool:
     """
-    Starts training and kills all of it some time after its first step, or after the checkpoint `last` is there;
-    whether it was still running then.
+    Start training and kill all its processes some time after its first step, or after the checkpoint `last` exists.
+
+    Returns:
+        Whether it was still running.
     """
     process = start(words, log)
     wait_for_a_step(process, log)
@@ -126,18 +131,24 @@ def kill_once(words: list[str], log: Path, moment: random.Random, last: Path | N
                 os.kill(pid, signal.SIGKILL)
     process.wait()
     if not killed and process.returncode:
-        raise RuntimeError(f"{shlex.join(words)} failed by itself:\n{log.read_text()}")
+        raise RuntimeError(f"{shlex.join(words)} failed without a kill:\n{log.read_text()}")
     return killed
 
 
 def finish(words: list[str], log: Path) -> None:
+    """
+    Run a command to its end.
+
+    Raises:
+        RuntimeError: it failed.
+    """
     process = start(words, log)
     if process.wait(timeout=600):
         raise RuntimeError(f"{shlex.join(words)} failed:\n{log.read_text()}")
 
 
 def difference(first: Path, second: Path) -> str:
-    """In how many weights two adapters differ, and by how much; empty where they are the same bit for bit."""
+    """Describe how two adapters differ; an empty text if they are equal bit for bit."""
     a, b = (load_file(path / "adapter_model.safetensors") for path in (first, second))
     if a.keys() != b.keys():
         return "other weights"
@@ -146,11 +157,12 @@ def difference(first: Path, second: Path) -> str:
 
 
 def same_adapter(first: Path, second: Path) -> bool:
+    """Whether two adapters are equal bit for bit."""
     return not difference(first, second)
 
 
 def reference(launcher: str, work: Path) -> Path:
-    """The adapter of the run that nobody kills, and that is started again when it has ended, which changes nothing."""
+    """Return the output directory of a run without a kill; it is started again once, which must change nothing."""
     path = work / f"reference {launcher}".replace(" ", "-")
     if not path.exists():
         finish_twice(command(launcher, work, path), work / "log", path)
@@ -158,20 +170,30 @@ def reference(launcher: str, work: Path) -> Path:
 
 
 def finish_twice(words: list[str], log: Path, output_dir: Path) -> None:
-    """Raises RuntimeError where a finished run that is started again gets another adapter."""
+    """
+    Run a command to its end, and once more.
+
+    Raises:
+        RuntimeError: the second run changed the adapter.
+    """
     finish(words, log)
     before = output_dir / "before"
     before.mkdir()
     shutil.copy(output_dir / "adapter_model.safetensors", before)
     finish(words, log)
     if differs := difference(before, output_dir):
-        raise RuntimeError(f"{shlex.join(words)}: finished, and started again: {differs}")
+        raise RuntimeError(f"{shlex.join(words)}: starting a finished run again changed its adapter: {differs}")
 
 
 def run_round(words: list[str], expected: Path, output_dir: Path, kills: int, moment: random.Random) -> int:
     """
-    One run killed up to `kills` times, the last time when its last checkpoint is there; how often it was. Raises
-    RuntimeError where its adapter is not the one in `expected`.
+    Run a command to its end and kill it up to `kills` times, the last time once its last checkpoint exists.
+
+    Returns:
+        The number of kills.
+
+    Raises:
+        RuntimeError: the adapter is not the one in `expected`.
     """
     log, count = output_dir.with_name("log"), 0
     shutil.rmtree(output_dir, ignore_errors=True)
@@ -182,23 +204,29 @@ def run_round(words: list[str], expected: Path, output_dir: Path, kills: int, mo
         count += 1
     finish(words, log)
     if differs := difference(expected, output_dir):
-        raise RuntimeError(f"{shlex.join(words)}: after {count} kills the adapter is another one: {differs}")
+        raise RuntimeError(f"{shlex.join(words)}: after {count} kills the adapter differs: {differs}")
     return count
 
 
 def self_test(work: Path, moment: random.Random) -> None:
-    """Raises RuntimeError where a broken program passes for a good one."""
+    """
+    Run the rounds with programs that are broken on purpose.
+
+    Raises:
+        RuntimeError: a fault was not detected.
+    """
     expected, output_dir = reference("one process", work), work / "killed"
     for fault in BROKEN:
         try:
             run_round(broken_command(fault, work, output_dir), expected, output_dir, 2, moment)
         except RuntimeError as error:
-            print(f"found out: {fault}: {str(error).splitlines()[0]}", flush=True)
+            print(f"detected: {fault}: {str(error).splitlines()[0]}", flush=True)
         else:
-            raise RuntimeError(f"not found out: {fault}")
+            raise RuntimeError(f"not detected: {fault}")
 
 
 def prepare(work: Path) -> None:
+    """Tokenise the rows that training uses into work/tokens."""
     words = shlex.split(
         f"{sys.executable} tokenize_dataset_rows_belle.py --jsonl_path data/sample.train.json "
         f"--save_path {work}/tokens --model_name_or_path data/chatglm-tiny"

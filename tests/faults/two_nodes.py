@@ -1,10 +1,10 @@
 """
 python tests/faults/two_nodes.py
 
-Trains with ZeRO-3 on two machines: two network namespaces joined by a cable (veth), one process each, gloo between.
-Each launcher of the README must end in the adapter of one machine with two processes. Then one side's process is
-killed, and one side's cable is cut: both sides must end within a minute and say why, and going on must end in the same
-adapter. Needs root, for the namespaces. The last line is JSON.
+Trains with ZeRO-3 on two machines: two network namespaces joined by a cable (veth), one process each, over gloo. Each
+launcher of docs/multi_node.md must give the adapter of one machine with two processes. Then one side's process is
+killed, and one side's cable is cut: both sides must end within a minute, one line must name the rank, and the resumed
+run must give the same adapter. Needs root, for the namespaces. The last line is JSON.
 """
 
 import argparse
@@ -28,8 +28,10 @@ import kill_training
 NODES = ("node-a", "node-b")
 ADDRESSES = ("10.77.0.1", "10.77.0.2")
 PORT = 29577
+ENDS_WITHIN = 60.0  # seconds
 ZERO3 = "--deepspeed ds_config_zero3.json"
-LAUNCHERS = {  # what to type on machine {n}, flags of the script, and the recipe of one machine that does the same
+# The command on machine {n}, the script's flags, and the launcher of kill_training that gives the same on one machine.
+LAUNCHERS = {
     "torchrun": (
         f"torchrun --nnodes 2 --node_rank {{n}} --nproc_per_node 1 --master_addr {ADDRESSES[0]} --master_port {PORT}",
         ZERO3,
@@ -58,12 +60,13 @@ LAUNCHERS = {  # what to type on machine {n}, flags of the script, and the recip
 
 
 def ip(words: str) -> None:
+    """Run the `ip` command."""
     subprocess.run(["ip", *words.split()], check=True)
 
 
 @contextlib.contextmanager
 def two_machines() -> Iterator[None]:
-    """Two namespaces, each with a loopback and one end of a cable."""
+    """Create two network namespaces, each with a loopback and one end of a cable."""
     for node in NODES:
         subprocess.run(["ip", "netns", "del", node], stderr=subprocess.DEVNULL)
     try:
@@ -81,7 +84,7 @@ def two_machines() -> Iterator[None]:
 
 
 def start(launcher: str, work: Path, output_dir: Path) -> list[subprocess.Popen]:
-    """Starts both machines' launchers; their output goes to work/node-a.log and node-b.log."""
+    """Start both machines' launchers; their output goes to work/node-a.log and node-b.log."""
     (work / "hostfile").write_text("".join(f"{address} slots=1\n" for address in ADDRESSES))
     begin, flags, _ = LAUNCHERS[launcher]
     script = kill_training.arguments(work, output_dir)
@@ -94,6 +97,7 @@ def start(launcher: str, work: Path, output_dir: Path) -> list[subprocess.Popen]
 
 
 def stop(processes: list[subprocess.Popen]) -> None:
+    """Kill processes and all their descendants."""
     for process in processes:
         for pid in kill_training.descendants(process.pid):
             with contextlib.suppress(ProcessLookupError):
@@ -102,6 +106,12 @@ def stop(processes: list[subprocess.Popen]) -> None:
 
 
 def finish(launcher: str, work: Path, output_dir: Path) -> None:
+    """
+    Run training on both machines to its end.
+
+    Raises:
+        RuntimeError: a launcher failed, or the adapter differs from that of one machine.
+    """
     processes = start(launcher, work, output_dir)
     try:
         codes = [process.wait(timeout=300) for process in processes]
@@ -111,32 +121,50 @@ def finish(launcher: str, work: Path, output_dir: Path) -> None:
         raise RuntimeError(f"{launcher} failed with {codes}:\n{(work / 'node-a.log').read_text()[-6000:]}")
     expected = kill_training.reference(LAUNCHERS[launcher][2], work)
     if differs := kill_training.difference(expected, output_dir):
-        raise RuntimeError(f"{launcher}: the adapter is another one than on one machine: {differs}")
+        raise RuntimeError(f"{launcher}: the adapter differs from that of one machine: {differs}")
 
 
 def break_once(launcher: str, work: Path, fault: str) -> dict[str, float | str]:
-    """Breaks a run once, then lets it go on; how long the last process lived on, and what was said."""
+    """Break a run once ("kill" or "cut"), then resume it; returns what `check_end` returns."""
     output_dir = work / "broken"
     shutil.rmtree(output_dir, ignore_errors=True)
     processes = start(launcher, work, output_dir)
     try:
         kill_training.wait_for_a_step(processes[0], work / "node-a.log")
-        began = time.monotonic()
         if fault == "cut":
             ip(f"-n {NODES[1]} link set cable down")
+            remaining = processes
         else:
             stop(processes[1:])
-        left = processes if fault == "cut" else processes[:1]
-        codes = [process.wait(timeout=120) for process in left]
-        seconds = time.monotonic() - began
+            remaining = processes[:1]
+        report = check_end(remaining, work / "node-a.log")
     finally:
         stop(processes)
         ip(f"-n {NODES[1]} link set cable up")
-    said = re.findall(r"error: (rank \d.*)", (work / "node-a.log").read_text())
-    if seconds > 60 or not all(codes) or len(said) != 1:
-        raise RuntimeError(f"{fault}: {seconds:.0f} s, {codes}, {said}\n{(work / 'node-a.log').read_text()[-4000:]}")
     finish(launcher, work, output_dir)
-    return {"seconds": round(seconds, 1), "said": said[0]}
+    return report
+
+
+def check_end(processes: list[subprocess.Popen], log: Path) -> dict[str, float | str]:
+    """
+    Wait until the processes of a broken run have ended.
+
+    Returns:
+        The seconds until then, and the message that names the rank.
+
+    Raises:
+        RuntimeError: a process kept running or ended with exit code 0, or not exactly one line of `log` names a rank.
+    """
+    began = time.monotonic()
+    try:
+        codes = [process.wait(timeout=max(0, began + ENDS_WITHIN - time.monotonic())) for process in processes]
+    except subprocess.TimeoutExpired as error:
+        raise RuntimeError(f"{shlex.join(error.cmd)} did not end within {ENDS_WITHIN} s") from None
+    seconds, output = time.monotonic() - began, log.read_text()
+    messages = re.findall(r"error: (rank \d.*)", output)
+    if not all(codes) or len(messages) != 1:
+        raise RuntimeError(f"exit codes {codes}, {len(messages)} lines name a rank:\n{output[-4000:]}")
+    return {"seconds": round(seconds, 1), "message": messages[0]}
 
 
 def main() -> None:

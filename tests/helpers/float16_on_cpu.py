@@ -1,11 +1,11 @@
-"""Runs the training script in float16 without a GPU, as DeepSpeed can where it is told so: for its loss scaling."""
+"""Runs the training script in float16 without a GPU, to test DeepSpeed's loss scaling."""
 
 import os
 import runpy
 import sys
 from argparse import Namespace
 
-import utils.training.run_config  # before DeepSpeed, which it tells the device
+import utils.training.run_config  # before DeepSpeed, because it sets DeepSpeed's device
 
 # isort: split
 import torch

@@ -1,6 +1,8 @@
 """
-A script's processes as torchrun starts them, forked from a server that has imported the libraries: importing takes
-longer than most runs of a test. Launchers are run by test_readme.py, test_family.py, test_configs.py, test_resume.py.
+Runs a script's processes as torchrun starts them, forked from a server that has already imported the libraries.
+
+Importing takes longer than most runs of a test. Real launchers are tested in test_readme.py, test_family.py,
+test_configs.py and test_resume.py.
 """
 
 import multiprocessing
@@ -12,7 +14,7 @@ import time
 from multiprocessing import forkserver
 from pathlib import Path
 
-import utils.distributed.process_group  # before DeepSpeed, which it tells the device
+import utils.distributed.process_group  # before DeepSpeed, because it sets DeepSpeed's device
 
 # isort: split
 import deepspeed  # noqa: F401
@@ -24,7 +26,7 @@ SERVER = multiprocessing.get_context("forkserver")
 
 
 def _start_server() -> None:
-    """Where none runs. It finds what it is to import by PYTHONPATH alone, and leaves out what it does not find."""
+    """Start the server if none runs. It finds its imports only through PYTHONPATH, and skips missing ones."""
     SERVER.set_forkserver_preload([__name__])
     before = os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
@@ -36,16 +38,17 @@ def _start_server() -> None:
 
 
 def process(command: str, cwd: Path, paths: list[str], variables: dict[str, str]) -> multiprocessing.Process:
-    """Of "script.py --flags", not started yet; `paths` are the files that its stdout and stderr are appended to."""
+    """Return a process for "script.py --flags", not started; `paths` are the files for its stdout and stderr."""
     _start_server()
     return SERVER.Process(target=_run, args=(shlex.split(command), str(cwd), variables, *paths))
 
 
 def run_ranks(processes: int, command: str, cwd: Path, timeout: float, **variables: str) -> tuple[int, str, str]:
     """
-    Runs "script.py --flags" as that many processes of one host; one alone as `python` does, without a launcher.
+    Run "script.py --flags" as `processes` processes of one host; a single one as `python` does, without a launcher.
 
-    Returns: the first exit code that is not 0, or 0; what all wrote to stdout and to stderr.
+    Returns:
+        The first nonzero exit code or 0, and what all processes wrote to stdout and to stderr.
     """
     if processes > 1:
         variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(utils.distributed.process_group.free_port())}

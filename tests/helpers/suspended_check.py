@@ -1,6 +1,8 @@
 """
-run by test_peers.py as two processes: meets the other at a barrier until `seconds` have passed, while a child of the
-first process suspends both for longer than `Watchdog` lets one be silent, and continues them.
+Two processes that survive a suspension; tests/distributed/test_watchdog.py runs them.
+
+They meet at a barrier for some seconds. Meanwhile a child of the first process suspends both for longer than
+`Watchdog` allows a silence, and then continues them.
 """
 
 import os

@@ -348,9 +348,9 @@ print(json.dumps({"answered_before": before}))
     [
         ("none", None),
         ("writes its journal at the end", "a kill would lose the others"),
-        ("does not read its journal", "answered again|taken over"),
+        ("does not read its journal", "answered again|were reused"),
         ("begins its journal anew", "answers are lost"),
-        ("answers otherwise after a kill", "not that of a run that nobody killed"),
+        ("answers otherwise after a kill", "not that of a run without a kill"),
     ],
 )
 def test_the_harness_finds_a_program_that_loses_answers(tmp_path, fault, words):
