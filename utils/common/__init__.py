@@ -1,0 +1,1 @@
+"""What every room may use: errors, files, signals, ranks. It imports only the standard library."""
