@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 CHUNK_BYTES = 64 << 20  # hashed by one thread at a time; recorded hashes depend on it
-THREADS = 16  # SHA-256 reaches about 1 GB/s on a core
+HASH_THREADS = 16  # SHA-256 reaches about 1 GB/s on a core
 
 
 def hash_files(files: Iterable[Path]) -> str:
@@ -31,7 +31,7 @@ def hash_files(files: Iterable[Path]) -> str:
         for start in range(0, max(file.stat().st_size, 1), CHUNK_BYTES)
     ]
     total = hashlib.sha256()
-    with ThreadPoolExecutor(min(THREADS, os.cpu_count() or 1)) as threads:
+    with ThreadPoolExecutor(min(HASH_THREADS, os.cpu_count() or 1)) as threads:
         for (file, start), digest in zip(chunks, threads.map(_hash_chunk, chunks), strict=True):
             total.update(f"{file.name}\0{start}\0".encode() + digest)
     return total.hexdigest()[:32]

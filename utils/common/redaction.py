@@ -40,12 +40,12 @@ def hide_in_command(words: Sequence[str]) -> list[str]:
     >>> hide_in_command(["train.py", "--hub_token", "hf_abc", "--api-key=1234", "--seed", "1"])
     ['train.py', '--hub_token', '<hidden>', '--api-key=<hidden>', '--seed', '1']
     """
-    return [shown for shown, _ in _split(words)]
+    return [shown for shown, _ in _words_and_secrets(words)]
 
 
 def hide_secrets(value: Any) -> Any:
     """Return `value`, text or JSON data, without the secrets of this process's command line and environment."""
-    secrets = {secret for _, secret in _split(sys.argv) if secret}
+    secrets = {secret for _, secret in _words_and_secrets(sys.argv) if secret}
     secrets |= {text for name, text in os.environ.items() if SECRET_NAME.search(name)}
     long_enough = [secret for secret in secrets if len(secret) >= MIN_SECRET_LENGTH]
     return _hide(value, sorted(long_enough, key=len, reverse=True))
@@ -64,7 +64,7 @@ def _hide(value: Any, secrets: list[str]) -> Any:
     return [_hide(each, secrets) for each in value] if isinstance(value, (list, tuple)) else value
 
 
-def _split(words: Sequence[str]) -> list[tuple[str, str | None]]:
+def _words_and_secrets(words: Sequence[str]) -> list[tuple[str, str | None]]:
     """Return each word as it may be shown, with the secret in it or None."""
     pairs: list[tuple[str, str | None]] = []
     previous = ""

@@ -13,7 +13,7 @@ from typing import IO
 # C0 and C1 controls, which begin escape sequences; Unicode's line ends and text direction marks; lone surrogates,
 # which stand for bytes of a file name that are not UTF-8.
 _CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
-_BLANKS = {"\n": "\\n", "\t": "\\t"}
+_ESCAPED_BLANKS = {"\n": "\\n", "\t": "\\t"}
 
 
 def escape_controls(text: str) -> str:
@@ -23,7 +23,7 @@ def escape_controls(text: str) -> str:
 
 def one_line(text: str) -> str:
     """Return `text` with control characters, line feeds and tabs written as `\\x1b`, `\\n`, `\\t`."""
-    return escape_controls(text).translate(str.maketrans(_BLANKS))
+    return escape_controls(text).translate(str.maketrans(_ESCAPED_BLANKS))
 
 
 def print_to_stderr(line: str) -> None:
