@@ -1,6 +1,6 @@
 """
-Datasets of this toolkit and of other tools: trained as their columns mean, or refused with row and column; their
-rows are told apart by content; and Arrow files that lie are refused.
+Datasets of this toolkit and of other tools train as their columns mean, or are refused with row and column; rows are
+told apart by content; Arrow files with wrong numbers are refused.
 """
 
 import json
@@ -34,7 +34,7 @@ def changed(number, **values):
     return [row | values if i == number else row for i, row in enumerate(ROWS)]
 
 
-def test_what_is_different_about_rows_is_said_in_words():
+def test_the_difference_between_rows_is_described():
     now = fingerprint_rows(dataset_of(ROWS))
     for rows, words in (
         (ROWS, None),
@@ -119,14 +119,14 @@ def load(path, input_ids=IDS, labels=LABELS, types=(), **columns):
     ],
 )
 def test_columns_of_other_tools(tmp_path, columns):
-    """Whatever holds the rows, they train as the plain ones."""
+    """Whatever columns hold the rows, they train as the plain ones."""
     assert load(tmp_path / "rows", **columns) == {"input_ids": IDS, "labels": LABELS}
 
 
-def test_tokens_that_are_masked_and_columns_that_are_not_read_are_said(tmp_path, capsys):
+def test_masked_tokens_and_ignored_columns_are_printed(tmp_path, capsys):
     load(tmp_path / "rows", attention_mask=[[0, 1, 1], [1] * 4], text=["a", "b"])
-    said = capsys.readouterr().out
-    assert "attention_mask leaves 1 of 7 tokens out" in said and "columns that are not read: 'text'" in said
+    printed = capsys.readouterr().out
+    assert "attention_mask leaves 1 of 7 tokens out" in printed and "columns that are not read: 'text'" in printed
 
 
 @pytest.mark.parametrize(
@@ -140,7 +140,7 @@ def test_tokens_that_are_masked_and_columns_that_are_not_read_are_said(tmp_path,
         ("row 0: input_ids holds -1", {"input_ids": [[5, -1, 7], [8, 9, 10, 11]]}),
         ("row 1: labels holds -5, which is not -100", {"labels": [[-100, 6, 7], [-100, -100, 10, -5]]}),
         ("row 1: labels holds 2000", {"labels": [[-100, 6, 7], [-100, -100, 10, 2000]]}),
-        ("row 0: labels holds a null, where -100", {"labels": [[None, 6, 7], [-100, -100, 10, 11]]}),
+        ("row 0: labels holds a null: give -100", {"labels": [[None, 6, 7], [-100, -100, 10, 11]]}),
         ("row 1: input_ids is null", {"input_ids": [[5, 6, 7], None]}),
         ("row 0: seq_len is 4, and the row has 3", {"labels": None, "seq_len": [4, 1]}),
         ("row 1: seq_len is -1", {"labels": None, "seq_len": [1, -1]}),
@@ -152,15 +152,15 @@ def test_tokens_that_are_masked_and_columns_that_are_not_read_are_said(tmp_path,
         ("column labels holds int64", {"labels": [1, 2]}),
         ("column input_ids holds list<.*list<", {"input_ids": [[[5, 6, 7]], [[8, 9, 10, 11]]]}),
         ("row 0: input_ids begins with padding", {"input_ids": [[3, 3, 7], [8, 9, 10, 11]]}),
-        ("row 1: column position_ids is not used", {"position_ids": [[0, 1, 2], [0, 1, 0, 1]]}),
-        ("column position_ids is not used", {"position_ids": [[[0, 1, 2]] * 2, [[0, 1, 2, 3]] * 2]}),
-        ("column token_type_ids is not used", {"token_type_ids": [[0, 0, 1], [0] * 4]}),
-        ("column weight is not used", {"weight": [1.0, 0.5]}),
-        ("column pixel_values is not used", {"pixel_values": [[0.0], [1.0]]}),
+        ("row 1: column position_ids is not supported", {"position_ids": [[0, 1, 2], [0, 1, 0, 1]]}),
+        ("column position_ids is not supported", {"position_ids": [[[0, 1, 2]] * 2, [[0, 1, 2, 3]] * 2]}),
+        ("column token_type_ids is not supported", {"token_type_ids": [[0, 0, 1], [0] * 4]}),
+        ("column weight is not supported", {"weight": [1.0, 0.5]}),
+        ("column pixel_values is not supported", {"pixel_values": [[0.0], [1.0]]}),
         ("lacks the columns input_ids and labels", {"labels": None}),
     ],
 )
-def test_rows_that_cannot_be(tmp_path, words, columns):
+def test_impossible_rows(tmp_path, words, columns):
     with pytest.raises(UsageError, match=words) as error:
         load(tmp_path / "rows", **columns)
     assert len(error.value.args) == 1 and str(error.value).startswith(f"--dataset_path {tmp_path}/rows")
@@ -190,8 +190,8 @@ def test_what_is_no_dataset(tmp_path):
 
 
 @pytest.fixture
-def lying(tmp_path):
-    """lying(change) -> the rows of a dataset whose Arrow file, a bytearray, went through `change`."""
+def damaged(tmp_path):
+    """damaged(change) -> the rows of a dataset after `change` of its Arrow file, a bytearray."""
     columns = {"input_ids": pa.array(IDS, LIST), "labels": pa.array(LABELS, LIST), "text": pa.nulls(2)}
     datasets.Dataset(pa.table(columns)).save_to_disk(str(tmp_path / "rows"))
     (file,) = (tmp_path / "rows").glob("*.arrow")
@@ -238,35 +238,35 @@ TWICE = pa.Table.from_arrays([pa.array(IDS, LIST)] * 3, ["input_ids", "labels", 
 @pytest.mark.parametrize(
     "words, change",
     [
-        ("spoiled", set_offsets(0, 3, 1 << 30)),  # outside the file
-        ("spoiled", set_offsets(0, 7, 3)),
-        ("spoiled", set_offsets(-4, 3, 7)),
+        ("is damaged", set_offsets(0, 3, 1 << 30)),  # outside the file
+        ("is damaged", set_offsets(0, 7, 3)),
+        ("is damaged", set_offsets(-4, 3, 7)),
         ("claims 1,099,511,627,776 rows", rows_of_nothing),
         ("compressed", bomb("zstd")),
         ("compressed", bomb("lz4")),
         ("is cut", lambda content: content[:-100]),
         ("is cut", lambda content: content[:-8]),  # where Arrow sees a whole file
-        ("is cut, or no Arrow stream", lambda content: b"x" * 100),
+        ("is cut, or not an Arrow stream", lambda content: b"x" * 100),
         ("is cut", lambda content: content.clear()),
         ("two columns labels", lambda content: write_stream(TWICE)),
     ],
 )
-def test_arrow_files_that_lie(lying, words, change):
+def test_arrow_files_with_wrong_numbers(damaged, words, change):
     with pytest.raises(UsageError, match=words):
-        lying(change)
+        damaged(change)
 
 
 @pytest.mark.parametrize("value", (1 << 60, (1 << 31) - 1, -1, -(1 << 63)))
-def test_an_arrow_file_with_any_number_changed(lying, value):
+def test_an_arrow_file_with_any_number_changed(damaged, value):
     """Each 8 bytes in turn: the file is refused, or its rows are whole."""
     refused = 0
-    for place in range(0, len(lying.content) - 7, 8):
+    for place in range(0, len(damaged.content) - 7, 8):
 
         def change(content, place=place):
             content[place : place + 8] = struct.pack("<q", value)
 
         try:
-            rows = lying(change)
+            rows = damaged(change)
             assert list(map(len, rows["input_ids"])) == list(map(len, rows["labels"])) and len(rows["labels"]) <= 2
         except UsageError:
             refused += 1
@@ -281,14 +281,14 @@ def test_an_arrow_file_with_any_number_changed(lying, value):
         ("{}", "state.json has no '_data_files'"),
         ('{"_data_files": {}}', "'_data_files' is dict, not list"),
         ('{"_data_files": []}', "has no rows"),
-        ('{"_data_files": [7]}', "names a file elsewhere, None"),
-        ('{"_data_files": [{"filename": "../x"}]}', "names a file elsewhere, ../x"),
+        ('{"_data_files": [7]}', "names a file in another directory, None"),
+        ('{"_data_files": [{"filename": "../x"}]}', "names a file in another directory, ../x"),
         ('{"_data_files": [{"filename": "absent.arrow"}]}', "absent.arrow does not exist"),
         ('{"_data_files": ' + "[" * 100_000, "nested too deeply"),
     ],
 )
-def test_a_state_that_lies(lying, tmp_path, state, words):
-    lying(lambda content: content)
+def test_a_wrong_state(damaged, tmp_path, state, words):
+    damaged(lambda content: content)
     (tmp_path / "rows" / "dataset_info.json").write_text("[" * 100_000)  # which is not read
     (tmp_path / "rows" / "state.json").write_text(state)
     with pytest.raises(UsageError, match=words):
@@ -303,7 +303,7 @@ def test_a_state_that_lies(lying, tmp_path, state, words):
         ('{"template": "x", "tokenizer": "", "model_name_or_path": ""}', "there is no template 'x'"),
     ],
 )
-def test_an_origin_that_lies(tmp_path, origin, words):
+def test_a_wrong_origin(tmp_path, origin, words):
     dataset_of(ROWS).save_to_disk(str(tmp_path))
     (tmp_path / "origin.json").write_text(origin)
     with pytest.raises(UsageError, match=words):

@@ -62,7 +62,7 @@ def test_tags_are_turns_only_in_the_form_of_the_multi_turn_file():
 def test_system_text_is_the_first_message():
     chat = [{"role": "system", "content": "说短些"}, {"role": "user", "content": "你好"}]
     assert parse_prompt({"messages": chat}).messages == (Message("system", "说短些"), Message("user", "你好"))
-    for bad, reason in (([chat[1], chat[0]], "at the start"), (chat[:1], "alone")):
+    for bad, reason in (([chat[1], chat[0]], "at the start"), (chat[:1], "only a system message")):
         with pytest.raises(RowError, match=reason):
             parse_prompt({"messages": bad})
 

@@ -1,4 +1,4 @@
-"""Columns that carry meaning: used, or the row is rejected by name; in processing, tokenising, inference alike."""
+"""Columns with a meaning are used, or the row is rejected by name, in processing, tokenising and inference alike."""
 
 import csv
 import json
@@ -95,7 +95,7 @@ def test_what_cannot_be_used_is_named(more, words):
         (ANSWER | {"loss": "half"}, '"loss"'),
         (ANSWER | {"reasoning_content": "嗯"}, '"reasoning_content"'),
         ({"role": "robot", "content": "x"}, "'robot'"),
-        (SYSTEM, "once, at the start"),
+        (SYSTEM, "one system message, at the start"),
     ],
 )
 def test_turns_that_cannot_be_used_are_named(message, words):
@@ -152,7 +152,7 @@ def test_a_map_of_columns():
     ]
     for bad, words in (
         ("q", "ROLE=COLUMN"),
-        ("promt=q", "no role promt; there are prompt"),
+        ("promt=q", "no role promt; the roles are prompt"),
         ("prompt=a,prompt=b", "two"),
     ):
         with pytest.raises(UsageError, match=words):

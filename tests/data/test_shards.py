@@ -91,7 +91,7 @@ def test_rows_at_once_are_rows_one_by_one(tokenizer, name):
 @pytest.mark.parametrize("name", ["native", "alpaca"])
 @pytest.mark.parametrize("loss_on", ["last", "every"])
 def test_flat_arrays_are_the_rows(tokenizer, name, loss_on):
-    """The rows laid out by columns, and mixed with what has another layout, are those of `encode_rows`."""
+    """Single turns laid out span by span, alone and mixed with other rows, are those of `encode_rows`."""
     template = template_for(tokenizer, name)
     single = [
         Conversation((Message("user", "问" * n), Message("assistant", "答  \n" * (n % 7 + 1)))) for n in range(1, 40)
@@ -118,7 +118,7 @@ def test_flat_arrays_are_the_rows(tokenizer, name, loss_on):
 
 
 def test_loss_on_every_turn(tokenizer):
-    """Each turn's tokens and the one that ends it; and what a prompt is made of stays as in inference."""
+    """Each turn's tokens and the one that ends it are trained on; prompts stay as in inference."""
     template = template_for(tokenizer)
     examples = [row.example() for row in encode_rows(tokenizer, template.training_rows(CHAT), None, template, "every")]
     last = encode_example(tokenizer, CHAT, None, template)
@@ -269,16 +269,18 @@ def row(number):
     )
 
 
-def test_the_rows_that_a_limit_costs_are_said_in_one_line():
+def test_the_rows_that_a_limit_costs_are_one_line():
     report = TokenReport(skipped_overlength=31, lengths=Counter({100: 69, 300: 28, 3000: 3}))
-    said = "31 of 100 rows (31 %) are longer than --max_seq_length 200 and were"
-    assert report.loss(200) == f"{said} left out; --max_seq_length 384 would leave out 3 %" == report.lines(200)[-1]
+    longer = "31 of 100 rows (31 %) are longer than --max_seq_length 200 and were"
+    sentence = report.describe_overlength(200)
+    assert sentence == f"{longer} left out; --max_seq_length 384 would leave out 3 %" == report.lines(200)[-1]
     report.skipped_overlength, report.cut = 0, 31
-    assert report.loss(200) == f"{said} cut; --max_seq_length 384 would cut 3 %"
+    assert report.describe_overlength(200) == f"{longer} cut; --max_seq_length 384 would cut 3 %"
     report.cut = 3
-    assert report.loss(384) == "3 of 100 rows (3 %) are longer than --max_seq_length 384 and were cut"
+    sentence = report.describe_overlength(384)
+    assert sentence == "3 of 100 rows (3 %) are longer than --max_seq_length 384 and were cut"
     report.cut = 0
-    assert report.loss(4096) == "" and len(report.lines(4096)) == 3
+    assert report.describe_overlength(4096) == "" and len(report.lines(4096)) == 3
 
 
 def test_advice():
@@ -310,7 +312,7 @@ def test_key_reads_the_files_not_their_dates(tmp_path):
 
 
 def save_foreign(path, rows):
-    """A dataset as ChatGLM-Tuning's script writes it: input_ids of int64, seq_len."""
+    """Save a dataset as ChatGLM-Tuning's script writes it: input_ids of int64, seq_len."""
     datasets.Dataset.from_list(rows).save_to_disk(str(path))
     return str(path)
 

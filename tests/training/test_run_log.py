@@ -191,7 +191,7 @@ def test_rows_of_one_prompt_are_held_out_together(tokens):
         ("--load_best_model_at_end", "--eval_dataset_path or --eval_fraction"),
         ("--eval_dataset_path nowhere", "--eval_dataset_path nowhere does not exist"),
         ("--eval_fraction 1.5", "--eval_fraction 1.5"),
-        ("--eval_fraction 0.0000001", "none is held out"),
+        ("--eval_fraction 0.0000001", "no row is held out"),
         ("--eval_fraction 0.1 --metric_for_best_model bleu", "give loss, eval_loss, perplexity"),
         ("--report_to comet_ml", "pip install comet_ml"),
     ],

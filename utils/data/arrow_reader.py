@@ -1,4 +1,9 @@
-"""Reading the Arrow dataset between tokenising and training: columns `input_ids` and `labels`, lists of int32."""
+"""
+Opens the Arrow datasets that training reads: columns `input_ids` and `labels`, lists of int32.
+
+utils/training/preflight.py opens, checks and splits datasets here; resuming compares them by `fingerprint_rows`. Files
+are opened by utils/data/arrow_table.py, not by `datasets.load_from_disk`, which believes a damaged file.
+"""
 
 import hashlib
 import json
@@ -17,7 +22,7 @@ from utils.common.json_files import read_json_object
 from utils.common.processes import print_once
 from utils.data.arrow_table import read_table
 from utils.data.arrow_writer import DATASET_ORIGIN_FILE, DatasetOrigin, is_dataset
-from utils.data.dataset_columns import COLUMNS, LOSS_MASKS, Vocabulary, to_examples
+from utils.data.dataset_columns import KNOWN_COLUMNS, LOSS_MASKS, Vocabulary, to_examples
 from utils.data.encode import fingerprint
 from utils.models.conversation import Message
 from utils.models.templates import TEMPLATES, encode_prompt, template_for
@@ -29,20 +34,21 @@ FEATURES = datasets.Features(
         "labels": datasets.Sequence(datasets.Value("int32")),
     }
 )
-TRAINED_ROWS_AT_ONCE = 100_000
-HASHED_ROWS_AT_ONCE = 1024  # 200,000 tokens of most datasets: what is computed of them stays in the CPU's cache
+COUNT_ROWS = 100_000  # rows whose labels are counted together: some 20 M tokens of most datasets
+HASH_ROWS = 1024  # rows hashed together: 200,000 tokens of most datasets stay in the CPU's cache
 
 
 def load_examples(dataset_path: str, vocabulary: Vocabulary | None = None) -> datasets.Dataset:
     """
-    Opens a dataset that tokenize_dataset_rows_belle.py or another tool wrote: columns `input_ids` and `labels`, see
-    `to_examples`. Says which columns are not read, and how many tokens are masked.
+    Open a dataset that tokenize_dataset_rows_belle.py or another tool wrote.
+
+    Prints which columns are ignored and how many tokens the attention mask removes; see `to_examples`.
 
     Args:
-        vocabulary: the model's; None where it is not known.
+        vocabulary: the model's; None if it is unknown.
 
     Raises:
-        UsageError: nothing there, no dataset, spoiled files, other columns, no rows, or rows that cannot be trained.
+        UsageError: no dataset, damaged files, other columns, no rows, or rows that cannot be trained on.
     """
     path = Path(dataset_path)
     table, others = open_table(path)
@@ -55,8 +61,8 @@ def load_examples(dataset_path: str, vocabulary: Vocabulary | None = None) -> da
     if others:
         print_once(f"--dataset_path {path}: columns that are not read: {', '.join(map(repr, others))}")
     if "attention_mask" in table.column_names:
-        tokens, kept = (_count_tokens(rows["input_ids"]) for rows in (table, examples))
-        print_once(f"--dataset_path {path}: attention_mask leaves {tokens - kept:,} of {tokens:,} tokens out")
+        before, after = (_count_tokens(rows["input_ids"]) for rows in (table, examples))
+        print_once(f"--dataset_path {path}: attention_mask leaves {before - after:,} of {before:,} tokens out")
     return datasets.Dataset(examples, fingerprint=datasets.fingerprint.generate_random_fingerprint())
 
 
@@ -66,7 +72,10 @@ def _count_tokens(column: pa.ChunkedArray) -> int:
 
 def open_table(path: Path) -> tuple[pa.Table, list[str]]:
     """
-    The columns of a dataset's Arrow files that are read or checked, and the names of the others.
+    Open the known columns of a dataset's Arrow files.
+
+    Returns:
+        The table, and the names of the other columns.
 
     Raises:
         UsageError: see `load_examples`.
@@ -76,7 +85,7 @@ def open_table(path: Path) -> tuple[pa.Table, list[str]]:
         raise UsageError(f"--dataset_path {path} {_describe_other(path)} {make_one}")
     try:
         files = _list_files(path)
-        table, others = read_table(files, COLUMNS) if files else (None, [])
+        table, others = read_table(files, KNOWN_COLUMNS) if files else (None, [])
     except UsageError as error:
         raise UsageError(f"--dataset_path {path}: {error}; {make_one}") from None
     if not table:
@@ -92,18 +101,18 @@ def _list_files(path: Path) -> list[Path]:
     The Arrow files of a dataset.
 
     Raises:
-        UsageError: state.json is spoiled, or names a file elsewhere.
+        UsageError: state.json is damaged, or names a file in another directory.
     """
     entries = read_json_object(path / "state.json", {"_data_files": list})["_data_files"]
     names = [entry.get("filename") if isinstance(entry, dict) else None for entry in entries]
     for name in names:
         if not isinstance(name, str) or Path(name).name != name:
-            raise UsageError(f"state.json names a file elsewhere, {name}")
+            raise UsageError(f"state.json names a file in another directory, {name}")
     return [path / name for name in names]
 
 
 def _describe_other(path: Path) -> str:
-    """What stands in the place of a dataset."""
+    """What is at `path` in place of a dataset, for a message."""
     if not path.exists():
         return "does not exist;"
     if (path / "dataset_dict.json").is_file():
@@ -115,36 +124,37 @@ def _describe_other(path: Path) -> str:
         if kind in kinds:
             load = f"load_dataset({kind.replace('jsonl', 'json')!r}, data_files=FILES, split='train')"
             return (
-                f"is not a tokenised dataset but holds a {kind} file: where its rows are tokens, save them with "
+                f"is not a tokenised dataset but holds a {kind} file: if its rows are tokens, save them with "
                 f"datasets' {load}.save_to_disk(DIRECTORY), else"
             )
     return "is not a tokenised dataset;"
 
 
 def trained_rows(dataset: datasets.Dataset) -> np.ndarray:
-    """The numbers of the rows with a token that is trained on."""
+    """Indices of the rows with a token that is trained on: (n,) int64."""
     return np.flatnonzero(trained_tokens(dataset))
 
 
 def trained_tokens(dataset: datasets.Dataset) -> np.ndarray:
-    """(rows,) int64: how many labels of each row are predicted, which no row's first token is."""
-    found = []
-    for batch in dataset.with_format("arrow").iter(TRAINED_ROWS_AT_ONCE):
+    """Number of predicted labels of each row, without its first token, which nothing predicts: (rows,) int64."""
+    counts = []
+    for batch in dataset.with_format("arrow").iter(COUNT_ROWS):
         for labels in batch["labels"].chunks:
             values, offsets = labels.values.to_numpy(zero_copy_only=False), labels.offsets.to_numpy()
-            before = np.concatenate([[0], np.cumsum(values != IGNORE_INDEX)])  # trained tokens before each place
+            before = np.concatenate([[0], np.cumsum(values != IGNORE_INDEX)])  # trained tokens before each position
             first = np.minimum(offsets[:-1] + 1, offsets[1:])
-            found.append(before[offsets[1:]] - before[first])
-    return np.concatenate(found)
+            counts.append(before[offsets[1:]] - before[first])
+    return np.concatenate(counts)
 
 
 def hold_out(dataset: datasets.Dataset, fraction: float) -> tuple[np.ndarray, np.ndarray]:
     """
-    The numbers of the rows to train on and of those held out, about `fraction` of all: decided by a hash of the
-    prompt's tokens, so that rows of one prompt are on one side, and stay there when data grows.
+    Indices of the rows to train on and of those held out, about `fraction` of all.
+
+    A hash of the prompt's tokens decides: rows of one prompt stay together, and stay where they are when data grows.
     """
     held_out = []
-    for batch in dataset.with_format("arrow").iter(TRAINED_ROWS_AT_ONCE):
+    for batch in dataset.with_format("arrow").iter(COUNT_ROWS):
         for input_ids, labels in zip(batch["input_ids"], batch["labels"], strict=True):
             ids, targets = (column.values.to_numpy() for column in (input_ids, labels))
             trained = np.flatnonzero(targets != IGNORE_INDEX)
@@ -156,20 +166,19 @@ def hold_out(dataset: datasets.Dataset, fraction: float) -> tuple[np.ndarray, np
 
 
 def row_lengths(dataset: datasets.Dataset) -> list[int]:
-    """Tokens of each row, from the offsets of the column, without reading it."""
+    """Tokens of each row, from the offsets alone."""
     column = dataset.with_format("arrow")[:]["input_ids"]
     return pyarrow.compute.list_value_length(column).to_pylist()
 
 
 def fingerprint_rows(dataset: datasets.Dataset) -> dict[str, Any]:
     """
-    What tells these rows from others: a hash of every row's content, in order. See `describe_row_change`.
+    Hash every row's content, so that `describe_row_change` can tell what changed.
 
     Returns:
         `version`; `rows`, their number; hashes of all rows' `inputs` (input_ids), `targets` (labels) and `prompts`
-        (the tokens without loss); `any_order`, the same for the same rows in another order; and `v1`, the fingerprint
-        that checkpoints of earlier versions of this toolkit hold. The same for the same numbers, whatever integers
-        they are stored as and however the columns are divided into chunks.
+        (the tokens without loss); `any_order`, equal for the same rows in another order; and `v1`, the fingerprint in
+        checkpoints of earlier versions of this toolkit. Integer types and chunks of the columns make no difference.
     """
     digests = [_row_digests(*row_arrays) for row_arrays in _iterate_arrays(dataset)]
     inputs, targets, prompts = map(np.concatenate, zip(*digests, strict=True))
@@ -185,10 +194,8 @@ def fingerprint_rows(dataset: datasets.Dataset) -> dict[str, Any]:
 
 
 def _iterate_arrays(dataset: datasets.Dataset) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """
-    `input_ids` and `labels` of a few rows, joined, each (T,), and the offsets at which rows begin, (rows + 1,).
-    """
-    for batch in dataset.with_format("arrow").iter(HASHED_ROWS_AT_ONCE):
+    """Yield `input_ids` and `labels` of HASH_ROWS rows, each (tokens,), and the rows' offsets, (rows + 1,)."""
+    for batch in dataset.with_format("arrow").iter(HASH_ROWS):
         columns = [batch[name].combine_chunks() for name in FEATURES]
         offsets = columns[0].offsets.to_numpy()
         yield *(column.flatten().to_numpy() for column in columns), offsets - offsets[0]
@@ -196,17 +203,18 @@ def _iterate_arrays(dataset: datasets.Dataset) -> Iterator[tuple[np.ndarray, np.
 
 def _row_digests(input_ids: np.ndarray, labels: np.ndarray, offsets: np.ndarray) -> tuple[np.ndarray, ...]:
     """
-    Digests of each row's tokens, labels and tokens without loss: (rows,) int64, the sums of value x key modulo 2^64,
-    where each place in a row has its own random odd key. Source: Lemire and Kaser 2014, "Strongly universal string
-    hashing is fast", multilinear hashing.
+    Digests of each row's tokens, labels and tokens without loss, each (rows,) int64.
+
+    A digest is the sum of value x key modulo 2^64, with a random odd key for each position in a row: one pass of
+    numpy. Source: Lemire and Kaser 2014, "Strongly universal string hashing is fast", multilinear hashing.
     """
     lengths = np.diff(offsets)
     keys = np.random.Generator(np.random.PCG64(0)).integers(-(2**63), 2**63, lengths.max(initial=0)) | 1
     keys = keys[np.arange(len(input_ids)) - np.repeat(offsets[:-1], lengths)]
     before = np.zeros(len(input_ids) + 1, np.int64)
 
-    def sum_rows(products: np.ndarray) -> np.ndarray:
-        np.cumsum(products, out=before[1:])
+    def sum_rows(values: np.ndarray) -> np.ndarray:
+        np.cumsum(values, out=before[1:])
         return before[offsets[1:]] - before[offsets[:-1]]
 
     tokens = keys * (input_ids + np.int64(1))  # 0 is a token
@@ -218,20 +226,20 @@ def _hash(digests: np.ndarray) -> str:
 
 
 def old_fingerprint_rows(dataset: datasets.Dataset) -> str:
-    """What checkpoints of earlier versions hold: a hash of every row's length and of some rows, spread over all."""
-    lengths = hashlib.sha256(json.dumps(row_lengths(dataset)).encode())
+    """The fingerprint of earlier versions: a hash of every row's length and of some rows, spread over all."""
+    digest = hashlib.sha256(json.dumps(row_lengths(dataset)).encode())
     for index in range(0, len(dataset), max(1, len(dataset) // 64)):
-        lengths.update(json.dumps(dataset[index]).encode())
-    return lengths.hexdigest()[:16]
+        digest.update(json.dumps(dataset[index]).encode())
+    return digest.hexdigest()[:16]
 
 
 def describe_row_change(then: Any, now: dict[str, Any]) -> str | None:
     """
-    What a run whose rows were `then` had, in words; None where `now` they are the same.
+    Describe the rows of an earlier run for a message; None if they are those of now.
 
     Args:
-        then: what a checkpoint holds, of `fingerprint_rows` or, from earlier versions, of `old_fingerprint_rows`.
-        now: what `fingerprint_rows` returns.
+        then: the `fingerprint_rows` in a checkpoint, or the `old_fingerprint_rows` in one of an earlier version.
+        now: `fingerprint_rows` of the dataset.
     """
     if isinstance(then, str):
         return None if then == now["v1"] else "other rows"
@@ -253,8 +261,10 @@ def describe_row_change(then: Any, now: dict[str, Any]) -> str | None:
 
 def check_origin(dataset_path: str, tokenizer: PreTrainedTokenizerBase, model_name_or_path: str) -> str:
     """
-    The name of the template that the dataset was made with; "native" for a dataset that another tool made, of which
-    nothing is known but what its first row looks like.
+    Check that a dataset's tokens are those of this tokenizer.
+
+    Returns:
+        Name of the dataset's template; "native" for a dataset of another tool, whose first row alone can be checked.
 
     Raises:
         UsageError: another tokenizer or another version of the template made it.
@@ -267,7 +277,7 @@ def check_origin(dataset_path: str, tokenizer: PreTrainedTokenizerBase, model_na
         if is_pairs and not _is_pair_of(tokenizer, to_examples(table.slice(0, 1), None).to_pylist()[0]):
             raise UsageError(
                 f"--dataset_path {dataset_path}: its rows do not have the special tokens that the tokenizer of "
-                f"{model_name_or_path} puts round a prompt and a target: {again}"
+                f"{model_name_or_path} puts around a prompt and a target: {again}"
             )
         return "native"
     try:
@@ -285,7 +295,7 @@ def check_origin(dataset_path: str, tokenizer: PreTrainedTokenizerBase, model_na
             f"by an older version of this toolkit: {again}"
         )
     if origin.system_turns is None and template_for(tokenizer, origin.template).has_system_role:
-        print_once(f"{dataset_path} has system messages, if any, inside the first question, not as turns: {again}")
+        print_once(f"{dataset_path} has system messages, if any, inside the first question and not as turns: {again}")
     return origin.template
 
 
@@ -298,22 +308,22 @@ def _is_pair_of(tokenizer: PreTrainedTokenizerBase, row: dict[str, Any]) -> bool
 
 def split_off(dataset: datasets.Dataset, fraction: float) -> tuple[datasets.Dataset, datasets.Dataset]:
     """
-    The rows to train on and those held out for evaluation.
+    Split a dataset into the rows to train on and those held out for evaluation.
 
     Raises:
         UsageError: one of the two is empty.
     """
-    kept, held_out = hold_out(dataset, fraction)
-    if not len(kept) or not len(held_out):
-        side = "is left to train on" if not len(kept) else "is held out"
-        raise UsageError(f"--eval_fraction {fraction}: of {len(dataset)} rows none {side}; give another share")
+    trained, held_out = hold_out(dataset, fraction)
+    if not len(trained) or not len(held_out):
+        problem = "no row to train on remains" if not len(trained) else "no row is held out"
+        raise UsageError(f"--eval_fraction {fraction}: {problem} of {len(dataset)}; give another share")
     print_once(f"{len(held_out)} of {len(dataset)} rows held out for evaluation")
-    return dataset.select(kept), dataset.select(held_out)
+    return dataset.select(trained), dataset.select(held_out)
 
 
 def keep_trained(dataset: datasets.Dataset, dataset_path: str) -> datasets.Dataset:
     """
-    Without the rows that have no token to train on; says how many those are.
+    Remove the rows that have no token to train on, and print how many.
 
     Raises:
         UsageError: no row has one.

@@ -1,8 +1,9 @@
 """
-Arrow files of a dataset, of whatever origin -> a table mapped from them; files that lie are refused.
+Maps the Arrow files of a dataset into memory as one table, and refuses files whose numbers are wrong.
 
-A file's numbers are not to be believed: offsets may point outside their buffer, or a batch may claim more rows than
-the file has bytes. Reading such a table ends the process, or reads memory that is not the file's.
+utils/data/arrow_reader.py calls it for datasets of any origin. `datasets.load_from_disk` believes what a file says of
+itself: an offset outside its buffer, or more rows than the file has bytes, ends the process or reads memory that is
+not the file's. So numbers are checked against bytes first, and no side file decides anything.
 """
 
 import struct
@@ -13,15 +14,18 @@ import pyarrow as pa
 
 from utils.common.errors import UsageError
 
-END = bytes.fromhex("ffffffff00000000")  # of a stream; Arrow takes a file that was cut before a batch for a whole one
+STREAM_END = bytes.fromhex("ffffffff00000000")  # Arrow takes a file that was cut between two batches for a whole one
 
 
 def read_table(files: Sequence[Path], columns: Collection[str]) -> tuple[pa.Table, list[str]]:
     """
-    The rows of Arrow stream files of one schema, mapped into memory; and the names of the columns left out.
+    Map Arrow stream files of one schema into memory.
 
     Args:
-        columns: the columns to take, some of which the files may lack. The others are not looked at.
+        columns: the columns to take, some of which the files may lack. The others are not checked.
+
+    Returns:
+        The table, and the names of the other columns.
 
     Raises:
         UsageError: a file is absent, no Arrow stream, cut, compressed, or has other columns than the first; or a
@@ -34,7 +38,7 @@ def read_table(files: Sequence[Path], columns: Collection[str]) -> tuple[pa.Tabl
         try:
             table, others = _read_file(file, columns)
         except (pa.ArrowException, OSError, ValueError, struct.error, OverflowError, MemoryError) as error:
-            raise UsageError(f"{file} is spoiled ({' '.join(str(error).split())[:200]})") from None
+            raise UsageError(f"{file} is damaged ({' '.join(str(error).split())[:200]})") from None
         tables.append(table)
         if not table.schema.equals(tables[0].schema):
             raise UsageError(f"{file} has other columns than {files[0]}")
@@ -44,9 +48,9 @@ def read_table(files: Sequence[Path], columns: Collection[str]) -> tuple[pa.Tabl
 def _read_file(file: Path, columns: Collection[str]) -> tuple[pa.Table, list[str]]:
     size = file.stat().st_size
     with file.open("rb") as stream:
-        stream.seek(max(size - len(END), 0))
-        if stream.read() != END:
-            raise ValueError("it is cut, or no Arrow stream")
+        stream.seek(max(size - len(STREAM_END), 0))
+        if stream.read() != STREAM_END:
+            raise ValueError("it is cut, or not an Arrow stream")
     with pa.memory_map(str(file)) as source:
         for message in pa.ipc.MessageReader.open_stream(source):
             if message.type != "schema" and _is_compressed(message):
@@ -67,14 +71,14 @@ def _read_file(file: Path, columns: Collection[str]) -> tuple[pa.Table, list[str
 
 def _is_compressed(message: pa.Message) -> bool:
     """
-    Whether a batch's buffers are to be decompressed, by which a small file could fill all memory.
+    Whether a batch's buffers are compressed, so that a small file could fill all memory.
 
     Format: Apache Arrow's format/Message.fbs, tables Message, DictionaryBatch and RecordBatch, as FlatBuffers.
     """
     content = memoryview(message.metadata)
 
-    def follow(place: int) -> int:
-        return place + struct.unpack_from("<I", content, place)[0]
+    def follow(position: int) -> int:
+        return position + struct.unpack_from("<I", content, position)[0]
 
     def field(table: int, number: int) -> int | None:
         vtable = table - struct.unpack_from("<i", content, table)[0]

@@ -1,4 +1,9 @@
-"""Writing the Arrow dataset between tokenising and training, without the datasets library, which is slow to import."""
+"""
+Writes the Arrow dataset of token ids that training reads: record batches, side files, and the move into place.
+
+utils/data/shards.py and tokenize_dataset_rows_belle.py call it. The format is that of the datasets library, which is
+not used here because worker processes would pay for its import.
+"""
 
 import json
 import os
@@ -26,17 +31,21 @@ DATASET_ORIGIN_FILE = "origin.json"
 
 @dataclass(frozen=True)
 class DatasetOrigin:
-    """What made a dataset's tokens; a file beside them."""
+    """
+    The template, tokenizer and options that a dataset's tokens come from.
+
+    Format: origin.json beside the tokens has these field names as its keys.
+    """
 
     template: str  # one of utils.models.templates.TEMPLATES
     tokenizer: str  # utils.data.encode.fingerprint
     model_name_or_path: str
     loss_on: str = "last"  # one of utils.data.encode.LOSS_ON
-    system_turns: bool | None = None  # whether system messages are turns of their own; None: made before that was so
+    system_turns: bool | None = None  # whether system messages are turns; None: written before they could be
 
 
 def record_batch(batch: TokenBatch) -> pa.RecordBatch:
-    """Rows as Arrow columns of `SCHEMA`."""
+    """The examples as a record batch of `SCHEMA`."""
     offsets = np.concatenate([[0], np.cumsum(batch.lengths)]).astype(np.int32)
     columns = [pa.ListArray.from_arrays(offsets, values) for values in (batch.input_ids, batch.labels)]
     return pa.RecordBatch.from_arrays(columns, schema=SCHEMA)
@@ -44,9 +53,9 @@ def record_batch(batch: TokenBatch) -> pa.RecordBatch:
 
 def complete_dataset(directory: Path, arrow_files: Sequence[str], origin: DatasetOrigin, fingerprint: str) -> None:
     """
-    Makes a directory with Arrow files of `SCHEMA` one that `datasets.load_from_disk` opens.
+    Write the side files with which `datasets.load_from_disk` opens a directory of Arrow files of `SCHEMA`.
 
-    Format: what `datasets.Dataset.save_to_disk` of datasets 5.2 writes beside the Arrow files.
+    Format: what `datasets.Dataset.save_to_disk` of datasets 5.2 writes.
     """
     state = {
         "_data_files": [{"filename": name} for name in arrow_files],
@@ -65,10 +74,12 @@ def complete_dataset(directory: Path, arrow_files: Sequence[str], origin: Datase
 
 def replace_dataset(new: Path, target: Path) -> None:
     """
-    Moves a complete dataset to where an older one may stand. A kill leaves the older one or the new one there, or
-    nothing, and then the new one in `new`, from which the next run goes on; never a part of either.
+    Move a complete dataset to `target`, in place of an older one.
+
+    A kill leaves the older or the new dataset at `target`, or nothing there and the new one at `new`, where the next
+    run resumes; never half of either.
     """
-    older = new.with_name(f"{new.name}.older")  # also what a killed run left of one
+    older = new.with_name(f"{new.name}.older")  # may be there since a killed run
     shutil.rmtree(older, ignore_errors=True)
     if target.exists():
         target.rename(older)
@@ -78,17 +89,20 @@ def replace_dataset(new: Path, target: Path) -> None:
 
 def check_target(target: Path, inputs: Sequence[str] = ()) -> None:
     """
+    Check that a dataset may be written to `target`.
+
     Raises:
-        UsageError: something that is not a dataset stands where one is to be written, or it is or holds an input.
+        UsageError: `target` exists and is not a dataset, or is or holds one of `inputs`.
     """
-    place = target.resolve()
+    resolved = target.resolve()
     for path in map(Path, inputs):
-        found = (path.resolve(), path.absolute().parent.resolve())  # the latter of a link in `target` to elsewhere
-        if any(place == each or place in each.parents for each in found):
+        locations = (path.resolve(), path.absolute().parent.resolve())  # the latter for a link inside `target`
+        if any(resolved == location or resolved in location.parents for location in locations):
             raise UsageError(f"--save_path {target} is or holds the input {path}, which would be lost: choose another")
     if os.path.lexists(target) and not is_dataset(target):
         raise UsageError(f"--save_path {target} exists and is not a dataset: remove it or choose another path")
 
 
 def is_dataset(path: Path) -> bool:
+    """Whether a directory has the side files of a dataset."""
     return (path / "dataset_info.json").is_file() and (path / "state.json").is_file()

@@ -1,4 +1,9 @@
-"""Rows of tokens -> batches of tensors."""
+"""
+Collates rows of token ids into batches of tensors, padded or packed.
+
+Trainer calls the collators (multi_gpu_fintune_belle.py, utils/training/trainer.py); inference pads prompts with
+`left_pad`. Shapes: B batch, T tokens.
+"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,7 +18,7 @@ from utils.models.token_spans import IGNORE_INDEX
 
 def find_targets(labels: torch.Tensor) -> dict[str, torch.Tensor]:
     """
-    Where in a flattened batch hidden states predict a token that is trained on, and which.
+    Positions in a flattened batch whose hidden states predict a trained token, and those tokens.
 
     Args:
         labels: (B, T) int64, IGNORE_INDEX where there is no loss.
@@ -29,7 +34,7 @@ def find_targets(labels: torch.Tensor) -> dict[str, torch.Tensor]:
 @dataclass(frozen=True)
 class PaddingCollator:
     """
-    Pads the rows of a batch on the right to the longest of them.
+    Pads the rows of a batch on the right to the longest one.
 
     >>> PaddingCollator(pad_token_id=3)([
     ...     {"input_ids": [7, 8, 9], "labels": [-100, 8, 9]},
@@ -46,8 +51,11 @@ class PaddingCollator:
 
     def __call__(self, rows: Sequence[dict[str, Sequence[int]]]) -> dict[str, torch.Tensor | int]:
         """
-        `input_ids`, `attention_mask` and `labels` are (B, T) int64, `real_tokens` counts those that are no padding;
-        see `find_targets` for the others.
+        Collate rows of `input_ids` and `labels`.
+
+        Returns:
+            `input_ids`, `attention_mask` and `labels`, each (B, T) int64; `real_tokens`, the number of tokens that are
+            not padding; and those of `find_targets`.
         """
         width = max(len(row["input_ids"]) for row in rows)
 
@@ -67,12 +75,12 @@ class PaddingCollator:
 @dataclass(frozen=True)
 class PackingCollator:
     """
-    Lays the rows of packs end to end in one sequence, each with its own positions.
+    Concatenates the rows of packs into one sequence, each row with its own positions.
 
     Args:
         positions_of: (1, T) input_ids of a row -> its position_ids (1, ..., T).
-        pad_token_id: what a batch is filled up with, as rows without a target.
-        shape: what to fill up to; None leaves batches as they are.
+        pad_token_id: token of the padding, which is rows without a target.
+        shape: pad every batch to this shape, so that layers are compiled once; None pads nothing.
 
     >>> PackingCollator(lambda ids: torch.arange(ids.shape[1])[None], pad_token_id=3)([
     ...     [{"input_ids": [7, 8, 9], "labels": [-100, 8, 9]}, {"input_ids": [5, 6], "labels": [-100, 6]}],
@@ -89,25 +97,29 @@ class PackingCollator:
 
     def __call__(self, packs: Sequence[Sequence[dict[str, Sequence[int]]]]) -> dict[str, torch.Tensor | int]:
         """
-        `input_ids` and `labels` are (1, T) int64 over all rows of all packs, `position_ids` (1, ..., T);
-        `cu_seq_lens_*` (rows + 1,) int32 are where rows begin and `max_length_*` the longest, under the names that
-        transformers gives them for attention over sequences of unequal length. For ChatGLM-6B, whose positions tell
-        the prefix, also `prefix_tokens` and `cu_prefix`, see utils/layers/varlen_attention.py.
+        Collate packs of rows of `input_ids` and `labels`.
+
+        Returns:
+            `input_ids` and `labels`, (1, T) int64 over all rows of all packs; `position_ids`, (1, ..., T);
+            `cu_seq_lens_*`, (rows + 1,) int32, the positions at which rows begin, and `max_length_*`, the longest row,
+            under transformers' names for attention over sequences of unequal length; `real_tokens` without padding;
+            those of `find_targets`; and for ChatGLM-6B, whose positions tell the prefix, `prefix_tokens` and
+            `cu_prefix`, see utils/layers/varlen_attention.py.
         """
         rows = [row for pack in packs for row in pack]
         ids = [torch.tensor([row["input_ids"]]) for row in rows]
         positions = [self.positions_of(row) for row in ids]
-        # A row's first label has nothing before it to be predicted from, least of all the row before.
+        # Nothing predicts a row's first token, least of all the row before.
         labels = [label for row in rows for label in (IGNORE_INDEX, *row["labels"][1:])]
         lengths = [len(row["input_ids"]) for row in rows]
         real = sum(lengths)
         if self.shape is not None:
-            left = self.shape.tokens - real
-            fill = [min(self.shape.longest, left - start) for start in range(0, left, self.shape.longest)]
-            lengths += fill + [0] * (self.shape.rows - len(lengths) - len(fill))
-            ids.append(torch.full((1, left), self.pad_token_id))
-            positions.append(positions[0].new_zeros(*positions[0].shape[:-1], left))
-            labels += [IGNORE_INDEX] * left
+            padding, longest = self.shape.tokens - real, self.shape.longest
+            padding_rows = [min(longest, padding - start) for start in range(0, padding, longest)]
+            lengths += padding_rows + [0] * (self.shape.rows - len(lengths) - len(padding_rows))
+            ids.append(torch.full((1, padding), self.pad_token_id))
+            positions.append(positions[0].new_zeros(*positions[0].shape[:-1], padding))
+            labels += [IGNORE_INDEX] * padding
         starts = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
         position_ids = torch.cat(positions, dim=-1)
         labels = torch.tensor([labels])
@@ -117,8 +129,8 @@ class PackingCollator:
             "labels": labels,
             **find_targets(labels),
             "real_tokens": real,
-            **{f"cu_seq_lens_{side}": starts for side in "qk"},
-            **{f"max_length_{side}": self.shape.longest if self.shape else max(lengths) for side in "qk"},
+            **{f"cu_seq_lens_{name}": starts for name in "qk"},
+            **{f"max_length_{name}": self.shape.longest if self.shape else max(lengths) for name in "qk"},
         }
         if position_ids.ndim == 3:
             prefixed = (position_ids[0, 1] == 0) & (torch.arange(position_ids.shape[-1]) < real)
@@ -129,9 +141,10 @@ class PackingCollator:
 
 class RowsByLength(LengthGroupedSampler):
     """
-    Rows in a random order in which those of a global batch are of similar length, so that little is padded. The order
-    of an epoch depends on lengths, global batch, seed and epoch alone; transformers' own draws it from torch's state,
-    which a run that goes on in the middle of an epoch does not have.
+    Samples rows in a random order in which those of a global batch have similar lengths, so that padding is small.
+
+    The order of an epoch depends only on lengths, global batch, seed and epoch. transformers' own sampler draws it
+    from torch's global state, which a run that resumes in the middle of an epoch does not have.
     """
 
     def __init__(self, lengths: list[int], global_batch: int, seed: int):
@@ -139,6 +152,7 @@ class RowsByLength(LengthGroupedSampler):
         self.seed, self.epoch = seed, 0
 
     def set_epoch(self, epoch: int) -> None:
+        """Select the epoch whose order `__iter__` yields."""
         self.epoch = epoch
 
     def __iter__(self):
@@ -147,7 +161,7 @@ class RowsByLength(LengthGroupedSampler):
 
 
 def left_pad(sequences: Sequence[Sequence[int]], pad_token_id: int) -> dict[str, torch.Tensor]:
-    """Prompts padded on the left: `input_ids` and `attention_mask` of 0/1, each (B, T) int64."""
+    """Pad prompts on the left: `input_ids` and `attention_mask` of 0/1, each (B, T) int64."""
     width = max(map(len, sequences))
     return {
         "input_ids": torch.tensor([[*[pad_token_id] * (width - len(ids)), *ids] for ids in sequences]),

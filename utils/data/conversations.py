@@ -1,4 +1,8 @@
-"""Chats and histories of raw rows -> `Conversation`; what is wrong with one, in words."""
+"""
+Parses the chats and histories of raw rows, and joins their turns to a `Conversation`.
+
+utils/data/row_parser.py calls it. A turn that cannot be used is a `RowError` that names it: nothing is dropped.
+"""
 
 import ast
 import json
@@ -7,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from utils.common.errors import RowError
-from utils.data.row_schema import MEDIA, TOOLS, check_refused, is_empty
+from utils.data.row_schema import MEDIA_COLUMNS, TOOL_COLUMNS, check_refused, is_empty
 from utils.models.conversation import Conversation, Message
 
 ROLES = {
@@ -19,20 +23,20 @@ TOOL_ROLES = (
     *("function_call", "function", "function_response", "observation", "ipython"),
     *("tool", "tools", "tool_call", "tool_calls", "tool_response", "tool_responses", "tool_result"),
 )
-# Fields of a message: whether it is trained on (true, false, 1, 0), and what cannot be used.
+# Fields of a message that say whether it is trained on: true, false, 1 or 0.
 LOSS_FIELDS = ("loss", "weight", "train", "training", "trainable", "loss_weight", "loss_scale", "output_with_loss")
 _TRAINED = (True, "true", "True", "1", "1.0")  # 1 and 1.0 equal True
 _NOT_TRAINED = (False, "false", "False", "0", "0.0")
-_REFUSED_FIELDS = (*TOOLS, *MEDIA)
+_REFUSED_FIELDS = (*TOOL_COLUMNS, *MEDIA_COLUMNS)
 _UNUSED_FIELDS = (
     *("mask", "masked", "train_detail", "train_details", "prefix"),
     *("reasoning_content", "reasoning", "thinking", "refusal"),
-    "metadata",  # behind a role, as ChatGLM3 and GLM-4 have it: the name of a tool
+    "metadata",  # in ChatGLM3 and GLM-4 the name of a tool
 )
 
 
 class Turn(NamedTuple):
-    """A message as a raw row has it."""
+    """A message of a raw row, and whether it is trained on."""
 
     role: str
     content: str
@@ -41,10 +45,10 @@ class Turn(NamedTuple):
 
 def parse_chat(raw: Any, column: str) -> list[Turn]:
     """
-    The turns of a list of {"role", "content"} or {"from", "value"}, or of such a list as the text of a cell.
+    Parse a list of {"role", "content"} or {"from", "value"}, or such a list as the text of a table's cell.
 
     Raises:
-        RowError: with what of it cannot be used.
+        RowError: a message cannot be used.
     """
     items = list_of(raw, column)
     if not items:
@@ -54,10 +58,10 @@ def parse_chat(raw: Any, column: str) -> list[Turn]:
 
 def parse_history(raw: Any, column: str) -> list[Turn]:
     """
-    The earlier turns of a list of [question, answer] pairs or of messages, or of such a list as the text of a cell.
+    Parse earlier turns: a list of [question, answer] pairs or of messages, or such a list as the text of a cell.
 
     Raises:
-        RowError: with what of it cannot be used.
+        RowError: a pair or a message cannot be used.
     """
     turns = []
     for item in list_of(raw, column):
@@ -72,26 +76,30 @@ def parse_history(raw: Any, column: str) -> list[Turn]:
     return turns
 
 
-def join(system: str, parts: Sequence[tuple[str, list[Turn]]]) -> Conversation:
+def join_turns(system: str, columns: Sequence[tuple[str, list[Turn]]]) -> Conversation:
     """
-    One conversation: a system text ("": none), and the turns of (column, turns), one behind the other.
+    Join turns to one conversation.
+
+    Args:
+        system: the system text, "" for none.
+        columns: the row's columns and their turns, in order.
 
     Raises:
-        RowError: turns do not alternate, or a system message stands elsewhere than once, at the start.
+        RowError: turns do not alternate, or there is a system message other than one at the start.
     """
-    turns = [turn for _, found in parts for turn in found if turn != Turn("system", "")]
-    columns = " and ".join(f'"{column}"' for column, found in parts if found)
+    turns = [turn for _, column_turns in columns for turn in column_turns if turn != Turn("system", "")]
+    names = " and ".join(f'"{column}"' for column, column_turns in columns if column_turns)
     if turns and turns[0].role == "system":
         if system and system != turns[0].content:
-            raise RowError(f'a system message in {columns} and another in "system"')
+            raise RowError(f'a system message in {names} and another in "system"')
         system = turns.pop(0).content
     if any(turn.role == "system" for turn in turns):
-        raise RowError("a system message must stand once, at the start")
+        raise RowError("there may be one system message, at the start")
     if not turns:
-        raise RowError(f"{columns} holds a system message alone")
+        raise RowError(f"{names} holds only a system message")
     for number, turn in enumerate(turns):
         if turn.role != ("user", "assistant")[number % 2]:
-            raise RowError(f"messages must alternate between user and assistant, the user first; those of {columns}")
+            raise RowError(f"messages of {names} must alternate between user and assistant, the user first")
     if system:
         turns.insert(0, Turn("system", system))
     untrained = tuple(number for number, turn in enumerate(turns) if turn.role == "assistant" and not turn.trained)
@@ -127,7 +135,9 @@ def _check_fields(item: dict[str, Any], column: str) -> None:
 
 def _is_trained(item: dict[str, Any], column: str) -> bool:
     trained = True
-    for name in LOSS_FIELDS if len(item) > 2 else ():
+    if len(item) == 2:  # nearly every message
+        return trained
+    for name in LOSS_FIELDS:
         value = item.get(name)
         if value in (None, "", []) or value in _TRAINED:
             continue
@@ -144,10 +154,10 @@ def _either(item: dict[str, Any], *keys: str) -> str | None:
 
 def list_of(value: Any, column: str) -> list[Any]:
     """
-    A list as it is, or read from a text as a cell of a table has it: JSON, or what Python prints.
+    The list that a value is, or that its text holds: JSON, or what Python prints, as in a table's cell.
 
     Raises:
-        RowError: neither.
+        RowError: there is no list.
     """
     if isinstance(value, str):
         value = _literal(value, column)
@@ -169,7 +179,7 @@ def _literal(text: str, column: str) -> Any:
                 warnings.simplefilter("ignore", SyntaxWarning)  # of odd escapes
                 value = ast.literal_eval(text.strip())
         except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
-            raise RowError(f'"{column}" is text, but neither a list in JSON nor one that Python printed') from None
+            raise RowError(f'"{column}" is text, but neither a JSON list nor a Python list') from None
     try:
         json.dumps(value, ensure_ascii=False).encode()  # half a surrogate pair, which no encoding can write
     except (UnicodeEncodeError, TypeError, ValueError, RecursionError) as error:

@@ -1,4 +1,9 @@
-"""What became of the rows of a tokenised dataset: counts, lengths, advice, and a look at a few rows."""
+"""
+Reports on a tokenised dataset: counts of rows and tokens, lengths, advice on --max_seq_length, and a preview.
+
+utils/data/shards.py counts each shard; tokenize_dataset_rows_belle.py adds the counts, prints them, and writes
+report.json and report.png.
+"""
 
 import json
 from collections import Counter
@@ -12,16 +17,21 @@ from utils.common.terminal import escape_controls
 from utils.data.encode import Example
 from utils.models.token_spans import IGNORE_INDEX
 
-# A limit that leaves out few rows: the smallest of these beyond which there are no more than this share.
-ROUND_LENGTHS, FEW = (256, 384, 512, 768, *(1024 * n for n in range(1, 129))), 0.05
+ROUND_LENGTHS = (256, 384, 512, 768, *(1024 * n for n in range(1, 129)))  # limits to suggest
+SUGGESTED_LOSS = 0.05  # largest share of rows that may exceed a suggested limit
 REPORT_FILE, FIGURE_FILE = "report.json", "report.png"
-KEPT_SHARE = 0.99  # of the rows, that the advice on --max_seq_length keeps whole
-TRAINED = ("⟦", "⟧")
+KEPT_SHARE = 0.99  # of the rows, which the advised --max_seq_length keeps whole
+TRAINED_MARKS = ("⟦", "⟧")  # around trained tokens in a preview; no ordinary text has them
 
 
 @dataclass
 class TokenReport:
-    """Counts of rows and tokens; `lengths` says how many rows have so many tokens before they are cut or skipped."""
+    """
+    Counts of rows and tokens.
+
+    `lengths` counts rows by their tokens before they are cut or skipped. The field names are keys of report.json and
+    of the summary that the script prints.
+    """
 
     read: int = 0
     written: int = 0
@@ -33,6 +43,7 @@ class TokenReport:
     lengths: Counter = field(default_factory=Counter)
 
     def add(self, other: "TokenReport") -> None:
+        """Add the counts of another report."""
         for name, value in vars(other).items():
             if name == "lengths":
                 self.lengths.update(value)
@@ -40,10 +51,11 @@ class TokenReport:
                 setattr(self, name, getattr(self, name) + value)
 
     def counts(self) -> dict[str, int]:
+        """All counts except `lengths`."""
         return {name: value for name, value in asdict(self).items() if name != "lengths"}
 
     def length_for(self, share: float) -> int:
-        """Tokens that at least this share of the rows do not exceed; 0 without rows."""
+        """Smallest number of tokens that `share` of the rows do not exceed; 0 without rows."""
         total, seen = sum(self.lengths.values()), 0
         for length in sorted(self.lengths):
             seen += self.lengths[length]
@@ -52,11 +64,12 @@ class TokenReport:
         return 0
 
     def share_within(self, length: int) -> float:
-        """The share of rows of at most so many tokens."""
+        """The share of rows of at most `length` tokens."""
         within = sum(count for tokens, count in self.lengths.items() if tokens <= length)
         return within / max(sum(self.lengths.values()), 1)
 
     def advice(self, max_seq_length: int) -> str:
+        """How many rows the limit keeps whole, and a better limit if there is one."""
         kept, needed = self.share_within(max_seq_length), self.length_for(KEPT_SHARE)
         fits = f"--max_seq_length {max_seq_length} keeps {kept:.1%} of the rows whole"
         if kept < KEPT_SHARE:
@@ -65,22 +78,25 @@ class TokenReport:
             return f"{fits}; {KEPT_SHARE:.0%} would fit --max_seq_length {needed} already"
         return fits
 
-    def loss(self, max_seq_length: int) -> str:
-        """How many rows the limit leaves out or cuts, and a limit that would leave few; "" where it is none."""
+    def describe_overlength(self, max_seq_length: int) -> str:
+        """How many rows the limit leaves out or cuts, and a limit that would affect few; "" if no row is too long."""
         longer = self.skipped_overlength + self.cut
         if not longer:
             return ""
         total = sum(self.lengths.values())
         left_out, leave_out = ("left out", "leave out") if self.skipped_overlength else ("cut", "cut")
-        said = f"{longer} of {total} rows ({100 * longer / total:.3g} %) are longer than --max_seq_length"
-        said = f"{said} {max_seq_length} and were {left_out}"
-        better = next((n for n in ROUND_LENGTHS if n > max_seq_length and self.share_within(n) >= 1 - FEW), None)
-        if better is None or longer <= FEW * total:
-            return said
+        sentence = f"{longer} of {total} rows ({100 * longer / total:.3g} %) are longer than --max_seq_length"
+        sentence = f"{sentence} {max_seq_length} and were {left_out}"
+        better = next(
+            (n for n in ROUND_LENGTHS if n > max_seq_length and self.share_within(n) >= 1 - SUGGESTED_LOSS), None
+        )
+        if better is None or longer <= SUGGESTED_LOSS * total:
+            return sentence
         share = 100 * (1 - self.share_within(better))
-        return f"{said}; --max_seq_length {better} would {leave_out} {f'{share:.3g} %' if share else 'none'}"
+        return f"{sentence}; --max_seq_length {better} would {leave_out} {f'{share:.3g} %' if share else 'none'}"
 
     def lines(self, max_seq_length: int) -> list[str]:
+        """The report as lines to print."""
         share = self.trained_tokens / max(self.tokens, 1)
         return [
             f"read {self.read} = written {self.written} + rejected {self.rejected} "
@@ -88,11 +104,11 @@ class TokenReport:
             f"{self.tokens} tokens, {self.trained_tokens} of them ({share:.1%}) trained on; "
             f"{self.tokens / max(self.written, 1):.1f} tokens a row; longest row {max(self.lengths, default=0)}",
             self.advice(max_seq_length),
-            *filter(None, [self.loss(max_seq_length)]),
+            *filter(None, [self.describe_overlength(max_seq_length)]),
         ]
 
     def dump(self, max_seq_length: int) -> dict:
-        """The content of report.json; `lengths` as [tokens, rows] pairs."""
+        """Content of report.json but its key; `lengths` as [tokens, rows] pairs."""
         return {
             **self.counts(),
             "max_seq_length": max_seq_length,
@@ -104,35 +120,35 @@ class TokenReport:
 
     @classmethod
     def load(cls, content: dict) -> "TokenReport":
-        """The inverse of `dump`."""
+        """The report from the content of report.json."""
         counts = {name: content[name] for name in cls().counts()}
         return cls(**counts, lengths=Counter(dict(content["lengths"])))
 
     def save(self, directory: Path, max_seq_length: int, key: str) -> None:
-        """Writes report.json, with the `key` of what the dataset was made from, and report.png."""
+        """Write report.json, with the `cache_key` of the dataset, and report.png."""
         content = {"key": key, **self.dump(max_seq_length)}
         (directory / REPORT_FILE).write_text(json.dumps(content), encoding="utf-8")
         self.draw(directory / FIGURE_FILE, max_seq_length)
 
     def draw(self, path: Path, max_seq_length: int) -> None:
-        """A histogram of the rows' lengths with the cut line, and the counts above it."""
+        """Draw a histogram of the rows' lengths with the limit, and the counts above it."""
         Figure, FigureCanvasAgg = import_matplotlib()
         figure = Figure(figsize=(9, 5), layout="constrained")
         FigureCanvasAgg(figure)
         axes = figure.add_subplot()
-        # A few rows of great length would squeeze all others into one bar.
+        # A few very long rows would squeeze all others into one bar.
         end = max(max_seq_length * 1.1, self.length_for(0.995) * 1.1, 10)
         lengths = [min(length, end) for length in self.lengths]
         axes.hist(lengths, bins=60, range=(0, end), weights=list(self.lengths.values()), color="#4878a8")
         axes.axvline(max_seq_length, color="#c03030", label=f"--max_seq_length {max_seq_length}")
-        axes.set(xlabel="tokens a row before it is cut (the last bar: and more)", ylabel="rows", xlim=(0, end))
+        axes.set(xlabel="tokens a row before it is cut (last bar: and more)", ylabel="rows", xlim=(0, end))
         axes.set_title("\n".join(self.lines(max_seq_length)), fontsize=8, loc="left")
         axes.legend()
         figure.savefig(path, dpi=100)
 
 
 def import_matplotlib() -> tuple[type, type]:
-    """Figure and its canvas; the first call takes half a second."""
+    """matplotlib's Figure and canvas classes; the first call takes half a second."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -140,9 +156,9 @@ def import_matplotlib() -> tuple[type, type]:
 
 
 def preview(tokenizer: PreTrainedTokenizerBase, examples: Iterable[Example]) -> Iterable[str]:
-    """Each example as text, with marks round the tokens that are trained on."""
+    """Yield each example as text, with TRAINED_MARKS around the tokens that are trained on."""
     for number, example in enumerate(examples, start=1):
-        yield f"--- row {number}: {len(example.input_ids)} tokens; trained on between {' and '.join(TRAINED)}"
+        yield f"--- row {number}: {len(example.input_ids)} tokens; trained on between {' and '.join(TRAINED_MARKS)}"
         runs: list[tuple[bool, list[int]]] = []
         for token, label in zip(example.input_ids, example.labels, strict=True):
             trained = label != IGNORE_INDEX
@@ -150,7 +166,7 @@ def preview(tokenizer: PreTrainedTokenizerBase, examples: Iterable[Example]) -> 
                 runs.append((trained, []))
             runs[-1][1].append(token)
         text = "".join(
-            TRAINED[0] + tokenizer.decode(ids) + TRAINED[1] if trained else tokenizer.decode(ids)
+            TRAINED_MARKS[0] + tokenizer.decode(ids) + TRAINED_MARKS[1] if trained else tokenizer.decode(ids)
             for trained, ids in runs
         )
         yield escape_controls(text)

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, Protocol
 from utils.common.errors import RowError
 from utils.data.encodings import UTF8_RUN
 from utils.data.json_lines import BLANKS, NEVER_ENDS, scan_value
-from utils.data.row_schema import CHATS, PROMPTS
+from utils.data.row_schema import CHAT_COLUMNS, PROMPT_COLUMNS
 
 HEAD_BYTES = 1 << 16  # from which the layout is detected
 LONGEST_ELEMENT = 16 << 20  # characters; a row that has no end within them is rejected
@@ -61,7 +61,7 @@ def _wrapped_start(text: str, start: int) -> int:
             position = _BLANK.match(text, position).end()
             key, position = scan_value(text, position)
             position = _BLANK.match(text, position).end()
-            if not isinstance(key, str) or key in (*PROMPTS, *CHATS) or text[position] != ":":
+            if not isinstance(key, str) or key in (*PROMPT_COLUMNS, *CHAT_COLUMNS) or text[position] != ":":
                 return 0
             position = _BLANK.match(text, position + 1).end()
             opening = _BLANK.match(text, position + 1).end()

@@ -1,4 +1,9 @@
-"""What became of the rows that could not be used: counted, shown, and listed in a file."""
+"""
+Counts rows that cannot be used, shows the first of them on stderr, and lists all in a file.
+
+A row that cannot be read is a row: readers yield a `RowError` in its place, so that every count adds up and nothing
+stops a run except --strict. The scripts for processing, tokenising and inference report their rows with it.
+"""
 
 import json
 import os
@@ -13,12 +18,12 @@ from utils.common.terminal import one_line
 
 def check_share(failed: int, total: int, kept: str) -> None:
     """
-    For the end of a job, when what could be used is written.
+    Fail a job at its end, when the usable rows are written, if most rows were not usable.
 
     Args:
         failed: rows that were rejected or could not be answered.
         total: all rows.
-        kept: what became of the others, for the message.
+        kept: where the others are, for the message.
 
     Raises:
         RunError: more than half of the rows failed.
@@ -28,6 +33,8 @@ def check_share(failed: int, total: int, kept: str) -> None:
 
 
 class Rejection(NamedTuple):
+    """A row that cannot be used, its file and line, and why."""
+
     path: str
     line: int  # from 1
     reason: str
@@ -42,12 +49,13 @@ class Rejection(NamedTuple):
 
 class Rejections:
     """
-    Lists rejected rows in `<output>.rejected.jsonl`, one `{"file", "line", "reason"}` a line; no row, no file. The
-    list of an earlier run stays until `report`.
+    Lists rejected rows in `<output>.rejected.jsonl`, one `{"file", "line", "reason"}` a line.
+
+    Without rejected rows there is no file. The list of an earlier run stays until `report`.
 
     Args:
         output: the file or directory that the other rows go to.
-        strict: raise a RunError at the first instead.
+        strict: raise a RunError at the first rejected row.
     """
 
     shown = 5
@@ -62,8 +70,10 @@ class Rejections:
 
     def add(self, path: str, line: int, reason: str | RowError) -> None:
         """
+        List a rejected row.
+
         Raises:
-            RunError: with `strict`.
+            RunError: `strict` is set.
         """
         rejection = Rejection(path, line, str(reason).encode("utf-8", "backslashreplace").decode())
         if self._file is None:
@@ -78,7 +88,7 @@ class Rejections:
             raise RunError(f"--strict: {rejection}")
 
     def report(self) -> None:
-        """Closes the list and shows its first lines on stderr; without any, removes the list of an earlier run."""
+        """Close the list and show its first lines on stderr; without rows, remove the list of an earlier run."""
         if self._file is None:
             self.path.unlink(missing_ok=True)
             return

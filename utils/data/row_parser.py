@@ -1,4 +1,9 @@
-"""Raw rows of every supported schema -> `Conversation`; what is wrong with a row, in words."""
+"""
+Turns raw rows of every supported schema into `Conversation`s, or into a `RowError` that says why not.
+
+Processing, tokenising, inference and evaluation all read rows through this module (`read_rows`, or `rows_in_block` in
+worker processes), so that a column means the same in each. The schemas are tables in utils/data/row_schema.py.
+"""
 
 import itertools
 import re
@@ -6,18 +11,18 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from utils.common.errors import RowError
-from utils.data.conversations import ROLES, Turn, join, parse_chat, parse_history
+from utils.data.conversations import ROLES, Turn, join_turns, parse_chat, parse_history
 from utils.data.raw_reader import Block, read_blocks
 from utils.data.row_schema import (
-    ANSWERS,
-    DOCUMENTS,
-    HISTORY,
-    MORE,
+    ANSWER_COLUMNS,
+    DOCUMENT_COLUMNS,
+    HISTORY_COLUMN,
     NO_RENAMES,
-    PREFERENCES,
-    SYSTEMS,
-    VERDICTS,
-    WEIGHTS,
+    PREFERENCE_COLUMNS,
+    PROMPT_MORE,
+    SYSTEM_COLUMNS,
+    VERDICT_COLUMNS,
+    WEIGHT_COLUMNS,
     ColumnMap,
     Schema,
     check_refused,
@@ -26,21 +31,21 @@ from utils.data.row_schema import (
 )
 from utils.models.conversation import Conversation, Message
 
-# BELLE's multi-turn files hold the conversation in `instruction`: "Human:...\nAssistant:...\nHuman:...\nAssistant:".
+# BELLE's multi-turn files have the conversation in `instruction`: "Human:...\nAssistant:...\nHuman:...\nAssistant:".
 _TURN = re.compile(r"(?:^|\n)\s*(Human|Assistant)[:：]")
 
 
 def parse_prompt(raw: Any, columns: ColumnMap = NO_RENAMES) -> Conversation:
     """
-    Reads the prompt of a raw row; a target that stands beside it is left out.
+    Read the prompt of a raw row, without the target if it has one.
 
-    `instruction` and `input` are joined by a newline where both hold text. A chat is
+    `instruction` and `input` are joined by a newline if both hold text. A chat is
     `{"messages": [{"role": "user", "content": ...}, ...]}` or
     `{"conversations": [{"from": "human", "value": ...}, ...]}` and ends with the user's turn. The text of `system`, or
-    a system message at a chat's start, is the first message; the turns of `history` stand before the others.
+    a system message at a chat's start, is the first message; the turns of `history` come before the others.
 
     Raises:
-        RowError: no schema fits, the prompt is blank, or the row has something that would be lost.
+        RowError: no known column, a blank prompt, or something that would be lost.
     """
     raw = columns.rename(raw)
     return Conversation(_conversation(raw, _schema_of(raw)).prompt)
@@ -48,15 +53,15 @@ def parse_prompt(raw: Any, columns: ColumnMap = NO_RENAMES) -> Conversation:
 
 def parse_row(raw: Any, columns: ColumnMap = NO_RENAMES) -> Conversation:
     """
-    Reads a training row: a prompt and its target.
+    Read a training row: a prompt and its target.
 
     Raises:
-        RowError: see `parse_prompt`; or the target is blank, or not to be trained on.
+        RowError: see `parse_prompt`; or the target is blank, or marked as not to be trained on.
     """
     raw = columns.rename(raw)
     schema = _schema_of(raw)
     row = _conversation(raw, schema)
-    if schema.carrying:
+    if schema.context:
         _check_training(raw)
     if not schema.chat:
         return row._replace(messages=(*row.messages, Message("assistant", _target(raw, schema))))
@@ -69,28 +74,32 @@ def parse_row(raw: Any, columns: ColumnMap = NO_RENAMES) -> Conversation:
 
 def parse_question(raw: Any, text: str, used: Sequence[str]) -> Conversation:
     """
-    The prompt whose last question is `text`, which was made of the columns `used`, behind the row's system text and
-    history.
+    The prompt whose last question is `text`, after the row's system text and history.
+
+    Args:
+        used: the columns that `text` was made from.
 
     Raises:
         RowError: the text is blank, or see `parse_prompt`.
     """
     if not text.strip():
         raise RowError("the prompt is blank")
-    carrying = find_schema(("prompt", *(name for name in raw if name not in used))).carrying
-    return _in_context(raw, carrying, "prompt", [Turn("user", text)])
+    context = find_schema(("prompt", *(name for name in raw if name not in used))).context
+    return _in_context(raw, context, "prompt", [Turn("user", text)])
 
 
 def _check_training(raw: dict[str, Any]) -> None:
     """
+    Check the columns that speak of the target.
+
     Raises:
-        RowError: the row says that its answer is worse than another, or counts more or less than others.
+        RowError: the answer is worse than another one, or counts more or less than others.
     """
-    check_refused(raw, [name for name in PREFERENCES if name in raw])
-    for name in VERDICTS:
+    check_refused(raw, [name for name in PREFERENCE_COLUMNS if name in raw])
+    for name in VERDICT_COLUMNS:
         if raw.get(name) is False:
             raise RowError(f'"{name}" is false: an answer that is not wanted cannot be trained on')
-    for name in WEIGHTS:
+    for name in WEIGHT_COLUMNS:
         weight = raw.get(name)
         if isinstance(weight, int | float) and weight != 1:
             raise RowError(f'"{name}" is {weight}: rows cannot count more or less than others')
@@ -103,39 +112,39 @@ def _schema_of(raw: Any) -> Schema:
 
 
 def _conversation(raw: dict[str, Any], schema: Schema) -> Conversation:
-    """The row's messages: of a chat all, of columns those before the target."""
+    """The row's messages: all of a chat, or those before the target."""
     if schema.chat:
         turns = parse_chat(raw[schema.chat], schema.chat)
         contents = [turn.content for turn in turns]
         for name in schema.prompts:
             if isinstance(raw[name], str) and raw[name].strip() and raw[name] not in contents:
                 raise RowError(
-                    f'"{name}" stands beside "{schema.chat}", which does not hold its text: '
-                    f"--columns messages={schema.chat} leaves it out"
+                    f'"{schema.chat}" does not hold the text of "{name}": '
+                    f"give --columns messages={schema.chat} to ignore it"
                 )
-        return _in_context(raw, schema.carrying, schema.chat, turns)
+        return _in_context(raw, schema.context, schema.chat, turns)
     prompt = _prompt(raw, schema.prompts)
     turns = _parse_tagged(prompt) if "Human" in prompt and schema.prompts[0] == "instruction" else None
-    if schema.carrying or turns:
-        return _in_context(raw, schema.carrying, schema.prompts[0], turns or [Turn("user", prompt)])
+    if schema.context or turns:
+        return _in_context(raw, schema.context, schema.prompts[0], turns or [Turn("user", prompt)])
     return Conversation((Message("user", prompt),))
 
 
-def _in_context(raw: dict[str, Any], carrying: Sequence[str], column: str, turns: list[Turn]) -> Conversation:
-    """The turns of `column` behind the row's system text and history, which are among the columns `carrying`."""
-    check_refused(raw, [name for name in carrying if name not in PREFERENCES])
-    systems = texts_of(raw, [name for name in SYSTEMS if name in carrying])
+def _in_context(raw: dict[str, Any], context: Sequence[str], column: str, turns: list[Turn]) -> Conversation:
+    """The turns of `column` after the row's system text and history, which are among the columns `context`."""
+    check_refused(raw, [name for name in context if name not in PREFERENCE_COLUMNS])
+    systems = texts_of(raw, [name for name in SYSTEM_COLUMNS if name in context])
     systems = {name: text for name, text in systems.items() if not text.isspace()}
     if len(set(systems.values())) > 1:
-        raise RowError(f"{' and '.join(systems)} hold different system texts")
-    history = parse_history(raw[HISTORY], HISTORY) if HISTORY in carrying else []
-    return join(next(iter(systems.values()), ""), [(HISTORY, history), (column, turns)])
+        raise RowError(f"{' and '.join(systems)} hold different system texts: keep one of them")
+    history = parse_history(raw[HISTORY_COLUMN], HISTORY_COLUMN) if HISTORY_COLUMN in context else []
+    return join_turns(next(iter(systems.values()), ""), [(HISTORY_COLUMN, history), (column, turns)])
 
 
 def _prompt(raw: dict[str, Any], columns: Sequence[str]) -> str:
-    """The text of the first of the columns, with that of one more behind it where that belongs to a prompt."""
+    """The text of the first of the columns, and that of a second one if the two make one prompt."""
     texts = texts_of(raw, columns)
-    if len(texts) == 2 and _belongs(*texts):
+    if len(texts) == 2 and _is_one_prompt(*texts):
         prompt = "\n".join(texts.values())
     else:
         filled = [name for name, text in texts.items() if not text.isspace()]
@@ -148,15 +157,19 @@ def _prompt(raw: dict[str, Any], columns: Sequence[str]) -> str:
     return prompt
 
 
-def _belongs(first: str, more: str) -> bool:
-    """Whether a prompt is the text of the column `first` and behind it that of `more`."""
-    return more in MORE and first not in (*MORE, *DOCUMENTS) and (more != "query" or first == "prompt")
+def _is_one_prompt(first: str, more: str) -> bool:
+    """Whether the texts of two columns make one prompt."""
+    return (
+        more in PROMPT_MORE
+        and first not in (*PROMPT_MORE, *DOCUMENT_COLUMNS)
+        and (more != "query" or first == "prompt")
+    )
 
 
 def _target(raw: dict[str, Any], schema: Schema) -> str:
     if not schema.answers:
         raise RowError(
-            f"no target among {sorted(map(str, raw))}; known are {', '.join(ANSWERS)}; --columns names others"
+            f"no target among {sorted(map(str, raw))}; known are {', '.join(ANSWER_COLUMNS)}; --columns names others"
         )
     texts = texts_of(raw, schema.answers)
     filled = {text: name for name, text in texts.items() if not text.isspace()}
@@ -169,7 +182,7 @@ def _target(raw: dict[str, Any], schema: Schema) -> str:
 
 
 def _parse_tagged(text: str) -> list[Turn] | None:
-    """The turns of a text in BELLE's multi-turn form; None where it does not start and end as one does."""
+    """The turns of a text in BELLE's multi-turn form; None if it does not start and end like one."""
     tags = list(_TURN.finditer(text))
     if not tags or tags[0][1] != "Human" or text[: tags[0].start()].strip():
         return None
@@ -177,23 +190,25 @@ def _parse_tagged(text: str) -> list[Turn] | None:
     turns = [(tag[1], text[tag.end() : end].strip()) for tag, end in zip(tags, ends, strict=True)]
     if turns[-1] != ("Assistant", ""):
         return None
-    found = [Turn(ROLES[role.lower()], content) for role, content in turns[:-1]]
-    for number, turn in enumerate(found):
+    parsed = [Turn(ROLES[role.lower()], content) for role, content in turns[:-1]]
+    for number, turn in enumerate(parsed):
         if turn.role != ("user", "assistant")[number % 2] or not turn.content:
             raise RowError("the Human: and Assistant: turns of the instruction do not alternate, or one is blank")
-    if found[-1].role != "user":
+    if parsed[-1].role != "user":
         raise RowError("the instruction's last turn before Assistant: is not Human:")
-    return found
+    return parsed
 
 
 class NumberedRow(NamedTuple):
+    """A row with its file and line; a `RowError` if it cannot be used."""
+
     path: str
-    line: int  # from 1; of a JSON array the line that a row starts on
+    line: int  # from 1; the line on which the row starts
     row: Conversation | RowError
 
 
 def rows_in_block(block: Block, parse: Callable[[Any], Conversation]) -> Iterator[NumberedRow]:
-    """The rows of a block of a raw file; one that cannot be used, as its error."""
+    """Yield the rows of a block of a raw file; a row that cannot be used as its error."""
     path = block.path
     for line, raw in block.values():
         if isinstance(raw, RowError):
@@ -209,7 +224,7 @@ def rows_in_block(block: Block, parse: Callable[[Any], Conversation]) -> Iterato
 
 
 def _parse_instances(raw: dict[str, Any], parse: Callable[[Any], Conversation]) -> list[Conversation | RowError]:
-    """The rows of a seed task, `{"instruction", "instances": [{"input", "output"}]}`: one an instance."""
+    """The rows of a seed task, `{"instruction", "instances": [{"input", "output"}]}`: one per instance."""
     instances = raw["instances"]
     if not isinstance(instances, list) or not instances or not all(isinstance(item, dict) for item in instances):
         return [RowError('"instances" must be a list with at least one object')]
@@ -224,7 +239,9 @@ def _parse_instances(raw: dict[str, Any], parse: Callable[[Any], Conversation]) 
 
 def read_rows(paths: str | Iterable[str], parse: Callable[[Any], Conversation]) -> Iterator[NumberedRow]:
     """
-    Every row of one raw file, or of several, in order and in constant memory; one that cannot be used, as its error.
+    Yield every row of one or several raw files in order; a row that cannot be used as its error.
+
+    Memory does not grow with the files.
 
     Raises:
         UsageError: a path is not a file.
@@ -236,16 +253,16 @@ def read_rows(paths: str | Iterable[str], parse: Callable[[Any], Conversation]) 
 
 def check_columns(columns: ColumnMap, paths: Iterable[str]) -> None:
     """
-    Looks into the first block of each file, about 1 MiB.
+    Check that the mapped columns occur in the first block (1 MiB) of one of the files.
 
     Raises:
-        UsageError: a column that --columns names is in none of them.
+        UsageError: a mapped column is in none of them.
     """
     if not columns.pairs:
         return
-    paths, found = list(paths), {}
+    paths, names = list(paths), {}
     for path in paths:
         for block in itertools.islice(read_blocks(path), 1):
             for _, raw in block.values():
-                found |= dict.fromkeys(raw) if isinstance(raw, dict) else {}
-    columns.check(found, " ".join(paths))
+                names |= dict.fromkeys(raw) if isinstance(raw, dict) else {}
+    columns.check(names, " ".join(paths))

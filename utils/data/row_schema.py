@@ -1,7 +1,8 @@
 """
-Which columns of a raw row hold what: the prompt, the answer, a chat, what stands before it, and what cannot be used.
+Tables of the columns of raw rows: prompt, answer, chat, context, and what cannot be used.
 
-`--columns prompt=q,response=a` gives other columns these roles. utils/data/row_parser.py reads the texts.
+A new data set with other column names is a row here. `--columns prompt=q,response=a` gives other columns these roles.
+utils/data/row_parser.py reads the texts.
 """
 
 import functools
@@ -11,79 +12,92 @@ from typing import Any, NamedTuple
 
 from utils.common.errors import RowError, UsageError
 
-CHATS = ("messages", "conversations", "conversation")
-# The first column that a row has is its prompt; MORE is joined to it.
-PROMPTS = ("instruction", "prompt", "question", "problem", "query", "input", "context")
-DOCUMENTS = ("content", "document", "article", "dialogue")  # what a summary is of
-MORE = ("input", "query", "context")
-ANSWERS = ("output", "target", "completion", "response", "answer", "solution", "summary")
-SYSTEMS = ("system", "system_prompt", "system_message", "meta_instruction")
-HISTORY = "history"
-TOOLS = ("tools", "functions", "function_call", "function_calls", "tool_calls", "tool_call_id", "tool_responses")
-MEDIA = ("image", "images", "image_url", "video", "videos", "audio", "audios", "objects")
-PREFERENCES = ("chosen", "rejected", "rejected_response", "rejected_messages")
-VERDICTS = ("label", "kto_tag")  # False marks an answer that is not wanted
-WEIGHTS = ("weight", "loss_weight", "sample_weight")  # a number: how much the row counts
-REFUSED = (
-    dict.fromkeys(TOOLS, "tools cannot be used yet")
-    | dict.fromkeys(MEDIA, "only text can be used")
-    | dict.fromkeys(PREFERENCES, "training on preferences is not supported")
+CHAT_COLUMNS = ("messages", "conversations", "conversation")
+# The first of these that a row has is its prompt; a column of PROMPT_MORE is joined to it.
+PROMPT_COLUMNS = ("instruction", "prompt", "question", "problem", "query", "input", "context")
+DOCUMENT_COLUMNS = ("content", "document", "article", "dialogue")  # the text of which a summary is the answer
+PROMPT_MORE = ("input", "query", "context")
+ANSWER_COLUMNS = ("output", "target", "completion", "response", "answer", "solution", "summary")
+SYSTEM_COLUMNS = ("system", "system_prompt", "system_message", "meta_instruction")
+HISTORY_COLUMN = "history"
+TOOL_COLUMNS = (
+    "tools",
+    "functions",
+    "function_call",
+    "function_calls",
+    "tool_calls",
+    "tool_call_id",
+    "tool_responses",
 )
-_CARRYING = {*SYSTEMS, HISTORY, *REFUSED, *VERDICTS, *WEIGHTS}
-# What --columns may name, and the roles of the names that people know the roles by.
-ROLES = {
-    **{name: name for name in ("prompt", "input", "response", "system", HISTORY, "messages")},
+MEDIA_COLUMNS = ("image", "images", "image_url", "video", "videos", "audio", "audios", "objects")
+PREFERENCE_COLUMNS = ("chosen", "rejected", "rejected_response", "rejected_messages")
+VERDICT_COLUMNS = ("label", "kto_tag")  # false marks an answer that is not wanted
+WEIGHT_COLUMNS = ("weight", "loss_weight", "sample_weight")  # a number: how much the row counts
+REFUSED_COLUMNS = (
+    dict.fromkeys(TOOL_COLUMNS, "tools cannot be used yet")
+    | dict.fromkeys(MEDIA_COLUMNS, "only text can be used")
+    | dict.fromkeys(PREFERENCE_COLUMNS, "training on preferences is not supported")
+)
+_CONTEXT_COLUMNS = {*SYSTEM_COLUMNS, HISTORY_COLUMN, *REFUSED_COLUMNS, *VERDICT_COLUMNS, *WEIGHT_COLUMNS}
+# Roles that --columns may name, by the names that people use for them.
+COLUMN_ROLES = {
+    **{name: name for name in ("prompt", "input", "response", "system", HISTORY_COLUMN, "messages")},
     **{"instruction": "prompt", "question": "prompt", "output": "response", "target": "response"},
     **{"answer": "response", "completion": "response", "conversations": "messages"},
 }
 COLUMNS_HELP = (
-    "which columns hold prompt, input, response, system, history or messages: prompt=q,response=a (their names say)"
+    "which columns hold prompt, input, response, system, history or messages: prompt=q,response=a (default: columns "
+    "with known names)"
 )
-_REPLACED = {  # by a role that --columns gives: columns that have it by their name
-    "prompt": {*PROMPTS, *DOCUMENTS, *CHATS},
-    "input": {*MORE},
-    "response": {*ANSWERS},
-    "system": {*SYSTEMS},
-    HISTORY: {HISTORY},
-    "messages": {*PROMPTS, *DOCUMENTS, *CHATS, *ANSWERS},
+_REPLACED = {  # role that --columns gives to a column -> the columns that would have it by their name
+    "prompt": {*PROMPT_COLUMNS, *DOCUMENT_COLUMNS, *CHAT_COLUMNS},
+    "input": {*PROMPT_MORE},
+    "response": {*ANSWER_COLUMNS},
+    "system": {*SYSTEM_COLUMNS},
+    HISTORY_COLUMN: {HISTORY_COLUMN},
+    "messages": {*PROMPT_COLUMNS, *DOCUMENT_COLUMNS, *CHAT_COLUMNS, *ANSWER_COLUMNS},
 }
 
 
 class Schema(NamedTuple):
-    """The columns of a row by what they hold, those that it has alone."""
+    """The columns that a row has, by role."""
 
     chat: str | None
     prompts: tuple[str, ...]
     answers: tuple[str, ...]
-    carrying: tuple[str, ...]  # beside prompt and answer: system, history, and what cannot be used
+    context: tuple[str, ...]  # system, history, and what cannot be used
 
 
 @functools.lru_cache(maxsize=4096)
 def find_schema(columns: tuple[str, ...]) -> Schema:
     """
+    Find the roles of a row's columns by their names.
+
     Raises:
-        RowError: none of the columns is known as a prompt or a chat.
+        RowError: none of the columns is a known prompt or chat.
     """
-    chat = next((name for name in CHATS if name in columns), None)
-    prompts = tuple(name for name in (*PROMPTS, *DOCUMENTS) if name in columns)
+    chat = next((name for name in CHAT_COLUMNS if name in columns), None)
+    prompts = tuple(name for name in (*PROMPT_COLUMNS, *DOCUMENT_COLUMNS) if name in columns)
     if not chat and not prompts:
         raise RowError(
             f"no known columns among {sorted(map(str, columns))}; known are {describe_columns()}; "
             "--columns prompt=NAME,response=NAME names others"
         )
-    answers = tuple(name for name in ANSWERS if name in columns)
-    return Schema(chat, prompts, answers, tuple(name for name in columns if name in _CARRYING))
+    answers = tuple(name for name in ANSWER_COLUMNS if name in columns)
+    return Schema(chat, prompts, answers, tuple(name for name in columns if name in _CONTEXT_COLUMNS))
 
 
 def describe_columns() -> str:
+    """The known column names, for a message."""
+    prompts = ", ".join((*PROMPT_COLUMNS, *DOCUMENT_COLUMNS))
     return (
-        f"{', '.join((*PROMPTS, *DOCUMENTS))} for the prompt, {', '.join(ANSWERS)} for the answer, "
-        f"{', '.join(CHATS)} for a chat, instruction/instances for seed tasks"
+        f"{prompts} for the prompt, {', '.join(ANSWER_COLUMNS)} for the answer, {', '.join(CHAT_COLUMNS)} for a chat, "
+        "instruction/instances for seed tasks"
     )
 
 
 def is_empty(value: Any) -> bool:
-    """Whether a column or field says nothing, also as text in a cell of a table."""
+    """Whether a column or field holds nothing, also as text in a table's cell."""
     return (
         value is None
         or value is False
@@ -93,48 +107,61 @@ def is_empty(value: Any) -> bool:
 
 def check_refused(raw: dict[str, Any], names: Iterable[str], place: str = "") -> None:
     """
+    Check that columns or fields which cannot be used are empty.
+
+    Args:
+        names: columns of `raw`.
+        place: where `raw` is, for the message.
+
     Raises:
-        RowError: one of the columns or fields `names` holds something that would be lost.
+        RowError: one of them holds something that would be lost.
     """
     for name in names:
-        if name in REFUSED and not is_empty(raw[name]):
-            raise RowError(f'"{name}"{place} is not empty: {REFUSED[name]}')
+        if name in REFUSED_COLUMNS and not is_empty(raw[name]):
+            raise RowError(f'"{name}"{place} is not empty: {REFUSED_COLUMNS[name]}')
 
 
 @dataclass(frozen=True)
 class ColumnMap:
-    """What `--columns` says: (role, column) pairs; without any, columns have the roles that their names say."""
+    """
+    The (role, column) pairs of `--columns`; without any, columns have roles by their names.
+
+    The field name is hashed in utils/data/shards.py.
+    """
 
     pairs: tuple[tuple[str, str], ...] = ()
 
     @classmethod
     def parse(cls, text: str | None) -> "ColumnMap":
         """
-        "prompt=q,response=a" as a ColumnMap.
+        Parse "prompt=q,response=a"; None is a map without pairs.
 
         Raises:
-            UsageError: not of that form, or a role that there is none of.
+            UsageError: another form, an unknown role, or a role given twice.
         """
         pairs: dict[str, str] = {}
-        for part in (text or "").split(",") if text is not None else ():
-            name, _, column = (side.strip() for side in part.partition("="))
+        if text is None:
+            return cls()
+        for pair in text.split(","):
+            name, _, column = (word.strip() for word in pair.partition("="))
             if not column:
                 raise UsageError(f"--columns {text}: write ROLE=COLUMN, such as prompt=q,response=a")
-            if name not in ROLES:
-                raise UsageError(f"--columns {text}: no role {name}; there are {', '.join(dict.fromkeys(ROLES))}")
-            if ROLES[name] in pairs:
-                raise UsageError(f"--columns {text}: two columns for {ROLES[name]}")
-            pairs[ROLES[name]] = column
+            if name not in COLUMN_ROLES:
+                raise UsageError(f"--columns {text}: no role {name}; the roles are {', '.join(COLUMN_ROLES)}")
+            if COLUMN_ROLES[name] in pairs:
+                raise UsageError(f"--columns {text}: two columns for {COLUMN_ROLES[name]}")
+            pairs[COLUMN_ROLES[name]] = column
         if "messages" in pairs and pairs.keys() & {"prompt", "input", "response"}:
-            raise UsageError(f"--columns {text}: messages hold prompt and response")
+            raise UsageError(f"--columns {text}: messages hold prompt and response: give one or the other")
         return cls(tuple(pairs.items()))
 
     @property
     def roles(self) -> set[str]:
+        """The roles that are given to columns."""
         return {role for role, _ in self.pairs}
 
     def rename(self, raw: Any) -> Any:
-        """The row with its columns under the names of their roles, and without others of the same roles."""
+        """The row with mapped columns under the names of their roles, without other columns of these roles."""
         if not self.pairs or not isinstance(raw, dict):
             return raw
         dropped = {column for _, column in self.pairs}.union(*(_REPLACED[role] for role, _ in self.pairs))
@@ -146,11 +173,14 @@ class ColumnMap:
 
     def check(self, columns: Iterable[str], place: str) -> None:
         """
+        Check that the mapped columns exist.
+
         Args:
-            columns: those that the rows of `place` have.
+            columns: the columns of the rows.
+            place: where the rows are, for the message.
 
         Raises:
-            UsageError: a column that --columns names is not among them.
+            UsageError: a mapped column is not among them.
         """
         known = list(dict.fromkeys(map(str, columns)))
         if missing := [column for _, column in self.pairs if column not in known]:
@@ -162,7 +192,7 @@ NO_RENAMES = ColumnMap()
 
 def texts_of(raw: dict[str, Any], columns: Sequence[str]) -> dict[str, str]:
     """
-    The texts that are not empty, by column.
+    The texts of `columns` that are not empty, by column.
 
     Raises:
         RowError: a value is not text.
