@@ -54,7 +54,8 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument_group("files").add_argument
     add(
-        *("--input", "--input_path"),
+        "--input",
+        "--input_path",
         nargs="+",
         default=[BELLE_1M],
         help=f"files or quoted patterns (default: {BELLE_1M})",

@@ -1,18 +1,18 @@
 """
 python benchmarks/data_throughput.py
 
-How fast rows are processed and tokenised, beside what bounds them, in one run on one machine:
+Measures how fast rows are processed and tokenised, next to reference loops, in one run on one machine:
 
-- process_belle_1M_data.py, the whole command, beside a bare loop that parses and writes each line with json;
-- tokenize_dataset_rows_belle.py, the whole command on all cores, beside SentencePiece's own batch encode of the same
-  texts with as many threads, and beside one Python tokenizer call a field, as the first BELLE script did.
+- process_belle_1M_data.py, the whole command, next to a bare loop that parses and writes each line with json;
+- tokenize_dataset_rows_belle.py, the whole command on all cores, next to SentencePiece's own batch encode of the same
+  texts with as many threads, and next to one Python tokenizer call a field, as in the first BELLE script.
 
-Rows are synthesised (--rows, 200 tokens each in the mean). The machine's speed drifts, so a command and what stands
-beside it take turns of half a second, which two loops share: the command is stopped while a loop runs, and a loop goes
-round the rows for as long as the command lasts. Seconds of a command are those of its turns, from its start to its
-end; those of a loop leave out imports and, for the encoders, reading the texts. What the disk still writes of one goes
-on in the turns of the others. Peak memory is the sum over a command's processes (proportional set size, sampled at the
-end of each turn). The last line is one JSON object.
+Rows are synthetic (--rows, 200 tokens each on average). The machine's speed drifts, so a command and its reference
+loops take turns of half a second, which two loops share: the command is stopped while a loop runs, and a loop repeats
+the rows for as long as the command lasts. A command's seconds are those of its turns, from start to end; a loop's
+exclude imports and, for the encoders, parsing the texts. Writes that the disk still has to finish run during the turns
+of the others. Peak memory is the sum over a command's processes (proportional set size, sampled at the end of each
+turn). The last line is one JSON object.
 """
 
 import argparse
@@ -35,7 +35,7 @@ ROOT = Path(__file__).resolve().parent.parent
 MODEL = ROOT / "data" / "chatglm-tiny"
 TURN = 0.5  # seconds
 
-# Each line of stdin is a turn: `steps`, which each loop has, goes on for so many seconds, and its texts are counted.
+# Each line of stdin is a turn of that many seconds, in which the loop's `steps` run and its texts are counted.
 TURNS = """
 import itertools, json, sys, time
 from time import perf_counter
@@ -105,7 +105,7 @@ take_turns(steps(sys.argv[1], sys.argv[3]))
 
 
 def write_rows(path: Path, rows: int, seed: int) -> None:
-    """Instruction rows with what real ones have: several lines, runs of blanks, tabs, digits, Latin, rare letters."""
+    """Write instruction rows like real ones: several lines, runs of blanks, tabs, digits, Latin, rare letters."""
     draw = random.Random(seed)
     phrases = [sentence(draw).text for _ in range(20000)]
     phrases += ["".join(chr(draw.randrange(0x4E00, 0x9FA6)) for _ in range(4)) for _ in range(1000)]
@@ -115,16 +115,16 @@ def write_rows(path: Path, rows: int, seed: int) -> None:
         for _ in range(rows):
             size = draw.randrange(6, 32)
             phrase, end = draw.choices(phrases, k=size), draw.choices(ends, k=size)
-            parts = [part for pair in zip(phrase, end, strict=True) for part in pair]
+            texts = [text for pair in zip(phrase, end, strict=True) for text in pair]
             cut = 2 * (1 + size // 4)
-            row = {"instruction": "".join(parts[:cut]), "input": "", "output": "".join(parts[cut:])}
+            row = {"instruction": "".join(texts[:cut]), "input": "", "output": "".join(texts[cut:])}
             if draw.random() < 0.3:
                 row["input"] = draw.choice(phrases)
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
 class Loop:
-    """A loop that runs in turns; what it did in them."""
+    """A reference loop that runs in turns; its texts or rows and its seconds."""
 
     def __init__(self, code: str, *arguments: object):
         command = [sys.executable, "-c", code, *map(str, arguments)]
@@ -133,6 +133,7 @@ class Loop:
         self._answer()
 
     def take_turn(self, seconds: float) -> None:
+        """Let the loop run for `seconds`."""
         print(seconds, file=self.process.stdin, flush=True)
         count, taken = self._answer().split()
         self.count += int(count)
@@ -146,22 +147,24 @@ class Loop:
 
     @property
     def rate(self) -> float:
+        """Texts or rows a second."""
         return self.count / self.seconds
 
     def end(self) -> None:
+        """Kill the loop's process."""
         self.process.kill()
         self.process.wait()
 
 
 class Command:
-    """A script of this repository that runs in turns; its seconds in them, and its peak memory in bytes."""
+    """A script of this repository that runs in turns; its seconds, and its peak memory in bytes."""
 
     def __init__(self, *arguments: object):
         self.arguments = [sys.executable, *map(str, arguments)]
         self.seconds, self.peak = 0.0, 0
 
     def run_beside(self, *loops: Loop) -> None:
-        """Runs the command to its end, a turn of each loop before each of its own; ends the loops."""
+        """Run the command to its end, with a turn of each loop before each of its own; then end the loops."""
         for loop in loops:
             loop.take_turn(TURN / len(loops))
         started = time.perf_counter()
@@ -188,18 +191,19 @@ class Command:
 
 
 def family(process_id: int) -> list[int]:
-    """A process and its descendants."""
-    found = [process_id]
+    """Ids of a process and its descendants."""
+    process_ids = [process_id]
     try:
         for task in Path(f"/proc/{process_id}/task").iterdir():
             for child in (task / "children").read_text().split():
-                found += family(int(child))
+                process_ids += family(int(child))
     except OSError:  # it has ended
-        return found
-    return found
+        return process_ids
+    return process_ids
 
 
 def memory(process_id: int) -> int:
+    """Proportional set size in bytes; 0 if the process has ended."""
     try:
         lines = Path(f"/proc/{process_id}/smaps_rollup").read_text().splitlines()
     except OSError:  # it has ended
@@ -208,6 +212,7 @@ def memory(process_id: int) -> int:
 
 
 def measure(rows: int, processes: int, directory: Path) -> dict[str, float]:
+    """Run both commands on `rows` rows in `directory`; return rates in rows or texts a second, and MiB."""
     raw, processed, tokens = directory / "raw.json", directory / "rows.json", directory / "tokens"
     write_rows(raw, rows, seed=0)
     print(f"{rows} rows, {raw.stat().st_size / 2**20:.0f} MiB; {processes} processes or threads", flush=True)
@@ -245,10 +250,15 @@ def measure(rows: int, processes: int, directory: Path) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, default=1_000_000, help="default: %(default)s")
-    parser.add_argument("--num_proc", type=int, default=len(os.sched_getaffinity(0)), help="all cores: %(default)s")
+    parser.add_argument("--rows", type=int, default=1_000_000, help="rows to write and process (default: %(default)s)")
+    parser.add_argument(
+        "--num_proc",
+        type=int,
+        default=len(os.sched_getaffinity(0)),
+        help="processes (default: %(default)s, one a core)",
+    )
     args = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # not to leave a stopped command behind
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # the default would leave a stopped command
     with tempfile.TemporaryDirectory() as directory:
         print(json.dumps(measure(args.rows, args.num_proc, Path(directory))))
 

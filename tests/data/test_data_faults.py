@@ -1,4 +1,4 @@
-"""The data scripts killed at any moment, on a full disk, without their input: no row lost, twice or half written."""
+"""The data scripts killed at any moment, on a full disk, or without input lose, double or halve no row."""
 
 import contextlib
 import json
@@ -14,7 +14,7 @@ from utils.data import row_parser
 
 
 def test_killed_at_any_moment(tmp_path):
-    """A kill a script, of which tests/faults/kill_data_scripts.py makes more."""
+    """One kill for each script; tests/faults/kill_data_scripts.py makes more."""
     kills = kill_data_scripts.torture(tmp_path, kills=2, seed=1)
     assert sum(kills.values()) == 2 == len(kills)
 
@@ -43,9 +43,9 @@ def test_a_full_disk_in_tokenising(run_script, small_disk, tmp_path):
     assert not (small_disk / "tokens").exists()
 
 
-@pytest.mark.parametrize("free_pages, left", [(2, "some"), (5, "none")])
-def test_a_full_disk_in_inference(run_script, small_disk, tmp_path, free_pages, left):
-    """In the journal, and when all is answered, in the output: nothing of what was answered is computed again."""
+@pytest.mark.parametrize("free_pages, unanswered", [(2, "some"), (5, "none")])
+def test_a_full_disk_in_inference(run_script, small_disk, tmp_path, free_pages, unanswered):
+    """Full in the journal, or when all is answered, in the output: no answer is computed again."""
     rows = [{"prompt": f"你好{number}" * 4} for number in range(60)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     command = (
@@ -63,7 +63,7 @@ def test_a_full_disk_in_inference(run_script, small_disk, tmp_path, free_pages, 
     assert "Traceback" not in result.err and not (small_disk / "out.jsonl").exists()
     filler.unlink()
     summary = json.loads(run_script(f"{command} {small_disk}/out.jsonl").check().out.splitlines()[-1])
-    assert (0 < summary["answered_before"] < 60) if left == "some" else summary["answered_before"] == 60
+    assert (0 < summary["answered_before"] < 60) if unanswered == "some" else summary["answered_before"] == 60
     assert (small_disk / "out.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
 
 
@@ -79,8 +79,8 @@ def test_an_output_that_cannot_be_written(run_script, tmp_path):
         assert result.code == 2 and "cannot be written: " in result.err, result.err
 
 
-def outputs_that_destroy(directory):
-    """Names under `directory` that are its input rows.json, or nothing that a finished file may replace."""
+def harmful_outputs(directory):
+    """Names under `directory` that are its input rows.json, or something that a finished file may not replace."""
     (directory / "sub").mkdir()
     (directory / "link.json").symlink_to("rows.json")
     os.link(directory / "rows.json", directory / "hard.json")
@@ -97,7 +97,7 @@ def outputs_that_destroy(directory):
 def test_an_output_replaces_no_input_and_no_device(run_script, tmp_path):
     content = '{"input": "问", "target": "答"}\n{"input": "bad"}\n'
     (tmp_path / "rows.json").write_text(content)
-    names = outputs_that_destroy(tmp_path)
+    names = harmful_outputs(tmp_path)
     before = sorted(path.name for path in tmp_path.iterdir())
     for name, words in names:
         result = run_script(f"process_belle_1M_data.py --input rows.json --output {name}", cwd=tmp_path)
@@ -138,7 +138,7 @@ def test_a_dataset_replaces_none_of_its_rows(run_script, tokens, tmp_path):
 
 
 def test_an_input_that_disappears(run_script, tmp_path, monkeypatch):
-    """Between the look at the names and the reading of the second file."""
+    """It disappears after the check of the names and before the second file is opened."""
     for name in "ab":
         (tmp_path / name).write_bytes((ROOT / "data" / "sample.train.json").read_bytes())
     plain = row_parser.read_blocks

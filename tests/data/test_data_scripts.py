@@ -1,4 +1,4 @@
-"""process_belle_1M_data.py and tokenize_dataset_rows_belle.py, and the modules that they are made of."""
+"""process_belle_1M_data.py and tokenize_dataset_rows_belle.py, and the functions that they call."""
 
 import json
 
@@ -213,7 +213,7 @@ def test_tokenize_refuses_in_one_line(run_script, tmp_path, flags, words):
 
 @pytest.mark.parametrize("good, code", [(0, 1), (2, 1), (3, 0), (4, 0)])
 def test_most_rows_rejected_is_a_failure(run_script, tmp_path, good, code):
-    """Exit code 1 above half, also where the dataset is kept; what could be used is written all the same."""
+    """Exit code 1 above half, also if the dataset is kept; usable rows are written all the same."""
     rows = [{"input": f"问{number}", "target": "答" if number < good else ""} for number in range(6)]
     write_lines(tmp_path / "rows", rows)
     tokenize = f"tokenize_dataset_rows_belle.py --model_name_or_path {TINY} --save_path tokens --jsonl_path rows"

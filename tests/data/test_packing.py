@@ -1,4 +1,4 @@
-"""Rows laid end to end train as rows padded side by side; the loss on targets alone is the loss of the whole model."""
+"""Packed rows train as padded ones; the loss computed on targets alone is the loss of the whole model."""
 
 import json
 
@@ -116,7 +116,7 @@ def test_packed_training_is_padded_training(run_script, workspace):
 
 
 def test_packs_on_two_processes(run_ranks, workspace):
-    """However the packs fall on the ranks, their targets are unequal in number: the loss is a mean over tokens."""
+    """Ranks have different numbers of targets however the packs are distributed: the loss is a mean over tokens."""
     dataset = load_examples(str(workspace / "tokens"))
     packs = pack_rows(row_lengths(dataset), 150, seed=42)
     targets = [sum(label >= 0 for i in pack for label in dataset[i]["labels"]) for pack in packs]

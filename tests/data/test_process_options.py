@@ -98,7 +98,7 @@ def test_dedup_over_several_chunks(tmp_path):
 
 
 def test_near_duplicates_over_several_chunks(tmp_path):
-    """Questions are compared as they were stored, of any length in bytes, behind the same earlier turns alone."""
+    """Questions are compared as they were stored, of any length in bytes, and only after the same earlier turns."""
     questions = [f"{'é' * (n % 5)}{number}，{SENTENCE[n:]}" for n, number in enumerate("abcdefghijklmnop")]
     prompts = [*questions, *(f"一问\x1e{question}" for question in questions), *(f"{q}！" for q in questions)]
     dedup = Deduplicator(tmp_path, near=True, chunk_rows=7)

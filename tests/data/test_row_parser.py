@@ -165,7 +165,7 @@ def tokenizer(request):
 
 
 def test_a_system_message_as_the_released_code_has_it(tokenizer):
-    """ChatGLM3 and GLM-4 have a turn for it; before, its text stands before the first question's."""
+    """ChatGLM3 and GLM-4 have a turn for it; in older generations its text precedes the first question."""
     template, messages = template_for(tokenizer), (Message("system", "说短些"), Message("user", "你好"))
     ids = encode_prompt(tokenizer, messages)
     if template.has_system_role:
@@ -186,7 +186,7 @@ def test_a_turn_that_is_not_trained_on(tokenizer):
     for answers, trained in ((chat, "答三"), ([*chat[:-1], ANSWER | {"content": "三", "weight": 0}], "答")):
         row = parse_row({"messages": answers})
         encoded = encode_rows(tokenizer, rows_to_train(row, template, "every"), None, template, "every")
-        ids = [label for found in encoded for label in found.example().labels if label >= 0]
+        ids = [label for encoded_row in encoded for label in encoded_row.example().labels if label >= 0]
         text = tokenizer.decode(ids, skip_special_tokens=True)
         assert [sign for sign in text if sign in "说短些问答二三"] == list(trained)
         if trained == "答":
@@ -217,19 +217,19 @@ def test_rows_of_another_history_are_no_repeats(run_script, tmp_path, dedup):
     summary = json.loads(result.check().out.splitlines()[-1])
     assert (summary["written"], summary["rejected"], summary["skipped"]) == (6, 1, 1)
     assert 'rows.json:8: "tools" is not empty' in result.err
-    made = [json.loads(line) for line in (tmp_path / "out.json").read_text().splitlines()]
-    assert [parse_row(raw) for raw in made] == [parse_row(raw) for raw in (*ROWS[:4], *ROWS[5:])]
+    written = [json.loads(line) for line in (tmp_path / "out.json").read_text().splitlines()]
+    assert [parse_row(raw) for raw in written] == [parse_row(raw) for raw in (*ROWS[:4], *ROWS[5:])]
 
 
 def test_raw_and_processed_rows_make_the_same_tokens(run_script, tmp_path):
     (tmp_path / "rows.json").write_text("".join(json.dumps(row) + "\n" for row in [*ROWS, TOOLS]))
     run_script("process_belle_1M_data.py --input rows.json --output out.json", cwd=tmp_path).check()
-    made = []
+    tokens = []
     for name in ("rows", "out"):
         command = f"tokenize_dataset_rows_belle.py --jsonl_path {name}.json --save_path {name}"
         run_script(f"{command} --loss_on every --num_proc 1 --model_name_or_path {MODELS[2]}", cwd=tmp_path).check()
-        made.append(datasets.load_from_disk(str(tmp_path / name))[:])
-    assert made[0] == made[1] and len(made[0]["input_ids"]) == len(ROWS)
+        tokens.append(datasets.load_from_disk(str(tmp_path / name))[:])
+    assert tokens[0] == tokens[1] and len(tokens[0]["input_ids"]) == len(ROWS)
 
 
 def test_mapped_columns_in_every_script(run_script, tmp_path):
@@ -256,7 +256,7 @@ def test_mapped_columns_in_every_script(run_script, tmp_path):
 
 
 def test_prompts_with_system_and_history(run_script, tmp_path):
-    """In JSON and in a table, also where a flag names the prompt; what cannot be used is an error row."""
+    """In JSON and in a table, also if a flag names the prompt; a row that cannot be used is an error row."""
     cells = {"text": "那呢？", "system": "说短些", "history": '[["问", "答"]]', "tools": "[]"}
     with (tmp_path / "rows.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, list(cells))

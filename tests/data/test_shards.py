@@ -203,7 +203,7 @@ def test_nothing_is_tokenised_again_unless_something_changed(workspace, monkeypa
         (workspace.path / "rows.json").write_text(rows.replace("第3个", f"第3{change}个"))
         _, summary, dataset = workspace(flags)
         assert len(numbers) >= 5 and len(dataset) == summary["written"]
-    (workspace.path / "tokens.rejected.jsonl").unlink()  # part of what was made
+    (workspace.path / "tokens.rejected.jsonl").unlink()  # it belongs to the dataset
     numbers.clear()
     workspace(flags)
     assert len(numbers) >= 5 and (workspace.path / "tokens.rejected.jsonl").is_file()

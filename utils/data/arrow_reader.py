@@ -198,7 +198,8 @@ def _iterate_arrays(dataset: datasets.Dataset) -> Iterator[tuple[np.ndarray, np.
     for batch in dataset.with_format("arrow").iter(HASH_ROWS):
         columns = [batch[name].combine_chunks() for name in FEATURES]
         offsets = columns[0].offsets.to_numpy()
-        yield *(column.flatten().to_numpy() for column in columns), offsets - offsets[0]
+        input_ids, labels = (column.flatten().to_numpy() for column in columns)
+        yield input_ids, labels, offsets - offsets[0]
 
 
 def _row_digests(input_ids: np.ndarray, labels: np.ndarray, offsets: np.ndarray) -> tuple[np.ndarray, ...]:

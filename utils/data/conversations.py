@@ -50,7 +50,7 @@ def parse_chat(raw: Any, column: str) -> list[Turn]:
     Raises:
         RowError: a message cannot be used.
     """
-    items = list_of(raw, column)
+    items = parse_list(raw, column)
     if not items:
         raise RowError(f'"{column}" must be a list with at least one message')
     return [_parse_message(item, column) for item in items]
@@ -64,7 +64,7 @@ def parse_history(raw: Any, column: str) -> list[Turn]:
         RowError: a pair or a message cannot be used.
     """
     turns = []
-    for item in list_of(raw, column):
+    for item in parse_list(raw, column):
         if isinstance(item, dict):
             turns.append(_parse_message(item, column))
         elif isinstance(item, list | tuple) and len(item) == 2 and all(isinstance(text, str) for text in item):
@@ -152,7 +152,7 @@ def _either(item: dict[str, Any], *keys: str) -> str | None:
     return value if isinstance(value, str) else None
 
 
-def list_of(value: Any, column: str) -> list[Any]:
+def parse_list(value: Any, column: str) -> list[Any]:
     """
     The list that a value is, or that its text holds: JSON, or what Python prints, as in a table's cell.
 

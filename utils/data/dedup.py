@@ -165,7 +165,7 @@ def find_repeats(
 
 
 def last_question(prompt: str) -> str:
-    """The text behind the last TURN_END."""
+    """The text after the last TURN_END."""
     return prompt.rpartition(TURN_END)[2]
 
 

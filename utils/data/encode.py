@@ -129,7 +129,9 @@ def encode_rows(
         drafts.append(template.unencoded_target(tokenizer, row.target))
     encoded = encode_many(tokenizer, drafts)
     prompts, targets = encoded[::2], encoded[1::2]
-    template_tokens = np.array([_template_tokens(*pair) for pair in zip(prompts, targets, strict=True)], np.int64)
+    template_tokens = np.array(
+        [_template_tokens(p) + _template_tokens(t) for p, t in zip(prompts, targets, strict=True)], np.int64
+    )
     texts = truncate([text.text for text in prompts], [text.text for text in targets], template_tokens, max_seq_length)
     encoded_rows: list[EncodedRow | RowError] = []
     for number, (prompt, target) in enumerate(zip(prompts, targets, strict=True)):
@@ -148,10 +150,9 @@ def encode_rows(
     return encoded_rows
 
 
-def _template_tokens(prompt: EncodedText, target: EncodedText) -> int:
-    """Number of tokens round the two texts."""
-    spans = (*prompt.opening, prompt.closing, *target.opening, target.closing)
-    return sum(len(span.ids) for span in spans)
+def _template_tokens(encoded: EncodedText) -> int:
+    """Number of tokens around the text."""
+    return sum(len(span.ids) for span in encoded.opening) + len(encoded.closing.ids)
 
 
 def _without_loss(span: TokenSpan) -> TokenSpan:

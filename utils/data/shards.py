@@ -169,9 +169,9 @@ class ShardTokenizer:
 @contextlib.contextmanager
 def no_garbage_collection() -> Iterator[None]:
     """
-    Turn off Python's search for reference cycles, of which tokens make none.
+    Turn off Python's search for reference cycles: tokens make none.
 
-    With so many small objects it would walk the libraries' millions again and again and take half of the time.
+    The many small objects would start it again and again; it walks the libraries' millions and takes half of the time.
     """
     was_enabled = gc.isenabled()
     gc.disable()
