@@ -167,6 +167,33 @@ def test_process_then_cat_is_one_valid_file(run_script, tmp_path):
     assert len([parse_row(raw) for _, raw in read_json_rows(joined)]) == 3
 
 
+def test_input_path_and_output_path_are_flags_of_both_scripts(run_script, tmp_path):
+    write_lines(tmp_path / "raw.json", [{"instruction": "问", "output": "答"}])
+    for flags, name in (("--input raw.json --output", "one"), ("--input_path raw.json --output_path", "two")):
+        run_script(f"process_belle_1M_data.py {flags} {name}.json", cwd=tmp_path).check()
+    assert (tmp_path / "one.json").read_bytes() == (tmp_path / "two.json").read_bytes()
+    tokenize = f"tokenize_dataset_rows_belle.py --model_name_or_path {TINY} --num_proc 1"
+    for flags in ("--jsonl_path one.json --save_path one", "--input_path one.json --output_path two"):
+        run_script(f"{tokenize} {flags}", cwd=tmp_path).check()
+    one, two = (datasets.load_from_disk(str(tmp_path / name)).to_dict() for name in ("one", "two"))
+    assert one == two and len(one["input_ids"]) == 1
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        ("--jsonl_path rows --save_path t --unknown 3", "unrecognized arguments: --unknown 3"),
+        ("--jsonl_path rows --save_path t --loss_on first", "invalid choice: 'first'"),
+        ("--jsonl_path rows --save_path t --columns q", "write ROLE=COLUMN"),
+        ("--jsonl_path rows --save_path t --max_seq_length 0", "--max_seq_length 0 must be at least 1"),
+        ("--save_path t", "required: --jsonl_path"),
+    ],
+)
+def test_wrong_flags_of_tokenising_end_with_code_2(run_script, tmp_path, flags, words):
+    result = run_script(f"tokenize_dataset_rows_belle.py {flags}", cwd=tmp_path)
+    assert result.code == 2 and words in result.err and "Traceback" not in result.err
+
+
 def test_process_without_its_input(run_script, tmp_path):
     result = run_script("process_belle_1M_data.py", cwd=tmp_path)
     assert result.code == 2
