@@ -16,7 +16,7 @@ from utils.common.errors import UsageError
 from utils.inference.arguments import adapter_names
 from utils.inference.placement import dispatch
 from utils.lora.adapter import load_adapter, merge_adapter, read_origin
-from utils.lora.adapter_config import COMPUTED, MERGE, WITHOUT_EFFECT, read_config
+from utils.lora.adapter_config import COMPUTED, HOW_TO_MERGE, WITHOUT_EFFECT, read_adapter_config
 from utils.lora.formats import adapter_directory
 from utils.lora.multi_lora import add_adapters
 
@@ -188,7 +188,7 @@ REFUSED = [
     ({"lora_alpha": "8"}, "lora_alpha is '8', not a number"),
     ({"lora_alpha": 1e300}, "lora_alpha is 1e.300, not a number up to"),
     ({"alpha_pattern": [1]}, "alpha_pattern is a list"),
-    ({"rank_pattern": {"(": 4}}, "rank_pattern is no regular expression: .*missing"),
+    ({"rank_pattern": {"(": 4}}, "rank_pattern is not a regular expression: .*missing"),
 ]
 
 
@@ -213,8 +213,8 @@ def test_every_key_of_peft_is_decided(plain):
     names = {field.name for field in fields(LoraConfig)}
     refused = names - COMPUTED - WITHOUT_EFFECT
     assert {"bias", "use_dora", "modules_to_save", "megatron_config"} <= refused and names >= COMPUTED
-    assert len(refused) >= 15 and MERGE
-    assert read_config(plain / "adapter_config.json").rank == 4
+    assert len(refused) >= 15 and HOW_TO_MERGE
+    assert read_adapter_config(plain / "adapter_config.json").rank == 4
 
 
 @pytest.mark.parametrize(
@@ -229,7 +229,7 @@ def test_every_key_of_peft_is_decided(plain):
     ids=lambda values: next(iter(values)),
 )
 def test_a_regular_expression_without_end(base, plain, tmp_path, monkeypatch, values):
-    monkeypatch.setattr("utils.lora.adapter_config.SECONDS", 0.5)
+    monkeypatch.setattr("utils.lora.adapter_config.MATCH_SECONDS", 0.5)
     directory = shutil.copytree(plain, tmp_path / "adapter")
     change(directory, **values)
     with pytest.raises(UsageError, match=f"{list(values)[-1]} takes more than 0.5 s to match"):

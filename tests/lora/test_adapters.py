@@ -132,7 +132,7 @@ LAYER = "base_model.model.transformer.encoder.layers.{}.self_attention.query_key
     "make, words",
     [
         (lambda directory: None, "neither adapter_config.json nor chatglm-lora.pt"),
-        (spoil(lambda s: s | {"transformer.output_layer.weight": torch.zeros(2, 2)}), "is no LoRA weight"),
+        (spoil(lambda s: s | {"transformer.output_layer.weight": torch.zeros(2, 2)}), "is not a LoRA weight"),
         (spoil(lambda s: s | {LAYER.format(9, "A"): s[LAYER.format(0, "A")]}), "match nothing, first .*layers.9"),
         (spoil(lambda s: {k: v for k, v in s.items() if k != LAYER.format(1, "B")}), "are missing, first .*layers.1"),
         (

@@ -1,4 +1,4 @@
-"""LoRA adapters: attach, save, load, merge. `load_adapter` puts one on a model."""
+"""LoRA adapters. `load_adapter` puts one on a model; the modules attach, save, merge, and mix several in a batch."""
 
 from utils.lora.adapter import load_adapter
 

@@ -1,4 +1,9 @@
-"""LoRA adapters as PEFT directories: attach, save, load, merge."""
+"""
+LoRA adapters on a model: attach a new one, save it as a PEFT directory, load one, merge one.
+
+Training attaches and saves; inference loads and merges, after `check_base` has compared the base that the adapter's
+origin file records. `utils/lora/formats.py` reads adapter files.
+"""
 
 import json
 from dataclasses import asdict, dataclass
@@ -33,8 +38,14 @@ def attach_adapter(
     seed: int,
 ) -> PeftModel:
     """
-    Freezes `model` and adds a LoRA adapter that trains. The adapter's start depends on `seed` alone, not on what drew
-    random numbers before, so that every launcher starts from the same one.
+    Freezes `model` and adds a LoRA adapter that trains.
+
+    The adapter's initial weights depend only on `seed`, not on earlier random numbers, so that every launcher starts
+    from the same ones.
+
+    Args:
+        lora_rank, lora_alpha, lora_dropout: R, the scaling `lora_alpha / R`, and the dropout before A.
+        target_modules: the linear layers to adapt, by the last part of their names.
     """
     config = LoraConfig(
         task_type=TaskType.CAUSAL_LM,
@@ -50,22 +61,25 @@ def attach_adapter(
 
 def scale_losses_under_zero3(model: PeftModel) -> None:
     """
-    For float16. DeepSpeed's ZeRO-3 scales losses only where the trained weights are float16; PEFT makes them float32,
-    and the gradients, float16 on their way, would underflow. The optimizer keeps float32 copies of its own.
+    Makes the trained weights float16, so that DeepSpeed's ZeRO-3 scales losses in float16 training.
+
+    It scales only if they are; PEFT makes them float32, and the gradients, which pass through float16, would
+    underflow. The optimizer keeps float32 copies of its own.
     """
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.half()
 
 
-# The embedding is never trained; PEFT would read the base's config.json again to find that out.
+# The embedding is never trained; without the argument PEFT reads the base's config.json to find that out.
 adapter_weights = partial(get_peft_model_state_dict, save_embedding_layers=False)
 
 
 def gather_adapter(model: PeftModel) -> State:
     """
-    The adapter's weights under PEFT's names, float32, on the CPU. Every rank must call it: it gathers what
-    FSDP2 shards, and under DeepSpeed the float32 copies that the optimizer's partitions hold.
+    The adapter's weights under PEFT's names, float32, on the CPU; every rank must call it.
+
+    It gathers what FSDP2 shards, and under DeepSpeed the float32 copies in the optimizer's partitions.
 
     Raises:
         RuntimeError: DeepSpeed's optimizer holds no copy of a weight.
@@ -87,8 +101,8 @@ def gather_adapter(model: PeftModel) -> State:
     return adapter_weights(model, state_dict=state)
 
 
-def expected_shapes(model: PeftModel) -> Shapes:
-    """The adapter's weights, under PEFT's names, that belong to the layers `model` puts it on."""
+def adapter_shapes(model: PeftModel) -> Shapes:
+    """The shapes of the adapter's weights, A (R, in) and B (out, R), under PEFT's names."""
     lora_rank = model.active_peft_config.r
     shapes = {}
     for name, layer in model.named_modules():
@@ -103,12 +117,12 @@ ADAPTER_ORIGIN_FILE = "adapter_origin.json"
 
 @dataclass(frozen=True)
 class AdapterOrigin:
-    """What an adapter was trained with; a file in its directory."""
+    """What an adapter was trained with: the file `adapter_origin.json` in its directory."""
 
     template: str  # one of utils.models.templates.TEMPLATES
     base: dict[str, Any]  # Checkpoint.fingerprint of the base model
     model_name_or_path: str
-    tokenizer: str | None = None  # fingerprint of the tokenizer that made its rows; adapters of before have none
+    tokenizer: str | None = None  # fingerprint of the tokenizer that made its rows; older adapters lack it
 
 
 ORIGIN_TYPES = {"template": str, "base": dict, "model_name_or_path": str}
@@ -119,22 +133,22 @@ def read_origin(path: str | Path) -> AdapterOrigin | None:
     The origin recorded beside an adapter; None for an adapter that another tool made.
 
     Raises:
-        UsageError: the file is not what `save_adapter` writes.
+        UsageError: the file is not one that `save_adapter` writes.
     """
     file = adapter_directory(path) / ADAPTER_ORIGIN_FILE
     if not file.exists():
         return None
     values = read_json_object(file, ORIGIN_TYPES)
     tokenizer = values.get("tokenizer")
-    written = {"norms", "matrices", "bits"} <= values["base"].keys() and isinstance(tokenizer, str | None)
-    if not written or values["template"] not in TEMPLATES:
+    is_ours = {"norms", "matrices", "bits"} <= values["base"].keys() and isinstance(tokenizer, str | None)
+    if not is_ours or values["template"] not in TEMPLATES:
         raise UsageError(f"{file} is not what this toolkit writes: without it the base is not checked")
     return AdapterOrigin(**{name: values[name] for name in ORIGIN_TYPES}, tokenizer=tokenizer)
 
 
 def check_base(path: str | Path, checkpoint: Checkpoint) -> None:
     """
-    Nothing is known, and nothing checked, of an adapter that another tool made.
+    Checks that the checkpoint is the base that an adapter was trained on, if its origin is recorded.
 
     Raises:
         UsageError: the adapter was trained on other weights than the checkpoint's.
@@ -142,9 +156,10 @@ def check_base(path: str | Path, checkpoint: Checkpoint) -> None:
     origin = read_origin(path)
     if origin is None:
         return
-    found = checkpoint.fingerprint()
-    parts = ("norms", "matrices") if found["bits"] == origin.base["bits"] else ("norms",)
-    if any(found[part] != origin.base[part] for part in parts):
+    fingerprint = checkpoint.fingerprint()
+    # Quantising changes the matrices and leaves the norms alone.
+    compared = ("norms", "matrices") if fingerprint["bits"] == origin.base["bits"] else ("norms",)
+    if any(fingerprint[name] != origin.base[name] for name in compared):
         raise UsageError(
             f"--adapter_path {path} was trained on other weights than those in {checkpoint.directory}, on "
             f"{origin.model_name_or_path}: pass that with --model_name_or_path, or --any_base to use it all the same"
@@ -152,7 +167,7 @@ def check_base(path: str | Path, checkpoint: Checkpoint) -> None:
 
 
 def warn_of_old_ids(path: str | Path, checkpoint: Checkpoint) -> str | None:
-    """One line where an adapter's rows were made by a version of this toolkit that gave GLM-4 wrong token ids."""
+    """A warning for an adapter from an older version, whose rows had wrong token ids of GLM-4-9B; else None."""
     if checkpoint.generation.flag != GLM4.flag:
         return None
     origin = read_origin(path)
@@ -175,22 +190,23 @@ def save_adapter(
     Writes the adapter as a PEFT directory, with its origin. Every rank must call it; the main process writes.
 
     Args:
-        trained: whether it must differ from its start, where every B is zero.
+        trained: whether the adapter must differ from its initial weights, whose B are zero.
 
     Raises:
-        RuntimeError: a weight is missing, has lost its shape, or is not finite; nothing is written.
-        RunError: with `trained`, the adapter is as it was at its start; nothing is written.
+        RuntimeError: a weight is missing, has another shape, or is not finite, and nothing is written; or the written
+            file does not hold the adapter.
+        RunError: with `trained`, the adapter never changed, and nothing is written.
     """
     state = gather_adapter(model)
     if not is_main_process:
         return
     if trained and not any(value.any() for name, value in state.items() if ".lora_B." in name):
         raise RunError(
-            "the adapter is not saved: it is as it was at its start; were there steps with a --learning_rate above 0?"
+            "adapter not saved: it never changed (every lora_B is zero); check --learning_rate and --max_steps"
         )
-    misfit = find_misfit(state, expected_shapes(model)) if state else "it has no weights"
+    misfit = find_misfit(state, adapter_shapes(model)) if state else "it has no weights"
     if misfit:
-        raise RuntimeError(f"the adapter is not saved: {misfit}")
+        raise RuntimeError(f"adapter not saved: {misfit}")
     model.save_pretrained(directory, state_dict=state, save_embedding_layers=False)
     if origin:
         (Path(directory) / ADAPTER_ORIGIN_FILE).write_text(json.dumps(asdict(origin), indent=2), encoding="utf-8")
@@ -201,8 +217,11 @@ def save_adapter(
 
 def load_adapter(model: PreTrainedModel, path: str | Path, lora_alpha: int | None = None) -> PeftModel:
     """
-    Puts an adapter on `model`, frozen: any that `read_adapter` can read. The model may lie anywhere, also dispatched
-    over devices and offloaded by accelerate, and be quantised.
+    Puts a frozen adapter on `model`, which may be quantised, dispatched over devices, or offloaded by accelerate.
+
+    Args:
+        path: any adapter that `read_adapter` can read.
+        lora_alpha: for an adapter that does not record it.
 
     Raises:
         UsageError: see `read_adapter`.
@@ -218,21 +237,22 @@ def load_adapter(model: PreTrainedModel, path: str | Path, lora_alpha: int | Non
 
 
 def _materialize(model: PeftModel) -> None:
-    """Gives the adapter of an offloaded layer memory where that layer computes; PEFT leaves it on the meta device."""
+    """Gives the adapters of offloaded layers memory on the device that computes; PEFT leaves them on meta."""
     for layer in model.modules():
         if not isinstance(layer, LoraLayer):
             continue
         hook = getattr(layer.get_base_layer(), "_hf_hook", None)
-        for branch in (layer.lora_A, layer.lora_B):
-            for linear in branch.values():
+        for factors in (layer.lora_A, layer.lora_B):
+            for linear in factors.values():
                 if linear.weight.is_meta:
                     linear.to_empty(device=hook.execution_device)
 
 
 def merge_adapter(model: PreTrainedModel, path: str | Path, lora_alpha: int | None = None) -> PreTrainedModel:
     """
-    The model with the adapter added into its weights: no cost in decoding. To a quantised model, whose integers cannot
-    take it, the adapter stays beside the weights. Raises as `load_adapter`.
+    The model with the adapter added into its weights, so that decoding costs nothing more.
+
+    A quantised model keeps the adapter beside its weights, because integers cannot take it. Raises as `load_adapter`.
     """
     adapted = load_adapter(model, path, lora_alpha)
     return adapted if is_quantized(model) else adapted.merge_and_unload()

@@ -1,8 +1,9 @@
 """
-An `adapter_config.json` as PEFT writes it -> which layers of a model it adapts, with which rank and scaling.
+An `adapter_config.json` as PEFT writes it -> the layers of a model that it adapts, each with rank and scaling.
 
-A configuration comes from anywhere and is read here, not by PEFT: what would change the weights in a way that is not
-computed here is refused by its name, and its regular expressions have a time limit.
+`utils/lora/formats.py` reads it here, and not with PEFT, because a configuration comes from anywhere: a key that would
+change the weights in a way that is not computed here is refused by its name, and regular expressions have a time
+limit.
 """
 
 import json
@@ -18,24 +19,26 @@ from utils.checkpoint.directory import refuse_pointer
 from utils.common.errors import UsageError
 from utils.common.json_files import read_json_object
 
-# Keys that decide nothing of the weights of a trained adapter.
+# Keys that do not affect the weights of a trained adapter.
 WITHOUT_EFFECT = {
     *("peft_type", "task_type", "auto_mapping", "base_model_name_or_path", "revision", "inference_mode"),
     *("peft_version", "lora_dropout", "merge_weights", "runtime_config", "megatron_core", "qalora_group_size"),
     *("loftq_config", "eva_config", "corda_config", "lora_ga_config"),  # `init_lora_weights` says whether they count
 }
-COMPUTED = {
+COMPUTED = {  # keys that are computed here
     *("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "init_lora_weights"),
     *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
 }
 PLAIN_INITS = (True, False, None, "gaussian", "orthogonal", "eva", "mica")  # which leave the base as it is
-PRINCIPAL_INITS = ("pissa", "olora")  # which take a part out of it that the base alone decides
-MERGE = "merge the adapter where it was trained (PEFT's merge_and_unload), and pass the merged model"
-CONVERT = "save it with path_initial_model_for_weight_conversion, as PEFT's documentation of save_pretrained shows"
-LAYER = r".*?\.[^.]*\.(?P<idx>\d+)\..*"  # PEFT's: the first number in a name that stands behind two names
-LARGEST = 1 << 20  # rank and alpha, which stay far below; larger ones make weights that are not finite
-SECONDS = 10  # for the regular expressions of a configuration; PEFT's own of a real adapter need milliseconds
-MATCHER = """
+PRINCIPAL_INITS = ("pissa", "olora")  # which take a part out of the base that depends on the base alone
+HOW_TO_MERGE = "merge the adapter where it was trained (PEFT's merge_and_unload), and pass the merged model"
+HOW_TO_CONVERT = (
+    "save it with path_initial_model_for_weight_conversion, as PEFT's documentation of save_pretrained shows"
+)
+LAYER_NUMBER = r".*?\.[^.]*\.(?P<idx>\d+)\..*"  # PEFT's: the first number that follows two parts of a name
+MAX_RANK_AND_ALPHA = 1 << 20  # real ones stay far below; larger ones make weights that are not finite
+MATCH_SECONDS = 10  # limit for a configuration's regular expressions; those of real adapters need milliseconds
+MATCH_SCRIPT = """
 import json, re, sys
 patterns, names = json.load(sys.stdin)
 matches = [map(re.compile(pattern).fullmatch, names) for pattern in patterns]
@@ -44,8 +47,8 @@ json.dump([[match and (match.groupdict().get("idx") or True) for match in row] f
 
 
 @dataclass(frozen=True)
-class Branch:
-    """LoRA on one layer: `weight + scaling * B A`, A of `rank` rows."""
+class LayerLora:
+    """LoRA on one layer: `weight + scaling * B A` with A (R, in) and B (out, R)."""
 
     rank: int
     alpha: float
@@ -55,15 +58,15 @@ class Branch:
     def scaling(self) -> float:
         return self.alpha / (math.sqrt(self.rank) if self.use_rslora else self.rank)
 
-    def widened(self, times: int) -> "Branch":
-        """A branch of so many times the rank and the same scaling."""
+    def widened(self, times: int) -> "LayerLora":
+        """The same scaling with `times` the rank."""
         rank = self.rank * times
-        return Branch(rank, self.scaling * (math.sqrt(rank) if self.use_rslora else rank), self.use_rslora)
+        return LayerLora(rank, self.scaling * (math.sqrt(rank) if self.use_rslora else rank), self.use_rslora)
 
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """The part of an adapter's configuration that decides its weights; every value is of its type."""
+    """The values of an adapter's configuration that decide its weights, checked."""
 
     file: Path
     rank: int
@@ -77,15 +80,16 @@ class AdapterConfig:
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, float] = field(default_factory=dict)
 
-    def branches(self, names: Iterable[str], head: str) -> dict[str, Branch]:
+    def adapted_layers(self, names: Iterable[str], head: str) -> dict[str, LayerLora]:
         """
-        The layers of `names` that it adapts, chosen as PEFT chooses them.
+        The layers that the adapter is on, chosen as PEFT chooses them.
 
         Args:
+            names: all linear layers and embeddings of the model.
             head: the output layer, which PEFT leaves out of "all-linear".
 
         Raises:
-            UsageError: a regular expression that is none, or that takes too long.
+            UsageError: a regular expression cannot be compiled, or takes too long.
         """
         names = list(names)
         if isinstance(self.targets, str) and self.targets.lower() == "all-linear":
@@ -104,12 +108,13 @@ class AdapterConfig:
         ranks = self._by_pattern("rank_pattern", self.rank_pattern, chosen)
         alphas = self._by_pattern("alpha_pattern", self.alpha_pattern, chosen)
         return {
-            name: Branch(ranks.get(name, self.rank), alphas.get(name, self.alpha), self.use_rslora) for name in chosen
+            name: LayerLora(ranks.get(name, self.rank), alphas.get(name, self.alpha), self.use_rslora)
+            for name in chosen
         }
 
     def _in_layers(self, names: list[str]) -> list[str]:
         exact = {name for name in names if name in self.targets}  # PEFT takes whole names whatever their layer
-        patterns = [rf"(?:.*?\.)?{pattern}\.(?P<idx>\d+)\..*" for pattern in self.layers_patterns] or [LAYER]
+        patterns = [rf"(?:.*?\.)?{pattern}\.(?P<idx>\d+)\..*" for pattern in self.layers_patterns] or [LAYER_NUMBER]
         numbers = self._match("layers_pattern", patterns, names)
         first = [next((number for number in row if number), None) for row in zip(*numbers, strict=True)]
         return [
@@ -123,46 +128,48 @@ class AdapterConfig:
         if not values:
             return {}
         matches = self._match(field, [rf"(.*\.)?({pattern})" for pattern in values], names)
-        found: dict[str, Any] = {}
+        chosen: dict[str, Any] = {}
         for value, row in zip(values.values(), matches, strict=True):
             for name, matched in zip(names, row, strict=True):
                 if matched:
-                    found.setdefault(name, value)
-        return found
+                    chosen.setdefault(name, value)
+        return chosen
 
     def _matching(self, field: str, patterns: list[str], names: list[str]) -> list[str]:
         (row,) = self._match(field, patterns, names)
         return [name for name, matched in zip(names, row, strict=True) if matched]
 
     def _match(self, field: str, patterns: list[str], names: list[str]) -> list[list[Any]]:
-        """For each pattern, what it makes of each name: a number that it found, True, or None."""
+        """For each pattern a list with each name's result: its layer number, True for a match without one, or None."""
         try:
             result = subprocess.run(  # a process can be stopped, a match in this one cannot
-                [sys.executable, "-I", "-c", MATCHER],
+                [sys.executable, "-I", "-c", MATCH_SCRIPT],
                 input=json.dumps([patterns, names]),
                 capture_output=True,
                 text=True,
-                timeout=SECONDS,
+                timeout=MATCH_SECONDS,
             )
         except subprocess.TimeoutExpired:
-            fault = f"takes more than {SECONDS} s to match"
+            fault = f"takes more than {MATCH_SECONDS} s to match"
             raise UsageError(f"{self.file}: {field} {fault}: do not use this adapter, or name its layers") from None
         if result.returncode:
             reason = (result.stderr.strip().splitlines() or ["its process was killed"])[-1]
-            raise UsageError(f"{self.file}: {field} is no regular expression: {reason[:200]}")
+            raise UsageError(f"{self.file}: {field} is not a regular expression: {reason[:200]}")
         return json.loads(result.stdout)
 
 
 def _ends_with(name: str, ends: frozenset[str]) -> bool:
-    """Whether `name`, or a part of it behind a dot, is one of `ends`."""
-    parts = name.split(".")
-    return any(".".join(parts[i:]) in ends for i in range(len(parts)))
+    """Whether `name`, or what follows one of its dots, is one of `ends`."""
+    words = name.split(".")
+    return any(".".join(words[i:]) in ends for i in range(len(words)))
 
 
-def read_config(file: Path) -> AdapterConfig:
+def read_adapter_config(file: Path) -> AdapterConfig:
     """
+    Reads an `adapter_config.json`.
+
     Raises:
-        UsageError: see `read_json_object`; no LoRA adapter; a bad value; or something that is not computed here.
+        UsageError: see `read_json_object`; it is not LoRA's; a bad value; or a key that is not computed here.
     """
     refuse_pointer(file)
     values = read_json_object(file)
@@ -171,18 +178,18 @@ def read_config(file: Path) -> AdapterConfig:
     for key, value in values.items():
         if value and value != "none" and key not in WITHOUT_EFFECT | COMPUTED:
             fault = "names code to import" if key == "megatron_config" else "is not supported"
-            raise UsageError(f"{file}: {_shown(key)} ({_shown(value)}) {fault}: {MERGE}")
+            raise UsageError(f"{file}: {_shown(key)} ({_shown(value)}) {fault}: {HOW_TO_MERGE}")
     init = values.get("init_lora_weights", True)
     init = init.lower() if isinstance(init, str) else init
     if not isinstance(init, bool | str | None) or init not in PLAIN_INITS + PRINCIPAL_INITS:
         fault = "an initialisation that may change the base, by chance or by data"
-        raise UsageError(f"{file}: init_lora_weights is {_shown(init)}, {fault}: {CONVERT}")
+        raise UsageError(f"{file}: init_lora_weights is {_shown(init)}, {fault}: {HOW_TO_CONVERT}")
     if not values.get("target_modules"):
         raise UsageError(f"{file} names no target_modules: is it the adapter's configuration?")
 
-    def value_of(key: str, default: Any, wanted: str, fits: Callable[[Any], bool]) -> Any:
+    def value_of(key: str, default: Any, wanted: str, is_valid: Callable[[Any], bool]) -> Any:
         value = default if values.get(key) is None else values[key]
-        if not fits(value):
+        if not is_valid(value):
             raise UsageError(f"{file}: {key} is {_shown(value)}, not {wanted}")
         return value
 
@@ -212,18 +219,18 @@ def _list_of(kind: type, value: Any) -> bool:
     return isinstance(value, list) and all(type(each) is kind for each in value)
 
 
-def _each(value: Any, fits: Callable[[Any], bool]) -> bool:
-    return isinstance(value, dict) and all(map(fits, value.values()))
+def _each(value: Any, is_valid: Callable[[Any], bool]) -> bool:
+    return isinstance(value, dict) and all(map(is_valid, value.values()))
 
 
 def _is_rank(value: Any) -> bool:
-    return type(value) is int and 0 < value <= LARGEST
+    return type(value) is int and 0 < value <= MAX_RANK_AND_ALPHA
 
 
 def _is_alpha(value: Any) -> bool:
-    return type(value) in (int, float) and abs(value) <= LARGEST
+    return type(value) in (int, float) and abs(value) <= MAX_RANK_AND_ALPHA
 
 
 def _shown(value: Any) -> str:
-    """A value of a file in a message: short, on one line, whatever it is."""
+    """A file's value for a message: short and on one line."""
     return f"{value!r:.60}" if isinstance(value, bool | int | float | str | None) else f"a {type(value).__name__}"

@@ -1,6 +1,9 @@
 """
-LoRA adapters as files, from wherever they come: PEFT directories of this toolkit, PEFT directories made on the
-released remote-code models, and the bare `chatglm-lora.pt` of the first ChatGLM training scripts.
+Adapter files from anywhere -> plain LoRA on the layers of a model (`read_adapter`).
+
+There are PEFT directories of this toolkit, PEFT directories made on the released remote-code models, and the bare
+`chatglm-lora.pt` of the first ChatGLM training scripts. PEFT's own loading is not used: it ignores weights that match
+no layer, and knows neither the released names nor files without a configuration.
 """
 
 import re
@@ -18,36 +21,38 @@ from transformers import GlmForCausalLM, PreTrainedModel
 
 from utils.checkpoint.weight_files import read_tensors
 from utils.common.errors import UsageError
-from utils.lora.adapter_config import CONVERT, AdapterConfig, Branch, read_config
+from utils.lora.adapter_config import HOW_TO_CONVERT, AdapterConfig, LayerLora, read_adapter_config
 from utils.models.convert_checkpoint import released_modules, target_keys
 
 RAW_NAME = "chatglm-lora.pt"
 RAW_ALPHA = 32  # what the scripts that wrote such files trained with
 PEFT_KEY_PREFIX = "base_model.model."
-WRAPPERS = ("module.", PEFT_KEY_PREFIX)  # what stands before a name, of DeepSpeed and of PEFT
-State = dict[str, torch.Tensor]
+WRAPPER_PREFIXES = ("module.", PEFT_KEY_PREFIX)  # that DeepSpeed and PEFT put before a weight's name
+State = dict[str, torch.Tensor]  # PEFT's name of a weight -> the weight
 Shapes = dict[str, tuple[int, int]]
+# An adapter's name of a layer -> the model's layers under their names: several where the released code had one.
+TargetLayers = Mapping[str, Mapping[str, nn.Module]]
 
 
 @dataclass(frozen=True)
 class Adapter:
     """An adapter that fits its model: plain LoRA on linear layers, each with its own rank and scaling."""
 
-    state: State  # under the names that PEFT gives the weights
-    branches: dict[str, Branch]  # layer -> what it has
+    state: State
+    layers: dict[str, LayerLora]  # name of a layer in the model -> its rank and scaling
 
     def lora_config(self) -> LoraConfig:
-        """The configuration with which PEFT makes exactly these branches; it names each layer."""
-        (common, _), *_ = Counter(self.branches.values()).most_common(1)
-        others = {f"^{re.escape(name)}": branch for name, branch in self.branches.items() if branch != common}
+        """The configuration with which PEFT makes exactly these layers; it names each of them."""
+        (common, _), *_ = Counter(self.layers.values()).most_common(1)
+        others = {f"^{re.escape(name)}": lora for name, lora in self.layers.items() if lora != common}
         return LoraConfig(
             task_type=TaskType.CAUSAL_LM,
             r=common.rank,
             lora_alpha=common.alpha,
             use_rslora=common.use_rslora,
-            target_modules=list(self.branches),
-            rank_pattern={name: branch.rank for name, branch in others.items()},
-            alpha_pattern={name: branch.alpha for name, branch in others.items()},
+            target_modules=list(self.layers),
+            rank_pattern={name: lora.rank for name, lora in others.items()},
+            alpha_pattern={name: lora.alpha for name, lora in others.items()},
         )
 
 
@@ -60,119 +65,130 @@ def adapter_directory(path: str | Path) -> Path:
 def files_of_adapter(path: str | Path) -> list[Path]:
     """The files that an adapter is read from; its directory may hold others too, such as answers."""
     named = {Path(path)} if Path(path).is_file() else set()
-    found = (file for pattern in ("adapter_*", RAW_NAME) for file in adapter_directory(path).glob(pattern))
-    return sorted(named | {file for file in found if file.is_file()})
+    candidates = (file for pattern in ("adapter_*", RAW_NAME) for file in adapter_directory(path).glob(pattern))
+    return sorted(named | {file for file in candidates if file.is_file()})
 
 
 def read_adapter(path: str | Path, model: PreTrainedModel, lora_alpha: int | None) -> Adapter:
     """
     An adapter as plain LoRA on `model`, whatever its files hold.
 
-    The weights of an adapter made on the remote code of ChatGLM2-6B, ChatGLM3-6B or GLM-4-9B become those of
-    `GlmForCausalLM`: the query, key and value share A, and each gets its rows of B. An adapter that was trained on a
-    base without its principal part (PiSSA, OLoRA) gets that part as more rank, with the opposite sign. A file without
-    a configuration has the rank of its shapes.
+    An adapter made on the remote code of ChatGLM2-6B, ChatGLM3-6B or GLM-4-9B is split onto `GlmForCausalLM`: query,
+    key and value share A, and each gets its rows of B. An adapter that was trained on a base without its principal
+    part (PiSSA, OLoRA) gets that part as more rank, with the opposite sign. A file without a configuration has the
+    rank of its shapes.
 
     Args:
         path: a PEFT directory or the weight file in one, a `chatglm-lora.pt`, or a directory that holds one.
         lora_alpha: for a file without a configuration; None is RAW_ALPHA.
 
     Raises:
-        UsageError: nothing there that can be read, something else than LoRA weights in it, or weights that do not
-            belong to the layers of `model` that the configuration names.
+        UsageError: there is no adapter, it holds something else than LoRA weights, or its weights do not belong to
+            the layers of `model` that the configuration names.
     """
-    path, directory = Path(path), adapter_directory(path)
+    config, state = _read_files(Path(path), lora_alpha)
+    modules = {name: layer for name, layer in model.named_modules() if isinstance(layer, nn.Linear | nn.Embedding)}
+    released = isinstance(model, GlmForCausalLM) and any("encoder.layers." in key for key in state)
+    if released:
+        names = released_modules(model.config.num_hidden_layers)
+        layers = config.adapted_layers(names, head="transformer.output_layer")
+        targets = {name: {target: modules[target] for target in _converted_names(name)} for name in layers}
+    else:
+        layers = config.adapted_layers(modules, head="lm_head")
+        targets = {name: {name: modules[name]} for name in layers}
+    fault = _find_fault(state, layers, targets)
+    if fault:
+        raise UsageError(f"--adapter_path {path} does not fit: {fault}")
+    if config.init in PRINCIPAL_PARTS:
+        state, layers = _with_principal_parts(config, state, layers, targets)
+    if released:
+        return _split(state, layers, targets)
+    return Adapter(state, layers)
+
+
+def _read_files(path: Path, lora_alpha: int | None) -> tuple[AdapterConfig, State]:
+    """The configuration and the weights of an adapter; see `read_adapter`."""
+    directory = adapter_directory(path)
     if (directory / CONFIG_NAME).is_file():
         if lora_alpha is not None:
             fault = f"{directory} records its own; the flag is for a bare {RAW_NAME}"
             raise UsageError(f"--lora_alpha {lora_alpha}: {fault}")
-        config = read_config(directory / CONFIG_NAME)
+        config = read_adapter_config(directory / CONFIG_NAME)
         file = _weight_file(directory) if path.is_dir() else path
-        state = _canonical(file)
-    else:
-        file = path / RAW_NAME if path.is_dir() else path
-        if not file.is_file():
-            raise UsageError(f"--adapter_path {path} has neither {CONFIG_NAME} nor {RAW_NAME}: is it an adapter?")
-        if lora_alpha is None and file.name in (WEIGHTS_NAME, SAFETENSORS_WEIGHTS_NAME):
-            fault = f"has no {CONFIG_NAME} beside it, which says with which alpha and layers it was trained"
-            raise UsageError(f"--adapter_path {file} {fault}: put it there")
-        state = _canonical(file)
-        config = _config_of(state, RAW_ALPHA if lora_alpha is None else lora_alpha, file)
-    modules = {name: layer for name, layer in model.named_modules() if isinstance(layer, nn.Linear | nn.Embedding)}
-    released = isinstance(model, GlmForCausalLM) and any("encoder.layers." in key for key in state)
-    if released:
-        names, head = released_modules(model.config.num_hidden_layers), "transformer.output_layer"
-    else:
-        names, head = list(modules), "lm_head"
-    parts = {name: _parts(name) if released else (name,) for name in names}
-    branches = config.branches(names, head)
-    embedding = next((name for name in branches if isinstance(modules[parts[name][0]], nn.Embedding)), None)
-    if embedding:
-        misfit = f"{embedding} is an embedding, and an adapter of this toolkit holds linear layers alone"
-    elif branches:
-        misfit = find_misfit(state, _shapes(branches, parts, modules))
-    else:
-        misfit = "its target_modules match no layer"
-    if misfit:
-        raise UsageError(f"--adapter_path {path} does not fit: {misfit}")
-    if config.init in PRINCIPAL_PARTS:
-        state, branches = _with_principal_parts(config, state, branches, parts, modules)
-    return _split(state, branches, parts, modules) if released else Adapter(state, branches)
+        return config, _read_state(file)
+    file = path / RAW_NAME if path.is_dir() else path
+    if not file.is_file():
+        raise UsageError(f"--adapter_path {path} has neither {CONFIG_NAME} nor {RAW_NAME}: is it an adapter?")
+    if lora_alpha is None and file.name in (WEIGHTS_NAME, SAFETENSORS_WEIGHTS_NAME):
+        fault = f"has no {CONFIG_NAME} beside it, which says with which alpha and layers it was trained"
+        raise UsageError(f"--adapter_path {file} {fault}: put it there")
+    state = _read_state(file)
+    return _config_of_shapes(state, RAW_ALPHA if lora_alpha is None else lora_alpha, file), state
 
 
 def _weight_file(directory: Path) -> Path:
+    """The weight file of a PEFT directory."""
     for name in (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, RAW_NAME):
         if (directory / name).is_file():
             return directory / name
     raise UsageError(f"--adapter_path {directory} has neither {SAFETENSORS_WEIGHTS_NAME} nor {WEIGHTS_NAME}")
 
 
-def _canonical(file: Path) -> State:
-    """`...lora_A.default.weight` and `...lora_A.weight`, with and without wrappers' prefixes, in PEFT's saved form."""
-    canonical = {}
+def _read_state(file: Path) -> State:
+    """
+    The weights of an adapter under the names that PEFT saves them under.
+
+    Files have `lora_A.default.weight` or `lora_A.weight`, with and without the prefixes of wrappers.
+    """
+    state = {}
     for key, value in read_tensors(file):
         name = key
-        while name.startswith(WRAPPERS):
-            name = name.removeprefix(WRAPPERS[0]).removeprefix(WRAPPERS[1])
+        while name.startswith(WRAPPER_PREFIXES):
+            name = name.removeprefix(WRAPPER_PREFIXES[0]).removeprefix(WRAPPER_PREFIXES[1])
         module, _, kind = name.replace(".default.weight", ".weight").rpartition(".lora_")
         if not module or kind not in ("A.weight", "B.weight"):
-            fault = f"{key[:200]} is no LoRA weight, and an adapter of this toolkit holds nothing else"
+            fault = f"{key[:200]} is not a LoRA weight, and an adapter of this toolkit holds nothing else"
             raise UsageError(f"{file}: {fault}")
-        canonical[f"{PEFT_KEY_PREFIX}{module}.lora_{kind}"] = value
-    return canonical
+        state[f"{PEFT_KEY_PREFIX}{module}.lora_{kind}"] = value
+    return state
 
 
-def _module(key: str) -> str:
-    return key.removeprefix(PEFT_KEY_PREFIX).rpartition(".lora_")[0]
-
-
-def _config_of(state: State, lora_alpha: int, file: Path) -> AdapterConfig:
+def _config_of_shapes(state: State, lora_alpha: int, file: Path) -> AdapterConfig:
+    """The configuration of a file that has none: the layers that it names, the rank of its shapes."""
     ranks = {value.shape[0] for key, value in state.items() if ".lora_A." in key and value.ndim}
     if len(ranks) != 1:
         raise UsageError(f"{file} holds {len(ranks)} ranks of LoRA weights, {sorted(ranks)[:9]}, and must hold one")
-    targets = frozenset(map(_module, state))
-    return AdapterConfig(file=file, rank=ranks.pop(), alpha=lora_alpha, targets=targets)
+    layers = frozenset(key.removeprefix(PEFT_KEY_PREFIX).rpartition(".lora_")[0] for key in state)
+    return AdapterConfig(file=file, rank=ranks.pop(), alpha=lora_alpha, targets=layers)
 
 
-def _parts(released: str) -> tuple[str, ...]:
-    """The layers of `GlmForCausalLM` that a released one has become."""
+def _converted_names(released: str) -> tuple[str, ...]:
+    """The layers of `GlmForCausalLM` that a released layer has become."""
     return tuple(target.removesuffix(".weight") for target in target_keys(f"{released}.weight"))
 
 
-def _shapes(
-    branches: Mapping[str, Branch], parts: Mapping[str, tuple[str, ...]], modules: Mapping[str, nn.Module]
-) -> Shapes:
-    """The weights of `branches`, under PEFT's names."""
+def _find_fault(state: State, layers: Mapping[str, LayerLora], targets: TargetLayers) -> str | None:
+    """Why an adapter does not fit the model, as an error message; None if it fits."""
+    if not layers:
+        return "its target_modules match no layer"
+    for name in layers:
+        if any(isinstance(layer, nn.Embedding) for layer in targets[name].values()):
+            return f"{name} is an embedding, and an adapter of this toolkit holds only linear layers"
+    return find_misfit(state, _expected_shapes(layers, targets))
+
+
+def _expected_shapes(layers: Mapping[str, LayerLora], targets: TargetLayers) -> Shapes:
+    """The shapes of an adapter's weights: A (R, in) and B (out, R) of each layer, under PEFT's names."""
     shapes = {}
-    for name, branch in branches.items():
-        layers = [modules[part] for part in parts[name]]
-        shapes[f"{PEFT_KEY_PREFIX}{name}.lora_A.weight"] = (branch.rank, layers[0].in_features)
-        shapes[f"{PEFT_KEY_PREFIX}{name}.lora_B.weight"] = (sum(layer.out_features for layer in layers), branch.rank)
+    for name, lora in layers.items():
+        modules = list(targets[name].values())
+        shapes[f"{PEFT_KEY_PREFIX}{name}.lora_A.weight"] = (lora.rank, modules[0].in_features)
+        shapes[f"{PEFT_KEY_PREFIX}{name}.lora_B.weight"] = (sum(layer.out_features for layer in modules), lora.rank)
     return shapes
 
 
 def find_misfit(state: State, shapes: Shapes) -> str | None:
-    """Says in words where an adapter's weights differ from the expected ones; None where they fit."""
+    """Where an adapter's weights differ from the expected ones, as an error message; None if they fit."""
     for names, fault in (
         (state.keys() - shapes.keys(), "match nothing"),
         (shapes.keys() - state.keys(), "are missing"),
@@ -189,65 +205,57 @@ def find_misfit(state: State, shapes: Shapes) -> str | None:
     return None
 
 
-def _pissa(weight: torch.Tensor, branch: Branch) -> tuple[torch.Tensor, torch.Tensor]:
-    """A (r, in) and B (out, r) as PEFT begins with them: scaling * B A is of the largest singular values."""
+def _pissa(weight: torch.Tensor, lora: LayerLora) -> tuple[torch.Tensor, torch.Tensor]:
+    """A (R, in) and B (out, R) as PEFT's PiSSA starts: scaling * B A has the largest singular values of `weight`."""
     left, values, right = torch.linalg.svd(weight, full_matrices=False)
-    roots = (values[: branch.rank] / branch.scaling).sqrt()
-    return roots[:, None] * right[: branch.rank], left[:, : branch.rank] * roots
+    roots = (values[: lora.rank] / lora.scaling).sqrt()
+    return roots[:, None] * right[: lora.rank], left[:, : lora.rank] * roots
 
 
-def _olora(weight: torch.Tensor, branch: Branch) -> tuple[torch.Tensor, torch.Tensor]:
-    """A (r, in) and B (out, r) as PEFT begins with them, of the weight's QR decomposition."""
+def _olora(weight: torch.Tensor, lora: LayerLora) -> tuple[torch.Tensor, torch.Tensor]:
+    """A (R, in) and B (out, R) as PEFT's OLoRA starts, from the QR decomposition of `weight`."""
     left, right = torch.linalg.qr(weight)
-    return right[: branch.rank], left[:, : branch.rank]
+    return right[: lora.rank], left[:, : lora.rank]
 
 
 PRINCIPAL_PARTS = {"pissa": _pissa, "olora": _olora}
 
 
 def _with_principal_parts(
-    config: AdapterConfig,
-    state: State,
-    branches: Mapping[str, Branch],
-    parts: Mapping[str, tuple[str, ...]],
-    modules: Mapping[str, nn.Module],
-) -> tuple[State, dict[str, Branch]]:
+    config: AdapterConfig, state: State, layers: Mapping[str, LayerLora], targets: TargetLayers
+) -> tuple[State, dict[str, LayerLora]]:
     """
-    The same adapter relative to the base as it is: trained was base - scaling * B0 A0, so A0 and -B0 become more rank,
-    as PEFT's own conversion when saving makes them.
+    The same adapter relative to the whole base.
+
+    It was trained beside base - scaling * B0 A0, so A0 and -B0 become more rank, as in PEFT's own conversion.
     """
     converted, widened = {}, {}
-    for name, branch in branches.items():
+    for name, lora in layers.items():
         weights = []
-        for layer in (modules[part] for part in parts[name]):
+        for layer in targets[name].values():
             with align_module_device(layer):  # brings an offloaded weight
                 if not layer.weight.is_floating_point():
                     fault = f"{config.init} takes a part out of a base in full precision, and this one is quantised"
-                    raise UsageError(f"{config.file}: init_lora_weights {fault}: {CONVERT}")
+                    raise UsageError(f"{config.file}: init_lora_weights {fault}: {HOW_TO_CONVERT}")
                 weights.append(layer.weight.detach().float())
-        A0, B0 = (value.cpu() for value in PRINCIPAL_PARTS[config.init](torch.cat(weights), branch))
-        if len(A0) < branch.rank or branch.scaling <= 0:
-            raise UsageError(f"{config.file}: {config.init} cannot begin with rank {branch.rank} at {name}")
+        A0, B0 = (value.cpu() for value in PRINCIPAL_PARTS[config.init](torch.cat(weights), lora))
+        if len(A0) < lora.rank or lora.scaling <= 0:
+            raise UsageError(f"{config.file}: {config.init} cannot begin with rank {lora.rank} at {name}")
         key = f"{PEFT_KEY_PREFIX}{name}.lora_"
         converted[f"{key}A.weight"] = torch.cat([state[f"{key}A.weight"].float(), A0])
         converted[f"{key}B.weight"] = torch.cat([state[f"{key}B.weight"].float(), -B0], dim=1)
-        widened[name] = branch.widened(2)
+        widened[name] = lora.widened(2)
     return converted, widened
 
 
-def _split(
-    state: State,
-    branches: Mapping[str, Branch],
-    parts: Mapping[str, tuple[str, ...]],
-    modules: Mapping[str, nn.Module],
-) -> Adapter:
-    """An adapter of released layers on those that they have become."""
+def _split(state: State, layers: Mapping[str, LayerLora], targets: TargetLayers) -> Adapter:
+    """An adapter of released layers, split onto the model's layers that they have become."""
     converted, split = {}, {}
-    for name, branch in branches.items():
-        rows = [modules[part].out_features for part in parts[name]]
+    for name, lora in layers.items():
+        sizes = [layer.out_features for layer in targets[name].values()]
         key = f"{PEFT_KEY_PREFIX}{name}.lora_"
-        for part, B in zip(parts[name], state[f"{key}B.weight"].split(rows), strict=True):
-            converted[f"{PEFT_KEY_PREFIX}{part}.lora_A.weight"] = state[f"{key}A.weight"].clone()
-            converted[f"{PEFT_KEY_PREFIX}{part}.lora_B.weight"] = B.clone()
-            split[part] = branch
+        for target, B in zip(targets[name], state[f"{key}B.weight"].split(sizes), strict=True):
+            converted[f"{PEFT_KEY_PREFIX}{target}.lora_A.weight"] = state[f"{key}A.weight"].clone()
+            converted[f"{PEFT_KEY_PREFIX}{target}.lora_B.weight"] = B.clone()
+            split[target] = lora
     return Adapter(converted, split)
