@@ -1,4 +1,4 @@
-"""ChatGLM-6B configuration, with the key names of the released `config.json`."""
+"""The configuration of ChatGLM-6B, with the keys of the `config.json` released in THUDM/chatglm-6b."""
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
@@ -7,20 +7,20 @@ from transformers import PreTrainedConfig
 @strict
 class ChatGLMConfig(PreTrainedConfig):
     """
-    Configuration of ChatGLM-6B (version 1), as released in `THUDM/chatglm-6b`.
+    Configuration of ChatGLM-6B (version 1).
 
     Args:
         vocab_size: rows of the embedding; the tokenizer may use fewer.
         hidden_size: width of the residual stream.
-        num_layers: decoder blocks.
-        num_attention_heads: heads; the head size is `hidden_size / num_attention_heads`.
+        num_layers: number of decoder blocks.
+        num_attention_heads: number of heads; the head size is `hidden_size / num_attention_heads`.
         inner_hidden_size: width of the MLP.
         layernorm_epsilon: epsilon of every LayerNorm.
-        max_sequence_length: longest sequence the model was trained on, in tokens.
-        position_encoding_2d: must be true; the released model knows no other.
-        bos_token_id: `<sop>`, the first token that is not seen bidirectionally.
+        max_sequence_length: the longest sequence in training, in tokens.
+        position_encoding_2d: must be true; the released model has only that.
+        bos_token_id: `<sop>`, which ends the prefix that sees itself in both directions.
         eos_token_id: `<eop>`.
-        mask_token_id, gmask_token_id: `[MASK]` and `[gMASK]`, where the answer's first position coordinate stays.
+        mask_token_id, gmask_token_id: `[MASK]` and `[gMASK]`; the first position of an answer's tokens is theirs.
 
     Raises:
         ValueError: `position_encoding_2d` is false, or the head size is not a multiple of 4.

@@ -1,15 +1,22 @@
-"""A conversation: what rows become before a template makes text of them."""
+"""
+A conversation: what data rows and prompts become before a template makes tokens of them.
+
+`utils/data/conversations.py` makes them of rows, `utils/inference/prompt_reader.py` of prompts; the templates of
+`utils/models/chat_formats.py` take them.
+"""
 
 from typing import NamedTuple
 
 
 class Message(NamedTuple):
-    role: str  # "user" or "assistant", or, first of a conversation, "system"
+    """One message of a conversation."""
+
+    role: str  # "system", "user" or "assistant"
     content: str
 
 
 class Conversation(NamedTuple):
-    """A conversation. A training row ends with the assistant's message, a prompt with the user's."""
+    """Messages in their order. A training row ends with the assistant's message, a prompt with the user's."""
 
     messages: tuple[Message, ...]
     untrained: tuple[int, ...] = ()  # numbers of the assistant's messages where training takes no loss
@@ -21,15 +28,15 @@ class Conversation(NamedTuple):
 
     @property
     def target(self) -> str | None:
-        """The answer, or None where the row is a prompt."""
+        """The answer; None for a prompt."""
         return self.messages[-1].content if self.messages[-1].role == "assistant" else None
 
     @property
     def trained_ends(self) -> list[int]:
-        """How many messages there are up to each answer that is trained on, that answer included."""
+        """For each answer that is trained on, the number of messages up to and including it."""
         messages = enumerate(self.messages)
         return [i + 1 for i, message in messages if message.role == "assistant" and i not in self.untrained]
 
     def first_messages(self, length: int) -> "Conversation":
-        """The first `length` messages."""
+        """The conversation of the first `length` messages."""
         return Conversation(self.messages[:length], tuple(number for number in self.untrained if number < length))

@@ -1,8 +1,10 @@
 """
-ChatGLM2-6B, ChatGLM3-6B and GLM-4-9B in their released layout -> transformers' own `GlmForCausalLM`.
+The released layout of ChatGLM2-6B, ChatGLM3-6B and GLM-4-9B -> transformers' own `GlmForCausalLM`.
 
-The three are that architecture under other names: measured difference of the logits in float32, 0.0. So there is no
-model of ours here, only a table of keys and one of configuration values.
+The three are that architecture under other names (measured difference of the logits in float32: 0.0), so they need no
+model of ours, only the table of keys and the configuration values below. `utils/checkpoint/model.py` converts weights
+as it reads them, `utils/lora/formats.py` the names in adapters. `transformers` has its own conversion only as a
+script, for whole directories.
 """
 
 import re
@@ -11,25 +13,25 @@ from typing import Any
 import torch
 from transformers import GlmConfig
 
-LAYER = r"transformer\.encoder\.layers\.(\d+)\."
-# Released key -> keys of GlmForCausalLM. More than one target: the rows are split, see `split_sizes`.
+RELEASED_LAYER = r"transformer\.encoder\.layers\.(\d+)\."
+# Released key -> keys of GlmForCausalLM. With three targets the outputs are split, see `split_sizes`.
 KEY_MAP: tuple[tuple[str, tuple[str, ...]], ...] = (
     (r"transformer\.embedding\.word_embeddings\.weight", ("model.embed_tokens.weight",)),
-    (LAYER + r"input_layernorm\.weight", (r"model.layers.\1.input_layernorm.weight",)),
+    (RELEASED_LAYER + r"input_layernorm\.weight", (r"model.layers.\1.input_layernorm.weight",)),
     (
-        LAYER + r"self_attention\.query_key_value\.(weight|weight_scale|bias)",
+        RELEASED_LAYER + r"self_attention\.query_key_value\.(weight|weight_scale|bias)",
         tuple(rf"model.layers.\1.self_attn.{name}_proj.\2" for name in "qkv"),
     ),
-    (LAYER + r"self_attention\.dense\.(weight|weight_scale)", (r"model.layers.\1.self_attn.o_proj.\2",)),
-    (LAYER + r"post_attention_layernorm\.weight", (r"model.layers.\1.post_attention_layernorm.weight",)),
-    (LAYER + r"mlp\.dense_h_to_4h\.(weight|weight_scale)", (r"model.layers.\1.mlp.gate_up_proj.\2",)),
-    (LAYER + r"mlp\.dense_4h_to_h\.(weight|weight_scale)", (r"model.layers.\1.mlp.down_proj.\2",)),
+    (RELEASED_LAYER + r"self_attention\.dense\.(weight|weight_scale)", (r"model.layers.\1.self_attn.o_proj.\2",)),
+    (RELEASED_LAYER + r"post_attention_layernorm\.weight", (r"model.layers.\1.post_attention_layernorm.weight",)),
+    (RELEASED_LAYER + r"mlp\.dense_h_to_4h\.(weight|weight_scale)", (r"model.layers.\1.mlp.gate_up_proj.\2",)),
+    (RELEASED_LAYER + r"mlp\.dense_4h_to_h\.(weight|weight_scale)", (r"model.layers.\1.mlp.down_proj.\2",)),
     (r"transformer\.encoder\.final_layernorm\.weight", ("model.norm.weight",)),
     (r"transformer\.output_layer\.weight", ("lm_head.weight",)),
-    # Never used in the released forward beyond its dtype and device.
+    # The released forward uses only its dtype and device.
     (r"transformer\.rotary_pos_emb\.inv_freq", ()),
 )
-# What the released code computes only under these values; anything else is another model.
+# The released code has branches for other values; no release uses them, and they are another architecture.
 REQUIRED = {
     "add_bias_linear": False,
     "add_qkv_bias": True,
@@ -44,15 +46,16 @@ def glm_config(released: dict[str, Any], positions_interpolated: bool) -> GlmCon
     """
     The `GlmConfig` of a released `config.json`.
 
-    `rope_ratio` multiplies the base of the rotary frequencies in ChatGLM3 and GLM-4; in ChatGLM2-6B-32k it divides
-    the positions (`positions_interpolated`).
+    Args:
+        positions_interpolated: what `rope_ratio` does. In ChatGLM2-6B-32k it divides the positions; in ChatGLM3-6B and
+            GLM-4-9B it multiplies the base of the rotary frequencies.
 
     Raises:
-        ValueError: a value under which the released model is not this architecture.
+        ValueError: a value that makes it another architecture (see REQUIRED).
     """
     for name, value in REQUIRED.items():
         if released.get(name, value) != value:
-            raise ValueError(f"{name} is {released[name]}, and only {value} is this architecture")
+            raise ValueError(f"{name} is {released[name]}, and must be {value}")
     ratio = released.get("rope_ratio") or 1
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
     if positions_interpolated and ratio != 1:
@@ -61,7 +64,7 @@ def glm_config(released: dict[str, Any], positions_interpolated: bool) -> GlmCon
         rope["rope_theta"] *= ratio
     eos_token_id = released.get("eos_token_id", 2)
     pad_token_id = released.get("pad_token_id")
-    if pad_token_id is None:  # older ChatGLM2 configs; its tokenizer pads with </s>
+    if pad_token_id is None:  # early ChatGLM2-6B; its tokenizer pads with </s>
         pad_token_id = eos_token_id[0] if isinstance(eos_token_id, list) else eos_token_id
     return GlmConfig(
         vocab_size=released["padded_vocab_size"],
@@ -85,14 +88,14 @@ def glm_config(released: dict[str, Any], positions_interpolated: bool) -> GlmCon
 
 
 def split_sizes(config: GlmConfig) -> list[int]:
-    """Rows of the query, key and value in a released `query_key_value`: [Q; K; V]."""
+    """The numbers of outputs of query, key and value in a released `query_key_value`, which is [Q; K; V]."""
     group = config.num_key_value_heads * config.head_dim
     return [config.num_attention_heads * config.head_dim, group, group]
 
 
 def target_keys(key: str) -> tuple[str, ...]:
     """
-    Where a released key goes; nowhere for one that is not needed.
+    The keys of `GlmForCausalLM` for a released key; none if it is not needed.
 
     Raises:
         KeyError: the key is not in the table.
@@ -105,7 +108,7 @@ def target_keys(key: str) -> tuple[str, ...]:
 
 
 def released_modules(layers: int) -> list[str]:
-    """The released names of the linear layers and the embedding of a model with so many layers."""
+    """The released names of the linear layers and the embedding of a model with `layers` blocks."""
     modules = []
     for pattern, targets in KEY_MAP:
         name = re.sub(r"\\\.(weight|\(weight.*\))$", "", pattern)
@@ -117,18 +120,19 @@ def released_modules(layers: int) -> list[str]:
 
 def convert(key: str, tensor: torch.Tensor, config: GlmConfig) -> dict[str, torch.Tensor]:
     """
-    A released weight under the names of `GlmForCausalLM`, as views of it.
+    A released weight under its names in `GlmForCausalLM`, as views of it.
 
     Raises:
         KeyError: the key is not in the table.
+        RuntimeError: the shape does not fit `config`.
     """
     targets = target_keys(key)
-    parts = tensor.split(split_sizes(config)) if len(targets) > 1 else [tensor] * len(targets)
-    return dict(zip(targets, parts, strict=True))
+    tensors = tensor.split(split_sizes(config)) if len(targets) > 1 else [tensor] * len(targets)
+    return dict(zip(targets, tensors, strict=True))
 
 
 def release(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The inverse of `convert` for the weights of a whole `GlmForCausalLM`: each under its released name."""
+    """The weights of a whole `GlmForCausalLM` under their released names: the inverse of `convert`."""
     layers = {key.split(".")[2] for key in weights if key.startswith("model.layers.")}
     released = {}
     for pattern, targets in KEY_MAP:

@@ -1,8 +1,10 @@
 """
-ChatGLM-6B (version 1) for transformers 5, with the parameter names of the released checkpoints.
+ChatGLM-6B (version 1): input ids -> logits, with the parameter names of the released checkpoints.
 
-Shapes: B batch, T tokens, H heads, D head size, E hidden size, V vocabulary. Each quirk below is one of the released
-modelling code (`modeling_chatglm.py` of THUDM/chatglm-6b) that moves its logits.
+transformers has no class for it (ChatGLM2-6B and later are its `GlmForCausalLM`). Source of each quirk below, which
+moves the logits: `modeling_chatglm.py` of THUDM/chatglm-6b.
+
+Shapes: B batch, T tokens, S tokens in the KV cache and these T, H heads, D head size, E hidden size, V vocabulary.
 """
 
 import dataclasses
@@ -21,10 +23,9 @@ from transformers.utils.output_capturing import capture_outputs
 
 from utils.models.configuration_chatglm import ChatGLMConfig
 
-# The released blocks take their layer count from a default that the model never overrides, so the factor of the
-# residual branch is sqrt(2 * 28) whatever `num_layers` says.
+# sqrt(2 * 28) whatever `num_layers` says: the released blocks take it from a default that the model never overrides.
 RESIDUAL_SCALE = (2 * 28) ** 0.5
-# transformers 5.24 calls `past_key_values` by the name `cache`.
+# The field of a model's output that holds the KV cache: transformers 5.24 renamed it to `cache`.
 CACHE_KEY = "cache" if "cache" in {f.name for f in dataclasses.fields(CausalLMOutputWithPast)} else "past_key_values"
 
 
@@ -32,33 +33,34 @@ def derive_position_ids(
     input_ids: torch.Tensor, attention_mask: torch.Tensor | None, config: ChatGLMConfig
 ) -> torch.Tensor:
     """
-    2-D positions of whole sequences, as the released model derives them.
+    The 2-D positions of whole sequences, as the released model derives them.
 
-    Up to `<sop>` (the prefix) the first coordinate counts tokens and the second is 0. From `<sop>` on the first
-    coordinate stays at the `[gMASK]` token (at `[MASK]` where there is no `[gMASK]`) and the second counts 1, 2, 3...
-    Padding, where `attention_mask` is 0, counts nowhere.
+    Before `<sop>` (the prefix) the first coordinate counts tokens and the second is 0. From `<sop>` on, the first
+    stays at `[gMASK]` (at `[MASK]` without one) and the second counts 1, 2, 3... Both are 0 on padding.
 
     Args:
-        input_ids: (B, T) int64, each row with a `<sop>` and a mask token.
-        attention_mask: (B, T) of 0/1, or None when there is no padding.
+        input_ids: (B, T) int64, each sequence with a `<sop>` and a mask token.
+        attention_mask: (B, T), 0 on padding and else 1. None, or a mask of more dimensions, is no padding.
 
     Returns:
         (B, 2, T) int64.
 
     Raises:
-        ValueError: a row has no `<sop>`, or neither `[gMASK]` nor `[MASK]`.
+        ValueError: a sequence has no `<sop>`, or neither `[gMASK]` nor `[MASK]`.
     """
-    real = torch.ones_like(input_ids) if attention_mask is None else attention_mask.to(input_ids.dtype)
-    index = (real.cumsum(-1) - 1).clamp(min=0)  # position among the row's real tokens
+    if attention_mask is None or attention_mask.ndim != 2:  # 4-D: a mask of attention, which says nothing of padding
+        attention_mask = torch.ones_like(input_ids)
+    real = attention_mask.to(input_ids.dtype)  # (B, T)
+    index = (real.cumsum(-1) - 1).clamp(min=0)  # (B, T) number among the sequence's real tokens
     is_bos = (input_ids == config.bos_token_id) & real.bool()
     is_gmask = (input_ids == config.gmask_token_id) & real.bool()
     is_mask = (input_ids == config.mask_token_id) & real.bool()
-    has_gmask = is_gmask.any(-1, keepdim=True)
-    anchor = torch.where(has_gmask, is_gmask, is_mask).to(torch.int8)
+    has_gmask = is_gmask.any(-1, keepdim=True)  # (B, 1)
+    anchor = torch.where(has_gmask, is_gmask, is_mask).to(torch.int8)  # (B, T)
     if not bool((is_bos.any(-1) & (has_gmask.squeeze(-1) | is_mask.any(-1))).all()):
         raise ValueError(
-            f"every row of input_ids needs a <sop> ({config.bos_token_id}) and a [gMASK] ({config.gmask_token_id}) or "
-            f"[MASK] ({config.mask_token_id}): ChatGLM-6B derives its positions and its mask from them"
+            f"every sequence of input_ids needs a <sop> ({config.bos_token_id}) and a [gMASK] "
+            f"({config.gmask_token_id}) or [MASK] ({config.mask_token_id}): positions and mask derive from them"
         )
     context_length = index.gather(-1, is_bos.to(torch.int8).argmax(-1, keepdim=True))  # (B, 1)
     mask_position = index.gather(-1, anchor.argmax(-1, keepdim=True))  # (B, 1)
@@ -68,8 +70,33 @@ def derive_position_ids(
     return torch.stack((positions * real, block_positions * real), dim=1)
 
 
+def prefix_mask_function(position_ids: torch.Tensor):
+    """A mask function that shows the prefix, where `position_ids` (B, 2, T) has a second 0, to every query."""
+    in_prefix = position_ids[:, 1] == 0  # (B, T)
+    last = in_prefix.shape[1] - 1
+
+    def mask_function(batch_idx, head_idx, q_idx, kv_idx):
+        # A static cache is longer than the prompt.
+        return in_prefix[batch_idx, kv_idx.clamp(max=last)] & (kv_idx <= last)
+
+    return mask_function
+
+
+def same_sequence_mask_function(inputs_embeds: torch.Tensor, cu_seq_lens: torch.Tensor | None):
+    """A mask function that hides packed sequences, which start at `cu_seq_lens` (N + 1,), from each other."""
+    if cu_seq_lens is None:
+        return None
+    tokens = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)
+    sequence = torch.bucketize(tokens, cu_seq_lens[1:], right=True)  # (T,)
+
+    def mask_function(batch_idx, head_idx, q_idx, kv_idx):
+        return sequence[q_idx] == sequence[kv_idx]
+
+    return mask_function
+
+
 class ChatGLMRotaryEmbedding(nn.Module):
-    """2-D rotary embedding: one half of each head turns with the first coordinate, the other with the second."""
+    """2-D rotary embedding: the first half of each head turns with one coordinate, the second with the other."""
 
     def __init__(self, config: ChatGLMConfig):
         super().__init__()
@@ -77,7 +104,7 @@ class ChatGLMRotaryEmbedding(nn.Module):
         self._inv_freq: torch.Tensor | None = None
 
     def inv_freq(self, device: torch.device) -> torch.Tensor:
-        """(D/4,) float32. The released code rounds the frequencies to float16 and ignores those in the checkpoint."""
+        """(D/4,) float32: the released code rounds them to float16, and ignores those in the checkpoint."""
         if self._inv_freq is None or self._inv_freq.device != device:
             exponent = torch.arange(0, self.dim, 2, dtype=torch.float32, device="cpu") / self.dim
             self._inv_freq = (1.0 / 10000**exponent).half().float().to(device)
@@ -85,7 +112,7 @@ class ChatGLMRotaryEmbedding(nn.Module):
 
     @torch.no_grad()
     def forward(self, hidden_states: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """position_ids (B, 2, T) -> cos and sin, each (B, 1, T, D), in the dtype of `hidden_states`."""
+        """The cosine and sine for position_ids (B, 2, T), each (B, 1, T, D) in the dtype of `hidden_states`."""
         angles = position_ids[..., None].float() * self.inv_freq(hidden_states.device)  # (B, 2, T, D/4)
         angles = torch.cat((angles, angles), dim=-1)  # (B, 2, T, D/2)
         angles = torch.cat((angles[:, 0], angles[:, 1]), dim=-1).unsqueeze(1)  # (B, 1, T, D)
@@ -93,22 +120,24 @@ class ChatGLMRotaryEmbedding(nn.Module):
 
 
 def rotate_half_2d(x: torch.Tensor) -> torch.Tensor:
-    """Rotates by 90 degrees the pairs within each of the two halves of the last dimension."""
+    """Rotates pairs of (..., D) by 90 degrees; a pair is two values D/4 apart in one half."""
     x1, x2, x3, x4 = x.chunk(4, dim=-1)
     return torch.cat((-x2, x1, -x4, x3), dim=-1)
 
 
 def eager_attention_forward(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
-    """Attention in plain operations, with the softmax in float32; `attention_mask` is additive."""
+    """Attention with softmax in float32: (B, H, T, D), twice (B, H, S, D), an additive mask -> output, weights."""
     scores = torch.matmul(query, key.transpose(2, 3)) * scaling  # (B, H, T, S)
     if attention_mask is not None:
         scores = scores + attention_mask
     weights = nn.functional.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
     weights = nn.functional.dropout(weights, p=dropout, training=module.training)
-    return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
+    return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights  # (B, T, H, D), (B, H, T, S)
 
 
 class ChatGLMAttention(nn.Module):
+    """Multi-head attention with query, key and value in one linear layer."""
+
     def __init__(self, config: ChatGLMConfig, layer_idx: int):
         super().__init__()
         self.config = config
@@ -123,10 +152,10 @@ class ChatGLMAttention(nn.Module):
     def heads_of(self, hidden_states: torch.Tensor, position_embeddings) -> tuple[torch.Tensor, ...]:
         """Query and key rotated, and value, each (B, H, T, D)."""
         B, T, _ = hidden_states.shape
-        # The rows of query_key_value go head by head: [q0 k0 v0 q1 k1 v1 ...]. Under tensor parallelism H is the
+        # The outputs of query_key_value go head by head: [q0 k0 v0 q1 k1 v1 ...]. Under tensor parallelism H is the
         # number of this rank's heads.
-        qkv = self.query_key_value(hidden_states).view(B, T, -1, 3 * self.head_dim).transpose(1, 2)
-        query, key, value = qkv.chunk(3, dim=-1)
+        qkv = self.query_key_value(hidden_states).view(B, T, -1, 3 * self.head_dim).transpose(1, 2)  # (B, H, T, 3D)
+        query, key, value = qkv.chunk(3, dim=-1)  # (B, H, T, D) each
         cos, sin = position_embeddings
         query = query * cos + rotate_half_2d(query) * sin
         key = key * cos + rotate_half_2d(key) * sin
@@ -135,12 +164,12 @@ class ChatGLMAttention(nn.Module):
     def forward(self, hidden_states, position_embeddings, attention_mask=None, cache: Cache | None = None, **kwargs):
         query, key, value = self.heads_of(hidden_states, position_embeddings)
         if cache is not None:
-            key, value = cache.update(key, value, self.layer_idx)
+            key, value = cache.update(key, value, self.layer_idx)  # (B, H, S, D) each
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         output, weights = attend(
             self, query, key, value, attention_mask, dropout=0.0, scaling=self.scaling, **kwargs
         )  # (B, T, H, D)
-        return self.dense(output.flatten(-2)), weights
+        return self.dense(output.flatten(-2)), weights  # (B, T, E)
 
 
 class ChatGLMMLP(nn.Module):
@@ -156,6 +185,8 @@ class ChatGLMMLP(nn.Module):
 
 
 class ChatGLMBlock(GradientCheckpointingLayer):
+    """A decoder block. The residual stream is the scaled output of each LayerNorm, not the input of the block."""
+
     def __init__(self, config: ChatGLMConfig, layer_idx: int):
         super().__init__()
         self.input_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layernorm_epsilon)
@@ -163,17 +194,16 @@ class ChatGLMBlock(GradientCheckpointingLayer):
         self.post_attention_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layernorm_epsilon)
         self.mlp = ChatGLMMLP(config)
 
-    def forward(
-        self, hidden_states: torch.Tensor, position_embeddings, attention_mask=None, cache=None, **kwargs
-    ) -> torch.Tensor:
-        # What is carried on is the scaled output of the LayerNorm, not the block's input.
-        hidden_states = self.input_layernorm(hidden_states)
+    def forward(self, hidden_states, position_embeddings, attention_mask=None, cache=None, **kwargs) -> torch.Tensor:
+        hidden_states = self.input_layernorm(hidden_states)  # (B, T, E)
         attention_output, _ = self.attention(hidden_states, position_embeddings, attention_mask, cache, **kwargs)
         hidden_states = self.post_attention_layernorm(hidden_states * RESIDUAL_SCALE + attention_output)
         return hidden_states * RESIDUAL_SCALE + self.mlp(hidden_states)
 
 
 class ChatGLMPreTrainedModel(PreTrainedModel):
+    """What transformers asks of every model class."""
+
     config_class = ChatGLMConfig
     base_model_prefix = "transformer"
     supports_gradient_checkpointing = True
@@ -183,11 +213,13 @@ class ChatGLMPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_record_outputs = {"hidden_states": ChatGLMBlock, "attentions": ChatGLMAttention}
-    # Released checkpoints carry the rotary frequencies, which the released code ignores as well.
+    # Released checkpoints have the rotary frequencies, which the released code ignores too.
     _keys_to_ignore_on_load_unexpected = [r"rotary_emb\.inv_freq$"]
 
 
 class ChatGLMModel(ChatGLMPreTrainedModel):
+    """ChatGLM-6B without its head: input ids (B, T) -> hidden states (B, T, E)."""
+
     def __init__(self, config: ChatGLMConfig):
         super().__init__(config)
         self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
@@ -227,9 +259,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         if position_ids is None:
             if input_ids is None or past_length:
                 raise ValueError("position_ids (B, 2, T) must be given with inputs_embeds or a filled cache")
-            padding_mask = attention_mask if attention_mask is not None and attention_mask.ndim == 2 else None
-            position_ids = derive_position_ids(input_ids, padding_mask, self.config)
-
+            position_ids = derive_position_ids(input_ids, attention_mask, self.config)
         attention_mask = create_causal_mask(
             self.config,
             inputs_embeds,
@@ -237,48 +267,22 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
             cache,
             None,
             or_mask_function=None if past_length else prefix_mask_function(position_ids),
-            and_mask_function=same_row_mask_function(inputs_embeds, kwargs.get("cu_seq_lens_q")),
+            and_mask_function=same_sequence_mask_function(inputs_embeds, kwargs.get("cu_seq_lens_q")),
         )
         position_embeddings = self.rotary_emb(inputs_embeds, position_ids)
-        hidden_states = inputs_embeds  # (B, T, E)
+        hidden_states = inputs_embeds  # (B, T, E), as after every layer
         for layer in self.layers:
             hidden_states = layer(hidden_states, position_embeddings, attention_mask, cache=cache, **kwargs)
         hidden_states = self.final_layernorm(hidden_states)
         return BaseModelOutputWithPast(last_hidden_state=hidden_states, **{CACHE_KEY: cache})
 
 
-def prefix_mask_function(position_ids: torch.Tensor):
-    """Mask function that opens the prefix, the columns whose second coordinate is 0, to every query of its row."""
-    in_prefix = position_ids[:, 1] == 0  # (B, T)
-    last = in_prefix.shape[1] - 1
-
-    def mask_function(batch_idx, head_idx, q_idx, kv_idx):
-        # A static cache has more columns than the prompt has tokens.
-        return in_prefix[batch_idx, kv_idx.clamp(max=last)] & (kv_idx <= last)
-
-    return mask_function
-
-
-def same_row_mask_function(inputs_embeds: torch.Tensor, cu_seq_lens: torch.Tensor | None):
-    """Mask function that keeps rows laid end to end, from `cu_seq_lens` (rows + 1,) on, from seeing each other."""
-    if cu_seq_lens is None:
-        return None
-    tokens = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)
-    row = torch.bucketize(tokens, cu_seq_lens[1:], right=True)  # (T,)
-
-    def mask_function(batch_idx, head_idx, q_idx, kv_idx):
-        return row[q_idx] == row[kv_idx]
-
-    return mask_function
-
-
 class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
     """
     ChatGLM-6B with its language-model head, tied to the word embeddings.
 
-    `forward` takes `input_ids` (B, T) int64, `attention_mask` (B, T) of 0/1 with padding on either side, `labels`
-    (B, T) with -100 where there is no loss, and `position_ids` (B, 2, T), derived when not given. The prefix mask
-    follows from the positions.
+    `forward` takes `input_ids` (B, T) int64, `attention_mask` (B, T), 0 on padding on either side, `labels` (B, T),
+    -100 where there is no loss, and `position_ids` (B, 2, T), derived if not given; the prefix mask follows from them.
     """
 
     _tied_weights_keys = {"lm_head.weight": "transformer.word_embeddings.weight"}
@@ -291,8 +295,7 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
         self.post_init()
 
     def tie_weights(self, missing_keys: set[str] | None = None, recompute_mapping: bool = True):
-        # Where a checkpoint holds both and they differ, the released code keeps the embedding; transformers would
-        # leave them untied.
+        # If a checkpoint holds both and they differ, the released code keeps the embedding, transformers keeps both.
         if missing_keys is not None and "transformer.word_embeddings.weight" not in missing_keys:
             missing_keys.update(target for target in self.all_tied_weights_keys if target == "lm_head.weight")
         super().tie_weights(missing_keys=missing_keys, recompute_mapping=recompute_mapping)
@@ -334,12 +337,11 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
         )
 
     def prepare_inputs_for_generation(self, input_ids, attention_mask=None, **kwargs):
-        # Positions depend on where <sop> is, so they come from the whole sequence, not from the step's last token.
+        # Positions depend on where <sop> is, so the whole sequence decides them, not the last token alone.
         kwargs.pop("position_ids", None)
-        padding_mask = attention_mask if attention_mask is not None and attention_mask.ndim == 2 else None
-        position_ids = derive_position_ids(input_ids, padding_mask, self.config)
+        position_ids = derive_position_ids(input_ids, attention_mask, self.config)
         inputs = super().prepare_inputs_for_generation(input_ids, attention_mask=attention_mask, **kwargs)
-        inputs["position_ids"] = position_ids[..., -inputs["input_ids"].shape[1] :]
+        inputs["position_ids"] = position_ids[..., -inputs["input_ids"].shape[1] :]  # (B, 2, T)
         return inputs
 
     @staticmethod

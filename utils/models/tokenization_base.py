@@ -1,4 +1,10 @@
-"""What the family's tokenizers do alike: each has one vocabulary file and saves itself by copying it."""
+"""
+The base class of the family's tokenizers: one vocabulary file, saved by copying it.
+
+They are Python tokenizers of transformers (`PreTrainedTokenizer`), because their vocabularies are SentencePiece and
+tiktoken files, and because the released classes decode and pad in ways of their own. `encode_texts` is the fast way
+for many texts: transformers encodes one text at a time.
+"""
 
 import re
 import shutil
@@ -18,6 +24,7 @@ class VocabFileTokenizer(PreTrainedTokenizer, ABC):
 
     A fine-tuned checkpoint may have tokens of its own, in `added_tokens.json` or the `added_tokens_decoder` of
     `tokenizer_config.json`. Their ids follow the release's; those that are not special are found in every text.
+    Subclasses define `_encode_texts`, and what transformers asks of a tokenizer.
     """
 
     model_input_names = ["input_ids", "attention_mask"]
@@ -26,7 +33,7 @@ class VocabFileTokenizer(PreTrainedTokenizer, ABC):
 
     @staticmethod
     def options_of(config: Mapping[str, Any], vocab_file: Path) -> dict[str, Any]:
-        """The arguments that a checkpoint's `config.json` decides and its tokenizer's files do not."""
+        """The constructor's arguments that only a checkpoint's `config.json` tells."""
         return {}
 
     def own_tokens(self, added: Mapping[int, AddedToken] | None, released: Mapping[str, int]) -> dict[int, AddedToken]:
@@ -34,7 +41,7 @@ class VocabFileTokenizer(PreTrainedTokenizer, ABC):
         The tokens in `added` beyond the release's, by id.
 
         Args:
-            added: what the checkpoint's files add.
+            added: the tokens that the checkpoint's files add, by id.
             released: the special tokens of the release and their ids.
 
         Raises:
@@ -44,7 +51,7 @@ class VocabFileTokenizer(PreTrainedTokenizer, ABC):
         for index, token in sorted((added or {}).items()):
             expected = released.get(token.content)
             if index == expected or self._convert_token_to_id(token.content) == index < self.vocab_size:
-                continue  # older libraries write the release's own tokens down as added ones
+                continue  # older libraries list the release's own tokens as added ones
             if expected is not None:
                 raise ValueError(f"its files give {token.content} the id {index}, and the release {expected}")
             if index < self.vocab_size or index in released.values():
@@ -68,6 +75,7 @@ class VocabFileTokenizer(PreTrainedTokenizer, ABC):
         return dict(self.added_tokens_decoder)
 
     def save_vocabulary(self, save_directory: str, filename_prefix: str | None = None) -> tuple[str]:
+        """Copies the vocabulary file into `save_directory`; returns its path."""
         name = (f"{filename_prefix}-" if filename_prefix else "") + self.vocab_files_names["vocab_file"]
         target = Path(save_directory) / name
         if Path(self.vocab_file).resolve() != target.resolve():
@@ -76,21 +84,22 @@ class VocabFileTokenizer(PreTrainedTokenizer, ABC):
 
     def encode_texts(self, texts: Sequence[str]) -> list[np.ndarray]:
         """
-        Of each text the ids, int32, that `encode(text, add_special_tokens=False)` gives where no special token is
-        found in a text; many texts in one call of the library that encodes them.
+        Token ids (int32) of each text, in which nothing is special but the checkpoint's own tokens.
+
+        Equals `encode(text, add_special_tokens=False, split_special_tokens=True)`, with many texts in one call.
         """
         own = {token.content: i for i, token in self.added_tokens_decoder.items() if not token.special}
         if not own:
             return self._encode_texts(texts)
         pattern = re.compile("(" + "|".join(map(re.escape, sorted(own, key=len, reverse=True))) + ")")
         pieces = [[piece for piece in pattern.split(text) if piece] for text in texts]
-        encoded = iter(self._encode_texts([piece for parts in pieces for piece in parts if piece not in own]))
+        encoded = iter(self._encode_texts([piece for cut in pieces for piece in cut if piece not in own]))
         empty = np.array([], np.int32)
         return [
-            np.concatenate([empty, *(np.array([own[p]], np.int32) if p in own else next(encoded) for p in parts)])
-            for parts in pieces
+            np.concatenate([empty, *(np.array([own[p]], np.int32) if p in own else next(encoded) for p in cut)])
+            for cut in pieces
         ]
 
     @abstractmethod
     def _encode_texts(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """`encode_texts` of texts without tokens of the checkpoint's own."""
+        """`encode_texts` of texts that hold none of the checkpoint's own tokens."""

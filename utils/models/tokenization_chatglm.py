@@ -1,4 +1,13 @@
-"""ChatGLM-6B's SentencePiece tokenizer (`ice_text.model`), as the released `tokenization_chatglm.py` behaves."""
+"""
+ChatGLM-6B's tokenizer: a SentencePiece model (`ice_text.model`) and pieces for white space.
+
+Source: `tokenization_chatglm.py` of THUDM/chatglm-6b, its first release (which reads the model with icetk) and the
+later ones. Quirks:
+- Newlines, tabs and runs of spaces are replaced by pieces (`<n>`, `<|tab|>`, `<|blank_2|>`) before SentencePiece.
+- The first release counts 20,000 image tokens before the pieces, and appends the special pieces to its model file.
+- The released code strips white space around a special token that it finds in a text.
+- `[gMASK]` and `</s>` are tokens, but not special ones to transformers.
+"""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -11,27 +20,27 @@ from transformers import AddedToken
 
 from utils.models.tokenization_base import VocabFileTokenizer
 
-# The first release's model file ends before these pieces; its code appends them.
+# The first release's model file lacks these pieces; its code appends them.
 CONTROL_PIECES = ("[MASK]", "[gMASK]", "[sMASK]", "<unused_0>", "<sop>", "<eop>", "<ENC>", "<dBLOCK>")
-FIRST_IMAGE_TOKENS = 20000  # of the first release, and what its code takes where no file says a number
+FIRST_IMAGE_TOKENS = 20000  # of the first release; also the default of its code
 NEWLINE_PIECE = "<n>"
 TAB_PIECE = "<|tab|>"
-LONGEST_BLANK = 80
+LONGEST_BLANK = 80  # spaces that one piece stands for, as in the vocabulary
 _BLANKS = re.compile(f"  [ ]{{0,{LONGEST_BLANK - 2}}}")  # two literal spaces first: searched for 5 times as fast
 _BLANK_PIECE = re.compile(r"<\|blank_([1-9]\d?)\|>")
 
 
 def encode_whitespace(text: str) -> str:
-    """Newlines, tabs and runs of 2 to 80 spaces become the pieces that stand for them; longer runs are cut at 80."""
+    """Replaces newlines, tabs and runs of 2 to 80 spaces by their pieces; longer runs are cut at 80."""
     text = text.replace("\n", NEWLINE_PIECE).replace("\t", TAB_PIECE)
-    # The longest first, each length in one pass of C: a text may be that of many rows.
+    # The longest run first, each length in one pass of C: `text` may be the joined text of many rows.
     for run in sorted(set(_BLANKS.findall(text)), key=len, reverse=True):
         text = text.replace(run, f"<|blank_{len(run)}|>")
     return text
 
 
 def decode_whitespace(text: str) -> str:
-    """The inverse of `encode_whitespace`; such pieces written out in the text become white space too."""
+    """The inverse of `encode_whitespace`; pieces that a text spells become white space too."""
     text = text.replace(NEWLINE_PIECE, "\n").replace(TAB_PIECE, "\t")
     return _BLANK_PIECE.sub(
         lambda piece: " " * int(piece[1]) if 2 <= int(piece[1]) <= LONGEST_BLANK else piece[0], text
@@ -40,7 +49,7 @@ def decode_whitespace(text: str) -> str:
 
 def load_pieces(vocab_file: str | Path) -> sentencepiece.SentencePieceProcessor:
     """
-    The SentencePiece model in `vocab_file`; that of the first release with the pieces that its code appends.
+    The SentencePiece model in `vocab_file`, with the pieces that the first release's code appends to its own.
 
     Source: `SPTokenizer` in the first release's `tokenization_chatglm.py`, and the pieces of the later model file.
     """
@@ -56,9 +65,9 @@ def load_pieces(vocab_file: str | Path) -> sentencepiece.SentencePieceProcessor:
     appended = [(piece, kinds.CONTROL) for piece in CONTROL_PIECES]
     appended += [(piece, kinds.USER_DEFINED) for piece in blanks]
     appended += [(f"<0x{byte:02X}>", kinds.BYTE) for byte in range(256)]
-    there = {piece.piece for piece in proto.pieces}
+    present = {piece.piece for piece in proto.pieces}
     for piece, kind in appended:
-        if piece not in there:
+        if piece not in present:
             proto.pieces.add(piece=piece, score=0.0, type=kind)
     proto.trainer_spec.byte_fallback = True
     return sentencepiece.SentencePieceProcessor(model_proto=proto.SerializeToString())
@@ -69,9 +78,8 @@ class ChatGLMTokenizer(VocabFileTokenizer):
     Tokenizer of ChatGLM-6B.
 
     `tokenizer(text)` appends `[gMASK] <sop>`; a pair becomes `A [gMASK] <sop> B <eop>`. Padding is on the left.
-    `attention_mask` is (B, T) of 0/1; the released tokenizer's 4-D masks and positions are derived in the model.
-    The first release (150,528 rows) has 20,000 image tokens before the pieces, appends the special pieces to its model
-    file as it loads, and calls `</s>` its eos token; here its tokens have the names of the later release.
+    `attention_mask` is (B, T), 0 on padding; the model derives what the released tokenizer returns as 4-D masks and
+    positions. The first release (150,528 rows) calls `</s>` its eos token; here its tokens have the later names.
 
     Args:
         vocab_file: the SentencePiece model.
@@ -134,8 +142,9 @@ class ChatGLMTokenizer(VocabFileTokenizer):
     @staticmethod
     def options_of(config: Mapping[str, Any], vocab_file: Path) -> dict[str, Any]:
         """
-        `num_image_tokens`, which the tokenizer's files may leave out: it shows in the id that `config.json` gives
-        `<sop>`. Without that id it is what the released code takes.
+        `num_image_tokens`, which the tokenizer's files may lack.
+
+        The id of `<sop>` in `config.json` shows it. Without that id it is the released code's default.
         """
         bos_id = config.get("bos_token_id")
         if bos_id is not None and bos_id < FIRST_IMAGE_TOKENS:
@@ -145,14 +154,17 @@ class ChatGLMTokenizer(VocabFileTokenizer):
 
     @property
     def vocab_size(self) -> int:
+        """Image tokens and pieces."""
         return self.num_image_tokens + self.sp_model.vocab_size()
 
     @property
     def gmask_token_id(self) -> int:
+        """The id of `[gMASK]`, where an answer's first position stays."""
         return self.convert_tokens_to_ids(self.gmask_token)
 
     @property
     def end_token_id(self) -> int:
+        """The id of `</s>`, which ends no answer."""
         return self.convert_tokens_to_ids(self.end_token)
 
     def get_vocab(self) -> dict[str, int]:
@@ -170,9 +182,10 @@ class ChatGLMTokenizer(VocabFileTokenizer):
         return self.sp_model.encode(self._normalize(text), out_type=str)
 
     def _encode_texts(self, texts: Sequence[str]) -> list[np.ndarray]:
+        # All texts at once: the pieces for white space do not reach over a "\0".
         joined = "\0".join(texts)
         if joined.count("\0") == len(texts) - 1 and not (self.remove_space or self.do_lower_case):
-            normalized = encode_whitespace(joined).split("\0")  # the pieces do not reach over a "\0"
+            normalized = encode_whitespace(joined).split("\0")
         else:
             normalized = [self._normalize(text) for text in texts]
         encoded = self.sp_model.encode_as_numpy(normalized, num_threads=1)

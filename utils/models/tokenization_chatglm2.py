@@ -1,4 +1,12 @@
-"""The SentencePiece tokenizers of ChatGLM2-6B and ChatGLM3-6B (`tokenizer.model`), as the released ones behave."""
+"""
+The tokenizers of ChatGLM2-6B and ChatGLM3-6B: one SentencePiece model (`tokenizer.model`), then special tokens.
+
+Source: `tokenization_chatglm.py` of THUDM/chatglm2-6b and THUDM/chatglm3-6b. Quirks:
+- The special tokens follow the vocabulary, and are never found in a text, however it spells them.
+- ChatGLM2-6B's decoded text hides special tokens, ChatGLM3-6B's shows them.
+- The first revision of ChatGLM2-6B pads with `</s>` and cleans up spaces in decoded text, later ones do neither.
+- `unk_token_id` is None though there is an unk token.
+"""
 
 import json
 import re
@@ -20,14 +28,14 @@ EOS_ID = 2  # </s>
 
 class ChatGLM2Tokenizer(VocabFileTokenizer):
     """
-    Tokenizer of ChatGLM2-6B. `tokenizer(text)` prepends `[gMASK] sop`, a pair ends with `</s>`; padding is on the
-    left. The special tokens follow the SentencePiece vocabulary and are never found in text.
+    Tokenizer of ChatGLM2-6B.
+
+    `tokenizer(text)` prepends `[gMASK] sop`, a pair ends with `</s>`; padding is on the left.
 
     Args:
         vocab_file: the SentencePiece model.
-        pad_with_unk: pad with `<unk>` (0) and leave the spaces of decoded text alone, as later revisions of the
-            tokenizer do; the first pads with `</s>` (2) and cleans them up. Later revisions have a `pad_token_id` in
-            `config.json`.
+        pad_with_unk: whether to pad with `<unk>` (0) and leave the spaces of decoded text alone, as later revisions
+            do, which have a `pad_token_id` in `config.json`; else it pads with `</s>` (2) and cleans spaces up.
     """
 
     vocab_files_names = {"vocab_file": "tokenizer.model"}
@@ -133,11 +141,11 @@ class ChatGLM2Tokenizer(VocabFileTokenizer):
 
 class ChatGLM3Tokenizer(ChatGLM2Tokenizer):
     """
-    Tokenizer of ChatGLM3-6B: four role tokens more, decoded text shows special tokens, padding with `<unk>` (0).
+    Tokenizer of ChatGLM3-6B: ChatGLM2-6B's with four role tokens; it pads with `<unk>` (0).
 
     Args:
         vocab_file: the SentencePiece model.
-        encode_special_tokens: find the role tokens in a text; off in the release.
+        encode_special_tokens: whether to find role tokens in a text; off in the release.
     """
 
     special_pieces = SPECIAL_TOKENS + ROLE_TOKENS
@@ -150,13 +158,13 @@ class ChatGLM3Tokenizer(ChatGLM2Tokenizer):
     def _tokenize(self, text: str, **kwargs) -> list[str]:
         if not self.encode_special_tokens:
             return super()._tokenize(text)
-        parts = re.split("(" + "|".join(map(re.escape, ROLE_TOKENS)) + ")", text)
-        return [
-            token
-            for part in parts
-            if part
-            for token in ([part] if part in ROLE_TOKENS else self.sp_model.encode(part, out_type=str))
-        ]
+        tokens = []
+        for piece in re.split("(" + "|".join(map(re.escape, ROLE_TOKENS)) + ")", text):
+            if piece in ROLE_TOKENS:
+                tokens.append(piece)
+            elif piece:
+                tokens += self.sp_model.encode(piece, out_type=str)
+        return tokens
 
     def _convert_id_to_token(self, index: int) -> str:
         if index in self._special_by_id:
@@ -164,7 +172,7 @@ class ChatGLM3Tokenizer(ChatGLM2Tokenizer):
         return "" if index <= EOS_ID else self.sp_model.id_to_piece(index)
 
     def build_single_message(self, role: str, metadata: str, message: str) -> list[int]:
-        """`<|role|>`, then the metadata and a newline, then the message, the two encoded apart."""
+        """The ids of `<|role|>`, then of the metadata and a newline, then of the message, each encoded apart."""
         return [
             self.special_ids[f"<|{role}|>"],
             *self.sp_model.encode(f"{metadata}\n"),
@@ -174,7 +182,7 @@ class ChatGLM3Tokenizer(ChatGLM2Tokenizer):
     def build_chat_input(
         self, query: str, history: list[dict[str, Any]] | None = None, role: str = "user"
     ) -> list[int]:
-        """The ids of a chat as the released `build_chat_input` makes them, ready for the assistant's answer."""
+        """The ids of a chat up to `<|assistant|>`, as the released `build_chat_input` makes them."""
         ids = self.get_prefix_tokens()
         for item in history or []:
             content = item["content"]

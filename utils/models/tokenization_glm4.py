@@ -1,4 +1,12 @@
-"""GLM-4-9B's byte-level BPE tokenizer (`tokenizer.model` in tiktoken's format), as the released one behaves."""
+"""
+GLM-4-9B's tokenizer: byte-level BPE from `tokenizer.model`, which is tiktoken's text and not a SentencePiece model.
+
+Source: `tokenization_chatglm.py` of THUDM/glm-4-9b-chat. The `tokenizers` library computes it, which transformers
+needs anyway, and not tiktoken. Quirks:
+- tiktoken's ranks name no merges: every split of a token into two tokens is one (`merges_of`).
+- Special tokens in a text become tokens in `tokenizer(text)`, but not in chats, which encode texts apart.
+- An id past the special tokens repeats the text before it in decoded text.
+"""
 
 import base64
 import binascii
@@ -15,11 +23,12 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from utils.models.tokenization_base import VocabFileTokenizer
 
+# How a text is cut before BPE: `pat_str` of the released tokenizer.
 PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|"
     r"\s+(?!\S)|\s+"
 )
-# They follow the vocabulary in this order; a checkpoint's `added_tokens_decoder` may put others in their places.
+# They follow the vocabulary in this order; a checkpoint's `added_tokens_decoder` may have others under these ids.
 SPECIAL_TOKENS = (
     "<|endoftext|> [MASK] [gMASK] [sMASK] <sop> <eop> <|system|> <|user|> <|assistant|> <|observation|> "
     "<|begin_of_image|> <|end_of_image|> <|begin_of_video|> <|end_of_video|>"
@@ -43,16 +52,16 @@ def is_tiktoken_file(path: Path) -> bool:
 
 
 def read_ranks(path: str | Path) -> dict[bytes, int]:
-    """Token bytes -> rank."""
+    """The rank of each token, by its bytes."""
     with open(path, "rb") as file:
         return {base64.b64decode(token): int(rank) for token, rank in (line.split() for line in file if line.strip())}
 
 
 def merges_of(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
     """
-    The merges that tiktoken's ranks stand for, lowest rank first: every split of a token into two tokens.
+    The merges of tiktoken's ranks, lowest rank first: every split of a token into two tokens.
 
-    Source: tiktoken joins whatever neighbours make the token of the lowest rank, however training made that token.
+    tiktoken joins any two neighbours that form the token of the lowest rank, however training formed it.
     """
     return [
         (token[:end], token[end:])
@@ -64,11 +73,13 @@ def merges_of(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
 
 class ChatGLM4Tokenizer(VocabFileTokenizer):
     """
-    Tokenizer of GLM-4-9B. `tokenizer(text)` prepends `[gMASK] <sop>` and parses special tokens in the text; padding,
-    with `<|endoftext|>`, is on the left.
+    Tokenizer of GLM-4-9B.
+
+    `tokenizer(text)` prepends `[gMASK] <sop>` and finds special tokens in the text; it pads on the left with
+    `<|endoftext|>`.
 
     Args:
-        vocab_file: "base64 rank" lines.
+        vocab_file: lines of "base64 rank".
     """
 
     vocab_files_names = {"vocab_file": "tokenizer.model"}
@@ -121,7 +132,7 @@ class ChatGLM4Tokenizer(VocabFileTokenizer):
         return self._ids | self._added_tokens_encoder
 
     def encode_ordinary(self, text: str) -> list[int]:
-        """Ids of a text in which nothing is special."""
+        """Token ids of a text in which nothing is special."""
         return self.bpe.encode(text, add_special_tokens=False).ids
 
     def _encode_texts(self, texts: Sequence[str]) -> list[np.ndarray]:
@@ -154,18 +165,18 @@ class ChatGLM4Tokenizer(VocabFileTokenizer):
         **kwargs,
     ) -> str:
         ids = [token_ids] if isinstance(token_ids, int) else token_ids
-        parts, ordinary = [], []
+        texts, ordinary = [], []  # decoded runs and special tokens; the run so far
         for token in self.convert_ids_to_tokens(ids, skip_special_tokens=skip_special_tokens):
             if token in self._added_tokens_encoder:
                 if ordinary:
-                    parts.append(self.convert_tokens_to_string(ordinary))
+                    texts.append(self.convert_tokens_to_string(ordinary))
                     ordinary = []
-                parts.append(token)
+                texts.append(token)
             else:
                 ordinary.append(token)
         if ordinary:
-            parts.append(self.convert_tokens_to_string(ordinary))
-        return (" " if spaces_between_special_tokens else "").join(parts)
+            texts.append(self.convert_tokens_to_string(ordinary))
+        return (" " if spaces_between_special_tokens else "").join(texts)
 
     def to_tokenizers(self) -> Tokenizer:
         tokenizer = Tokenizer.from_str(self.bpe.to_str())
@@ -177,11 +188,11 @@ class ChatGLM4Tokenizer(VocabFileTokenizer):
 
     def build_inputs_with_special_tokens(self, token_ids_0: list[int], token_ids_1: list[int] | None = None):
         if token_ids_1 is not None:
-            raise ValueError("GLM-4 has no form for a pair of texts: encode the two apart")
+            raise ValueError("GLM-4-9B has no form for a pair of texts: encode the two apart")
         return self.get_prefix_tokens() + token_ids_0
 
     def build_single_message(self, role: str, metadata: str, message: str) -> list[int]:
-        """`<|role|>`, then the metadata and a newline, then the message, the two encoded apart."""
+        """The ids of `<|role|>`, then of the metadata and a newline, then of the message, each encoded apart."""
         return [
             self.convert_tokens_to_ids(f"<|{role}|>"),
             *self.encode_ordinary(f"{metadata}\n"),
@@ -189,7 +200,7 @@ class ChatGLM4Tokenizer(VocabFileTokenizer):
         ]
 
     def build_chat_input(self, messages: list[dict[str, Any]], add_generation_prompt: bool = True) -> list[int]:
-        """The ids of a conversation as the released class's `apply_chat_template` makes them."""
+        """The ids of a conversation, tools included, as the released class's `apply_chat_template` makes them."""
         ids = self.get_prefix_tokens()
         for message in messages:
             if message.get("tools"):
