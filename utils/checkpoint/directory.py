@@ -145,7 +145,7 @@ def open_directory(path_or_id: str, weights: bool) -> OpenedDirectory:
 
 @functools.cache
 def print_first_time(message: str) -> None:
-    """Prints a line on rank 0, once per process: several callers open the same checkpoint."""
+    """Prints a line on rank 0, once: several callers open one checkpoint."""
     print_once(message)
 
 
@@ -181,7 +181,7 @@ def read_tokenizer_config(directory: Path) -> dict[str, Any]:
 
 def local_directory(path_or_id: str, weights: bool = True) -> Path:
     """
-    A checkpoint's directory on this machine: the given one, or a hub repository's files in the cache.
+    The given directory, or the cached files of a hub repository, downloaded if needed.
 
     Args:
         weights: whether to download the weights, or only the tokenizer's files.

@@ -33,7 +33,7 @@ from utils.models.modeling_chatglm import derive_position_ids
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """An opened checkpoint: its files, what model they hold, and how its weights are quantised."""
+    """An opened checkpoint: its files, their generation and configuration, how weights are quantised."""
 
     directory: Path
     generation: Generation
@@ -82,14 +82,14 @@ class Checkpoint:
         return architecture_of(self.generation)
 
     def row_positions(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """The position_ids of one sequence, input_ids (1, T) int64: (1, 2, T) for ChatGLM-6B, else (1, T)."""
+        """input_ids (1, T) int64 -> position_ids: (1, 2, T) for ChatGLM-6B, else (1, T)."""
         if self.architecture.has_prefix:
             return derive_position_ids(input_ids, None, self.config)
         return torch.arange(input_ids.shape[1])[None]
 
     def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         """
-        Every weight under its name in the model class, mapped from its file, or quantised.
+        Every weight with its name in the model class, mapped or quantised.
 
         Raises:
             UsageError: see `read_weights`; a weight that the generation does not have, or of a shape that cannot be
@@ -125,8 +125,9 @@ class Checkpoint:
         """
         Hashes that tell these weights from others', whatever kind of file holds them.
 
-        One is of the norms, which quantising leaves alone, one of the ends of every matrix in the blocks; so little of
-        the files is read. Adapters record it as their base.
+        One is of the norms, which quantising leaves alone, so an adapter trained on int4 fits the full checkpoint; one
+        of the ends of every matrix in the blocks, so little of the files is read. Both are hashed as float32, which
+        holds 16-bit values exactly. Adapters record the fingerprint of their base.
         """
         hashes = {"norms": {}, "matrices": {}}
         for key, tensor in self._named_weights():
@@ -139,9 +140,10 @@ class Checkpoint:
 
     def content_hashes(self) -> dict[str, str]:
         """
-        Hashes of every byte of the weights, and of the files that decide how they and the tokens are used.
+        Hashes of every byte of the weights and of the files beside them.
 
-        They tell these answers from others'. Two models with one fingerprint may answer differently.
+        They tell these answers from others'; the files decide how weights and tokens are used. Two models with one
+        fingerprint may answer differently.
         """
         files = {"weights": weight_files(self.directory), "model_files": model_files(self.directory)}
         return {name: hash_files(paths) for name, paths in files.items()}
@@ -185,7 +187,10 @@ class Checkpoint:
 
     def fill(self, model: PreTrainedModel, device_map: dict, offload_folder: str | None = None) -> None:
         """
-        Moves each weight from its file to its device, or to a file of its own in `offload_folder`.
+        Moves each weight from its file to its device or offload file.
+
+        It is made of the parts of `accelerate.load_checkpoint_and_dispatch`, which reads no checkpoint whose weights
+        have other names than the model's, and does not say when one is missing.
 
         Args:
             model: an `empty_model` of this checkpoint.
@@ -228,11 +233,12 @@ class ExpectedWeights:
         self._missing = set(self.tensors) - set(self._tied.values())
 
     def copies_of(self, key: str) -> list[str]:
+        """The weights that are tied to this one."""
         return [self._tied[key]] if key in self._tied else []
 
     def take(self, key: str, tensor: torch.Tensor) -> bool:
         """
-        Whether the model needs this weight: not if it is the copy of a tied one, which its source fills.
+        Whether the model needs this weight; the copy of a tied one it does not.
 
         Raises:
             UsageError: the weight belongs to another model, or its values cannot be used.
@@ -272,7 +278,7 @@ def _combined_hash(hashes: dict[str, str]) -> str:
 
 
 def _enclosing(key: str) -> Iterator[str]:
-    """The modules around a weight: a.b.c -> a.b.c, a.b, a, and "", the whole model."""
+    """The modules around a weight: a.b.c -> a.b.c, a.b, a and "", the model."""
     while key:
         yield key
         key = key.rpartition(".")[0]
@@ -281,7 +287,7 @@ def _enclosing(key: str) -> Iterator[str]:
 
 def load_model(path_or_id: str, dtype: torch.dtype = torch.float32, quantize: str | None = None) -> PreTrainedModel:
     """
-    The model of a checkpoint, on the CPU and in eval mode, with its weights in `dtype`.
+    The model of a checkpoint on the CPU, in eval mode, in `dtype`.
 
     Under DeepSpeed ZeRO-3 each rank holds its partition. ChatGLM2-6B, ChatGLM3-6B and GLM-4-9B become
     `GlmForCausalLM`. A quantised checkpoint keeps its integers; they compute in `dtype` with the rounding of the

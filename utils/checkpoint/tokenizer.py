@@ -85,7 +85,7 @@ def _read_tokenizer(opened: OpenedDirectory) -> PreTrainedTokenizerBase:
 
 
 def lacks_merges(tokenizer_json: Mapping[str, Any]) -> bool:
-    """Whether no merge makes some tokens of a byte-level BPE, as in older exports of GLM-4-9B."""
+    """Whether a byte-level BPE has tokens that no merge makes (old exports of GLM-4-9B)."""
     model = tokenizer_json.get("model")
     if not isinstance(model, dict) or model.get("type") != "BPE":
         return False
@@ -101,7 +101,7 @@ def find_missing_tokens(tokenizer: PreTrainedTokenizerBase, generation: Generati
 
 
 def find_disagreement(tokenizer: PreTrainedTokenizerBase, config: Mapping[str, Any]) -> str | None:
-    """What a checkpoint's `config.json` and its tokenizer disagree on, as an error message; None if they agree."""
+    """An error message if `config.json` and the tokenizer disagree, else None."""
     rows = config.get("padded_vocab_size") or config.get("vocab_size")
     highest = max(len(tokenizer) - 1, *tokenizer.added_tokens_decoder, 0)
     if rows is not None and highest >= rows:

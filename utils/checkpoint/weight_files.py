@@ -39,7 +39,7 @@ MODEL_FILES = (
 
 def weight_files(directory: Path) -> list[Path]:
     """
-    The files that hold the weights: safetensors if there are both kinds, as transformers chooses.
+    The files that hold the weights: safetensors, else pickles, as transformers chooses.
 
     Raises:
         UsageError: there are no weights; a file that the index names is missing or lies elsewhere; the index is not
@@ -70,7 +70,7 @@ def model_files(directory: Path) -> list[Path]:
 
 def read_index(index: Path) -> dict[str, str]:
     """
-    The index of sharded weights: weight -> the name of its file, which lies beside the index.
+    An index of sharded weights: weight -> name of its file beside the index.
 
     Raises:
         UsageError: not an index, or it names a file elsewhere.
@@ -102,9 +102,10 @@ def read_weights(directory: Path) -> Iterator[tuple[str, torch.Tensor]]:
 
 def read_tensors(file: Path) -> Iterator[tuple[str, torch.Tensor]]:
     """
-    Every tensor of a file with its name, mapped rather than copied; pickles with weights_only.
+    Every tensor of a file with its name, mapped rather than copied.
 
-    Each is dense, on the CPU, of one of DTYPES, and takes no more memory than the file does.
+    Pickles are read with weights_only. Each tensor is dense, on the CPU, of one of DTYPES, and takes no more memory
+    than the file does.
 
     Raises:
         UsageError: the file is a Git LFS pointer, is truncated or damaged, or holds something else.
@@ -180,7 +181,7 @@ def _check_calls(file: Path, zipped: bool) -> None:
 
 
 def find_unusable(tensor: torch.Tensor, dtype: torch.dtype) -> str | None:
-    """Why a weight cannot be used in `dtype`, as an error message; None if it can."""
+    """An error message if a weight cannot be used in `dtype`, else None."""
     if tensor.is_floating_point() != dtype.is_floating_point:
         return f"is {str(tensor.dtype).removeprefix('torch.')}: is config.json that of these weights?"
     if not tensor.is_floating_point() or not tensor.numel():

@@ -77,9 +77,10 @@ adapter_weights = partial(get_peft_model_state_dict, save_embedding_layers=False
 
 def gather_adapter(model: PeftModel) -> State:
     """
-    The adapter's weights under PEFT's names, float32, on the CPU; every rank must call it.
+    The adapter's weights under PEFT's names, float32, on the CPU.
 
-    It gathers what FSDP2 shards, and under DeepSpeed the float32 copies in the optimizer's partitions.
+    Every rank must call it. It gathers what FSDP2 shards, and under DeepSpeed the float32 copies in the optimizer's
+    partitions.
 
     Raises:
         RuntimeError: DeepSpeed's optimizer holds no copy of a weight.
@@ -102,7 +103,7 @@ def gather_adapter(model: PeftModel) -> State:
 
 
 def adapter_shapes(model: PeftModel) -> Shapes:
-    """The shapes of the adapter's weights, A (R, in) and B (out, R), under PEFT's names."""
+    """The shapes of the adapter's A (R, in) and B (out, R), by PEFT's names."""
     lora_rank = model.active_peft_config.r
     shapes = {}
     for name, layer in model.named_modules():
@@ -148,7 +149,7 @@ def read_origin(path: str | Path) -> AdapterOrigin | None:
 
 def check_base(path: str | Path, checkpoint: Checkpoint) -> None:
     """
-    Checks that the checkpoint is the base that an adapter was trained on, if its origin is recorded.
+    Checks that an adapter was trained on these weights, if its origin is recorded.
 
     Raises:
         UsageError: the adapter was trained on other weights than the checkpoint's.
@@ -167,7 +168,7 @@ def check_base(path: str | Path, checkpoint: Checkpoint) -> None:
 
 
 def warn_of_old_ids(path: str | Path, checkpoint: Checkpoint) -> str | None:
-    """A warning for an adapter from an older version, whose rows had wrong token ids of GLM-4-9B; else None."""
+    """A warning if an older version trained the adapter on wrong token ids of GLM-4-9B, else None."""
     if checkpoint.generation.flag != GLM4.flag:
         return None
     origin = read_origin(path)
@@ -187,7 +188,9 @@ def save_adapter(
     trained: bool = False,
 ) -> None:
     """
-    Writes the adapter as a PEFT directory, with its origin. Every rank must call it; the main process writes.
+    Writes the adapter and its origin as a PEFT directory, and reads it back.
+
+    Every rank must call it; the main process writes.
 
     Args:
         trained: whether the adapter must differ from its initial weights, whose B are zero.
@@ -217,7 +220,9 @@ def save_adapter(
 
 def load_adapter(model: PreTrainedModel, path: str | Path, lora_alpha: int | None = None) -> PeftModel:
     """
-    Puts a frozen adapter on `model`, which may be quantised, dispatched over devices, or offloaded by accelerate.
+    Puts a frozen adapter on a model.
+
+    The model may be quantised, dispatched over devices, or offloaded by accelerate.
 
     Args:
         path: any adapter that `read_adapter` can read.
@@ -237,7 +242,7 @@ def load_adapter(model: PreTrainedModel, path: str | Path, lora_alpha: int | Non
 
 
 def _materialize(model: PeftModel) -> None:
-    """Gives the adapters of offloaded layers memory on the device that computes; PEFT leaves them on meta."""
+    """Moves adapters that PEFT left on meta, of offloaded layers, to the computing device."""
     for layer in model.modules():
         if not isinstance(layer, LoraLayer):
             continue
@@ -250,7 +255,7 @@ def _materialize(model: PeftModel) -> None:
 
 def merge_adapter(model: PreTrainedModel, path: str | Path, lora_alpha: int | None = None) -> PreTrainedModel:
     """
-    The model with the adapter added into its weights, so that decoding costs nothing more.
+    The model with the adapter added into its weights: no cost in decoding.
 
     A quantised model keeps the adapter beside its weights, because integers cannot take it. Raises as `load_adapter`.
     """

@@ -48,7 +48,7 @@ json.dump([[match and (match.groupdict().get("idx") or True) for match in row] f
 
 @dataclass(frozen=True)
 class LayerLora:
-    """LoRA on one layer: `weight + scaling * B A` with A (R, in) and B (out, R)."""
+    """LoRA on one layer: weight + scaling * B A; A (R, in), B (out, R)."""
 
     rank: int
     alpha: float
@@ -56,6 +56,7 @@ class LayerLora:
 
     @property
     def scaling(self) -> float:
+        """The factor of B A."""
         return self.alpha / (math.sqrt(self.rank) if self.use_rslora else self.rank)
 
     def widened(self, times: int) -> "LayerLora":
@@ -140,7 +141,11 @@ class AdapterConfig:
         return [name for name, matched in zip(names, row, strict=True) if matched]
 
     def _match(self, field: str, patterns: list[str], names: list[str]) -> list[list[Any]]:
-        """For each pattern a list with each name's result: its layer number, True for a match without one, or None."""
+        """
+        The results of each pattern on each name, in a process that can be stopped.
+
+        A result is the layer number that the pattern caught, True for a match without one, or None.
+        """
         try:
             result = subprocess.run(  # a process can be stopped, a match in this one cannot
                 [sys.executable, "-I", "-c", MATCH_SCRIPT],

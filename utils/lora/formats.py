@@ -36,7 +36,7 @@ TargetLayers = Mapping[str, Mapping[str, nn.Module]]
 
 @dataclass(frozen=True)
 class Adapter:
-    """An adapter that fits its model: plain LoRA on linear layers, each with its own rank and scaling."""
+    """An adapter that fits its model: plain LoRA, each layer with rank and scaling."""
 
     state: State
     layers: dict[str, LayerLora]  # name of a layer in the model -> its rank and scaling
@@ -57,13 +57,13 @@ class Adapter:
 
 
 def adapter_directory(path: str | Path) -> Path:
-    """The PEFT directory of an adapter that is given by one of its files; otherwise `path` itself."""
+    """The PEFT directory around an adapter's file; otherwise `path` itself."""
     path = Path(path)
     return path.parent if not path.is_dir() and (path.parent / CONFIG_NAME).is_file() else path
 
 
 def files_of_adapter(path: str | Path) -> list[Path]:
-    """The files that an adapter is read from; its directory may hold others too, such as answers."""
+    """The adapter's files; its directory may hold others too, for example answers."""
     named = {Path(path)} if Path(path).is_file() else set()
     candidates = (file for pattern in ("adapter_*", RAW_NAME) for file in adapter_directory(path).glob(pattern))
     return sorted(named | {file for file in candidates if file.is_file()})
@@ -154,7 +154,7 @@ def _read_state(file: Path) -> State:
 
 
 def _config_of_shapes(state: State, lora_alpha: int, file: Path) -> AdapterConfig:
-    """The configuration of a file that has none: the layers that it names, the rank of its shapes."""
+    """The configuration of a bare weight file: its layers, the rank of its shapes."""
     ranks = {value.shape[0] for key, value in state.items() if ".lora_A." in key and value.ndim}
     if len(ranks) != 1:
         raise UsageError(f"{file} holds {len(ranks)} ranks of LoRA weights, {sorted(ranks)[:9]}, and must hold one")
@@ -168,7 +168,7 @@ def _converted_names(released: str) -> tuple[str, ...]:
 
 
 def _find_fault(state: State, layers: Mapping[str, LayerLora], targets: TargetLayers) -> str | None:
-    """Why an adapter does not fit the model, as an error message; None if it fits."""
+    """An error message if an adapter does not fit the model, else None."""
     if not layers:
         return "its target_modules match no layer"
     for name in layers:
@@ -178,7 +178,7 @@ def _find_fault(state: State, layers: Mapping[str, LayerLora], targets: TargetLa
 
 
 def _expected_shapes(layers: Mapping[str, LayerLora], targets: TargetLayers) -> Shapes:
-    """The shapes of an adapter's weights: A (R, in) and B (out, R) of each layer, under PEFT's names."""
+    """The shapes of A (R, in) and B (out, R) of each layer, by PEFT's names."""
     shapes = {}
     for name, lora in layers.items():
         modules = list(targets[name].values())
@@ -188,7 +188,7 @@ def _expected_shapes(layers: Mapping[str, LayerLora], targets: TargetLayers) -> 
 
 
 def find_misfit(state: State, shapes: Shapes) -> str | None:
-    """Where an adapter's weights differ from the expected ones, as an error message; None if they fit."""
+    """An error message if an adapter's weights differ from the expected ones, else None."""
     for names, fault in (
         (state.keys() - shapes.keys(), "match nothing"),
         (shapes.keys() - state.keys(), "are missing"),
@@ -206,14 +206,14 @@ def find_misfit(state: State, shapes: Shapes) -> str | None:
 
 
 def _pissa(weight: torch.Tensor, lora: LayerLora) -> tuple[torch.Tensor, torch.Tensor]:
-    """A (R, in) and B (out, R) as PEFT's PiSSA starts: scaling * B A has the largest singular values of `weight`."""
+    """The A (R, in) and B (out, R) of PEFT's PiSSA: `weight`'s largest singular values."""
     left, values, right = torch.linalg.svd(weight, full_matrices=False)
     roots = (values[: lora.rank] / lora.scaling).sqrt()
     return roots[:, None] * right[: lora.rank], left[:, : lora.rank] * roots
 
 
 def _olora(weight: torch.Tensor, lora: LayerLora) -> tuple[torch.Tensor, torch.Tensor]:
-    """A (R, in) and B (out, R) as PEFT's OLoRA starts, from the QR decomposition of `weight`."""
+    """The A (R, in) and B (out, R) of PEFT's OLoRA: `weight`'s QR decomposition."""
     left, right = torch.linalg.qr(weight)
     return right[: lora.rank], left[:, : lora.rank]
 

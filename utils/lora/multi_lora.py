@@ -40,7 +40,7 @@ class LoraFactors(NamedTuple):
 
 class MixedLoraLinear(nn.Module):
     """
-    A frozen linear layer with the adapters of all sequences beside it, computed as one.
+    A frozen linear layer with several adapters beside it, computed as one.
 
     It computes the ranks of all adapters for every token, and sets those of other adapters than the token's own to 0.
 
@@ -109,5 +109,9 @@ def add_adapters(
 
 
 def adapter_choice_of(model: PreTrainedModel) -> AdapterChoice | None:
-    """The choice of a model that `add_adapters` was called for, kept as its attribute `adapter_choice`; else None."""
+    """
+    The choice of a model with several adapters, else None.
+
+    `add_adapters` keeps it as the model's attribute `adapter_choice`.
+    """
     return getattr(model, "adapter_choice", None)

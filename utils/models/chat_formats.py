@@ -96,7 +96,7 @@ class ChatTemplate(ABC):
 
     def single_turn(self, tokenizer: PreTrainedTokenizerBase) -> tuple[UnencodedText, UnencodedText]:
         """
-        The pieces of an empty question and an empty answer: the tokens that every row of one turn has.
+        The tokens of every row of one turn: an empty question and answer.
 
         Such a row's prompt text is `render` of its question, and all spans in both openings are tokens.
         """
@@ -141,7 +141,9 @@ class OneTextTemplate(ChatTemplate):
 
     def encoded_chat(self, tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> list[int]:
         """
-        After a question it is the whole prompt, whose closing belongs to the question. An answer's ids follow the
+        The ids of a conversation.
+
+        After a question that is the whole prompt: its closing belongs to the question. An answer's ids follow the
         prompt that it answers, without the token that ends it.
         """
         if messages[-1].role != "assistant":
@@ -176,10 +178,10 @@ def fold_system(messages: Sequence[Message]) -> Sequence[Message]:
 
 class ChatGLMTemplate(OneTextTemplate):
     """
-    ChatGLM-6B: `prompt [gMASK] <sop> target <eop>`. The prompt is the bare question, or numbered rounds after a first
-    answer.
+    ChatGLM-6B: `prompt [gMASK] <sop> target <eop>`.
 
-    Source: `ChatGLMForConditionalGeneration.chat` of THUDM/chatglm-6b.
+    The prompt is the bare question, or numbered rounds after a first answer. Source:
+    `ChatGLMForConditionalGeneration.chat` of THUDM/chatglm-6b.
     """
 
     round_form = "[Round {i}]\n问：{question}\n答：{answer}\n"
@@ -227,10 +229,10 @@ class ChatGLM2Template(ChatGLMTemplate):
 
 class ChatGLM3Template(ChatTemplate):
     """
-    ChatGLM3-6B: `[gMASK] sop <|user|> \\n prompt <|assistant|> \\n target </s>`. A system message is a turn of its own
-    before the user's: `<|system|> \\n text`.
+    ChatGLM3-6B: `[gMASK] sop <|user|> \\n prompt <|assistant|> \\n target </s>`.
 
-    Source: `build_chat_input` of THUDM/chatglm3-6b's tokenizer; each newline is encoded apart from the text.
+    A system message is a turn of its own before the user's: `<|system|> \\n text`. Source: `build_chat_input` of
+    THUDM/chatglm3-6b's tokenizer; each newline is encoded apart from the text.
     """
 
     opening_tokens = ChatGLM2Tokenizer.opening_tokens
@@ -284,9 +286,9 @@ class ChatGLM3Template(ChatTemplate):
 
 class GLM4Template(ChatGLM3Template):
     """
-    GLM-4-9B: `[gMASK] <sop> <|user|> \\n prompt <|assistant|> \\n target <|user|>`. A role token ends an answer.
+    GLM-4-9B: `[gMASK] <sop> <|user|> \\n prompt <|assistant|> \\n target <|user|>`.
 
-    Source: `apply_chat_template` of THUDM/glm-4-9b-chat's tokenizer.
+    The next role token ends an answer. Source: `apply_chat_template` of THUDM/glm-4-9b-chat's tokenizer.
     """
 
     opening_tokens = ChatGLM4Tokenizer.opening_tokens

@@ -16,7 +16,11 @@ class Message(NamedTuple):
 
 
 class Conversation(NamedTuple):
-    """Messages in their order. A training row ends with the assistant's message, a prompt with the user's."""
+    """
+    Messages in their order.
+
+    A training row ends with the assistant's message, a prompt with the user's.
+    """
 
     messages: tuple[Message, ...]
     untrained: tuple[int, ...] = ()  # numbers of the assistant's messages where training takes no loss
@@ -33,7 +37,7 @@ class Conversation(NamedTuple):
 
     @property
     def trained_ends(self) -> list[int]:
-        """For each answer that is trained on, the number of messages up to and including it."""
+        """The number of messages up to and including each trained answer."""
         messages = enumerate(self.messages)
         return [i + 1 for i, message in messages if message.role == "assistant" and i not in self.untrained]
 

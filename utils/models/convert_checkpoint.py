@@ -88,7 +88,7 @@ def glm_config(released: dict[str, Any], positions_interpolated: bool) -> GlmCon
 
 
 def split_sizes(config: GlmConfig) -> list[int]:
-    """The numbers of outputs of query, key and value in a released `query_key_value`, which is [Q; K; V]."""
+    """The outputs of Q, K and V in a released `query_key_value`, [Q; K; V]."""
     group = config.num_key_value_heads * config.head_dim
     return [config.num_attention_heads * config.head_dim, group, group]
 
@@ -108,7 +108,7 @@ def target_keys(key: str) -> tuple[str, ...]:
 
 
 def released_modules(layers: int) -> list[str]:
-    """The released names of the linear layers and the embedding of a model with `layers` blocks."""
+    """The released names of linear layers and embedding for `layers` blocks."""
     modules = []
     for pattern, targets in KEY_MAP:
         name = re.sub(r"\\\.(weight|\(weight.*\))$", "", pattern)

@@ -15,7 +15,7 @@ from utils.models.tokenization_base import VocabFileTokenizer
 
 def fast_tokenizer(tokenizer: VocabFileTokenizer, alpaca_instruction: str | None = None) -> PreTrainedTokenizerFast:
     """
-    The same token ids from transformers' own class, with the chat template that `chat_template` makes.
+    The same tokenizer in transformers' own class, with a chat template.
 
     Args:
         alpaca_instruction: see `chat_template`.

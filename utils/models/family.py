@@ -46,7 +46,7 @@ class CheckpointFiles:
 
     @property
     def is_chatglm(self) -> bool:
-        """Whether a release of the family may have this config.json; ChatGLM2-6B's first one has no model_type."""
+        """Whether config.json may be a release's; ChatGLM2-6B's first has no model_type."""
         return self.config.get("model_type") in ("chatglm", None)
 
     @property
@@ -97,7 +97,7 @@ def is_glm4_hf(files: CheckpointFiles) -> bool:
 
 @dataclass(frozen=True)
 class LayerNames:
-    """The linear layers of a decoder block, by the last part of their names in the model class."""
+    """The linear layers of a decoder block, by the ends of their names."""
 
     qkv: tuple[str, ...]  # what LoRA adapts by default
     attention_output: str

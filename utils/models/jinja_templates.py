@@ -96,7 +96,7 @@ def chat_template(
     tokenizer: PreTrainedTokenizerBase, special_tokens: Sequence[str], alpaca_instruction: str | None = None
 ) -> str:
     """
-    The Jinja template of a merged checkpoint: the native form of its generation, or the alpaca template's.
+    The Jinja template of a merged checkpoint, in native or alpaca form.
 
     Args:
         tokenizer: the base's. Its own template renders chats with tools if it can; otherwise they are refused.
@@ -135,7 +135,7 @@ def chat_template(
 
 def _tools_branch(template: Any) -> str | None:
     """
-    The part of a merged template that renders chats with tools by the base's own template.
+    The base's own template as the branch that renders chats with tools.
 
     None if that template knows no tools. It is parsed, and not run.
     """

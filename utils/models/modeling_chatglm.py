@@ -71,7 +71,7 @@ def derive_position_ids(
 
 
 def prefix_mask_function(position_ids: torch.Tensor):
-    """A mask function that shows the prefix, where `position_ids` (B, 2, T) has a second 0, to every query."""
+    """A mask function that shows every query the prefix: second coordinate 0 in (B, 2, T)."""
     in_prefix = position_ids[:, 1] == 0  # (B, T)
     last = in_prefix.shape[1] - 1
 
@@ -83,7 +83,7 @@ def prefix_mask_function(position_ids: torch.Tensor):
 
 
 def same_sequence_mask_function(inputs_embeds: torch.Tensor, cu_seq_lens: torch.Tensor | None):
-    """A mask function that hides packed sequences, which start at `cu_seq_lens` (N + 1,), from each other."""
+    """A mask function that separates packed sequences with bounds `cu_seq_lens` (N + 1,)."""
     if cu_seq_lens is None:
         return None
     tokens = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)
@@ -96,7 +96,7 @@ def same_sequence_mask_function(inputs_embeds: torch.Tensor, cu_seq_lens: torch.
 
 
 class ChatGLMRotaryEmbedding(nn.Module):
-    """2-D rotary embedding: the first half of each head turns with one coordinate, the second with the other."""
+    """2-D rotary embedding: each coordinate turns one half of the head."""
 
     def __init__(self, config: ChatGLMConfig):
         super().__init__()
@@ -104,7 +104,7 @@ class ChatGLMRotaryEmbedding(nn.Module):
         self._inv_freq: torch.Tensor | None = None
 
     def inv_freq(self, device: torch.device) -> torch.Tensor:
-        """(D/4,) float32: the released code rounds them to float16, and ignores those in the checkpoint."""
+        """Frequencies (D/4,) float32, rounded to float16 as released; those in checkpoints are ignored."""
         if self._inv_freq is None or self._inv_freq.device != device:
             exponent = torch.arange(0, self.dim, 2, dtype=torch.float32, device="cpu") / self.dim
             self._inv_freq = (1.0 / 10000**exponent).half().float().to(device)
@@ -112,7 +112,7 @@ class ChatGLMRotaryEmbedding(nn.Module):
 
     @torch.no_grad()
     def forward(self, hidden_states: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The cosine and sine for position_ids (B, 2, T), each (B, 1, T, D) in the dtype of `hidden_states`."""
+        """position_ids (B, 2, T) -> cosine and sine, (B, 1, T, D) in the dtype of `hidden_states`."""
         angles = position_ids[..., None].float() * self.inv_freq(hidden_states.device)  # (B, 2, T, D/4)
         angles = torch.cat((angles, angles), dim=-1)  # (B, 2, T, D/2)
         angles = torch.cat((angles[:, 0], angles[:, 1]), dim=-1).unsqueeze(1)  # (B, 1, T, D)
@@ -120,13 +120,13 @@ class ChatGLMRotaryEmbedding(nn.Module):
 
 
 def rotate_half_2d(x: torch.Tensor) -> torch.Tensor:
-    """Rotates pairs of (..., D) by 90 degrees; a pair is two values D/4 apart in one half."""
+    """Rotates by 90 degrees the pairs, D/4 apart, in each half of (..., D)."""
     x1, x2, x3, x4 = x.chunk(4, dim=-1)
     return torch.cat((-x2, x1, -x4, x3), dim=-1)
 
 
 def eager_attention_forward(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
-    """Attention with softmax in float32: (B, H, T, D), twice (B, H, S, D), an additive mask -> output, weights."""
+    """Attention with an additive mask and softmax in float32, in plain operations."""
     scores = torch.matmul(query, key.transpose(2, 3)) * scaling  # (B, H, T, S)
     if attention_mask is not None:
         scores = scores + attention_mask
@@ -173,7 +173,7 @@ class ChatGLMAttention(nn.Module):
 
 
 class ChatGLMMLP(nn.Module):
-    """Two linear layers with a tanh-approximated GELU; no gate, though the released class is called GLU."""
+    """Two linear layers and a tanh-approximated GELU; no gate, whatever the released name (GLU)."""
 
     def __init__(self, config: ChatGLMConfig):
         super().__init__()
@@ -185,7 +185,7 @@ class ChatGLMMLP(nn.Module):
 
 
 class ChatGLMBlock(GradientCheckpointingLayer):
-    """A decoder block. The residual stream is the scaled output of each LayerNorm, not the input of the block."""
+    """A decoder block whose residual is the scaled output of each LayerNorm."""
 
     def __init__(self, config: ChatGLMConfig, layer_idx: int):
         super().__init__()

@@ -49,7 +49,7 @@ class UnencodedText(NamedTuple):
 
 
 class EncodedText(NamedTuple):
-    """A prompt or a target as tokens (int32). Truncation takes tokens from the end of `text` only."""
+    """A prompt or a target as tokens (int32); truncation cuts the end of `text`."""
 
     opening: list[TokenSpan]
     text: np.ndarray
@@ -139,7 +139,7 @@ def encode_many(tokenizer: PreTrainedTokenizerBase, unencoded: Sequence[Unencode
 
 
 def split_ending(ids: np.ndarray, ending: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Splits off the end that `ids` and `ending` have in common, which may be shorter than `ending`."""
+    """Splits off the end that `ids` shares with `ending`, maybe not all of it."""
     common = 0
     while common < min(len(ids), len(ending)) and ids[-1 - common] == ending[-1 - common]:
         common += 1

@@ -71,7 +71,7 @@ class VocabFileTokenizer(PreTrainedTokenizer, ABC):
         raise ValueError(f"{type(self).__name__} has no form as a tokenizer.json")
 
     def tokens_beside_vocabulary(self) -> dict[int, AddedToken]:
-        """The special tokens, and the checkpoint's own tokens, by id, as a tokenizer.json adds them."""
+        """Special tokens and the checkpoint's own, by id, for a tokenizer.json."""
         return dict(self.added_tokens_decoder)
 
     def save_vocabulary(self, save_directory: str, filename_prefix: str | None = None) -> tuple[str]:
@@ -84,7 +84,7 @@ class VocabFileTokenizer(PreTrainedTokenizer, ABC):
 
     def encode_texts(self, texts: Sequence[str]) -> list[np.ndarray]:
         """
-        Token ids (int32) of each text, in which nothing is special but the checkpoint's own tokens.
+        Token ids (int32) of each text; only the checkpoint's own tokens are special.
 
         Equals `encode(text, add_special_tokens=False, split_special_tokens=True)`, with many texts in one call.
         """

@@ -31,7 +31,7 @@ _BLANK_PIECE = re.compile(r"<\|blank_([1-9]\d?)\|>")
 
 
 def encode_whitespace(text: str) -> str:
-    """Replaces newlines, tabs and runs of 2 to 80 spaces by their pieces; longer runs are cut at 80."""
+    """Replaces newlines, tabs and runs of 2 to 80 spaces by their pieces."""
     text = text.replace("\n", NEWLINE_PIECE).replace("\t", TAB_PIECE)
     # The longest run first, each length in one pass of C: `text` may be the joined text of many rows.
     for run in sorted(set(_BLANKS.findall(text)), key=len, reverse=True):
@@ -49,7 +49,7 @@ def decode_whitespace(text: str) -> str:
 
 def load_pieces(vocab_file: str | Path) -> sentencepiece.SentencePieceProcessor:
     """
-    The SentencePiece model in `vocab_file`, with the pieces that the first release's code appends to its own.
+    The SentencePiece model in `vocab_file`, completed if it is the first release's.
 
     Source: `SPTokenizer` in the first release's `tokenization_chatglm.py`, and the pieces of the later model file.
     """

@@ -44,6 +44,7 @@ class ChatGLM2Tokenizer(VocabFileTokenizer):
 
     @staticmethod
     def options_of(config: Mapping[str, Any], vocab_file: Path) -> dict[str, Any]:
+        """`pad_with_unk`, which tells the revisions apart."""
         # CodeGeeX2-6B has the later tokenizer, and no pad_token_id in its config.json.
         later = "codegeex2" in str(config.get("_name_or_path")).lower().rpartition("/")[2]
         return {"pad_with_unk": later or config.get("pad_token_id") == 0}
@@ -172,7 +173,7 @@ class ChatGLM3Tokenizer(ChatGLM2Tokenizer):
         return "" if index <= EOS_ID else self.sp_model.id_to_piece(index)
 
     def build_single_message(self, role: str, metadata: str, message: str) -> list[int]:
-        """The ids of `<|role|>`, then of the metadata and a newline, then of the message, each encoded apart."""
+        """`<|role|>`, metadata and newline, message, each encoded apart."""
         return [
             self.special_ids[f"<|{role}|>"],
             *self.sp_model.encode(f"{metadata}\n"),
