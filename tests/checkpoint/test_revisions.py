@@ -1,20 +1,17 @@
-"""The revisions that a release had: which generation files are, and what their tokenizers make of text."""
+"""The revisions of a release: what their tokenizers make of text, and which files go together."""
 
 import base64
 import itertools
 import json
 import random
-import shutil
 from dataclasses import asdict, replace
 
 import pytest
 import torch
-from conftest import GOLDEN
-from safetensors.torch import load_file, save_file
+from checkpoint_copies import V1, V2, V3, V4, copy_of, edit
+from safetensors.torch import save_file
 from sentencepiece import sentencepiece_model_pb2
-from transformers import AutoTokenizer
 
-from utils.checkpoint.directory import choose_generation
 from utils.checkpoint.model import Checkpoint, load_model
 from utils.checkpoint.tokenizer import load_tokenizer
 from utils.common.errors import UsageError
@@ -22,27 +19,10 @@ from utils.data.encode import fingerprint
 from utils.lora.adapter import AdapterOrigin, warn_of_old_ids
 from utils.models.conversation import Message
 from utils.models.convert_tokenizer import fast_tokenizer
-from utils.models.family import CHATGLM2, CHATGLM3, CHATGLM_6B, GLM4, CheckpointFiles, identify
+from utils.models.family import CHATGLM2
 from utils.models.templates import encode_prompt, template_for
 from utils.models.tokenization_chatglm import CONTROL_PIECES, FIRST_IMAGE_TOKENS
 from utils.models.tokenization_glm4 import ChatGLM4Tokenizer, merges_of
-
-V1, V2, V3, V4 = (GOLDEN / f"{name}-tiny" for name in ("chatglm-6b", "chatglm2-6b", "chatglm3-6b", "glm-4-9b-chat"))
-
-
-def edit(file, **changes) -> None:
-    """Changes keys of a JSON object; None removes one."""
-    values = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    values = {name: value for name, value in (values | changes).items() if value is not None}
-    file.write_text(json.dumps(values), encoding="utf-8")
-
-
-def copy_of(source, target, config=None, tokenizer_config=None):
-    shutil.copytree(source, target)
-    edit(target / "config.json", **(config or {}))
-    edit(target / "tokenizer_config.json", **(tokenizer_config or {}))
-    return target
-
 
 # GLM-4's vocabulary
 
@@ -58,18 +38,18 @@ def write_ranks(ranks: dict[bytes, int], directory):
 
 
 def join_lowest(ranks: dict[bytes, int], word: bytes) -> list[int]:
-    """What tiktoken documents: join the neighbours that make the token of the lowest rank, until none makes one."""
+    """tiktoken's rule: join the neighbours that form the token of the lowest rank, until no two form one."""
     if word in ranks:
         return [ranks[word]]
-    parts = [bytes([byte]) for byte in word]
-    while known := [(ranks[a + b], i) for i, (a, b) in enumerate(itertools.pairwise(parts)) if a + b in ranks]:
-        at = min(known)[1]
-        parts[at : at + 2] = [parts[at] + parts[at + 1]]
-    return [ranks[part] for part in parts]
+    tokens = [bytes([byte]) for byte in word]
+    while joins := [(ranks[a + b], i) for i, (a, b) in enumerate(itertools.pairwise(tokens)) if a + b in ranks]:
+        at = min(joins)[1]
+        tokens[at : at + 2] = [tokens[at] + tokens[at + 1]]
+    return [ranks[token] for token in tokens]
 
 
 def test_a_token_of_lower_rank_than_its_halves(tmp_path):
-    """Trained merges never make one; GLM-4's vocabulary, joined from two, has a thousand."""
+    """Training never makes such a token; GLM-4-9B's vocabulary, joined from two, has a thousand."""
     ranks = bytes_and("abcd", "ab", "cd", "bc", "abc", "bcd")
     splits = [(left, right) for left, right in merges_of(ranks) if left + right == b"abcd"]
     assert splits == [(b"a", b"bcd"), (b"ab", b"cd"), (b"abc", b"d")]
@@ -93,14 +73,14 @@ def test_merges_are_tiktokens_whatever_the_vocabulary(tmp_path):
     assert compared == 1800
 
 
-def test_what_was_made_with_too_few_merges_is_not_taken_for_good(monkeypatch):
+def test_ids_of_a_tokenizer_with_too_few_merges_are_refused(monkeypatch):
     tokenizer, other = load_tokenizer(str(V4)), load_tokenizer(str(V3))
     for name in ("native", "alpaca"):
         now = fingerprint(tokenizer, template_for(tokenizer, name))
         template = template_for(tokenizer, name)
         monkeypatch.setattr(template, "ids_version", 1)
         assert fingerprint(tokenizer, template) != now
-    assert template_for(other).ids_version == 1  # what others made stands
+    assert template_for(other).ids_version == 1  # datasets of other generations stay valid
 
 
 def test_adapters_and_exports_of_older_versions_say_so(tmp_path, capsys):
@@ -131,7 +111,7 @@ def test_adapters_and_exports_of_older_versions_say_so(tmp_path, capsys):
 
 @pytest.fixture(scope="module")
 def first_release(tmp_path_factory):
-    """`V1` as its first release was: image tokens first, a model file without the pieces that its code appends."""
+    """`V1` as in the first release: image tokens first, a model file without the pieces that its code appends."""
     directory = tmp_path_factory.mktemp("revisions") / "chatglm-6b-first"
     ids = {"bos_token_id": 20884, "eos_token_id": 20885, "vocab_size": FIRST_IMAGE_TOKENS + 992}
     absent = dict.fromkeys(("mask_token_id", "gmask_token_id", "pad_token_id"))
@@ -175,15 +155,15 @@ def test_the_first_release_computes_the_same(first_release):
     assert (logits - expected).abs().max() < 1e-5
 
 
-def test_the_number_of_image_tokens_is_the_configs_where_the_tokenizer_names_none(tmp_path):
+def test_config_tells_the_number_of_image_tokens_if_the_tokenizer_does_not(tmp_path):
     slim = copy_of(V1, tmp_path / "slim", tokenizer_config={"num_image_tokens": None})
     assert load_tokenizer(str(slim)).bos_token_id == load_tokenizer(str(V1)).bos_token_id
-    edit(slim / "config.json", bos_token_id=None)  # then it is what the released code takes
+    edit(slim / "config.json", bos_token_id=None)  # then it is the released code's default
     edit(slim / "config.json", eos_token_id=20885, gmask_token_id=20881, mask_token_id=20880, vocab_size=20992)
     assert load_tokenizer(str(slim)).num_image_tokens == FIRST_IMAGE_TOKENS
 
 
-def test_pieces_that_stand_for_blanks_alone_become_blanks():
+def test_only_pieces_for_blanks_become_blanks():
     tokenizer = load_tokenizer(str(V1))
     for text in ("<|blank_03|>", "<|blank_81|>", "<|blank_1|>", "<|blank_002|>"):
         assert tokenizer.decode(tokenizer.encode(text, add_special_tokens=False)) == text
@@ -209,7 +189,7 @@ def test_pieces_that_stand_for_blanks_alone_become_blanks():
         (V4, {"padded_vocab_size": 1013}, "speaks of 1013 rows"),
     ],
 )
-def test_files_that_disagree(tmp_path, source, changes, words):
+def test_config_and_tokenizer_that_disagree_are_refused(tmp_path, source, changes, words):
     with pytest.raises(UsageError, match=words) as caught:
         load_tokenizer(str(copy_of(source, tmp_path / "mixed", changes)))
     assert "\n" not in str(caught.value) and str(tmp_path / "mixed") in str(caught.value)
@@ -267,128 +247,16 @@ def test_added_tokens_are_read(tmp_path, source):
         ({"<新>": 5000}, "ids up to 5000, and config.json speaks of 960 rows"),
     ],
 )
-def test_added_tokens_that_cannot_be(tmp_path, tokens, words):
+def test_impossible_added_tokens_are_refused(tmp_path, tokens, words):
     directory = copy_of(V3, tmp_path / "added")
     edit(directory / "added_tokens.json", **tokens)
     with pytest.raises(UsageError, match=words):
         load_tokenizer(str(directory))
 
 
-def test_the_releases_own_tokens_written_down_as_added_stay_text(tmp_path):
+def test_released_tokens_that_are_listed_as_added_stay_text(tmp_path):
     directory = copy_of(V3, tmp_path / "saved")
     edit(directory / "added_tokens.json", **{"<|user|>": 946, "sop": 943, "</s>": 2})
     assert load_tokenizer(str(directory)).encode("<|user|>sop</s>") == load_tokenizer(str(V3)).encode(
         "<|user|>sop</s>"
     )
-
-
-# which generation
-
-
-def generation_in(directory):
-    return Checkpoint.open(str(directory), weights=False).generation
-
-
-@pytest.mark.parametrize(
-    ("source", "path", "expected"),
-    [
-        (V3, "/root/chatglm2-lora/models/chatglm3-6b", CHATGLM3),
-        (V2, "/root/chatglm3_compare/chatglm2-6b", CHATGLM2),
-        (V3, "D:\\chatglm2\\chatglm3-6b-128k\\", CHATGLM3),
-        (V2, "THUDM/chatglm2-6b-32k", CHATGLM2),
-        (V2, "THUDM/codegeex2-6b", CHATGLM2),
-    ],
-)
-def test_the_last_part_of_a_path_names_the_release(tmp_path, capsys, source, path, expected):
-    directory = copy_of(source, tmp_path / "glm-4-chatglm2", {"_name_or_path": path}, {"name_or_path": None})
-    assert generation_in(directory) is expected and capsys.readouterr().out == ""
-
-
-def test_what_the_files_are_counts_more_than_a_name(tmp_path, capsys):
-    directory = copy_of(V3, tmp_path / "chatglm2-6b", {"_name_or_path": "x/chatglm2-6b"}, {"name_or_path": None})
-    (directory / "tokenization_chatglm.py").write_text("class ChatGLMTokenizer: roles = ['<|user|>']")
-    assert generation_in(directory) is CHATGLM3
-    (directory / "tokenization_chatglm.py").write_text("class ChatGLMTokenizer:\n    def build_prompt(self): ...")
-    edit(directory / "config.json", _name_or_path="x/chatglm3-6b")
-    assert generation_in(directory) is CHATGLM2
-    (directory / "tokenization_chatglm.py").unlink()
-    edit(directory / "tokenizer_config.json", chat_template="{{ '<|assistant|>' }}", name_or_path="chatglm2-6b")
-    assert generation_in(directory) is CHATGLM3
-    assert capsys.readouterr().out == ""
-
-
-@pytest.mark.parametrize(("name", "expected"), [("final", CHATGLM2), ("my-ChatGLM3-run", CHATGLM3)])
-def test_an_open_generation_is_said_once_and_decided_by_the_flag(tmp_path, capsys, name, expected):
-    nameless = {"_name_or_path": None}, {"name_or_path": None}
-    directory = copy_of(V3, tmp_path / "chatglm3" / name, *nameless)
-    assert generation_in(directory) is expected and generation_in(directory) is expected
-    said = capsys.readouterr().out
-    assert said.count(f"is taken for {expected.name}") == 1 and "--generation" in said and said.count("\n") == 1
-    for flag, generation in (("chatglm2", CHATGLM2), ("chatglm3", CHATGLM3)):
-        choose_generation(str(directory), flag)
-        assert generation_in(directory) is generation and capsys.readouterr().out == ""
-    choose_generation(str(directory), "glm4")
-    with pytest.raises(UsageError, match="--generation glm4: the files in .* are those of ChatGLM"):
-        generation_in(directory)
-
-
-def test_the_vocabulary_tells_glm4_and_the_layout_chatglm(tmp_path):
-    other_names = {"_name_or_path": "x/chatglm3-6b"}, {"name_or_path": "chatglm2-6b"}
-    assert generation_in(copy_of(V4, tmp_path / "chatglm2", *other_names)) is GLM4
-    assert generation_in(copy_of(V1, tmp_path / "chatglm3", *other_names)) is CHATGLM_6B
-    big = json.loads((V4 / "config.json").read_text()) | {"padded_vocab_size": 151552}
-    assert identify(CheckpointFiles(tmp_path, big, {})) == (GLM4, None)  # a directory without a vocabulary
-
-
-def test_another_model_of_the_library_is_refused_by_what_it_lacks(tmp_path):
-    """glm-edge: transformers' own Glm with a chat of another form."""
-    directory = tmp_path / "glm-edge"
-    load_model(str(V3)).save_pretrained(directory)
-    fast_tokenizer(load_tokenizer(str(V3))).save_pretrained(directory)
-    with pytest.raises(UsageError, match="its tokenizer has no <sop>, <.endoftext.>, so its chats"):
-        load_tokenizer(str(directory))
-    assert AutoTokenizer.from_pretrained(directory).convert_tokens_to_ids("[gMASK]")
-
-
-# files that are not the real ones
-
-
-POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 1018370\n"
-
-
-@pytest.mark.parametrize(
-    ("source", "name"),
-    [
-        (V1, "ice_text.model"),
-        (V2, "tokenizer.model"),
-        (V4, "tokenizer.model"),
-        (V3, "config.json"),
-        (V3, "tokenizer_config.json"),
-        (V3, "added_tokens.json"),
-    ],
-)
-def test_a_git_lfs_pointer_is_named(tmp_path, source, name):
-    directory = copy_of(source, tmp_path / "pointers")
-    (directory / name).write_text(POINTER)
-    with pytest.raises(UsageError, match=f"{name} is a Git LFS pointer.*git lfs pull"):
-        load_tokenizer(str(directory))
-
-
-# a prefix of P-tuning
-
-
-def test_a_prefix_of_p_tuning_is_named(tmp_path, capsys):
-    left_over = copy_of(V1, tmp_path / "config-alone", {"pre_seq_len": 128, "prefix_projection": False})
-    load_model(str(left_over))
-    assert "pre_seq_len 128" in capsys.readouterr().out
-    trained = copy_of(V1, tmp_path / "trained", {"pre_seq_len": 4})
-    for file in trained.glob("pytorch_model*"):
-        file.unlink()
-    state = load_model(str(V1)).state_dict() | {"transformer.prefix_encoder.embedding.weight": torch.ones(4, 384)}
-    save_file({name: value.clone() for name, value in state.items()}, trained / "model.safetensors")
-    with pytest.raises(UsageError, match="prefix_encoder.embedding.weight is a P-tuning prefix"):
-        load_model(str(trained))
-    prefix = load_file(trained / "model.safetensors")["transformer.prefix_encoder.embedding.weight"]
-    save_file({"transformer.prefix_encoder.embedding.weight": prefix}, trained / "model.safetensors")
-    with pytest.raises(UsageError, match="P-tuning prefix"):  # what P-tuning itself saves
-        load_model(str(trained))
