@@ -31,7 +31,7 @@ from utils.distributed.collectives import mean_over_processes
 from utils.distributed.process_group import init_process_group, shut_down
 from utils.layers.fp8 import FP8
 from utils.layers.quantization import stored_bits
-from utils.lora.adapter import attach_adapter, scale_losses_under_zero3
+from utils.lora.adapter import LoraSettings, attach_adapter, scale_losses_under_zero3
 from utils.models.family import Generation
 from utils.training.argument_checks import as_usage_error, check_training_arguments
 from utils.training.callbacks import StopOnSignal
@@ -254,8 +254,8 @@ def prepare_model(
     settle_zero3(training_args, args.compile_layers)
     model = load_model(args.model_name_or_path, dtype=dtype, quantize=stored_bits(args.quantize))
     model.config.use_cache = False
-    lora = (args.lora_rank, args.lora_alpha, args.lora_dropout, args.lora_target_modules)
-    model = attach_adapter(model, *lora, seed=training_args.seed)
+    lora = LoraSettings(args.lora_rank, args.lora_alpha, args.lora_dropout, args.lora_target_modules)
+    model = attach_adapter(model, lora, seed=training_args.seed)
     if partitions_weights(training_args) and dtype == torch.float16:
         scale_losses_under_zero3(model)
     if training_args.gradient_checkpointing:

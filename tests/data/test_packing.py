@@ -14,7 +14,7 @@ from utils.data.collators import PackingCollator, PaddingCollator
 from utils.data.encode import encode_example
 from utils.data.packing import best_fit, pack_rows
 from utils.data.row_parser import parse_row
-from utils.lora.adapter import attach_adapter
+from utils.lora.adapter import LoraSettings, attach_adapter
 from utils.training.loss import use_target_loss
 
 MODELS = [TINY, *(GOLDEN / n for n in ("chatglm-6b-int4-qe-tiny", "chatglm2-6b-tiny", "glm-4-9b-chat-tiny"))]
@@ -30,7 +30,9 @@ def rows_of(path, count):
 
 def loss_and_gradient(path, batch, on_targets):
     checkpoint = Checkpoint.open(str(path))
-    model = attach_adapter(load_model(str(path)), 4, 32, 0.0, list(checkpoint.generation.lora_target_modules), seed=0)
+    model = attach_adapter(
+        load_model(str(path)), LoraSettings(4, 32, 0.0, list(checkpoint.generation.lora_target_modules)), seed=0
+    )
     if on_targets:
         use_target_loss(model.get_base_model())
     torch.manual_seed(1)

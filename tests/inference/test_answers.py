@@ -18,7 +18,7 @@ from utils.inference.engine import Engine
 from utils.inference.generate import AnswerSettings, generate_answers
 from utils.inference.prompt_reader import PromptForm, PromptRow, read_requests
 from utils.inference.sampling import Sampling
-from utils.lora.adapter import AdapterOrigin, attach_adapter, save_adapter
+from utils.lora.adapter import AdapterOrigin, LoraSettings, attach_adapter, save_adapter
 from utils.models.templates import template_for
 
 SCRIPT = "chatglm_milti_gpu_inference.py"
@@ -243,7 +243,7 @@ def test_penalty_is_that_of_transformers():
 
 
 def make_adapter(directory, seed: int, rank: int) -> None:
-    model = attach_adapter(load_model(str(TINY)), rank, 32, 0.0, ["query_key_value", "dense"], seed=seed)
+    model = attach_adapter(load_model(str(TINY)), LoraSettings(rank, 32, 0.0, ["query_key_value", "dense"]), seed=seed)
     torch.manual_seed(seed)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:

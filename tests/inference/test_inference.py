@@ -15,7 +15,7 @@ from utils.inference.generate import generate_answers
 from utils.inference.prompt_reader import read_requests
 from utils.inference.stop_strings import decode
 from utils.inference.tensor_parallel import check_heads
-from utils.lora.adapter import AdapterOrigin, attach_adapter, save_adapter
+from utils.lora.adapter import AdapterOrigin, LoraSettings, attach_adapter, save_adapter
 from utils.models.templates import template_for
 
 ONE_PROCESS = "chatglm_milti_gpu_inference.py"
@@ -35,7 +35,7 @@ def workspace(tmp_path_factory):
     """rows.jsonl, and an adapter that changes the answers."""
     path = tmp_path_factory.mktemp("inference")
     (path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-    model = attach_adapter(load_model(str(TINY)), 4, 32, 0.0, ["query_key_value"], seed=1)
+    model = attach_adapter(load_model(str(TINY)), LoraSettings(4, 32, 0.0, ["query_key_value"]), seed=1)
     torch.manual_seed(2)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:

@@ -21,7 +21,7 @@ from utils.checkpoint.model import Checkpoint, load_model
 from utils.checkpoint.tokenizer import load_tokenizer
 from utils.common.errors import UsageError
 from utils.inference import merge_export
-from utils.lora.adapter import AdapterOrigin, attach_adapter, merge_adapter, save_adapter
+from utils.lora.adapter import AdapterOrigin, LoraSettings, attach_adapter, merge_adapter, save_adapter
 from utils.models.conversation import Message
 from utils.models.convert_tokenizer import fast_tokenizer
 from utils.models.family import CHATGLM_6B, GLM4_HF
@@ -40,7 +40,7 @@ CHAT = [Message("user", "今天天气怎么样？"), Message("assistant", "晴�
 
 def make_adapter(directory, name="glm-4-9b-chat-tiny", template="native"):
     base = str(GOLDEN / name)
-    model = attach_adapter(load_model(base), 4, 32, 0.0, ["q_proj", "down_proj"], seed=1)
+    model = attach_adapter(load_model(base), LoraSettings(4, 32, 0.0, ["q_proj", "down_proj"]), seed=1)
     for key, parameter in model.named_parameters():
         if "lora_B" in key:
             torch.nn.init.normal_(parameter, std=0.1)

@@ -12,7 +12,7 @@ from utils.kernels import skinny_gemm
 from utils.layers import fused_mlp, fused_qkv, skinny_linear
 from utils.layers.fp8 import convert_to_fp8
 from utils.layers.fused_qkv import fuse_projections
-from utils.lora.adapter import attach_adapter
+from utils.lora.adapter import LoraSettings, attach_adapter
 from utils.models import ChatGLMConfig, ChatGLMForConditionalGeneration
 from utils.models.modeling_chatglm import ChatGLMAttention, ChatGLMMLP, ChatGLMRotaryEmbedding
 
@@ -91,7 +91,7 @@ def glm(key_heads: int, rotated_share: float):
 def test_attention_with_adapters(build, sizes):
     """Query, key and value of 2 x 70 tokens, the gradients of the inputs and of the adapters."""
     model, targets, rotary = build(*sizes)
-    model = attach_adapter(model.to(ADAPTER_DTYPE), 4, 8, 0.0, targets, seed=0)
+    model = attach_adapter(model.to(ADAPTER_DTYPE), LoraSettings(4, 8, 0.0, targets), seed=0)
     for name, parameter in model.named_parameters():
         if "lora_" in name:
             torch.nn.init.normal_(parameter, std=0.1)

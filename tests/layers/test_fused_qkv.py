@@ -10,7 +10,7 @@ from transformers.models.glm.modeling_glm import GlmAttention, GlmRotaryEmbeddin
 
 from utils.layers import fused_qkv
 from utils.layers.fused_qkv import fuse_projections, rotate_neighbours
-from utils.lora.adapter import attach_adapter
+from utils.lora.adapter import LoraSettings, attach_adapter
 from utils.models import ChatGLMConfig, ChatGLMForConditionalGeneration
 from utils.models.modeling_chatglm import ChatGLMAttention, ChatGLMRotaryEmbedding, rotate_half_2d
 
@@ -69,7 +69,9 @@ def chatglm():
         hidden_size=64, num_attention_heads=4, vocab_size=64, num_layers=1, inner_hidden_size=64,
         bos_token_id=1, eos_token_id=2, mask_token_id=3, gmask_token_id=4, pad_token_id=0,
     )  # fmt: skip
-    model = attach_adapter(ChatGLMForConditionalGeneration(config), 4, 8, 0.0, ["query_key_value"], seed=0)
+    model = attach_adapter(
+        ChatGLMForConditionalGeneration(config), LoraSettings(4, 8, 0.0, ["query_key_value"]), seed=0
+    )
     return model, ChatGLMRotaryEmbedding(config)(torch.zeros(1), torch.randint(0, 300, (2, 2, 9)))
 
 
@@ -78,7 +80,7 @@ def glm(partitioned=False):
         hidden_size=64, num_attention_heads=4, num_key_value_heads=2, head_dim=16, num_hidden_layers=1,
         intermediate_size=64, vocab_size=64, attention_bias=True, pad_token_id=0,
     )  # fmt: skip
-    model = attach_adapter(GlmForCausalLM(config), 4, 8, 0.0, ["q_proj", "k_proj", "v_proj"], seed=0)
+    model = attach_adapter(GlmForCausalLM(config), LoraSettings(4, 8, 0.0, ["q_proj", "k_proj", "v_proj"]), seed=0)
     fuse_projections(model, partitioned)
     return model, GlmRotaryEmbedding(config)(torch.zeros(1), torch.randint(0, 300, (2, 9)))
 

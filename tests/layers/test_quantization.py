@@ -13,7 +13,7 @@ from utils.checkpoint.model import Checkpoint, load_model
 from utils.common.errors import UsageError
 from utils.layers import quantization
 from utils.layers.quantization import BITS, QuantizedLinear, dequantize, quantize
-from utils.lora.adapter import attach_adapter
+from utils.lora.adapter import LoraSettings, attach_adapter
 
 RELEASED = ("chatglm-6b-int4-tiny", "chatglm-6b-int8-tiny", "chatglm-6b-int4-qe-tiny", "chatglm2-6b-int4-tiny")
 FULL = {"int4": "chatglm-6b-int4-tiny", "int8": "chatglm-6b-int8-tiny"}  # both made of chatglm-6b-tiny
@@ -97,7 +97,7 @@ def test_gradients_are_those_of_the_dequantised_weights():
     batch = {key: tensors[f"train.single.{key}"] for key in ("input_ids", "labels")}
     gradients = []
     for model in (quantised, full):
-        adapted = attach_adapter(model, 4, 32, 0.0, ["query_key_value", "dense"], seed=0)
+        adapted = attach_adapter(model, LoraSettings(4, 32, 0.0, ["query_key_value", "dense"]), seed=0)
         torch.manual_seed(1)
         for name, parameter in adapted.named_parameters():
             if "lora_B" in name:

@@ -14,6 +14,7 @@ from utils.checkpoint.model import Checkpoint, load_model
 from utils.common.errors import UsageError
 from utils.lora.adapter import (
     AdapterOrigin,
+    LoraSettings,
     attach_adapter,
     check_base,
     load_adapter,
@@ -164,7 +165,7 @@ def test_an_adapter_of_another_generation_is_refused():
 def recorded(tmp_path):
     """An adapter that says it was trained on the ChatGLM-6B golden checkpoint."""
     checkpoint = Checkpoint.open(str(GOLDEN / BASES["v1"]))
-    model = attach_adapter(base("v1"), 4, 32, 0.0, ["dense"], seed=0)
+    model = attach_adapter(base("v1"), LoraSettings(4, 32, 0.0, ["dense"]), seed=0)
     save_adapter(model, tmp_path / "adapter", AdapterOrigin("native", checkpoint.fingerprint(), "THUDM/chatglm-6b"))
     return tmp_path / "adapter"
 

@@ -24,7 +24,7 @@ from utils.checkpoint.tokenizer import load_tokenizer
 from utils.distributed.process_group import free_port
 from utils.inference.generate import generate_answers
 from utils.inference.prompt_reader import PromptRow
-from utils.lora.adapter import attach_adapter, load_adapter, save_adapter
+from utils.lora.adapter import LoraSettings, attach_adapter, load_adapter, save_adapter
 from utils.models.conversation import Message
 from utils.models.templates import encode_prompt, template_for
 
@@ -37,7 +37,7 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 @pytest.fixture(scope="module")
 def adapter(tmp_path_factory):
     """One that changes what the base says."""
-    model = attach_adapter(load_model(str(BASE)), 4, 32, 0.0, ["query_key_value"], seed=0)
+    model = attach_adapter(load_model(str(BASE)), LoraSettings(4, 32, 0.0, ["query_key_value"]), seed=0)
     torch.manual_seed(1)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:

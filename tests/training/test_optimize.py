@@ -17,7 +17,7 @@ from utils.data.packing import PackShape
 from utils.layers import varlen_attention
 from utils.layers.fp8 import Fp8Linear
 from utils.layers.fused_qkv import Absorbed, JoinedLinear, fuse_projections
-from utils.lora.adapter import attach_adapter
+from utils.lora.adapter import LoraSettings, attach_adapter
 from utils.models.modeling_chatglm import derive_position_ids
 from utils.training.optimize import settle_zero3
 from utils.training.throughput import Throughput
@@ -61,7 +61,7 @@ def test_layers_compute_what_peft_computes(shape):
     base = random_model(shape, "cpu", torch.float32)
     config = LoraConfig(task_type="CAUSAL_LM", r=8, lora_alpha=32, target_modules=TARGETS[shape])
     reference = get_peft_model(copy.deepcopy(base), config)
-    model = attach_adapter(base, 8, 32, 0.0, TARGETS[shape], seed=0)
+    model = attach_adapter(base, LoraSettings(8, 32, 0.0, TARGETS[shape]), seed=0)
     absorbed, joined = copy.deepcopy(model), copy.deepcopy(model)
     fuse_projections(absorbed)
     fuse_projections(joined, partitioned=True)

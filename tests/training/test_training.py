@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from utils.checkpoint.model import load_model
 from utils.data.collators import PaddingCollator
-from utils.lora.adapter import attach_adapter, load_adapter, merge_adapter, save_adapter
+from utils.lora.adapter import LoraSettings, attach_adapter, load_adapter, merge_adapter, save_adapter
 
 OFFLOAD = "accelerate_ds_zero3_cpu_offload_config.yaml"
 ZERO3 = "--deepspeed ds_config_zero3.json"
@@ -147,7 +147,7 @@ def test_wrong_use_is_one_line(run_script, tokens, tmp_path, flags, words):
 
 
 def make_adapter(target_modules=("query_key_value",)):
-    return attach_adapter(load_model(str(TINY)), 4, 32, 0.0, list(target_modules), seed=0)
+    return attach_adapter(load_model(str(TINY)), LoraSettings(4, 32, 0.0, list(target_modules)), seed=0)
 
 
 def test_adapter_start_depends_on_the_seed_alone():

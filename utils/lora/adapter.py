@@ -29,30 +29,29 @@ from utils.models.family import GLM4
 from utils.models.templates import TEMPLATES
 
 
-def attach_adapter(
-    model: PreTrainedModel,
-    lora_rank: int,
-    lora_alpha: int,
-    lora_dropout: float,
-    target_modules: list[str],
-    seed: int,
-) -> PeftModel:
+@dataclass(frozen=True)
+class LoraSettings:
+    """The shape of a new adapter."""
+
+    rank: int  # R
+    alpha: int  # B A is scaled by alpha / R
+    dropout: float  # before A
+    target_modules: list[str]  # the linear layers to adapt, by the ends of their names
+
+
+def attach_adapter(model: PreTrainedModel, settings: LoraSettings, seed: int) -> PeftModel:
     """
     Freezes `model` and adds a LoRA adapter that trains.
 
     The adapter's initial weights depend only on `seed`, not on earlier random numbers, so that every launcher starts
     from the same ones.
-
-    Args:
-        lora_rank, lora_alpha, lora_dropout: R, the scaling `lora_alpha / R`, and the dropout before A.
-        target_modules: the linear layers to adapt, by the last part of their names.
     """
     config = LoraConfig(
         task_type=TaskType.CAUSAL_LM,
-        r=lora_rank,
-        lora_alpha=lora_alpha,
-        lora_dropout=lora_dropout,
-        target_modules=target_modules,
+        r=settings.rank,
+        lora_alpha=settings.alpha,
+        lora_dropout=settings.dropout,
+        target_modules=settings.target_modules,
     )
     config._register_custom_module({torch.nn.Linear: LoraLinear})
     torch.manual_seed(seed)
