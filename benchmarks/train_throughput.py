@@ -173,7 +173,7 @@ def run_baseline(shape: str, rows: Path, device: str, batch_size: int, steps: in
             throughput.count(batch["real_tokens"], inputs["input_ids"].numel(), len(batch["target_ids"]))
             throughput.end_step()
         first = {"first_step_seconds": round(throughput.first_step_seconds, 2)}
-        return throughput.read(whole_run=True) | first
+        return throughput.measure(whole_run=True) | first
     except torch.OutOfMemoryError:
         return {"oom": True}
 

@@ -18,7 +18,7 @@ from utils.checkpoint.tokenizer import load_tokenizer
 from utils.checkpoint.weight_files import read_tensors, read_weights
 from utils.common.errors import UsageError
 from utils.lora.adapter import AdapterOrigin, load_adapter
-from utils.training.preflight import check_adapter_there
+from utils.training.preflight import check_previous_adapter
 
 INDEX = "pytorch_model.bin.index.json"
 
@@ -343,4 +343,4 @@ def test_an_output_directory_with_a_spoiled_adapter(tmp_path, content, words):
         lora_target_modules=["query_key_value"],
     )
     with pytest.raises(UsageError, match=words):
-        check_adapter_there(values, AdapterOrigin("native", {}, "base"))
+        check_previous_adapter(values, AdapterOrigin("native", {}, "base"))

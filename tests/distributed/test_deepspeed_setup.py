@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from utils.distributed.deepspeed_setup import ELSEWHERE, remove_stale_build_locks
+from utils.distributed.deepspeed_setup import LONGEST_BUILD, remove_stale_build_locks
 
 
 @pytest.fixture
@@ -31,6 +31,6 @@ def test_the_lock_of_a_running_build_stays(lock):
 
 def test_with_several_machines_a_lock_must_also_be_old(lock):
     assert remove_stale_build_locks(several_machines=True) == []
-    past = time.time() - ELSEWHERE - 1
+    past = time.time() - LONGEST_BUILD - 1
     os.utime(lock, (past, past))
     assert remove_stale_build_locks(several_machines=True) == [lock]

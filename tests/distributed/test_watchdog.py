@@ -1,4 +1,4 @@
-"""A process of a run dies: the others end within a minute, say which and why, and the run goes on from there."""
+"""A process of a run dies: the others end within a minute, say which and why, and the run can be resumed."""
 
 import re
 import signal
@@ -10,23 +10,23 @@ from utils.distributed import watchdog
 
 
 @pytest.mark.parametrize(
-    "launcher, rank, mend",
+    "launcher, rank, advice",
     [
-        ("ddp", 1, "go on with --resume_from_checkpoint latest"),
-        ("deepspeed, replicas", 0, "the same command goes on where this one was"),  # it held the launcher's store
+        ("ddp", 1, "resume with --resume_from_checkpoint latest"),
+        ("deepspeed, replicas", 0, "the same command resumes where this one stopped"),  # it held the launcher's store
     ],
 )
-def test_a_killed_rank_is_named_by_the_others(tokens, tmp_path, launcher, rank, mend):
-    """tests/faults/kill_rank.py kills each rank under every launcher, and lets the run go on."""
+def test_a_killed_rank_is_named_by_the_others(tokens, tmp_path, launcher, rank, advice):
+    """tests/faults/kill_rank.py kills each rank under every launcher, and resumes the run."""
     (tmp_path / "tokens").symlink_to(tokens)
     kill_rank.write_rows(tmp_path)
     log = tmp_path / "log"
     process = kill_rank.start(launcher, tmp_path, tmp_path / "run", log)
     assert kill_rank.kill_rank(process, log, rank) < kill_rank.ENDS_WITHIN
-    said = log.read_text()
-    (line,) = re.findall(r"error: rank \d.*", said)
-    assert "was killed" in line and line.endswith(mend)
-    assert not [line for line in said.splitlines() if "gloo" in line or "frame #" in line], said
+    output = log.read_text()
+    (line,) = re.findall(r"error: rank \d.*", output)
+    assert "was killed" in line and line.endswith(advice)
+    assert not [line for line in output.splitlines() if "gloo" in line or "frame #" in line], output
 
 
 def test_nobody_is_called_killed_where_all_are_stopped(tmp_path):

@@ -12,10 +12,10 @@ import torch
 from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
 
 
-def resolve_precision(arguments: Namespace) -> torch.dtype:
+def resolve_precision(values: Namespace) -> tuple[torch.dtype, str]:
     os.environ["ACCELERATE_MIXED_PRECISION"] = "fp16"
-    arguments.fp16 = True
-    return torch.float16
+    values.fp16 = True
+    return torch.float16, "float16 without a GPU"
 
 
 utils.training.run_config.resolve_precision = resolve_precision

@@ -11,11 +11,11 @@ from safetensors.torch import load_file
 from transformers import Trainer
 
 from utils.training.checkpoints import MANIFEST_FILE, find_damage, list_checkpoints, publish, rotate, seal
+from utils.training.resume_key import KEY_FILE, ResumeKey
 
 FLAGS = "--lora_rank 4 --lr_scheduler_type constant --per_device_train_batch_size 2 --save_steps 1 --logging_steps 1"
 BEST = "--eval_fraction 0.1 --load_best_model_at_end --save_total_limit 1 --learning_rate 0.5"
 ADAPTER = ("README.md", "adapter_config.json", "adapter_model.safetensors", "adapter_origin.json")
-NEEDED = ("run.json", "trainer_state.json", "adapter_model.safetensors")
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +118,7 @@ def test_a_named_earlier_checkpoint(train, tmp_path):
     train(tmp_path, "--max_steps 3").check()
     flags = f"--max_steps 2 --save_total_limit 1 --resume_from_checkpoint {tmp_path}/checkpoint-1"
     out = train(tmp_path, flags).check().out
-    assert f"did not lead to; what was there is in {tmp_path}/previous-1" in out
+    assert f"did not lead to; the earlier checkpoints are in {tmp_path}/previous-1" in out
     assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-2"]
     assert [path.name for path in list_checkpoints(tmp_path / "previous-1")] == ["checkpoint-2", "checkpoint-3"]
 
@@ -126,7 +126,7 @@ def test_a_named_earlier_checkpoint(train, tmp_path):
 def write_checkpoint(directory: Path, step: int) -> Path:
     staged = directory / "staged" / f"checkpoint-{step}"
     staged.mkdir(parents=True)
-    (staged / "run.json").write_text('{"trains": {}, "steps": {}}')
+    ResumeKey({}, {}).write(staged)
     (staged / "trainer_state.json").write_text(json.dumps({"global_step": step, "log_history": []}))
     (staged / "adapter_model.safetensors").write_text(str(step))
     seal(staged, directory / staged.name)
@@ -155,11 +155,12 @@ def test_rotation_follows_no_symlink(tmp_path):
         (MANIFEST_FILE, "{}", "complete.json does not name"),
         (
             MANIFEST_FILE,
-            '{"run.json": 1, "trainer_state.json": 1, "adapter_model.safetensors": 1}',
+            '{"resume_key.json": 1, "trainer_state.json": 1, "adapter_model.safetensors": 1}',
             "does not say what",
         ),
-        ("run.json", '{"trains": [], "steps": {}}', "run.json: 'trains' is list"),
-        ("run.json", "{" * 9, "run.json is not JSON"),
+        (KEY_FILE, '{"version": 2, "identity": [], "schedule": {}}', "resume_key.json: 'identity' is list"),
+        (KEY_FILE, '{"version": 9, "identity": {}, "schedule": {}}', "resume_key.json has version 9"),
+        (KEY_FILE, "{" * 9, "resume_key.json is not JSON"),
         ("trainer_state.json", '{"global_step": "1", "log_history": []}', "'global_step' is str"),
         ("trainer_state.json", '{"global_step": 1, "log_history": [], "x": 1}', "has x, which"),
         ("trainer_state.json", '{"log_history":' + "[" * 100_000, "nested too deeply"),
@@ -172,6 +173,24 @@ def test_side_files_of_another_shape_are_damage(tmp_path, name, text, words):
     if name != MANIFEST_FILE:  # whoever wrote it so wrote its hash too
         checkpoint = seal_again(checkpoint)
     assert words in find_damage(checkpoint)
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ('{"trains": {}, "steps": {}}', None),
+        ('{"trains": [], "steps": {}}', "run.json: 'trains' is list"),
+        ("{" * 9, "run.json is not JSON"),
+    ],
+)
+def test_checkpoints_of_earlier_releases_are_checked(tmp_path, text, words):
+    """Their resume key is in run.json, and their manifest names that."""
+    checkpoint = write_checkpoint(tmp_path, 1)
+    (checkpoint / KEY_FILE).rename(checkpoint / "run.json")
+    (checkpoint / "run.json").write_text(text)
+    assert find_damage(checkpoint) == f"{KEY_FILE} is missing"  # so its own manifest still says
+    damage = find_damage(seal_again(checkpoint))
+    assert damage is None if words is None else words in damage
 
 
 def seal_again(checkpoint: Path) -> Path:

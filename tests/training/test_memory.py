@@ -1,36 +1,52 @@
-"""The memory estimate beside peaks measured on H100s (torch 2.11), and what follows from it."""
+"""The memory estimate against peaks measured on H100s (torch 2.11), and what is decided and advised from it."""
 
 import json
 import re
 import tempfile
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
+import datasets
 import pytest
 import torch
 from conftest import TINY
+from transformers import TrainingArguments
 
 from tools.random_checkpoint import GLM
 from utils.checkpoint.model import Checkpoint
+from utils.data.arrow_reader import FEATURES
 from utils.layers.quantization import Quantization
+from utils.lora.adapter import AdapterOrigin
 from utils.models import ChatGLMConfig
 from utils.models.convert_checkpoint import glm_config
 from utils.models.family import CHATGLM3, CHATGLM_6B
-from utils.training import dry_run, memory
+from utils.training import dry_run
+from utils.training.arguments import FinetuneArguments
 from utils.training.dry_run import advise
-from utils.training.memory import MemoryModel, ModelSizes, resolve_checkpointing
-from utils.training.run_config import TrainingRequest
+from utils.training.memory import MemoryModel, ModelSizes, decide_checkpointing, resolve_checkpointing
+from utils.training.preflight import TrainingInputs
+from utils.training.resume_key import ResumeKey
+from utils.training.run_config import RunConfig
 
 INT4 = Quantization(4)
-ZERO3 = {"partitions": 1, "compiled": False}
+ZERO3 = {"weight_shards": 1, "compiled": False}
 V1 = Checkpoint(Path("chatglm-6b"), CHATGLM_6B, ChatGLMConfig())
 V3 = Checkpoint(Path("chatglm3-6b"), CHATGLM3, glm_config(GLM["chatglm3-6b"], positions_interpolated=False))
 
 
-def load_of(checkpoint, tokens, compiled=True, longest=1024, packing=True, **flags):
+def memory_of(checkpoint, tokens, compiled=True, longest=1024, packing=True, **settings):
     sizes = ModelSizes.of(checkpoint, torch.bfloat16)
-    return MemoryModel(sizes, tokens, longest, packing, 8, sizes.layers.qkv, compiled, **flags)
+    return MemoryModel(sizes, tokens, longest, packing, 8, sizes.layers.qkv, compiled, **settings)
+
+
+def config_of(tmp_path, flags, **trainer_flags):
+    """A run of ChatGLM3-6B in bfloat16 on one row of 1024 tokens."""
+    row = {"input_ids": [[5] * 1024], "labels": [[5] * 1024]}
+    dataset = datasets.Dataset.from_dict(row, features=FEATURES)
+    origin = AdapterOrigin("native", {}, "chatglm3-6b", {})
+    own = FinetuneArguments(dataset_path="rows", lora_target_modules=["q_proj"], **flags)
+    args = TrainingArguments(output_dir=str(tmp_path), per_device_train_batch_size=1, **trainer_flags)
+    return RunConfig(TrainingInputs(dataset, None, V3, origin), own, args, torch.bfloat16, ResumeKey({}, {}))
 
 
 @pytest.mark.parametrize(
@@ -38,47 +54,38 @@ def load_of(checkpoint, tokens, compiled=True, longest=1024, packing=True, **fla
     [
         (V3, 16384, {}, 55.6),  # with --quantize fp8 55.5: the weights take as much
         (V1, 16384, {}, 59.0),
-        (V1, 16384, {"partitions": 1}, 60.8),
-        (V3, 16384, {"partitions": 1}, 55.7),
+        (V1, 16384, {"weight_shards": 1}, 60.8),
+        (V3, 16384, {"weight_shards": 1}, 55.7),
         (replace(V1, quantization=INT4, quantizes=True), 8192, {"checkpointing": True}, 9.27),
         (V3, 8 * 1024, {"compiled": False, "checkpointing": True}, 14.8),
     ],
 )
 def test_measured_peaks(checkpoint, tokens, flags, measured):
-    assert load_of(checkpoint, tokens, **flags).gib() == pytest.approx(measured, rel=0.06)
+    assert memory_of(checkpoint, tokens, **flags).gib() == pytest.approx(measured, rel=0.06)
 
 
 def test_what_ran_out_of_memory():
-    assert load_of(V3, 16384, **ZERO3).gib() > 80
+    assert memory_of(V3, 16384, **ZERO3).gib() > 80
 
 
-@pytest.fixture
-def decide(monkeypatch, capsys):
-    """decide(checkpoint, tokens, free, wanted) -> whether it checkpoints, and the lines it says so in."""
-
-    def run(checkpoint, tokens, free, wanted=None, **flags):
-        load = load_of(checkpoint, tokens, **flags)
-        monkeypatch.setattr(memory, "free_gib", lambda: free)
-        monkeypatch.setattr(MemoryModel, "of", lambda *args: load)
-        request = TrainingRequest(None, None, checkpoint, None, wanted)
-        decided = resolve_checkpointing(request, None, SimpleNamespace(use_cpu=False), torch.bfloat16)
-        return decided, capsys.readouterr().out.splitlines()
-
-    return run
-
-
-def test_checkpointing_is_decided_from_it(decide):
-    assert not resolve_checkpointing(TrainingRequest(*[None] * 5), None, SimpleNamespace(use_cpu=True), None)
-    decided, (line,) = decide(V3, 16384, 79.0)
+def test_checkpointing_is_decided_from_it():
+    memory = memory_of(V3, 16384)
+    decided, (line,) = decide_checkpointing(memory, None, 79.0)
     assert not decided and "weights 11.6" in line and line.endswith("checkpointing off, decided from that")
-    decided, (line,) = decide(V3, 16384, 24.0)
+    decided, (line,) = decide_checkpointing(memory, None, 24.0)
     assert decided and line.endswith("checkpointing on, decided from that")
-    decided, (_, hint) = decide(V3, 16384, 40.0)
+    decided, (_, hint) = decide_checkpointing(memory, None, 40.0)
     assert decided and hint.endswith("mostly faster: --per_device_train_batch_size 1 --pack_tokens 8192")
-    decided, (line,) = decide(V3, 16384, 79.0, wanted=True)
+    decided, (line,) = decide_checkpointing(memory, True, 79.0)
     assert decided and line.endswith("checkpointing on, by the flag")
-    decided, (_, warning) = decide(V3, 16384, 24.0, wanted=False)
+    decided, (_, warning) = decide_checkpointing(memory, False, 24.0)
     assert not decided and warning.endswith("leave --gradient_checkpointing False out")
+
+
+@pytest.mark.parametrize("flag", (None, False, True))
+def test_without_a_gpu_the_flag_decides_on_checkpointing(tmp_path, flag):
+    config = config_of(tmp_path, {"compile_layers": False}, use_cpu=True)
+    assert resolve_checkpointing(replace(config, checkpointing=flag)) is bool(flag)
 
 
 def test_the_plan(run_script, tokens, tmp_path, monkeypatch):
@@ -90,7 +97,7 @@ def test_the_plan(run_script, tokens, tmp_path, monkeypatch):
     for flags in ("--per_device_train_batch_size 16", "--packing --pack_tokens 512 --per_device_train_batch_size 2"):
         plan = run_script(f"{train} {flags} --eval_fraction 0.1 --report_to tensorboard --plan").check().out
         assert "tokens/s" in plan and not list((tmp_path / "temporary").iterdir())
-        plan = run_script(f"{train} {flags} --plan").check().out
+        plan = run_script(f"{train} {flags} --dry_run".replace("--pack_tokens", "--max_length")).check().out
         assert not (tmp_path / "out").exists() and "rows 300, tokens" in plan and "no GPU here" in plan
         out = run_script(f"{train} {flags} --save_strategy no --output_dir {tmp_path}/{len(flags)}").check().out
         steps = json.loads(out.splitlines()[-1])["steps"]
@@ -114,46 +121,40 @@ def test_the_planned_time_is_that_of_the_run(run_ranks, tokens, tmp_path, proces
 
 
 def test_the_time_of_a_run_from_its_speed():
-    speed = {"first_step_seconds": 2.0, "tokens_per_second": 100.0, "seconds_a_step": 0.5, "peak_gib": 20.0}
-    said = dry_run.describe_speed(speed, load_of(V3, 8192), steps=11, tokens=1100)
-    assert "100 tokens/s, 0.5 s a step, the first 2 s" in said
-    assert "the run takes 0:00:12 (12 s)" in said and "20.0 GiB at its peak" in said
+    speed = {"first_step_seconds": 2.0, "tokens_per_second": 100.0, "seconds_per_step": 0.5, "peak_gib": 20.0}
+    text = dry_run.describe_speed(speed, memory_of(V3, 8192), steps=11, tokens=1100)
+    assert "100 tokens/s, 0.5 s a step, the first 2 s" in text
+    assert "the run takes 0:00:12 (12 s)" in text and "20.0 GiB at its peak" in text
 
 
-def test_steps_that_will_not_fit_are_not_tried(monkeypatch, capsys):
+def test_steps_that_will_not_fit_are_not_tried(tmp_path, monkeypatch, capsys):
+    """There are no weights to load: trying the steps would fail."""
     monkeypatch.setattr(dry_run, "free_gib", lambda on_cpu: 12.0)
-    monkeypatch.setattr(dry_run, "describe_plan", lambda *_: "")
-    monkeypatch.setattr(dry_run, "row_lengths", lambda _: [1024])
-    monkeypatch.setattr(MemoryModel, "of", lambda *_: load_of(V3, 8192))
-    flags = SimpleNamespace(packing=False)
-    batches = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 1, "world_size": 1, "max_steps": 5}
-    args = SimpleNamespace(use_cpu=False, gradient_checkpointing=False, **batches)
-    request = TrainingRequest(None, None, V3, None)
-    dry_run.plan(request, flags, args, torch.bfloat16, lambda: pytest.fail("the model is loaded"))
-    said = capsys.readouterr().out
-    assert "speed not measured: " in said and "advice: DDP over 4 bits" in said
+    flags = {"packing": True, "pack_tokens": 8192, "compile_layers": True}
+    dry_run.plan(config_of(tmp_path, flags, max_steps=5))
+    output = capsys.readouterr().out
+    assert "rows 1, tokens 1,024" in output and "steps 5, global batch 1 packs" in output
+    assert "speed not measured: " in output and "advice: DDP over 4 bits" in output
 
 
-def test_weights_under_fsdp2(monkeypatch):
+def test_weights_under_fsdp2(tmp_path, monkeypatch):
     """A half on each of two cards, two blocks gathered, and the head."""
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    monkeypatch.setattr(memory, "row_lengths", lambda _: [1024])
-    flags = {"packing": True, "pack_tokens": 8192, "lora_rank": 8, "lora_target_modules": ["q_proj"]}
-    args = SimpleNamespace(per_device_train_batch_size=1, world_size=2, deepspeed_plugin=None)
-    load = MemoryModel.of(
-        TrainingRequest(None, None, V3, None), SimpleNamespace(**flags, compile_layers=True), args, torch.bfloat16
-    )
-    whole = replace(load, fsdp=False, partitions=None, optimizer_partitions=1)
+    config = config_of(tmp_path, {"packing": True, "compile_layers": True})
+    memory = replace(MemoryModel.of(config), weight_shards=2, optimizer_shards=2)
+    assert memory.fsdp and memory.tokens == 8192
+    whole = replace(memory, fsdp=False, weight_shards=None, optimizer_shards=1)
     block = 2 * (4096 * 4096 * 2 + 4096 * 512 + 4096 * 13696 * 3 + 4608 + 2 * 4096)  # q, o; k, v; MLP; biases; norms
     head = 2 * 65024 * 4096
     gathered = (2 * block + head) / 2**30
-    assert load.parts()["weights"] == pytest.approx(whole.parts()["weights"] / 2 + gathered, rel=1e-3)
-    assert load.parts()["optimizer"] == whole.parts()["optimizer"] / 2
-    assert load.values_kept() == whole.values_kept()
+    shares, whole_shares = memory.breakdown(), whole.breakdown()
+    assert shares["weights"] == pytest.approx(whole_shares["weights"] / 2 + gathered, rel=1e-3)
+    assert shares["optimizer"] == whole_shares["optimizer"] / 2
+    assert memory.saved_values() == whole.saved_values()
 
 
 @pytest.mark.parametrize(
-    "room, processes, advice",
+    "usable, processes, advice",
     [
         (75.0, 1, "DDP, --packing --per_device_train_batch_size 1 --pack_tokens 16384 ("),
         (36.0, 1, "DDP, --packing --per_device_train_batch_size 1 --pack_tokens 8192 ("),
@@ -163,18 +164,16 @@ def test_weights_under_fsdp2(monkeypatch):
         (2.0, 1, "accelerate launch"),
     ],
 )
-def test_advice(room, processes, advice):
-    request = TrainingRequest(None, None, V3, None)
-    found = advise(load_of(V3, 8192), request, processes, room, torch.bfloat16)
-    assert found.startswith(advice), found
+def test_advice(usable, processes, advice):
+    assert advise(memory_of(V3, 8192), processes, usable).startswith(advice)
 
 
-def test_the_flag_that_makes_it_fit(decide):
-    def mend(*arguments, **flags):
-        _, (_, warning) = decide(*arguments, **flags)
+def test_the_flag_that_makes_it_fit():
+    def fix(free, *arguments, **settings):
+        _, (_, warning) = decide_checkpointing(memory_of(*arguments, **settings), None, free)
         return warning.partition("GPU's memory: ")[2]
 
-    assert mend(V3, 32768, 18.0) == "give --per_device_train_batch_size 1 --pack_tokens 8192"
-    assert mend(V3, 32 * 1024, 18.0, packing=False, compiled=False) == "give --per_device_train_batch_size 8"
-    assert mend(V3, 16384, 12.0) == "give --quantize int8 --per_device_train_batch_size 1 --pack_tokens 8192"
-    assert "accelerate_ds_zero3_cpu_offload_config.yaml" in mend(V3, 16384, 4.0)
+    assert fix(18.0, V3, 32768) == "give --per_device_train_batch_size 1 --pack_tokens 8192"
+    assert fix(18.0, V3, 32 * 1024, packing=False, compiled=False) == "give --per_device_train_batch_size 8"
+    assert fix(12.0, V3, 16384) == "give --quantize int8 --per_device_train_batch_size 1 --pack_tokens 8192"
+    assert "accelerate_ds_zero3_cpu_offload_config.yaml" in fix(4.0, V3, 16384)

@@ -1,4 +1,4 @@
-"""Numbers that go wrong in training end the run and say which rows were at fault."""
+"""Losses, gradients and loss scales that go wrong end the run, and the message names the rows at fault."""
 
 import json
 import re
@@ -23,7 +23,7 @@ EMBEDDING = "transformer.word_embeddings.weight"
 
 @pytest.fixture(scope="module")
 def tokens(run_script, tmp_path_factory):
-    """Eight rows, one of which has a token that the others have not."""
+    """Eight rows, one with a token that the others lack."""
     path = tmp_path_factory.mktemp("guards")
     rows = [{"input": BAD if i == 5 else GOOD, "target": f"{i}"} for i in range(8)]
     (path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -76,7 +76,7 @@ def test_a_loss_that_is_not_finite_names_its_rows(run_script, tokens, tmp_path, 
 
 
 def test_no_optimizer_uses_what_is_wrong(run_script, tokens, tmp_path, monkeypatch):
-    """It is looked at a step later, and the step was not made."""
+    """They are checked a step later, and the step was not made."""
     seen = []
     plain = GuardedTrainer._get_grad_norm
 
@@ -118,13 +118,13 @@ def test_an_adapter_that_did_not_change_is_not_saved(run_script, tokens, tmp_pat
 
 
 def test_losses_that_are_all_zero(run_script, tokens, tmp_path, monkeypatch):
-    plain = GuardedTrainer.look_back
+    plain = GuardedTrainer.check_last_step
 
-    def look_back(self):
+    def without_losses(self):
         plain(self)
         self.saw_a_loss = False  # as if it had been 0
 
-    monkeypatch.setattr(GuardedTrainer, "look_back", look_back)
+    monkeypatch.setattr(GuardedTrainer, "check_last_step", without_losses)
     result = run_script(f"{TRAIN} --dataset_path {tokens} --model_name_or_path {TINY} --output_dir {tmp_path}/out")
     assert result.code == 1 and "every loss was exactly 0" in result.err
 
@@ -187,5 +187,5 @@ def test_a_loss_scale_that_finds_no_bottom():
     step(1.0)
     for _ in range(SKIPPED_STEPS - 1):
         step(float("inf"))
-    with pytest.raises(RunError, match="step 4: the float16 gradients overflowed in 16 steps .*--bf16"):
+    with pytest.raises(RunError, match="step 4: the float16 gradients overflowed in 16 steps in a row.*--bf16"):
         step(float("inf"))

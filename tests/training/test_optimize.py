@@ -202,10 +202,10 @@ def test_throughput_counts_since_the_first_step(monkeypatch):
     assert throughput.first_step_seconds == 5.0 and throughput.seconds_left(3) is None
     throughput.count(30, 40, 20)
     throughput.end_step()
-    found = throughput.read()
+    found = throughput.measure()
     assert found["tokens_per_second"] == 15.0 and found["padding"] == 0.25
     assert throughput.seconds_left(3) == 12
-    assert throughput.read() == {}
+    assert throughput.measure() == {}
 
 
 hopper = pytest.mark.skipif(

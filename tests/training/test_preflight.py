@@ -1,4 +1,4 @@
-"""Wrong use of the training script: every fault at once, one line each with its mend, exit code 2, no traceback."""
+"""Wrong use of the training script: every fault at once, one line each with its fix, exit code 2, no traceback."""
 
 import json
 import os
@@ -60,7 +60,7 @@ def test_all_faults_at_once(faults, tmp_path):
         "--eval_strategy steps needs rows to evaluate on",
         "--report_to wandb: not installed; pip install wandb",
         f"--deepspeed {tmp_path}/ds.json line 2 column 3: train_batch_sise is not read; is it train_batch_size?",
-        f"--deepspeed {tmp_path}/ds.json line 3 column 31: min_loss_skale in fp16 is not read; is it min_loss_scale?",
+        f"--deepspeed {tmp_path}/ds.json line 3 column 31: min_loss_skale in fp16: no such key; is it min_loss_scale?",
         f"--deepspeed {tmp_path}/ds.json line 4 column 25: stage in zero_optimization: Input should be 0, 1, 2",
         f"--deepspeed {tmp_path}/ds.json line 5 column 5: overlapcomm in zero_optimization: no such key",
         "--dataset_path nowhere does not exist; make it with",
@@ -105,7 +105,10 @@ IMPORTS = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules":
         ({"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}}, "offload_param to nvme"),
         ({"optimizer": {"type": "OneBitAdam"}}, "optimizer OneBitAdam cannot be used here: give adagrad, adam"),
         ({"scheduler": {"type": "os.system"}}, "scheduler os.system cannot be used here: give LRRangeTest"),
-        ({"fp16": {"enabled": "perhaps"}}, "valid boolean"),
+        ({"fp16": {"enabled": "perhaps"}}, "enabled in fp16: .*valid boolean"),
+        ({"fp16": {"loss_scale": -1}}, "loss_scale in fp16: "),
+        ({"bf16": {"unheard_of": 1}}, "unheard_of in bf16: no such key"),
+        ({"gradient_cliping": 1.0}, "gradient_cliping is not read; is it gradient_clipping"),
         ({"communication_data_type": "fp13"}, "fp13"),
         ({"fp16": {"enabled": True}, "bf16": {"enabled": True}}, "cannot be simultaneously enabled"),
         ({"activation_checkpointing": 7}, "activation_checkpointing must be an object"),
@@ -252,8 +255,10 @@ WRONG_VALUES = {
     "--neftune_noise_alpha -5": "must be at least 0",
     "--dataloader_num_workers -1": "must be at least 0",
     "--ddp_timeout 0": "must be at least 1",
-    "--torch_compile_backend nonsense": "is unknown: give no, eager",
-    "--use_liger_kernel True": "cannot be used here",
+    "--torch_compile True": "give --compile_layers true",
+    "--torch_compile_backend eager": "give --compile_layers true",
+    "--torch_compile_mode default": "give --compile_layers true",
+    "--use_liger_kernel True": "give --packing, which has kernels of its own",
     "--push_to_hub True": "cannot be used here: nothing leaves this machine",
     "--greater_is_better True": "cannot be used here: a lower loss is better",
     "--fsdp_config x.json": "cannot be used here",

@@ -1,6 +1,7 @@
-"""Training that was killed, stopped or spoiled goes on as if nothing had happened, or says why it cannot."""
+"""Training that was killed, stopped or damaged resumes as if nothing had happened, or says why it cannot."""
 
 import fcntl
+import hashlib
 import json
 import os
 import random
@@ -21,6 +22,7 @@ from transformers import Trainer
 
 from utils.training.callbacks import ExactOffload
 from utils.training.checkpoints import MANIFEST_FILE, find_damage, list_checkpoints
+from utils.training.resume_key import KEY_FILE
 
 FLAGS = "--lora_rank 4 --lora_dropout 0.1 --learning_rate 2e-3 --save_steps 2 --per_device_train_batch_size 2"
 
@@ -80,6 +82,26 @@ def test_resumed_from_the_last_whole_checkpoint(train, tmp_path):
         assert names(damaged) == ["checkpoint-2", "checkpoint-4", "checkpoint-6"] and not find_damage(
             damaged / "checkpoint-4"
         )
+
+
+def test_resumed_from_a_checkpoint_of_an_earlier_release(train, tmp_path):
+    """Which kept its resume key in run.json, under other names; its manifest names that file."""
+    train(tmp_path / "whole").check()
+    checkpoint = tmp_path / "earlier" / "checkpoint-4"
+    shutil.copytree(tmp_path / "whole" / checkpoint.name, checkpoint)
+    key, manifest = (json.loads((checkpoint / name).read_text()) for name in (KEY_FILE, MANIFEST_FILE))
+    (checkpoint / KEY_FILE).unlink()
+    data = json.dumps({"trains": key["identity"], "steps": key["schedule"]}, indent=1).encode()
+    (checkpoint / "run.json").write_bytes(data)
+    del manifest[KEY_FILE]
+    manifest["run.json"] = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    (checkpoint / MANIFEST_FILE).write_text(json.dumps(manifest))
+    out = train(tmp_path / "earlier", "--resume_from_checkpoint latest").check().out
+    assert f"resuming from {checkpoint}" in out
+    assert kill_training.same_adapter(tmp_path / "whole", tmp_path / "earlier")
+    other = FLAGS.replace("--lora_rank 4", "--lora_rank 8")
+    result = train(tmp_path / "earlier", f"--resume_from_checkpoint {checkpoint}", other)
+    assert result.code == 2 and "lora_rank 4 (now 8)" in result.err
 
 
 def test_resumed_in_the_second_epoch(train, workspace, tmp_path):
@@ -232,7 +254,7 @@ def test_sigterm_on_two_processes(started, tmp_path):
     assert said.count("stopped by SIGTERM after step") == 1
     newest = list_checkpoints(tmp_path / "run")[-1]
     assert not find_damage(newest) and (newest / "rng_state_1.pth").is_file()
-    assert json.loads((newest / "run.json").read_text())["steps"]["processes"] == 2
+    assert json.loads((newest / "resume_key.json").read_text())["schedule"]["processes"] == 2
     assert load_file(newest / "adapter_model.safetensors")
 
 

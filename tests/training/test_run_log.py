@@ -15,7 +15,7 @@ from utils.checkpoint.model import load_model
 from utils.common.redaction import HIDDEN, hide_secrets
 from utils.data.arrow_reader import hold_out, load_examples
 from utils.data.collators import PaddingCollator
-from utils.training.callbacks import Curves
+from utils.training.callbacks import LossCurves
 from utils.training.run_log import shown_command
 
 FLAGS = (
@@ -78,28 +78,24 @@ def test_metrics_and_figure(whole):
     assert list((whole / "tensorboard").glob("events*"))
 
 
-def test_figures_take_a_hundredth_of_the_time(tmp_path):
-    """After the first, none at a log right behind it, but one at the end; others as the step after a log ends."""
+def test_the_figure_is_drawn_with_checkpoints_and_at_the_end(tmp_path):
     args, figure = SimpleNamespace(output_dir=str(tmp_path)), tmp_path / "loss.png"
-    state = SimpleNamespace(is_world_process_zero=True, log_history=[])
-    curves, drawn = Curves(), []
-    curves.on_train_begin(args, state, None)
-    drawn.append(figure.read_bytes())
-    for row in ({"step": 1, "loss": 3.0}, {"step": 2, "loss": 2.0, "train_runtime": 1.0}):
-        state.log_history.append(row)
-        curves.on_log(args, state, None)
-        drawn.append(figure.read_bytes())
-    assert drawn[0] == drawn[1] != drawn[2]
-    curves.drawn -= 200 * curves.cost
-    state.log_history.append({"step": 3, "loss": 1.0})
+    state = SimpleNamespace(is_world_process_zero=True, log_history=[{"step": 1, "loss": 3.0}])
+    curves = LossCurves()
     curves.on_log(args, state, None)
-    assert figure.read_bytes() == drawn[2]
-    curves.on_step_end(args, state, None)
-    drawn.append(figure.read_bytes())
-    assert drawn[2] != drawn[3]
-    state.log_history.append({"step": 4, "loss": 0.5})
-    curves.on_step_end(args, state, None)
-    assert figure.read_bytes() == drawn[3]
+    assert (tmp_path / "metrics.jsonl").is_file() and not figure.exists()
+    curves.on_save(args, state, None)
+    first = figure.read_bytes()
+    state.log_history.append({"step": 2, "loss": 2.0})
+    curves.on_log(args, state, None)
+    assert figure.read_bytes() == first
+    state.log_history.append({"step": 2, "train_runtime": 1.0})
+    curves.on_log(args, state, None)
+    assert figure.read_bytes() != first
+    other = SimpleNamespace(is_world_process_zero=False, log_history=[{"step": 3, "loss": 1.0}])
+    last = figure.read_bytes()
+    curves.on_save(args, other, None)
+    assert figure.read_bytes() == last
 
 
 def test_run_file_and_log(whole, tokens):

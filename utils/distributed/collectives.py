@@ -1,4 +1,4 @@
-"""Values of every process, gathered and reduced over gloo, which needs no device."""
+"""Gathers and reduces values of every process over gloo, which needs no device. Every process must call them."""
 
 from datetime import timedelta
 from functools import cache
@@ -8,23 +8,24 @@ import torch
 
 from utils.common.processes import is_main_process, world_size
 
-LONG = timedelta(days=7)
+GLOO_TIMEOUT = timedelta(days=7)  # longer than any difference in work and any suspension
 
 
 def backend() -> str:
+    """Returns the backend of the default process group: "nccl" with GPUs, else "gloo"."""
     return "nccl" if torch.cuda.is_available() else "gloo"
 
 
 def collective_timeout() -> dict[str, timedelta]:
     """
-    The timeout of a collective. gloo's outlasts any difference in work and any suspension, because `Watchdog` sees who
-    is gone. NCCL keeps its own, which ends what hangs on a device.
+    Returns the timeout argument of `init_process_group`. gloo's is practically endless, as `Watchdog` notices a
+    process that is gone. NCCL keeps its default, which ends what hangs on a device.
     """
-    return {"timeout": LONG} if backend() == "gloo" else {}
+    return {"timeout": GLOO_TIMEOUT} if backend() == "gloo" else {}
 
 
 def mean_over_processes(value: float) -> float:
-    """The mean of every process's value; all must call it."""
+    """Returns the mean of every process's value."""
     if world_size() == 1:
         return value
     total = torch.tensor(value, dtype=torch.float64, device="cuda" if torch.cuda.is_available() else "cpu")
@@ -34,17 +35,18 @@ def mean_over_processes(value: float) -> float:
 
 @cache
 def cpu_group() -> torch.distributed.ProcessGroup:
-    """Over gloo, which needs no device."""
-    return torch.distributed.new_group(backend="gloo", timeout=LONG)
+    """Returns a process group over gloo, made once."""
+    return torch.distributed.new_group(backend="gloo", timeout=GLOO_TIMEOUT)
 
 
 def barrier() -> None:
+    """Returns once every process has called it."""
     if world_size() > 1:
         torch.distributed.barrier(group=cpu_group())
 
 
 def gather_from_all(value: Any) -> list:
-    """Every process's value, in the order of ranks, on every process; all must call it."""
+    """Returns every process's value, in the order of ranks, on every process."""
     if world_size() == 1:
         return [value]
     gathered = [None] * world_size()
@@ -53,12 +55,12 @@ def gather_from_all(value: Any) -> list:
 
 
 def any_process(flag: bool) -> bool:
-    """Whether the flag is set on any process; all must call it. Does not wait for a GPU."""
+    """Returns whether the flag is set on any process. Does not wait for a GPU."""
     return bool(max_over_processes(int(flag)))
 
 
 def max_over_processes(number: int) -> int:
-    """The largest of every process's number; all must call it. Does not wait for a GPU."""
+    """Returns the largest of every process's number. Does not wait for a GPU."""
     if world_size() == 1:
         return number
     numbers = torch.tensor(number)
@@ -67,9 +69,9 @@ def max_over_processes(number: int) -> int:
 
 
 def gather_lists(values: list) -> list:
-    """Every process's list, one after the other, on the main process; all must call it, at any distance in time."""
+    """Returns every process's list, concatenated by rank, on the main process, and [] on others; may wait for days."""
     if world_size() == 1:
         return values
     gathered = [None] * world_size() if is_main_process() else None
     torch.distributed.gather_object(values, gathered, group=cpu_group())
-    return [value for part in gathered for value in part] if is_main_process() else []
+    return [value for values_of_rank in gathered for value in values_of_rank] if is_main_process() else []

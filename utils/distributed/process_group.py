@@ -1,4 +1,8 @@
-"""Which launcher, which rank, which backend; on GPUs and without."""
+"""
+Joins and leaves the process group that a launcher started: torchrun, deepspeed or accelerate, with GPUs or without.
+
+The scripts call `init_process_group` once their request is checked, and `shut_down` at the end.
+"""
 
 import os
 import signal
@@ -14,14 +18,16 @@ from utils.distributed.collectives import backend, barrier, collective_timeout, 
 from utils.distributed.deepspeed_setup import init_deepspeed
 from utils.distributed.watchdog import Watchdog
 
-_peers: list[Watchdog] = []  # of this process, where there are others
+_watchdogs: list[Watchdog] = []  # one, if there are other processes
 T = TypeVar("T")
 
 
 def check_port() -> None:
     """
+    Checks that rank 0 can listen on the launcher's port.
+
     Raises:
-        UsageError: this process is to listen where another one listens already.
+        UsageError: another process listens there already.
     """
     hosts_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"  # else torchrun listens, and fails there
     if world_size() == 1 or process_rank() != 0 or not hosts_store or "MASTER_PORT" not in os.environ:
@@ -37,13 +43,16 @@ def check_port() -> None:
             ) from None
 
 
-def init_process_group(use_deepspeed: bool, mend: str = "the same command goes on where this one was") -> None:
+def init_process_group(use_deepspeed: bool, advice: str = "the same command resumes where this one stopped") -> None:
     """
-    Joins the processes the launcher started: NCCL with GPUs, gloo without. A lone process joins nothing, unless
-    DeepSpeed asks for a group of one. `mend` is what to do when a process is lost.
+    Joins the processes that the launcher started: NCCL with GPUs, gloo without. A lone process joins nothing, unless
+    DeepSpeed asks for a group of one.
 
-    On the CPU this must come before `TrainingArguments`, which leaves the group to be made later than `zero.Init`
-    needs it.
+    On the CPU this must come before `TrainingArguments`: accelerate would otherwise see a world of one process, two
+    DDP processes would train two models, and `zero.Init` would fail on the batch size.
+
+    Args:
+        advice: what a user can do after a process is lost.
     """
     if "LOCAL_RANK" in os.environ:
         end_with_parent(signal.SIGTERM)  # the launcher
@@ -61,15 +70,15 @@ def init_process_group(use_deepspeed: bool, mend: str = "the same command goes o
     elif not torch.distributed.is_initialized():
         torch.distributed.init_process_group(backend(), **collective_timeout())
     if world_size() > 1:
-        _peers.append(Watchdog(process_rank(), world_size(), mend))
+        _watchdogs.append(Watchdog(process_rank(), world_size(), advice))
 
 
 def on_all_processes(call: Callable[[], T]) -> list[T]:
     """
-    What `call` returns on every process, in the order of ranks, on every process; all must call it.
+    Returns what `call` returns on every process, in the order of ranks. Every process must call it.
 
     Raises:
-        UsageError: that of the first process where `call` raised one, on every process, and all leave the group.
+        UsageError: `call` raised one on some process; the first one is raised on all, and all leave the group.
     """
     try:
         outcome = call(), ()
@@ -84,6 +93,7 @@ def on_all_processes(call: Callable[[], T]) -> list[T]:
 
 
 def free_port() -> int:
+    """Returns a port of this machine on which no process listens."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
@@ -91,11 +101,11 @@ def free_port() -> int:
 
 def shut_down() -> None:
     """
-    Leaves the process group, so that no rank ends while another still talks to it. CUDA graphs with NCCL's sums in
-    them must be gone by then: with an engine still there, it did not return.
+    Leaves the process group, so that no rank ends while another still talks to it. CUDA graphs that hold NCCL's
+    reductions must be freed before: with an engine alive, this did not return.
     """
-    if _peers:
+    if _watchdogs:
         barrier()
-        _peers.pop().close()
+        _watchdogs.pop().close()
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()

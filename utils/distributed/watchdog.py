@@ -1,4 +1,9 @@
-"""A process of a distributed run watches the others: when one dies or is cut off, the rest end soon, and say why."""
+"""
+The watchdog: every process of a distributed run watches the others; if one dies or is cut off, all end and say why.
+
+process_group.py starts it. torchrun's agent ends the others too, but without a line that says which one was killed,
+and not across machines that were launched one by one; a collective waits for its timeout, or forever.
+"""
 
 import contextlib
 import json
@@ -17,21 +22,22 @@ import torch
 from utils.common.errors import RunError
 from utils.common.signals import Interrupted
 
-BEAT = 1.0  # seconds
-MISSED_BEATS = 2
-SILENCE = 30.0  # seconds without a sign of life, after which a process counts as lost
-KILLED = "was killed, perhaps for want of memory (dmesg says so)"
+BEAT = 1.0  # seconds between two signs of life
+MISSED_BEATS = 2  # after more of them without running, the process was suspended
+SILENCE = 30.0  # seconds without a sign of life after which a process counts as lost
 VERDICT = SILENCE + 10  # seconds that a process whose connection broke waits to learn whose fault it was
-STOPPED = "stopped by "  # how the reason of an Interrupted begins
+KILLED = "was killed, perhaps because memory ran out (dmesg shows it)"
+STOPPED = "stopped by "  # how the message of an Interrupted begins
+# What errors of a broken connection say.
 CONNECTION = re.compile("gloo|nccl|connection|socket|store|timed out|broken pipe|process ?group", re.IGNORECASE)
 
 
 class AwakeClock:
     """
-    Seconds for which this process ran. Those of a suspension (SIGSTOP, Ctrl-Z, a paused container) do not count: all
-    processes of a run are suspended together, and none could give a sign of life.
+    Counts the seconds for which this process ran. A suspension (SIGSTOP, Ctrl-Z, a paused container) does not count:
+    all processes of a run are suspended together, and none can give a sign of life.
 
-    Threads ask it every `BEAT` seconds; where nobody asked for longer than `MISSED_BEATS` of them, none ran.
+    Threads ask it every `BEAT` seconds; if none asked for more than `MISSED_BEATS` of them, the process was suspended.
     """
 
     def __init__(self):
@@ -39,6 +45,7 @@ class AwakeClock:
         self.awake, self.asked = 0.0, time.monotonic()
 
     def now(self) -> float:
+        """Returns the seconds that this process has run since the clock was made."""
         with self.lock:
             before, self.asked = self.asked, time.monotonic()
             self.awake += min(self.asked - before, MISSED_BEATS * BEAT)
@@ -47,13 +54,15 @@ class AwakeClock:
 
 class Watchdog:
     """
-    Every process says through the launcher's store that it lives, and looks whether the others do: by their process id
-    on the same machine, by their signs of life elsewhere. Threads of their own do it, since the main one waits for
-    ever in a collective whose other side is gone. `mend` tells a user what to do where one was lost.
+    Gives signs of life through the launcher's store and checks those of the other processes; on the same machine it
+    checks their process ids. It runs in threads, as the main thread may wait forever in a collective.
+
+    Args:
+        advice: what a user can do after a process is lost.
     """
 
-    def __init__(self, process_rank: int, world_size: int, mend: str):
-        self.mend = mend
+    def __init__(self, process_rank: int, world_size: int, advice: str):
+        self.advice = advice
         self.rank, self.others = process_rank, [rank for rank in range(world_size) if rank != process_rank]
         self.host = f"{socket.gethostname()}/{os.readlink('/proc/self/ns/net')}"
         self.master = os.environ["MASTER_ADDR"]
@@ -65,9 +74,9 @@ class Watchdog:
         self.store.set(f"who.{self.rank}", json.dumps([self.host, os.getpid()]))
         self.who = {rank: json.loads(self.store.get(f"who.{rank}")) for rank in self.others}
         self.clock = AwakeClock()
-        self.answered = self.clock.now()  # when the store last did
-        self.heard = dict.fromkeys(self.others, (b"", self.answered))
-        self.done: set[int] = set()  # those that said that they end
+        self.store_answered = self.clock.now()
+        self.heard = dict.fromkeys(self.others, (b"", self.store_answered))
+        self.done: set[int] = set()  # ranks that announced their end
         self.ended = threading.Event()
         self.threads = [threading.Thread(target=work, daemon=True) for work in (self._beat, self._watch_store)]
         for thread in self.threads:
@@ -75,7 +84,7 @@ class Watchdog:
         self.unregister = on_failure(self.tell)
 
     def close(self) -> None:
-        """Says that this process ends as it should."""
+        """Announces that this process ends normally."""
         self.unregister()
         with contextlib.suppress(RuntimeError):  # the process that holds the store has ended already
             self.store.set(f"ended.{self.rank}", "done")
@@ -83,9 +92,11 @@ class Watchdog:
 
     def tell(self, error: BaseException) -> None:
         """
-        Of this process's own failure, tells the others. Where another's broke its connection, waits until that is
-        known: the process then ends with one line in place of the traceback of a broken connection. At a signal, by
-        which a launcher ends those that are left, or all, says first which one died, if one did.
+        Tells the others of this process's failure.
+
+        If another process's failure broke the connection, waits until that is known; the process then ends with one
+        line instead of the traceback of a broken connection. At a signal, by which a launcher ends the remaining
+        processes, prints first which process died, if one did.
         """
         if isinstance(error, Interrupted):
             with contextlib.suppress(RuntimeError):  # the store may have died
@@ -104,7 +115,7 @@ class Watchdog:
         self._stop()
 
     def _stop(self) -> None:
-        """Waits for the threads: one that the interpreter's end meets in a call to the store aborts the process."""
+        """Waits for the threads: one that is in a call to the store when the interpreter ends aborts the process."""
         self.ended.set()
         for thread in self.threads:
             thread.join(timeout=5 * BEAT)
@@ -116,25 +127,26 @@ class Watchdog:
             try:
                 self.store.set(f"beat.{self.rank}", str(beat))
                 for rank in self.others:
-                    self._look(rank)
-            except RuntimeError:  # the store died with its process, or `_watch_store` counts how long it is silent
+                    self._check(rank)
+            except RuntimeError:  # the store died with its process, or is silent: `_watch_store` counts that
                 dead = self._dead_here()
                 if dead is not None and not self.ended.wait(BEAT):
                     self._end(dead, KILLED)
                 continue
-            self.answered = self.clock.now()
+            self.store_answered = self.clock.now()
 
-    def _look(self, rank: int) -> None:
+    def _check(self, rank: int) -> None:
+        """Ends this process if another one has failed, died, or given no sign of life for SILENCE seconds."""
         if self.store.check([f"ended.{rank}"]):
             reason = self.store.get(f"ended.{rank}").decode()
             if reason != "done":
-                # of a signal each process of a machine hears, and the first one says it
-                heard = self.who[rank][0] == self.host and not reason.startswith(STOPPED)
-                self._end(rank, f"ended: {reason}", heard)
+                # A signal reaches every process of a machine, and the failed one has printed it.
+                is_printed = self.who[rank][0] == self.host and not reason.startswith(STOPPED)
+                self._end(rank, f"ended: {reason}", is_printed)
             self.done.add(rank)
             return
         if rank == self._dead_here():
-            time.sleep(BEAT)  # a process that ends well says so before it is gone
+            time.sleep(BEAT)  # a process that ends normally announces it just before
             if not self.store.check([f"ended.{rank}"]):
                 self._end(rank, KILLED)
             return
@@ -145,7 +157,7 @@ class Watchdog:
             self._end(rank, f"gave no sign of life for {SILENCE:.0f} s: it was killed, or its machine is cut off")
 
     def _dead_here(self) -> int | None:
-        """A rank of this machine whose process is gone, and which did not say that it ends."""
+        """Returns a rank of this machine whose process is gone and did not announce its end; None if there is none."""
         for rank, (host, process_id) in self.who.items():
             if host == self.host and rank not in self.done and not os.path.exists(f"/proc/{process_id}"):
                 return rank
@@ -153,17 +165,17 @@ class Watchdog:
 
     def _watch_store(self) -> None:
         while not self.ended.wait(BEAT):
-            if self.clock.now() - self.answered > SILENCE:
+            if self.clock.now() - self.store_answered > SILENCE:
                 self._end(0, f"or its launcher at {self.master} was silent for {SILENCE:.0f} s: killed, or cut off")
 
-    def _end(self, rank: int, why: str, heard: bool = False) -> None:
-        """Ends this process; one on each machine says why, unless the failed one has said it there itself."""
+    def _end(self, rank: int, why: str, is_printed: bool = False) -> None:
+        """Ends this process; one on each machine prints why, unless the failed process has printed it there."""
         host, process_id = self.who.get(rank, (self.host, os.getpid()))
         here = [other for other in self.others if self.who[other][0] == self.host and other != rank]
-        if not heard and all(self.rank < other for other in here):
+        if not is_printed and all(self.rank < other for other in here):
             print(
                 f"{os.path.basename(sys.argv[0])}: error: rank {rank} (process {process_id} on {host.split('/')[0]}) "
-                f"{why}; {self.mend}",
+                f"{why}; {self.advice}",
                 file=sys.stderr,
                 flush=True,
             )

@@ -1,8 +1,9 @@
 """
-Values of training flags that cannot work, found before a model loads.
+Finds values of training flags that cannot work, before a model is loaded.
 
-`check_values` looks at flags as argparse leaves them, by tables; `check_training_arguments` at what became of them,
-and makes the optimizer and its schedule once, of one parameter, by transformers' own code.
+`check_values` checks flags as argparse leaves them, by tables (called by preflight.py); `check_training_arguments`
+checks the resolved ones, and builds optimizer and schedule once, for one parameter, with transformers' own code
+(called by run_config.py). transformers itself would find most of these faults after loading the model, one at a time.
 """
 
 import contextlib
@@ -14,7 +15,6 @@ from typing import Any
 
 import datasets
 import torch
-from accelerate.utils import DynamoBackend
 from transformers import Trainer, TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
@@ -23,9 +23,9 @@ from utils.common.errors import Faults, UsageError
 from utils.data.arrow_reader import row_lengths
 from utils.data.packing import pack_rows
 
-SEEDS = (0, 2**32 - 1)
-MANY = 2**31 - 1
-# The smallest and the largest value of a flag; None, where that is its default, is always right.
+SEEDS = (0, 2**32 - 1)  # what numpy takes
+MANY = 2**31 - 1  # no limit in practice; larger values overflow an int32 somewhere
+# The smallest and the largest value of a flag; None, the default of some, is always accepted.
 RANGES: dict[str, tuple[float, float]] = {
     **dict.fromkeys(("lora_rank", "lora_alpha", "pack_tokens"), (1, MANY)),
     **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size"), (1, MANY)),
@@ -44,30 +44,34 @@ RANGES: dict[str, tuple[float, float]] = {
     "local_rank": (-1, MANY),
 }
 CHOICES: dict[str, tuple[Any, ...]] = {
-    "torch_compile_backend": (None, *(backend.value.lower() for backend in DynamoBackend)),
-    "torch_compile_mode": (None, "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"),
     "metric_for_best_model": (None, "loss", "eval_loss", "perplexity", "eval_perplexity"),
 }
-# Flags of TrainingArguments that this training cannot serve: the values that change nothing, and why others cannot be.
+# Flags of TrainingArguments that this training cannot serve: values that change nothing; why others cannot be used, or
+# what to give instead.
 UNSERVED: dict[str, tuple[tuple[Any, ...], str]] = {
-    "label_smoothing_factor": ((0.0,), "the loss has no logits to smooth"),
+    "label_smoothing_factor": ((0.0,), "the loss is computed in chunks, without logits to smooth"),
     "fsdp": (("", None, [], False), "accelerate launch --config_file configs/accelerate_fsdp2.yaml brings it"),
     "fsdp_config": ((None, "{}"), "accelerate launch --config_file configs/accelerate_fsdp2.yaml brings it"),
-    "auto_find_batch_size": ((False,), "a run that goes on with another batch size would be another run"),
-    "use_liger_kernel": ((False,), "its kernels know none of these models, and --packing has kernels of its own"),
-    "push_to_hub": ((False,), "nothing leaves this machine: upload the adapter when it is done (hf upload)"),
+    "auto_find_batch_size": ((False,), "a resumed run must keep its batch size"),
+    "use_liger_kernel": ((False,), "Liger knows none of these models: give --packing, which has kernels of its own"),
+    "torch_compile": ((False,), "it would compile the whole model: give --compile_layers true"),
+    "torch_compile_backend": ((None,), "it would compile the whole model: give --compile_layers true"),
+    "torch_compile_mode": ((None,), "it would compile the whole model: give --compile_layers true"),
+    "push_to_hub": ((False,), "nothing leaves this machine: upload the finished adapter (hf upload)"),
     "greater_is_better": ((None, False), "a lower loss is better"),
-    "use_cache": ((False,), "training keeps no keys and values"),
+    "use_cache": ((False,), "training has no KV cache"),
     "fp16_full_eval": ((False,), "evaluation computes as training does"),
     "bf16_full_eval": ((False,), "evaluation computes as training does"),
-    "enable_jit_checkpoint": ((False,), "this script saves by itself when it is stopped"),
+    "enable_jit_checkpoint": ((False,), "this script saves a checkpoint when a signal stops it"),
 }
-WHOLE_WEIGHTS = ("galore", "apollo", "lomo", "adalomo")  # optimizers by the beginning of their names
+FULL_WEIGHT_OPTIMIZERS = ("galore", "apollo", "lomo", "adalomo")  # prefixes of names of --optim
 CHECKPOINTING_KEYS = {"use_reentrant", "preserve_rng_state", "determinism_check", "debug", "early_stop"}
 
 
 def check_values(values: Namespace) -> None:
     """
+    Checks flags as argparse leaves them, each alone and against others.
+
     Raises:
         UsageError: numbers out of range, unknown names, flags that exclude each other, and flags that this training
             cannot serve.
@@ -92,15 +96,16 @@ def check_values(values: Namespace) -> None:
         faults.add("--max_steps 0 trains nothing: give more, or leave it out")
     if values.max_steps < 0 and not 0 < values.num_train_epochs <= MANY:
         faults.add(f"--num_train_epochs {values.num_train_epochs} trains nothing: give a number, or --max_steps")
-    if values.optim.startswith(WHOLE_WEIGHTS):
+    if values.optim.startswith(FULL_WEIGHT_OPTIMIZERS):
         faults.add(
-            f"--optim {values.optim} cannot be used here: it trains whole weights, of which an adapter has none"
+            f"--optim {values.optim} cannot be used here: it trains whole weights, and an adapter has none: give "
+            "adamw_torch_fused"
         )
     if values.fp16 and values.bf16:
         faults.add("--fp16 and --bf16 exclude each other: give one")
     if values.packing and values.train_sampling_strategy == "batch_rebalance":
         faults.add(
-            "--train_sampling_strategy batch_rebalance cannot be used with --packing, whose packs are of a length"
+            "--train_sampling_strategy batch_rebalance cannot be used with --packing, whose packs have one length"
         )
     for check in (check_evaluation, check_reporters):
         with faults.collect():
@@ -111,29 +116,29 @@ def check_values(values: Namespace) -> None:
 def check_evaluation(values: Namespace) -> None:
     """
     Raises:
-        UsageError: flags of evaluation without rows to evaluate on, or with too many.
+        UsageError: flags of evaluation without rows to evaluate on, or with two sources of them.
     """
     faults = Faults()
     if values.eval_dataset_path and values.eval_fraction:
         faults.add("--eval_dataset_path and --eval_fraction exclude each other: give one")
     if not 0 <= values.eval_fraction < 1:
         faults.add(f"--eval_fraction {values.eval_fraction} must be at least 0 and below 1")
-    evaluating = {
+    asks_for_evaluation = {
         "load_best_model_at_end": values.load_best_model_at_end,
         "eval_on_start": values.eval_on_start,
         "save_strategy best": values.save_strategy == "best",
         f"eval_strategy {values.eval_strategy}": values.eval_strategy != "no",
     }
-    given = next((name for name, is_given in evaluating.items() if is_given), None)
-    if given and not (values.eval_dataset_path or values.eval_fraction):
-        faults.add(f"--{given} needs rows to evaluate on: give --eval_dataset_path or --eval_fraction")
+    flag = next((name for name, is_given in asks_for_evaluation.items() if is_given), None)
+    if flag and not (values.eval_dataset_path or values.eval_fraction):
+        faults.add(f"--{flag} needs rows to evaluate on: give --eval_dataset_path or --eval_fraction")
     faults.report()
 
 
 def check_reporters(values: Namespace) -> None:
     """
     Raises:
-        UsageError: what --report_to names does not exist, or is not installed.
+        UsageError: --report_to names something that does not exist or is not installed.
     """
     reporters = values.report_to if isinstance(values.report_to, list) else [values.report_to]
     named = set(reporters) - {"none", "all", None}
@@ -142,7 +147,7 @@ def check_reporters(values: Namespace) -> None:
         raise UsageError(f"--report_to {' '.join(unknown)} is unknown: give none, or some of {known}")
     if missing := sorted(named - set(get_available_reporting_integrations())):
         names = " ".join(missing)
-        # transformers' callback asks later versions of swanlab for a run that does not exist yet.
+        # With later versions of swanlab transformers' callback asks for a run that does not exist yet.
         packages = names.replace("swanlab", '"swanlab<0.8"')
         raise UsageError(f"--report_to {names}: not installed; pip install {packages}, or give none")
 
@@ -150,10 +155,10 @@ def check_reporters(values: Namespace) -> None:
 @contextlib.contextmanager
 def as_usage_error(flags: str) -> Iterator[None]:
     """
-    For a block in which a library looks at the values of `flags` and does nothing with them.
+    Turns an error of a library, which only checks the values of `flags` in the block, into a UsageError.
 
     Raises:
-        UsageError: the library did not take them; with its reason.
+        UsageError: the library refused the values; with its reason.
     """
     try:
         yield
@@ -163,7 +168,7 @@ def as_usage_error(flags: str) -> Iterator[None]:
 
 
 def count_steps(items: int, args: TrainingArguments) -> int:
-    """Optimizer steps over so many rows or packs, as Trainer counts them."""
+    """Returns the optimizer steps over `items` rows or packs, as Trainer counts them."""
     if args.max_steps > 0:
         return args.max_steps
     whole = math.floor if args.dataloader_drop_last else math.ceil
@@ -173,12 +178,15 @@ def count_steps(items: int, args: TrainingArguments) -> int:
 
 def check_training_arguments(args: TrainingArguments, dataset: datasets.Dataset, pack_tokens: int | None) -> None:
     """
+    Checks the resolved arguments of Trainer.
+
     Args:
-        pack_tokens: None where rows are padded.
+        pack_tokens: None if rows are padded.
 
     Raises:
-        UsageError: no step can be made; the optimizer or its schedule cannot be made or gives a learning rate that is
-            no number; a DeepSpeed file contradicts the flags; or others that libraries would find behind the model.
+        UsageError: no step can be made; optimizer or schedule cannot be built, or give a learning rate that is not a
+            number; a DeepSpeed file contradicts the flags; or a fault that libraries would find after loading the
+            model.
     """
     faults, items = Faults(), len(dataset)
     if args.dataloader_drop_last:
@@ -194,8 +202,8 @@ def check_training_arguments(args: TrainingArguments, dataset: datasets.Dataset,
         check_schedule(args, max(count_steps(items, args), 1))
     config = getattr(args, "hf_deepspeed_config", None)
     for mismatch in config.mismatches if config else ():
-        words = mismatch.removeprefix("- ds ").replace(" vs hf ", " does not fit ")
-        faults.add(f'--deepspeed {args.deepspeed}: {words} of the flags: write "auto" there, or change the flag')
+        text = mismatch.removeprefix("- ds ").replace(" vs hf ", " does not fit ")
+        faults.add(f'--deepspeed {args.deepspeed}: {text} of the flags: write "auto" there, or change the flag')
     if args.save_only_model and args.load_best_model_at_end and args.deepspeed_plugin is not None:
         faults.add("--save_only_model and --load_best_model_at_end exclude each other under DeepSpeed: drop one")
     kwargs = args.gradient_checkpointing_kwargs or {}
@@ -207,12 +215,14 @@ def check_training_arguments(args: TrainingArguments, dataset: datasets.Dataset,
 
 def check_schedule(args: TrainingArguments, steps: int) -> None:
     """
+    Builds optimizer and schedule for one parameter, and follows the schedule.
+
     Raises:
         UsageError: see `check_training_arguments`.
     """
     module = torch.nn.Module()
     module.register_parameter("weight", torch.nn.Parameter(torch.zeros(2, 2)))
-    parts = SimpleNamespace(  # what these methods of Trainer read and write
+    trainer = SimpleNamespace(  # what Trainer's create_optimizer and create_scheduler read and write
         args=args, model=module, optimizer=None, lr_scheduler=None, optimizer_cls_and_kwargs=None,
         get_decay_parameter_names=lambda _: ["weight"],
         get_optimizer_cls_and_kwargs=Trainer.get_optimizer_cls_and_kwargs,
@@ -220,14 +230,16 @@ def check_schedule(args: TrainingArguments, steps: int) -> None:
     with as_usage_error(
         f"--optim {args.optim.value}" + (f" --optim_args {args.optim_args}" if args.optim_args else "")
     ):
-        Trainer.create_optimizer(parts)
+        Trainer.create_optimizer(trainer)
     flags = f"--lr_scheduler_type {args.lr_scheduler_type.value}"
     if args.lr_scheduler_kwargs:
         flags += f" --lr_scheduler_kwargs {args.lr_scheduler_kwargs}"
     with as_usage_error(flags):
-        Trainer.create_scheduler(parts, steps)
-        some = sorted({(steps - 1) * number // 32 for number in range(33)})
-        factors = [factor(step) for factor in getattr(parts.lr_scheduler, "lr_lambdas", ()) for step in some]
+        Trainer.create_scheduler(trainer, steps)
+        sampled_steps = sorted({(steps - 1) * number // 32 for number in range(33)})
+        factors = [
+            factor(step) for factor in getattr(trainer.lr_scheduler, "lr_lambdas", ()) for step in sampled_steps
+        ]
     if factors and not (all(map(math.isfinite, factors)) and min(factors) >= 0 < max(factors)):
         raise UsageError(
             f"{flags}: --learning_rate would be multiplied by {min(factors):g} to {max(factors):g} in all {steps} "

@@ -1,10 +1,14 @@
-"""Callbacks of the Trainer: stopping on a signal, exact offload, the progress bar, the loss curves."""
+"""
+Callbacks of the Trainer: stopping on a signal, exact offload, the progress bar, metrics.jsonl and loss.png.
+
+trainer.py adds all but StopOnSignal, which the training script makes, as it must hear signals before there is a
+Trainer.
+"""
 
 import contextlib
 import math
 import os
 import signal
-import time
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +27,12 @@ from utils.training.throughput import Throughput
 
 class StopOnSignal(TrainerCallback):
     """
-    At SIGTERM, which a cluster sends before it takes a machine away, SIGINT (Ctrl-C), SIGHUP (a closed terminal) and
-    SIGUSR1, on whichever process, ends the step, saves and stops. Until training begins the script ends where it
-    stands, and in its last step it ends as it would have.
+    Saves a checkpoint and stops after the current step, when any process receives SIGTERM (a cluster takes the machine
+    away), SIGINT (Ctrl-C), SIGHUP (a closed terminal) or SIGUSR1.
 
-    `stopped` is the signal that stopped the run, if one did. Another changes nothing: a checkpoint is written whole.
+    Before training begins the signal ends the script at once; in the last step the run ends as it would have.
+    `stopped` is the signal that stopped the run, if one did. Further signals change nothing: a checkpoint is written
+    whole.
     """
 
     def __init__(self):
@@ -36,7 +41,7 @@ class StopOnSignal(TrainerCallback):
         self.stopped: signal.Signals | None = None
 
     def listen(self) -> contextlib.AbstractContextManager[None]:
-        """Until the block ends."""
+        """Receives the signals until the block ends."""
         return on_signals(self._receive, (*STOP_SIGNALS, signal.SIGUSR1))
 
     def _receive(self, number: int) -> None:
@@ -60,25 +65,28 @@ class StopOnSignal(TrainerCallback):
 
 class ExactOffload(TrainerCallback):
     """
-    Makes resuming with the optimizer in CPU memory exact. DeepSpeed's Adam keeps the powers of its betas outside its
-    state, each the product of the one before, and after a load it takes them from pow(), which rounds otherwise: they
-    are multiplied up again instead.
+    Makes resuming with the optimizer in CPU memory exact.
+
+    DeepSpeed's Adam keeps the powers of its betas in C++, outside its state, each computed from the one before. After
+    a load it takes them from pow(), which rounds differently; this recomputes them step by step.
     """
 
     def on_train_begin(self, args, state, control, optimizer: AcceleratedOptimizer, **kwargs) -> None:
-        adam = getattr(optimizer.optimizer, "optimizer", None)  # what ZeRO wraps
+        adam = getattr(optimizer.optimizer, "optimizer", None)  # the one that ZeRO wraps
         if type(adam).__name__ != "DeepSpeedCPUAdam":
             return
         steps = max((int(values["step"]) for values in adam.state.values()), default=0)
-        group, nothing = adam.param_groups[0], torch.empty(0)
+        group, empty = adam.param_groups[0], torch.empty(0)
         for step in range(1, steps + 1):
             adam.ds_opt_adam.adam_update(
                 adam.opt_id, step, group["lr"], *group["betas"], group["eps"], group["weight_decay"],
-                group["bias_correction"], nothing, nothing, nothing, nothing,
+                group["bias_correction"], empty, empty, empty, empty,
             )  # fmt: skip
 
 
-class StepEnd(TrainerCallback):
+class StepTimer(TrainerCallback):
+    """Tells the throughput clock that an optimizer step has ended."""
+
     def __init__(self, throughput: Throughput):
         self.throughput = throughput
 
@@ -88,11 +96,10 @@ class StepEnd(TrainerCallback):
 
 METRICS_FILE = "metrics.jsonl"
 FIGURE_FILE = "loss.png"
-FIGURE_SHARE = 100  # a figure is drawn once its last drawing took less than a hundredth of the time since then
 
 
-class Bar(ProgressCallback):
-    """Trainer's bar, which log lines are written above, with loss and speed in it."""
+class ProgressBar(ProgressCallback):
+    """Trainer's bar with loss and speed in it; log lines are written above it."""
 
     def on_log(self, args, state, control, logs=None, **kwargs) -> None:
         super().on_log(args, state, control, logs, **kwargs)
@@ -101,30 +108,20 @@ class Bar(ProgressCallback):
             self.training_bar.set_postfix_str(f"{speed}loss {logs['loss']:.4g}")
 
     def close(self) -> None:
-        """Ends the bar's line, where an error ended the run."""
+        """Ends the bar's line, also when an error ended the run."""
         if self.training_bar is not None:
             self.training_bar.close()
             self.training_bar = None
 
 
-class Curves(TrainerCallback):
+class LossCurves(TrainerCallback):
     """
-    Keeps metrics.jsonl, one line a log, and loss.png up to date. Both hold what the state of the run holds, which a
-    checkpoint carries: a resumed run goes on where the checkpoint was, whatever had been logged behind it.
+    Writes metrics.jsonl at every log, one line each, and loss.png with every checkpoint and at the end of the run.
 
-    A log is made when the device has nothing to do, so a figure waits for the end of the next step, which the device
-    is then about to compute.
+    Both show the run's state, which a checkpoint carries: a resumed run continues them from the checkpoint, without
+    what was logged after it. Drawing takes some tenths of a second, less than writing a checkpoint, so no step waits
+    for it more often than for those; `--report_to tensorboard` shows the curves live.
     """
-
-    def __init__(self):
-        self.drawn, self.cost = 0.0, 0.0
-        self.is_due = False
-
-    def on_train_begin(self, args, state, control, **kwargs) -> None:
-        """Draws twice, so that the library is loaded and a drawing's cost known before a step is timed."""
-        if state.is_world_process_zero:
-            for _ in range(2):
-                self._draw(args, state)
 
     def on_log(self, args, state, control, **kwargs) -> None:
         if not state.is_world_process_zero:
@@ -132,31 +129,23 @@ class Curves(TrainerCallback):
         directory = Path(args.output_dir)
         with atomic_writer(directory / METRICS_FILE) as file:
             file.writelines(dump_row({"step": row["step"]} | _finite(row)) for row in state.log_history)
-        self.is_due = time.monotonic() - self.drawn > FIGURE_SHARE * self.cost
-        if "train_runtime" in state.log_history[-1]:
-            self._draw(args, state)
+        if "train_runtime" in state.log_history[-1]:  # the summary, after the last step
+            draw_curves(state.log_history, directory / FIGURE_FILE)
 
-    def on_step_end(self, args, state, control, **kwargs) -> None:
-        if self.is_due:
-            self._draw(args, state)
-
-    def _draw(self, args, state) -> None:
-        self.is_due = False
-        begun = time.monotonic()
-        draw(state.log_history, Path(args.output_dir) / FIGURE_FILE)
-        self.drawn = time.monotonic()
-        self.cost = self.drawn - begun
+    def on_save(self, args, state, control, **kwargs) -> None:
+        if state.is_world_process_zero:
+            draw_curves(state.log_history, Path(args.output_dir) / FIGURE_FILE)
 
 
 def _finite(row: dict[str, Any]) -> dict[str, Any]:
-    """With null for what JSON has no number for: the norm of gradients that overflowed."""
+    """Returns the row with null for infinite and NaN values, which JSON lacks: norms of gradients that overflowed."""
     return {
         name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in row.items()
     }
 
 
-def draw(rows: list[dict[str, Any]], path: Path) -> None:
-    """The training and evaluation loss, and below them the learning rate, by step, as a PNG."""
+def draw_curves(rows: list[dict[str, Any]], path: Path) -> None:
+    """Writes a PNG of training and evaluation loss by step, and of the learning rate below; replaces `path`."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 5), layout="constrained")

@@ -1,6 +1,10 @@
 """
-The checkpoints of a training run: each appears whole or not at all, is checked before it is used, and is used only by
-the run that wrote it.
+The checkpoints of a training run: each appears whole or not at all, is checked before use, and only resumes its own
+run.
+
+trainer.py lets Trainer write a checkpoint into a staging directory; `save_sealed` then syncs and hashes its files into
+a manifest and renames it to its place. `find_resumable` picks the newest whole one when a run resumes, `start_afresh`
+and `set_aside_later` keep other attempts apart, `publish` moves the finished adapter into --output_dir.
 """
 
 import contextlib
@@ -23,33 +27,33 @@ from utils.common.errors import UsageError
 from utils.common.json_files import read_json_object
 from utils.common.processes import is_main_process, local_rank, print_once
 from utils.distributed.collectives import barrier, gather_from_all
-from utils.training.resume_settings import Settings, compare
+from utils.training.resume_key import KEY_FILE, VERSION_1_FILE, ResumeKey
 
 MANIFEST_FILE = "complete.json"  # path -> size and sha256 of every other file; written last
-RESUME_FILE = "run.json"  # the settings of the run, see utils.training.describe_settings
-STAGING = ".writing"
-UNFINISHED = ".unfinished"  # behind the name of a file of the final adapter
+STAGING = ".writing"  # directory in --output_dir for what is not whole yet
+UNFINISHED = ".unfinished"  # suffix of a file of the final adapter that is not in its place yet
 LOCK_FILE = ".lock"
 NAME = re.compile("checkpoint-(0|[1-9][0-9]*)")
-ASIDE = re.compile("previous-([0-9]+)")
+ASIDE = re.compile("previous-([0-9]+)")  # directories that `set_aside` makes
 STATE_TYPES = {"global_step": int, "log_history": list}
 
 
 def step_of(checkpoint: Path) -> int:
+    """Returns the step in a checkpoint's name; -1 if it is no checkpoint's name."""
     match = NAME.fullmatch(checkpoint.name)
     return int(match[1]) if match else -1
 
 
 def list_checkpoints(directory: Path) -> list[Path]:
-    """Oldest first, whole or not."""
-    found = [path for path in directory.glob("checkpoint-*") if step_of(path) >= 0 and path.is_dir()]
-    return sorted(found, key=step_of)
+    """Returns the checkpoints in a directory by step, whole or damaged."""
+    checkpoints = [path for path in directory.glob("checkpoint-*") if step_of(path) >= 0 and path.is_dir()]
+    return sorted(checkpoints, key=step_of)
 
 
 def remove(path: Path) -> None:
     """
-    A directory with all that is in it, or a symlink alone; nothing where there is neither. Another machine may be
-    removing the same on a disk that they share.
+    Removes a directory tree, or a symlink but not its target; does nothing if `path` does not exist. Another machine
+    may remove the same tree of a shared disk at the same time.
     """
     if path.is_symlink():
         path.unlink(missing_ok=True)
@@ -63,7 +67,7 @@ def _unless_gone(_function: Callable, _path: str, raised: tuple[type, BaseExcept
 
 
 def seal(staged: Path, final: Path) -> None:
-    """Gives a written checkpoint its manifest and its name; a power cut afterwards loses nothing of it."""
+    """Gives a written checkpoint its manifest and its final name; a power cut afterwards loses nothing of it."""
     files = sorted(path for path in staged.rglob("*") if path.is_file())
     manifest = {str(path.relative_to(staged)): _describe(path) for path in files}
     (staged / MANIFEST_FILE).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
@@ -80,8 +84,8 @@ def seal(staged: Path, final: Path) -> None:
 
 def publish(staged: Path, directory: Path) -> None:
     """
-    Moves the files of a written adapter into `directory`, so that whatever ends this, those that lie there are of one
-    adapter: the weights come last, and old ones go first unless nothing else changes.
+    Moves the files of a written adapter into `directory`; whenever this is interrupted, the files there are of one
+    adapter: the weights come last, and old weights are removed first unless no other file changes.
     """
     directory.mkdir(parents=True, exist_ok=True)
     names = sorted((path.name for path in staged.iterdir()), key=lambda name: (name == SAFETENSORS_WEIGHTS_NAME, name))
@@ -103,13 +107,14 @@ def _same_content(first: Path, second: Path) -> bool:
 
 
 def find_damage(checkpoint: Path) -> str | None:
-    """Says in words what is wrong with a checkpoint; None where it is whole."""
+    """Returns what is wrong with a checkpoint as a message; None if it is whole."""
     try:
         manifest = read_json_object(checkpoint / MANIFEST_FILE)
     except UsageError:
         return f"it has no readable {MANIFEST_FILE}"
-    absent = {RESUME_FILE, TRAINER_STATE_NAME, SAFETENSORS_WEIGHTS_NAME} - manifest.keys()
-    if absent and is_main_process():  # on a disk of its own another machine has its shards alone
+    key_file = VERSION_1_FILE if VERSION_1_FILE in manifest and KEY_FILE not in manifest else KEY_FILE
+    absent = {key_file, TRAINER_STATE_NAME, SAFETENSORS_WEIGHTS_NAME} - manifest.keys()
+    if absent and is_main_process():  # another machine with a disk of its own has only its shards
         return f"{MANIFEST_FILE} does not name {min(absent)}"
     for name, expected in manifest.items():
         path = checkpoint / name
@@ -124,8 +129,8 @@ def find_damage(checkpoint: Path) -> str | None:
         if _describe(path) != expected:
             return f"{name} has other content than was written"
     try:
-        if RESUME_FILE in manifest:
-            read_settings(checkpoint)
+        if key_file in manifest:
+            ResumeKey.read(checkpoint)
         if TRAINER_STATE_NAME in manifest:
             read_state(checkpoint)
     except UsageError as error:
@@ -135,10 +140,10 @@ def find_damage(checkpoint: Path) -> str | None:
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
     """
-    What Trainer wrote of the run's state, see TrainerState.
+    Returns the run's state as Trainer wrote it, see TrainerState.
 
     Raises:
-        UsageError: it is not of that shape.
+        UsageError: the file has another shape.
     """
     state = read_json_object(checkpoint / TRAINER_STATE_NAME, STATE_TYPES)
     unknown = state.keys() - {field.name for field in fields(TrainerState)}
@@ -151,8 +156,8 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
 
 def save_sealed(staged: Path, final: Path) -> None:
     """
-    Seals what all processes have written. Every process must call it: on a file system that the machines share the
-    main process does it for all, else the first process of each machine for its own.
+    Seals the checkpoint that all processes have written. Every process must call it: on a disk that the machines share
+    the main process seals for all, else the first process of each machine seals its own files.
     """
     barrier()
     if is_main_process():
@@ -167,8 +172,8 @@ def save_sealed(staged: Path, final: Path) -> None:
 
 def rotate(written: Path, limit: int | None, best: str | None) -> None:
     """
-    Removes the oldest checkpoints beyond `limit`, never the best nor `written`, which was written last. A symlink is
-    no checkpoint of the run: it is not counted, and stays.
+    Removes the oldest checkpoints beyond `limit`, but never `best` or `written`, the newest one. A symlink is no
+    checkpoint of the run: it is not counted and stays.
     """
     if not limit or limit < 1:
         return
@@ -200,15 +205,13 @@ def claim(output_dir: str) -> Iterator[None]:
         yield
 
 
-def find_resumable(resume_from: str, output_dir: str, settings: Settings) -> Path | None:
+def find_resumable(resume_from: str, output_dir: str, key: ResumeKey) -> Path | None:
     """
-    The checkpoint to go on from: the one named, or with "latest" the newest in `output_dir`; in its place the newest
-    before it where it is damaged. None for "latest" where there is no checkpoint yet. Every process must call it, and
-    gets the same.
+    Returns the checkpoint to resume from: the newest whole one up to the one named, or of all in `output_dir` for
+    "latest". None for "latest" if there is no whole checkpoint. Every process must call it, and gets the same.
 
     Raises:
-        UsageError: a named checkpoint does not exist or all are damaged, or it was written by a run with other
-            settings.
+        UsageError: a named checkpoint does not exist, all are damaged, or it was written by a run with another key.
     """
     latest = resume_from == "latest"
     directory = Path(output_dir) if latest else Path(resume_from).parent
@@ -230,60 +233,64 @@ def find_resumable(resume_from: str, output_dir: str, settings: Settings) -> Pat
             raise UsageError(f"--resume_from_checkpoint {resume_from}: no checkpoint up to it is whole")
         print_once(f"{output_dir} has no checkpoint to resume from: starting afresh")
         return None
-    found = directory / f"checkpoint-{max(common)}"
-    then = read_settings(found) if is_main_process() or (found / RESUME_FILE).is_file() else settings
-    differing = next(filter(None, gather_from_all(compare(then, settings))), "")
-    if differing:
-        raise UsageError(f"{found} was written by a run with {differing}: give it the same, or start another run")
-    print_once(f"resuming from {found}")
-    return found
+    checkpoint = directory / f"checkpoint-{max(common)}"
+    has_key = is_main_process() or any((checkpoint / name).is_file() for name in (KEY_FILE, VERSION_1_FILE))
+    differences = ResumeKey.read(checkpoint).differences(key) if has_key else ""
+    differences = next(filter(None, gather_from_all(differences)), "")
+    if differences:
+        raise UsageError(
+            f"{checkpoint} was written by a run with {differences}: give it the same, or start another run"
+        )
+    print_once(f"resuming from {checkpoint}")
+    return checkpoint
 
 
-def start_afresh(output_dir: str, settings: Settings) -> None:
+def start_afresh(output_dir: str, key: ResumeKey) -> None:
     """
-    Sets the checkpoints of an earlier attempt at the same run aside, and says so. Every process must call it.
+    Sets aside the checkpoints of an earlier attempt at the same run, and says so. Every process must call it.
 
     Raises:
-        UsageError: the checkpoints in `output_dir` are those of a run that trains something else.
+        UsageError: the checkpoints in `output_dir` are those of a run that trained something else.
     """
     directory = Path(output_dir)
     checkpoints = list_checkpoints(directory)
     newest = next((path for path in reversed(checkpoints) if not find_damage(path)), None)
     if newest:
-        differing = compare(read_settings(newest), settings, parts=("trains",))
-        if differing:
+        differences = ResumeKey.read(newest).differences(key, identity_only=True)
+        if differences:
             raise UsageError(
-                f"--output_dir {output_dir} holds checkpoints of another run, with {differing}: give another directory"
+                f"--output_dir {output_dir} holds checkpoints of another run, with {differences}: give another "
+                "directory"
             )
-    found = f"{newest.name} of this run" if newest else "damaged checkpoints"
+    content = f"{newest.name} of this run" if newest else "damaged checkpoints"
     set_aside(
         output_dir,
         checkpoints,
-        f"{directory} holds {found}: --resume_from_checkpoint latest would have gone on from it. Starting afresh",
+        f"{directory} holds {content}: --resume_from_checkpoint latest would have resumed from it. Starting afresh",
     )
 
 
 def set_aside_later(output_dir: str, resumed_from: Path) -> None:
     """
-    Sets the checkpoints of other attempts aside, those behind the one that this run goes on from, so that "latest" is
-    this run's. Every process must call it.
+    Sets aside the checkpoints of other attempts, those after the one that this run resumes from, so that "latest" is
+    one of this run. Every process must call it.
     """
     directory = Path(output_dir)
-    here = directory.resolve() == resumed_from.parent.resolve()
-    others = [path for path in list_checkpoints(directory) if not here or step_of(path) > step_of(resumed_from)]
+    is_own = directory.resolve() == resumed_from.parent.resolve()
+    others = [path for path in list_checkpoints(directory) if not is_own or step_of(path) > step_of(resumed_from)]
     set_aside(output_dir, others, f"{directory} holds checkpoints that {resumed_from} did not lead to")
 
 
 def set_aside(output_dir: str, checkpoints: list[Path], why: str) -> None:
-    """Moves checkpoints into a directory of their own, on each machine, and says so. Every process must call it."""
+    """Moves checkpoints into a directory previous-N, on each machine, and says so. Every process must call it."""
     barrier()
     if checkpoints and is_main_process():
-        print_once(f"{why}; what was there is in {_move_aside(Path(output_dir), checkpoints)}")
+        print_once(f"{why}; the earlier checkpoints are in {_move_aside(Path(output_dir), checkpoints)}")
     barrier()
-    if local_rank() == 0:  # of another machine, with a disk of its own
-        left = [path for path in checkpoints if path.exists()]
-        if left:
-            _move_aside(Path(output_dir), left)
+    if local_rank() == 0:  # another machine with a disk of its own
+        remaining = [path for path in checkpoints if path.exists()]
+        if remaining:
+            _move_aside(Path(output_dir), remaining)
     barrier()
 
 
@@ -296,15 +303,8 @@ def _move_aside(directory: Path, checkpoints: list[Path]) -> Path:
     return aside
 
 
-def read_settings(checkpoint: Path) -> Settings:
-    """
-    Raises:
-        UsageError: the file is not of that shape.
-    """
-    return read_json_object(checkpoint / RESUME_FILE, {"trains": dict, "steps": dict})
-
-
 def _describe(path: Path) -> dict[str, Any]:
+    """Returns size and sha256 of a file."""
     with path.open("rb") as file:
         return {"size": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 

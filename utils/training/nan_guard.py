@@ -1,4 +1,11 @@
-"""Numbers that go wrong in training are seen, and end the run with the rows that they came from."""
+"""
+Ends a run whose losses, gradients or loss scale go wrong, and names the rows that they came from.
+
+`GuardedTrainer` is the base of trainer.py's AdapterTrainer. Numbers are checked one step later: the fused optimizer
+skips a step by itself if the device finds them wrong, and the host reads them in the next step, or before anything is
+logged, evaluated or saved, so it never waits for the device. Under DeepSpeed, FSDP2 or a loss scaler, which skip no
+step by such a flag, the host waits once a step. No library does both: Trainer's `logging_nan_inf_filter` hides a NaN.
+"""
 
 import json
 import math
@@ -17,15 +24,15 @@ from utils.common.errors import RankError, RunError
 from utils.common.processes import process_rank
 from utils.distributed.collectives import any_process
 
-SKIPPED_STEPS = 16  # in a row: a loss scale that began at 65536 has come down to about 1
-CALMER = "train with --bf16, or with a lower --learning_rate"
+SKIPPED_STEPS = 16  # in a row; a loss scale that starts at 65536 is then about 1
+OVERFLOW_ADVICE = "train with --bf16, or with a lower --learning_rate"
 
 
 class OverflowWatch(TrainerCallback):
     """
-    Ends a float16 run whose gradients overflow at every loss scale: the scaler would skip its steps without end.
+    Ends a float16 run whose gradients overflow at every loss scale; the scaler would skip steps forever.
 
-    `in_a_row` and `in_all` are the steps that this run skipped.
+    `in_a_row` and `in_all` count the steps that this run skipped.
     """
 
     def __init__(self):
@@ -34,45 +41,47 @@ class OverflowWatch(TrainerCallback):
     def on_optimizer_step(self, args, state, control, optimizer: AcceleratedOptimizer, **kwargs) -> None:
         """
         Raises:
-            RunError: no step was made for `SKIPPED_STEPS` steps. Every process sees the same.
+            RunError: SKIPPED_STEPS steps were skipped in a row, on every process.
         """
         self.in_all += optimizer.step_was_skipped
         self.in_a_row = self.in_a_row + 1 if optimizer.step_was_skipped else 0
         if self.in_a_row == SKIPPED_STEPS:
             raise RunError(
-                f"step {state.global_step + 1}: the float16 gradients overflowed in {SKIPPED_STEPS} steps one after "
-                f"the other, at every loss scale: {CALMER}"
+                f"step {state.global_step + 1}: the float16 gradients overflowed in {SKIPPED_STEPS} steps in a row, "
+                f"at every loss scale: {OVERFLOW_ADVICE}"
             )
 
 
 @dataclass
 class StepNumbers:
-    """A step's losses and its gradients' norm, on the host when `there` has come, and what they are from."""
+    """Losses and gradient norm of one optimizer step, on the host once `ready` has fired, with their batches."""
 
     step: int
     batches: list[dict[str, Any]]
-    losses: torch.Tensor  # (batches,) float32
+    losses: torch.Tensor  # (micro batches,) float32
     norm: torch.Tensor | float | None
-    there: torch.cuda.Event | None = None
+    ready: torch.cuda.Event | None = None
 
 
 class GuardedTrainer(Trainer):
     """
-    Stops at a loss or gradients that are not finite, and at gradients that are all zero. No optimizer of torch's uses
-    them. One that can leave a step out by itself is told to on the device, and they are looked at in the next step, or
-    before anything is logged, evaluated or saved; with any other the device is waited for.
+    Stops at a loss or gradients that are not finite, and at gradients that are all zero, before the optimizer uses
+    them.
+
+    torch's fused AdamW skips the step on the device, and the host checks it in the next step, or before anything is
+    logged, evaluated or saved; with any other optimizer the host waits for the device.
 
     Args:
-        rows: the dataset whose rows the batches hold.
-        tokenizer: what the rows were made with.
+        rows: the dataset whose rows are in the batches.
+        tokenizer: the one that the rows were made with.
     """
 
     def __init__(self, *args, rows: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, **kwargs):
         super().__init__(*args, **kwargs)
         self.rows, self.tokenizer = rows, tokenizer
-        self.batches: list[dict[str, Any]] = []  # of this step
-        self.losses: list[torch.Tensor] = []  # theirs
-        self.last_step: StepNumbers | None = None  # which was not looked at yet
+        self.batches: list[dict[str, Any]] = []  # micro batches of this step
+        self.losses: list[torch.Tensor] = []  # of those, each a scalar
+        self.last_step: StepNumbers | None = None  # not checked yet
         self.made_a_step = self.saw_a_loss = False
         self.overflows = OverflowWatch()
         self.add_callback(self.overflows)
@@ -84,7 +93,7 @@ class GuardedTrainer(Trainer):
         return result
 
     def _fused_optimizer(self) -> torch.optim.AdamW | None:
-        """The optimizer, if it is one that leaves a step out whose `found_inf` is 1 on the device."""
+        """Returns the optimizer if it is torch's fused AdamW on whole weights, which reads `found_inf`; else None."""
         optimizer = getattr(self.optimizer, "optimizer", None)
         sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
         fused = type(optimizer) is torch.optim.AdamW and all(group["fused"] for group in optimizer.param_groups)
@@ -93,9 +102,9 @@ class GuardedTrainer(Trainer):
     def _get_grad_norm(self, model, grad_norm=None):
         """
         Raises:
-            RunError, RankError: see `look_back`.
+            RunError, RankError: see `check_last_step`.
         """
-        self.look_back()
+        self.check_last_step()
         self.made_a_step = True
         norm = super()._get_grad_norm(model, grad_norm)
         losses = torch.stack(self.losses).float()
@@ -103,60 +112,62 @@ class GuardedTrainer(Trainer):
         self.batches, self.losses = [], []
         optimizer = self._fused_optimizer()
         if optimizer is None:
-            self.look_back()
+            self.check_last_step()
             return norm
         is_wrong = ~losses.isfinite().all() | ~norm.isfinite() | (norm == 0)
+        # torch/optim/adam.py hands this attribute to the fused kernel, which returns at once if it is 1
+        # (aten/src/ATen/native/cuda/fused_adam_utils.cuh), and takes the step off its count. torch/amp/grad_scaler.py
+        # (GradScaler.step) sets it in the same way.
         optimizer.found_inf = is_wrong.float()
         if losses.is_cuda:
             self.last_step.losses = losses.to("cpu", non_blocking=True)
             self.last_step.norm = norm.to("cpu", non_blocking=True)
-            self.last_step.there = torch.cuda.Event()
-            self.last_step.there.record()
+            self.last_step.ready = torch.cuda.Event()
+            self.last_step.ready.record()
         return norm
 
-    def look_back(self) -> None:
+    def check_last_step(self) -> None:
         """
-        At the last step, if that was not done yet.
+        Checks the previous step's loss and gradient norm, once.
 
         Raises:
             RankError: a loss is not finite.
-            RunError: the gradients of a step are all zero; or not finite, where no loss scaler deals with that. Every
-                process sees the same.
+            RunError: the gradients are all zero; or not finite, and no loss scaler handles that. On every process.
         """
         step, self.last_step = self.last_step, None
         if step is None:
             return
-        if step.there:
-            step.there.synchronize()
+        if step.ready:
+            step.ready.synchronize()
         for inputs, loss in zip(step.batches, step.losses.tolist(), strict=True):
             if not math.isfinite(loss):
-                advice = (
-                    f"float16 overflowed, or the rows are at fault: {CALMER}" if self.args.fp16 else "look at the rows"
-                )
+                advice = "check the rows"
+                if self.args.fp16:
+                    advice = f"float16 overflowed, or the rows are at fault: {OVERFLOW_ADVICE}"
                 raise RankError(self._blame(step.step, [inputs], f"the loss is {loss}", advice))
             self.saw_a_loss |= loss != 0
         norm = None if step.norm is None else float(step.norm)
         if norm == 0 and not self.optimizer.step_was_skipped:
-            advice = "is anything of the adapter used and trainable?"
+            advice = "check that the adapter's layers are used and can be trained"
             raise RunError(self._blame(step.step, step.batches, "all gradients are zero", advice))
         if norm is not None and not math.isfinite(norm) and not self.args.fp16:
-            advice = "look at the rows and the --learning_rate"
+            advice = "check the rows and the --learning_rate"
             raise RunError(self._blame(step.step, step.batches, f"the gradients' norm is {norm}", advice))
 
     def _maybe_log_save_evaluate(self, *args, **kwargs) -> None:
         if self.control.should_log or self.control.should_evaluate or self.control.should_save:
-            self.look_back()
+            self.check_last_step()
         super()._maybe_log_save_evaluate(*args, **kwargs)
 
     def check_losses(self) -> None:
         """
-        Every process must call it. A run that had made all of its steps when it was resumed has been checked.
+        Checks that something was trained. Every process must call it. A run that resumed with all steps made passes.
 
         Raises:
-            RunError: every loss on every process was exactly 0, or no step was made that did not overflow.
-            RunError, RankError: see `look_back`.
+            RunError: every loss on every process was exactly 0, or every step overflowed.
+            RunError, RankError: see `check_last_step`.
         """
-        self.look_back()
+        self.check_last_step()
         if not self.made_a_step:
             return
         if self.overflows.in_all == self.state.global_step > 0:
@@ -168,7 +179,7 @@ class GuardedTrainer(Trainer):
             raise RunError("the adapter is not saved: every loss was exactly 0, so nothing was trained on")
 
     def _blame(self, step: int, batches: list[dict[str, Any]], fault: str, advice: str) -> str:
-        """Keeps the rows of the batches in a file; says what is wrong and where they are."""
+        """Writes the rows of the batches to a file; returns the message that names the fault and the file."""
         path = Path(self.args.output_dir) / f"rows_at_fault.rank{process_rank()}.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("w", encoding="utf-8") as file:
@@ -179,11 +190,11 @@ class GuardedTrainer(Trainer):
 
 
 def rows_of_batch(batch: dict[str, Any]) -> Iterator[list[int]]:
-    """The input_ids of each row of a batch, padded or packed, and of what fills a pack up."""
+    """Yields the input_ids of each row of a batch, padded or packed; filling rows of a packed batch come too."""
     if "cu_seq_lens_q" in batch:
         ends = batch["cu_seq_lens_q"].tolist()
         for start, end in zip(ends, ends[1:], strict=False):
-            if start < end:  # not one of those that fill a batch up
+            if start < end:  # not one of the empty rows that fill a packed batch
                 yield batch["input_ids"][0, start:end].tolist()
     else:
         for input_ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True):
@@ -191,7 +202,7 @@ def rows_of_batch(batch: dict[str, Any]) -> Iterator[list[int]]:
 
 
 def find_row(rows: datasets.Dataset, input_ids: list[int]) -> int | None:
-    """The number of the first row, from 0, with these tokens."""
+    """Returns the number of the first row, from 0, that has these tokens; None if there is none."""
     column = rows.with_format("arrow")[:]["input_ids"]
     lengths = pyarrow.compute.list_value_length(column)
     candidates = pyarrow.compute.indices_nonzero(pyarrow.compute.equal(lengths, len(input_ids))).to_pylist()

@@ -1,13 +1,21 @@
-"""A training request, checked as a whole before anything slow or shared begins: every fault is reported at once."""
+"""
+A training request, checked as a whole before anything slow or shared begins: every fault is reported at once.
+
+In: the flags as argparse leaves them. Out: `TrainingInputs`, what the flags name, opened. run_config.py calls
+`open_inputs` before the processes join one another and before a model is loaded; it needs no GPU.
+"""
 
 import contextlib
 import os
 from argparse import Namespace
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
+import datasets
 import torch
 from peft.utils import CONFIG_NAME
+from transformers import PreTrainedTokenizerBase
 
 from utils.checkpoint.directory import check_name
 from utils.checkpoint.model import Checkpoint
@@ -27,19 +35,31 @@ from utils.models.templates import template_for
 from utils.training.argument_checks import check_values
 from utils.training.checkpoints import list_checkpoints
 from utils.training.deepspeed_config import read_deepspeed_config
-from utils.training.run_config import TrainingRequest, checkpointing_flag
+
+DEFAULT_OUTPUT_DIR = "trainer_output"  # of TrainingArguments, which fills it in later
 
 
-def open_request(values: Namespace) -> TrainingRequest:
+@dataclass(frozen=True)
+class TrainingInputs:
+    """What the flags of a training run name, opened: rows, tokenizer and base checkpoint."""
+
+    dataset: datasets.Dataset  # rows with a token to train on, without those held out
+    tokenizer: PreTrainedTokenizerBase
+    checkpoint: Checkpoint
+    origin: AdapterOrigin  # of the adapter that will be trained
+    eval_dataset: datasets.Dataset | None = None
+
+
+def open_inputs(values: Namespace) -> TrainingInputs:
     """
-    Opens what the flags name, once all of them are known to work together. Needs no process group and no GPU.
+    Opens what the flags name, once all of them are known to work together.
 
     Args:
-        values: the flags of FinetuneArguments and TrainingArguments as argparse leaves them; a
-            `lora_target_modules` that was not given becomes the generation's own.
+        values: the flags of FinetuneArguments and TrainingArguments as argparse leaves them. A
+            `lora_target_modules` that was not given becomes the generation's default.
 
     Raises:
-        UsageError: every fault that can be found before the model is loaded, one line each with its mend.
+        UsageError: every fault that can be found before the model is loaded, one line each with its fix.
     """
     faults = Faults()
     dataset = eval_dataset = tokenizer = vocabulary = checkpoint = origin = template = None
@@ -70,18 +90,14 @@ def open_request(values: Namespace) -> TrainingRequest:
         if eval_dataset and values.eval_dataset_path:
             with faults.collect(), _named("--eval_dataset_path"):
                 check_origin(values.eval_dataset_path, tokenizer, values.model_name_or_path)
-    longest = max((n for rows in (dataset, eval_dataset) if rows for n in row_lengths(rows)), default=0)
-    if values.packing and longest > values.pack_tokens >= 1:
-        faults.add(
-            f"--pack_tokens {values.pack_tokens}: the longest row has {longest} tokens; give at least that many, "
-            f"or tokenise with a smaller --max_seq_length"
-        )
-    if vocabulary:  # else the same fault again
+    with faults.collect():
+        check_pack_tokens(values, [rows for rows in (dataset, eval_dataset) if rows])
+    if vocabulary:  # else opening the checkpoint failed above, and would report the same fault again
         with faults.collect():
             checkpoint = Checkpoint.open(values.model_name_or_path, quantize=stored_bits(values.quantize))
     if checkpoint:
         with faults.collect():
-            check_targets(values, checkpoint)
+            configure_targets(values, checkpoint)
         with faults.collect():
             check_quantization(values, checkpoint, stage)
     with faults.collect():
@@ -89,17 +105,30 @@ def open_request(values: Namespace) -> TrainingRequest:
     faults.report()
     made_by = fingerprint(tokenizer, template_for(tokenizer, template))
     origin = AdapterOrigin(template, checkpoint.fingerprint(), values.model_name_or_path, made_by)
-    check_adapter_there(values, origin)
-    return TrainingRequest(dataset, tokenizer, checkpoint, origin, checkpointing_flag(values), eval_dataset)
+    check_previous_adapter(values, origin)
+    return TrainingInputs(dataset, tokenizer, checkpoint, origin, eval_dataset)
 
 
 @contextlib.contextmanager
 def _named(flag: str) -> Iterator[None]:
-    """Faults of a dataset under the flag that gave it."""
+    """Reports faults of a dataset under the flag that named it."""
     try:
         yield
     except UsageError as error:
         raise UsageError(*(line.replace("--dataset_path", flag) for line in error.args)) from None
+
+
+def check_pack_tokens(values: Namespace, datasets_to_pack: list[datasets.Dataset]) -> None:
+    """
+    Raises:
+        UsageError: a row is longer than a packed sequence may be.
+    """
+    longest = max((length for dataset in datasets_to_pack for length in row_lengths(dataset)), default=0)
+    if values.packing and longest > values.pack_tokens >= 1:
+        raise UsageError(
+            f"--pack_tokens {values.pack_tokens}: the longest row has {longest} tokens; give at least that many, "
+            f"or tokenise with a smaller --max_seq_length"
+        )
 
 
 def check_devices(values: Namespace) -> None:
@@ -115,10 +144,10 @@ def check_devices(values: Namespace) -> None:
 
 def zero_stage(values: Namespace) -> int | None:
     """
-    The ZeRO stage that the run's DeepSpeed has, None without DeepSpeed.
+    Returns the ZeRO stage of the run; None without DeepSpeed.
 
     Raises:
-        UsageError: see `read_deepspeed_config`; or accelerate brings a DeepSpeed of its own beside --deepspeed.
+        UsageError: see `read_deepspeed_config`; or --deepspeed is given and accelerate configures DeepSpeed too.
     """
     path = values.deepspeed
     if launched_by_accelerate_with_deepspeed():
@@ -135,8 +164,8 @@ def zero_stage(values: Namespace) -> int | None:
 def check_quantization(values: Namespace, checkpoint: Checkpoint, stage: int | None) -> None:
     """
     Raises:
-        UsageError: a quantised base under ZeRO-3 or FSDP2, which partition floating-point weights alone; or fp8
-            of a base that is quantised already, not in bfloat16, or without a GPU for it.
+        UsageError: a quantised base under ZeRO-3 or FSDP2, which shard floating-point weights only; or fp8 for a base
+            that is quantised already, not in bfloat16, or without a GPU that supports it.
     """
     faults = Faults()
     sharded = "FSDP2" if launched_by_accelerate_with_fsdp() else "ZeRO-3" if stage == 3 else None
@@ -155,10 +184,12 @@ def check_quantization(values: Namespace, checkpoint: Checkpoint, stage: int | N
     faults.report()
 
 
-def check_targets(values: Namespace, checkpoint: Checkpoint) -> None:
+def configure_targets(values: Namespace, checkpoint: Checkpoint) -> None:
     """
+    Sets `values.lora_target_modules` to the generation's default where it was not given.
+
     Raises:
-        UsageError: names among --lora_target_modules that are no linear layer of the generation's blocks.
+        UsageError: --lora_target_modules names something that is no linear layer of the generation's blocks.
     """
     linear = checkpoint.generation.linear_layers
     if values.lora_target_modules is None:
@@ -173,9 +204,9 @@ def check_targets(values: Namespace, checkpoint: Checkpoint) -> None:
 def check_output(values: Namespace, checkpoint: Checkpoint | None) -> None:
     """
     Raises:
-        UsageError: --output_dir cannot be written, or is something else already.
+        UsageError: --output_dir cannot be written, or holds something else already.
     """
-    path = Path(values.output_dir or "trainer_output")  # the default of TrainingArguments
+    path = Path(values.output_dir or DEFAULT_OUTPUT_DIR)
     another = "give another directory"
     check_name("--output_dir", path)
     if path.exists() and not path.is_dir():
@@ -189,33 +220,36 @@ def check_output(values: Namespace, checkpoint: Checkpoint | None) -> None:
         raise UsageError(f"--output_dir {path} cannot be written ({nearest} is read-only): {another}")
 
 
-def check_adapter_there(values: Namespace, origin: AdapterOrigin) -> None:
+def check_previous_adapter(values: Namespace, origin: AdapterOrigin) -> None:
     """
-    Of a run that goes on from a checkpoint there, its settings are compared instead: a kill may have left the adapter
-    without its origin.
+    Compares the adapter in --output_dir with the one to be trained.
+
+    A run that resumes from a checkpoint there is not checked: its resume key is compared instead, since a kill may
+    have left the adapter without its origin.
 
     Raises:
         UsageError: --output_dir holds the adapter of a run that trained something else.
     """
-    directory = Path(values.output_dir or "trainer_output")
-    resumed_from = values.resume_from_checkpoint
-    resumes_there = resumed_from and (resumed_from == "latest" or Path(resumed_from).parent == directory)
-    if not (directory / CONFIG_NAME).is_file() or (resumes_there and list_checkpoints(directory)):
+    directory = Path(values.output_dir or DEFAULT_OUTPUT_DIR)
+    resume_from = values.resume_from_checkpoint
+    resumes_here = resume_from and (resume_from == "latest" or Path(resume_from).parent == directory)
+    if not (directory / CONFIG_NAME).is_file() or (resumes_here and list_checkpoints(directory)):
         return
-    there = read_json_object(directory / CONFIG_NAME)
-    targets = there.get("target_modules")
-    before = read_origin(directory)
+    previous = read_json_object(directory / CONFIG_NAME)
+    targets = previous.get("target_modules")
+    previous_origin = read_origin(directory)
     pairs = {
-        "lora_rank": (there.get("r"), values.lora_rank),
-        "lora_alpha": (there.get("lora_alpha"), values.lora_alpha),
+        "lora_rank": (previous.get("r"), values.lora_rank),
+        "lora_alpha": (previous.get("lora_alpha"), values.lora_alpha),
         "lora_target_modules": (
             sorted(map(str, targets)) if isinstance(targets, list) else targets,
             sorted(values.lora_target_modules),
         ),
     }
     differing = [f"{name} {then} (now {now})" for name, (then, now) in pairs.items() if then != now]
-    if before is None or before.base != origin.base:
-        differing.append(f"base {before.model_name_or_path if before else 'unknown'} (other weights)")
+    if previous_origin is None or previous_origin.base != origin.base:
+        previous_base = previous_origin.model_name_or_path if previous_origin else "unknown"
+        differing.append(f"base {previous_base} (other weights)")
     if differing:
         raise UsageError(
             f"--output_dir {directory} holds the adapter of another run, with {', '.join(differing)}: give another "

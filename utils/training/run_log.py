@@ -1,4 +1,8 @@
-"""What a run leaves beside its adapter: run.json, train.log, metrics.jsonl and loss.png, all by rank 0."""
+"""
+Records a training run beside its adapter: run.json (what it takes to repeat the run) and train.log (what it printed).
+
+The training script calls it, the main process writes. metrics.jsonl and loss.png are written by callbacks.py.
+"""
 
 import contextlib
 import errno
@@ -15,25 +19,25 @@ from pathlib import Path
 from typing import IO, Any
 
 import torch
-from transformers import TrainingArguments
 
 from utils.common.files import UNENCODABLE, atomic_writer
 from utils.common.processes import is_main_process, print_once
 from utils.common.redaction import hide_in_command, hide_secrets
 from utils.common.terminal import drop_output
+from utils.training.run_config import RunConfig
 
 RUN_FILE = "run.json"
 LOG_FILE = "train.log"
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "deepspeed", "datasets")
-REPORTERS = {  # package -> variables that keep what it writes on this machine, in a directory of the run
+REPORTERS = {  # package -> variables that keep its files on this machine, in a directory of the run
     "tensorboard": {"TENSORBOARD_LOGGING_DIR": "{output_dir}/tensorboard"},
     "wandb": {"WANDB_MODE": "offline", "WANDB_DIR": "{output_dir}"},
     "swanlab": {"SWANLAB_MODE": "offline", "SWANLAB_LOG_DIR": "{output_dir}/swanlab"},
 }
 
 
-def settle_reporters(reporters: list[str], output_dir: str) -> None:
-    """Lets reporters write beside the run, and nothing leave the machine unless their own variables say so."""
+def configure_reporters(reporters: list[str], output_dir: str) -> None:
+    """Makes reporters write beside the run; nothing leaves the machine unless the user's own variables say so."""
     for reporter in reporters:
         for variable, value in REPORTERS.get(reporter, {}).items():
             if variable not in os.environ:
@@ -42,7 +46,7 @@ def settle_reporters(reporters: list[str], output_dir: str) -> None:
 
 
 def describe_environment() -> dict[str, Any]:
-    """Versions, the state of this repository, and the devices of this machine; None for what is not known."""
+    """Returns versions, the state of this repository, and this machine's devices; None for what is not known."""
     versions: dict[str, str | None] = {"python": sys.version.split()[0]}
     for package in PACKAGES:
         try:
@@ -56,9 +60,10 @@ def describe_environment() -> dict[str, Any]:
 
 
 def _git(*words: str) -> str | None:
+    """Returns the output of a git command in this repository; None if it fails."""
     repository = Path(__file__).resolve().parents[2]
     try:
-        done = subprocess.run(
+        process = subprocess.run(
             ["git", *words],
             cwd=repository,
             capture_output=True,
@@ -68,39 +73,41 @@ def _git(*words: str) -> str | None:
         )
     except (OSError, subprocess.TimeoutExpired):
         return None
-    return done.stdout.rstrip() if done.returncode == 0 else None
+    return process.stdout.rstrip() if process.returncode == 0 else None
 
 
-def write_run(
-    args: TrainingArguments, own_arguments: dict[str, Any], data: dict[str, Any], base: dict[str, Any], resumed_from
-) -> None:
-    """Writes run.json: what it takes to make the same run again. The main process writes."""
+def write_run(config: RunConfig, resumed_from: Path | None) -> None:
+    """Writes run.json: what it takes to repeat the run. The main process writes."""
     if not is_main_process():
         return
-    run = {
+    args, inputs, key = config.training_args, config.inputs, config.resume_key
+    data = {"path": config.flags.dataset_path, "rows": len(inputs.dataset), "fingerprint": key.identity["rows"]}
+    if inputs.eval_dataset:
+        data |= {"eval_rows": len(inputs.eval_dataset), "eval_fingerprint": key.schedule["eval_rows"]}
+    record = {
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": shown_command(),
         "world_size": args.world_size,
         "resumed_from": str(resumed_from) if resumed_from else None,
         **describe_environment(),
         "data": data,
-        "base": base,
-        "arguments": own_arguments,
+        "base": inputs.origin.base,
+        "arguments": vars(config.flags),
         "training_arguments": args.to_dict(),
     }
     with atomic_writer(Path(args.output_dir) / RUN_FILE) as file:
-        json.dump(hide_secrets(run), file, ensure_ascii=False, indent=1, default=str)
+        json.dump(hide_secrets(record), file, ensure_ascii=False, indent=1, default=str)
 
 
 def shown_command() -> str:
-    """The command line of this process, without its secrets."""
+    """Returns the command line of this process, without its secrets."""
     return hide_secrets(shlex.join(hide_in_command(sys.argv)))
 
 
 class _Output:
     """
-    A stream whose text goes to a file too, if there is one; bars, which rewrite their line, do not. Where the stream
-    is gone, a terminal that closed or a `tee` that Ctrl-C ended, the run goes on without it.
+    A stream whose text also goes to a file, if there is one; progress bars, which rewrite their line, do not. If the
+    stream breaks, because a terminal closed or Ctrl-C ended a `tee`, the run continues without it.
     """
 
     def __init__(self, stream: IO[str], file: IO[str] | None):
@@ -110,16 +117,16 @@ class _Output:
         if self.file and "\r" not in text:
             self.file.write(hide_secrets(text))
             self.file.flush()
-        with self._survived():
+        with self._outliving_the_stream():
             self.stream.write(text)
         return len(text)
 
     def flush(self) -> None:
-        with self._survived():
+        with self._outliving_the_stream():
             self.stream.flush()
 
     @contextlib.contextmanager
-    def _survived(self) -> Iterator[None]:
+    def _outliving_the_stream(self) -> Iterator[None]:
         try:
             yield
         except OSError as error:
@@ -134,8 +141,8 @@ class _Output:
 @contextlib.contextmanager
 def keep_log(output_dir: str) -> Iterator[None]:
     """
-    Until the block ends, what the main process prints goes to train.log too, and so does the error that ends it.
-    Every process outlives its stdout and stderr.
+    Copies what the main process prints to train.log until the block ends, and the error that ends it. Every process
+    outlives its stdout and stderr.
     """
     before = sys.stdout, sys.stderr
     with contextlib.ExitStack() as stack:
@@ -149,7 +156,7 @@ def keep_log(output_dir: str) -> Iterator[None]:
             yield
         except Exception as error:
             if file:
-                with contextlib.suppress(OSError):  # the disk may be full, which is then what `error` says
+                with contextlib.suppress(OSError):  # the disk may be full: then `error` says so
                     file.write(hide_secrets("".join(traceback.format_exception(error))))
                     file.flush()
             raise

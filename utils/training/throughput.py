@@ -1,4 +1,9 @@
-"""How fast a training run is: real tokens a second, padding, model FLOPs utilisation, memory."""
+"""
+Measures how fast a training run is: real tokens a second, padding, model FLOPs utilisation (MFU), peak memory.
+
+trainer.py counts each micro batch and reads the speed at every log; benchmarks/train_throughput.py uses the same
+clock.
+"""
 
 import time
 from collections import Counter
@@ -9,7 +14,7 @@ from torch import nn
 
 from utils.distributed.collectives import gather_from_all
 
-# Dense bfloat16 TFLOP/s by the makers' data sheets, by a part of the card's name; the first that matches holds.
+# Dense bfloat16 TFLOP/s from the makers' data sheets, by a substring of the GPU's name; the first match counts.
 PEAK_TFLOPS = {
     "H100 PCIe": 756,
     "H100": 989,
@@ -28,22 +33,23 @@ PEAK_TFLOPS = {
 
 
 def peak_tflops() -> int | None:
-    """Of this machine's GPU; None where it is not in the table or there is none."""
+    """Returns the dense bfloat16 TFLOP/s of this machine's GPU; None if it has none or the table lacks it."""
     if not torch.cuda.is_available():
         return None
     name = torch.cuda.get_device_name()
-    return next((peak for part, peak in PEAK_TFLOPS.items() if part in name), None)
+    return next((peak for substring, peak in PEAK_TFLOPS.items() if substring in name), None)
 
 
 def gpu_peak_gib() -> float:
+    """Returns the most GPU memory that this process had allocated, in GiB; 0 without a GPU."""
     return torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else 0.0
 
 
 @dataclass
 class Throughput:
     """
-    Counts what passes through a process and the time that it takes. The first step, in which layers are compiled and
-    memory is found, is timed apart.
+    Counts tokens and time of a process's optimizer steps. The first step, which compiles layers and grows the
+    allocator's memory, is timed separately.
 
     Args:
         token_flops: floating-point operations of a real token outside the head, forward and backward.
@@ -52,19 +58,21 @@ class Throughput:
 
     token_flops: float
     target_flops: float
-    steps: int = -1  # on the clock, which the end of the first one starts
+    steps: int = -1  # after the first, whose end starts the clock
     first_step_seconds: float = 0.0
-    batch_flops: float = 0.0  # of the micro-batch counted last
+    batch_flops: float = 0.0  # of the last micro batch
 
     def __post_init__(self):
         self.counts = Counter()
+        # (seconds, token counts) at the end of the first step, and at the last measurement
         self.begin = self.mark = (time.perf_counter(), Counter())
 
     @classmethod
     def of(cls, model: nn.Module, blocks: list[nn.Module]) -> "Throughput":
         """
-        For a model whose base is frozen: two operations a weight and token in the forward pass and two in the backward
-        pass, which makes the gradients of the activations alone. Attention and adapter are left out.
+        Returns the counter for a model whose base is frozen: two operations per weight and token in the forward pass
+        and two in the backward pass, which computes the gradients of activations only. Attention and adapter are left
+        out.
         """
         linear = [layer for block in blocks for layer in block.modules() if hasattr(layer, "out_features")]
         weights = sum(layer.in_features * layer.out_features for layer in linear if not hasattr(layer, "base_layer"))
@@ -72,56 +80,62 @@ class Throughput:
         return cls(4.0 * weights, 4.0 * head.in_features * head.out_features)
 
     def count(self, real: int, total: int, targets: int) -> None:
-        """The tokens of one micro-batch: without padding, with it, and trained on."""
+        """Adds the tokens of one micro batch: without padding, with padding, and trained on."""
         self.counts.update(real=real, total=total, targets=targets)
         self.batch_flops = self.flops(real, targets)
 
     def flops(self, real: int, targets: int) -> float:
+        """Returns the floating-point operations of these numbers of real and target tokens."""
         return real * self.token_flops + targets * self.target_flops
 
     def end_step(self) -> None:
-        """After each optimizer step."""
+        """Counts an optimizer step; call it after each."""
         self.steps += 1
         if self.steps == 0:
             self._wait()
             self.first_step_seconds = time.perf_counter() - self.begin[0]
             self.begin = self.mark = (time.perf_counter(), self.counts.copy())
 
-    def leave_out(self, seconds: float) -> None:
-        """Of what was counted last, seconds in which nothing was trained."""
+    def exclude(self, seconds: float) -> None:
+        """Excludes `seconds` (evaluation) from the throughput clock."""
         self.begin, self.mark = ((moment + seconds, counts) for moment, counts in (self.begin, self.mark))
 
     def seconds_left(self, steps: int) -> float | None:
-        """Until so many more steps are done; None in the first."""
-        return round(steps * self.seconds_a_step()) if self.steps > 0 else None
+        """Returns the seconds that `steps` more steps will take; None in the first step."""
+        return round(steps * self.seconds_per_step()) if self.steps > 0 else None
 
-    def seconds_a_step(self) -> float:
-        """Of those after the first, of which there must be one."""
+    def seconds_per_step(self) -> float:
+        """Returns the mean of the steps after the first; there must be one."""
         return (time.perf_counter() - self.begin[0]) / self.steps
 
-    def read(self, whole_run: bool = False) -> dict[str, float]:
+    def measure(self, whole_run: bool = False) -> dict[str, float]:
         """
-        Speed since the last reading, or since the end of the first step, over all processes, all of which must call
-        it: real tokens a second, share of padding, utilisation of a GPU's peak, and the most memory one had in use.
+        Returns the speed since the last measurement, or since the end of the first step, over all processes; {} if no
+        token was counted. Every process must call it.
+
+        Returns:
+            `tokens_per_second` (real tokens), `padding` (share of all tokens) and, on a GPU, `peak_gib` (the largest
+            of all processes); with a known GPU also `mfu` (share of `of_peak_tflops`).
         """
         self._wait()
         now = (time.perf_counter(), self.counts.copy())
-        then, self.mark = (self.begin if whole_run else self.mark), now
+        then = self.begin if whole_run else self.mark
+        self.mark = now
         everyone = gather_from_all((now[1] - then[1], gpu_peak_gib()))
         counts = sum((counts for counts, _ in everyone), Counter())
         if not counts["real"]:
             return {}
         seconds = now[0] - then[0]
-        found = {
+        metrics = {
             "tokens_per_second": round(counts["real"] / seconds, 1),
             "padding": round(1 - counts["real"] / counts["total"], 4),
         }
         if peak := peak_tflops():
             flops = self.flops(counts["real"], counts["targets"])
-            found |= {"mfu": round(flops / seconds / len(everyone) / peak / 1e12, 4), "of_peak_tflops": peak}
+            metrics |= {"mfu": round(flops / seconds / len(everyone) / peak / 1e12, 4), "of_peak_tflops": peak}
         if torch.cuda.is_available():
-            found["peak_gib"] = round(max(peak for _, peak in everyone), 2)
-        return found
+            metrics["peak_gib"] = round(max(peak for _, peak in everyone), 2)
+        return metrics
 
     @staticmethod
     def _wait() -> None:

@@ -1,29 +1,40 @@
-"""The Trainer as this toolkit needs it, also for FSDP2 as accelerate brings it."""
+"""
+The Trainer of this toolkit and the model that it trains: a frozen base with an adapter, the same under every launcher.
 
-import json
+In: a `RunConfig`. Out: an `AdapterTrainer` (`make_trainer`), which writes whole checkpoints and a verified adapter.
+Called by the training script and, for its trial steps, by dry_run.py. transformers' Trainer alone would save a model
+where an adapter is trained, write checkpoints in place, and find out that all steps are made one step too late.
+"""
+
 import math
 import shutil
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator, FullyShardedDataParallelPlugin
 from accelerate.utils import DistributedType
-from transformers import PrinterCallback, ProgressCallback
+from peft import PeftModel
+from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import SaveStrategy
 
+from utils.checkpoint.model import load_model
 from utils.common.errors import RunError
 from utils.common.processes import launched_by_accelerate_with_fsdp, local_rank, print_once, process_rank
 from utils.data.arrow_reader import row_lengths
-from utils.data.collators import RowsByLength
+from utils.data.collators import PackingCollator, PaddingCollator, RowsByLength
+from utils.data.packing import pack_dataset
 from utils.distributed.collectives import barrier, gather_from_all
-from utils.lora.adapter import AdapterOrigin, save_adapter
-from utils.training.callbacks import Bar, Curves, ExactOffload, StepEnd
+from utils.layers.fp8 import FP8
+from utils.layers.quantization import stored_bits
+from utils.lora.adapter import attach_adapter, save_adapter, scale_losses_under_zero3
+from utils.training.arguments import BY_LENGTH
+from utils.training.callbacks import ExactOffload, LossCurves, ProgressBar, StepTimer
 from utils.training.checkpoints import (
-    RESUME_FILE,
     STAGING,
     find_damage,
     list_checkpoints,
@@ -33,17 +44,85 @@ from utils.training.checkpoints import (
     save_sealed,
     step_of,
 )
+from utils.training.loss import use_target_loss
 from utils.training.nan_guard import GuardedTrainer
-from utils.training.resume_settings import Settings
-from utils.training.run_config import BY_LENGTH, data_seed, global_batch
+from utils.training.optimize import decoder_blocks, partitions_weights, settle_zero3, speed_up
+from utils.training.run_config import RunConfig, data_seed, global_batch
 from utils.training.throughput import Throughput
 
 
-def settle_fsdp(accelerator: Accelerator) -> None:
+@dataclass(frozen=True)
+class Batches:
+    """What batches are drawn from, and the collators that make them."""
+
+    items: Sequence  # rows, or packs of rows
+    collator: Callable[[Sequence], dict[str, Any]]
+    eval_items: Sequence | None
+    eval_collator: Callable[[Sequence], dict[str, Any]]
+
+
+def make_trainer(config: RunConfig, callbacks: list[TrainerCallback]) -> "AdapterTrainer":
+    """Loads the model, packs the rows where the run does, and prints what the run resolved."""
+    model = prepare_model(config)
+    batches = make_batches(config)
+    print_once(config.describe(len(batches.items), *model.get_nb_trainable_parameters()))
+    return AdapterTrainer(config, model, batches, callbacks)
+
+
+def prepare_model(config: RunConfig) -> PeftModel:
+    """Returns the frozen base with the adapter to train; its loss is that of the target tokens only."""
+    flags, args = config.flags, config.training_args
+    settle_zero3(args, flags.compile_layers)  # before loading, which reads DeepSpeed's configuration
+    model = load_model(flags.model_name_or_path, dtype=config.dtype, quantize=stored_bits(flags.quantize))
+    model.config.use_cache = False
+    model = attach_adapter(  # before anything replaces a layer: PEFT looks for the stock ones
+        model,
+        flags.lora_rank,
+        flags.lora_alpha,
+        flags.lora_dropout,
+        flags.lora_target_modules,
+        seed=args.seed,
+    )
+    if partitions_weights(args) and config.dtype == torch.float16:
+        scale_losses_under_zero3(model)
+    if args.gradient_checkpointing:
+        model.enable_input_require_grads()
+    use_target_loss(model.get_base_model(), compiled=flags.compile_layers)  # the head is not among the layers below
+    speed_up(  # last: it replaces layers together with their adapters, and compiles the blocks
+        model,
+        config.inputs.checkpoint.generation,
+        args,
+        fp8=flags.quantize == FP8,
+        packing=flags.packing,
+        compile_layers=flags.compile_layers,
+    )
+    return model
+
+
+def make_batches(config: RunConfig) -> Batches:
+    """Returns the rows padded in batches, or packed into sequences of --pack_tokens."""
+    inputs, flags, args = config.inputs, config.flags, config.training_args
+    pad_token_id = inputs.tokenizer.pad_token_id
+    if not flags.packing:
+        collator = PaddingCollator(pad_token_id)
+        return Batches(inputs.dataset, collator, inputs.eval_dataset, collator)
+    packs, shape = pack_dataset(inputs.dataset, flags.pack_tokens, args.seed, args.per_device_train_batch_size)
+    static_shape = shape if flags.compile_layers else None  # compiled blocks see one shape
+    collator = PackingCollator(inputs.checkpoint.row_positions, pad_token_id, static_shape)
+    if not inputs.eval_dataset:
+        return Batches(packs, collator, inputs.eval_dataset, collator)
+    eval_packs, shape = pack_dataset(
+        inputs.eval_dataset, flags.pack_tokens, args.seed, args.per_device_eval_batch_size
+    )
+    return Batches(packs, collator, eval_packs, replace(collator, shape=shape if flags.compile_layers else None))
+
+
+def configure_fsdp(accelerator: Accelerator) -> None:
     """
-    Shards by `fully_shard` where accelerate's config says so: on CPUs, where accelerate would fall back to DDP in
-    silence, too. Every parameter is gathered in its own dtype: the base has the one to compute in, the adapter is
-    float32 and so are its gradients' sums. accelerate's policy would cast all to the run's dtype, the loss with them.
+    Makes accelerate shard by `fully_shard` where its config says FSDP, also on CPUs, where it would silently use DDP.
+
+    Every parameter is gathered in its own dtype: the base already has the one to compute in, the adapter and the sums
+    of its gradients are float32. accelerate's policy would cast all of them, and the loss, to the run's dtype.
     """
     if not launched_by_accelerate_with_fsdp():
         return
@@ -55,110 +134,55 @@ def settle_fsdp(accelerator: Accelerator) -> None:
 
 
 def _mark_dynamic(inputs: dict[str, Any]) -> None:
-    """Tells the compiler of the one shape in a packed batch that differs from the next one's."""
+    """Tells the compiler which shape in a packed batch varies: the number of ChatGLM-6B's prefix tokens."""
     if "prefix_tokens" in inputs:
         torch._dynamo.maybe_mark_dynamic(inputs["prefix_tokens"], 0)
 
 
+# Private methods of Trainer that AdapterTrainer and GuardedTrainer override.
+TRAINER_HOOKS = (
+    "_get_train_sampler",  # rows ordered by length
+    "_get_grad_norm",  # once per optimizer step, between the backward pass and the optimizer
+    "_maybe_log_save_evaluate",  # after each optimizer step
+    "_init_training_state",  # once per run, after a checkpoint's state was read
+    "_run_epoch",  # once per epoch
+    "_save_checkpoint",  # writes checkpoint-N into `_get_output_dir`
+    "_get_output_dir",
+    "_load_best_model",  # once, after the last step
+)
+
+
 class AdapterTrainer(GuardedTrainer):
     """
-    Saves the adapter, gathered and verified, where Trainer would save a model, the same under every launcher; and
-    checkpoints that appear whole, with the settings of the run.
+    Saves the adapter, gathered and verified, where Trainer would save a model; checkpoints appear whole, each with the
+    run's resume key.
     """
 
-    def __init__(
-        self,
-        *args,
-        origin: AdapterOrigin,
-        settings: Settings,
-        blocks: list[torch.nn.Module],
-        eval_collator: Callable[[Sequence], dict[str, Any]] | None = None,
-        **kwargs,
-    ):
-        self.throughput = Throughput.of(kwargs["model"].get_base_model(), blocks)
-        self.eval_collator = eval_collator
-        super().__init__(*args, **kwargs)
+    def __init__(self, config: RunConfig, model: PeftModel, batches: Batches, callbacks: list[TrainerCallback]):
+        self.throughput = Throughput.of(model.get_base_model(), decoder_blocks(model))
+        self.eval_collator = batches.eval_collator
+        super().__init__(
+            model=model,
+            args=config.training_args,
+            train_dataset=batches.items,
+            eval_dataset=batches.eval_items,
+            data_collator=batches.collator,
+            callbacks=callbacks,
+            rows=config.inputs.dataset,
+            tokenizer=config.inputs.tokenizer,
+        )
         self.remove_callback(ProgressCallback)
         self.remove_callback(PrinterCallback)
-        self.bar = Bar()
-        for callback in (StepEnd(self.throughput), ExactOffload(), self.bar, Curves()):
+        self.bar = ProgressBar()
+        for callback in (StepTimer(self.throughput), ExactOffload(), self.bar, LossCurves()):
             self.add_callback(callback)
-        self.origin, self.settings = origin, settings
+        self.origin, self.resume_key = config.inputs.origin, config.resume_key
         self.staging = Path(self.args.output_dir) / STAGING
         self.resumed_from: Path | None = None
         self.saved_step: int | None = None
 
-    def create_accelerator_and_postprocess(self) -> None:
-        super().create_accelerator_and_postprocess()
-        settle_fsdp(self.accelerator)
-        self.is_fsdp_enabled = launched_by_accelerate_with_fsdp()
-
-    def _get_train_sampler(self, train_dataset=None) -> torch.utils.data.Sampler | None:
-        if self.args.train_sampling_strategy != BY_LENGTH:
-            return super()._get_train_sampler(train_dataset)
-        return RowsByLength(row_lengths(self.train_dataset), global_batch(self.args), data_seed(self.args))
-
-    def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
-        _mark_dynamic(inputs)
-        self.throughput.count(inputs.pop("real_tokens"), inputs["input_ids"].numel(), len(inputs["target_ids"]))
-        return super().training_step(model, inputs, num_items_in_batch)
-
-    def floating_point_ops(self, inputs) -> float:
-        """Of the last micro-batch, as `mfu` counts them: Trainer's miss weights in shards or integers."""
-        return self.throughput.batch_flops
-
-    @torch.no_grad()
-    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
-        """
-        Loss and perplexity over all target tokens of the evaluation rows, each counted once, however rows fall on
-        batches and processes. Every process must call it; each passes through its model equally often.
-
-        Returns:
-            `eval_loss` (nats a target token), `eval_perplexity`, `eval_tokens` and `eval_runtime` (seconds).
-        """
-        started = time.perf_counter()
-        rows, size = self.eval_dataset, self.args.per_device_eval_batch_size
-        starts = range(0, len(rows), size)
-        mine = list(starts[process_rank() :: self.args.world_size])
-        self.model_wrapped.eval()
-        total, tokens = 0.0, 0
-        for turn in range(math.ceil(len(starts) / self.args.world_size)):
-            start = mine[turn] if turn < len(mine) else 0  # a batch that another process counts
-            batch = self.eval_collator([rows[i] for i in range(start, min(start + size, len(rows)))])
-            inputs = self._prepare_inputs(batch)
-            _mark_dynamic(inputs)
-            inputs.pop("real_tokens")
-            summed = self.model_wrapped(**inputs, num_items_in_batch=1).loss
-            if turn < len(mine):
-                total += summed.item()
-                tokens += len(inputs["target_ids"])
-        self.model_wrapped.train()
-        totals, counts = zip(*gather_from_all((total, tokens)), strict=True)
-        loss = sum(totals) / sum(counts)
-        seconds = time.perf_counter() - started
-        self.throughput.leave_out(seconds)
-        values = {"loss": loss, "perplexity": math.exp(min(loss, 700)), "tokens": sum(counts)}
-        metrics = {f"{metric_key_prefix}_{name}": value for name, value in values.items()}
-        metrics[f"{metric_key_prefix}_runtime"] = round(seconds, 2)
-        self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        return metrics
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds speed and memory since the last such line, and in the summary those of the run after its first step."""
-        if "loss" in logs:
-            logs |= self.throughput.read()
-            left = self.throughput.seconds_left(self.state.max_steps - self.state.global_step)
-            logs |= {} if left is None else {"seconds_left": left}
-        elif "train_runtime" in logs:
-            if not self.made_a_step:  # what the run that made them said of itself stays
-                return
-            logs |= self.throughput.read(whole_run=True)
-            logs["first_step_seconds"] = round(self.throughput.first_step_seconds, 2)
-        super().log(logs, start_time)
-
     def train(self, resume_from_checkpoint: str | None = None, *args, **kwargs):
-        """As Trainer's; a run that had made all of its steps makes none."""
+        """Trains like Trainer; a run that had made all of its steps makes none."""
         if resume_from_checkpoint:
             self.resumed_from = Path(resume_from_checkpoint)
             self.saved_step = step_of(self.resumed_from)
@@ -167,8 +191,97 @@ class AdapterTrainer(GuardedTrainer):
         finally:
             self.bar.close()
 
+    def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
+        _mark_dynamic(inputs)
+        self.throughput.count(inputs.pop("real_tokens"), inputs["input_ids"].numel(), len(inputs["target_ids"]))
+        return super().training_step(model, inputs, num_items_in_batch)
+
+    def floating_point_ops(self, inputs) -> float:
+        """Returns those of the last micro batch, as `mfu` counts them: Trainer misses sharded and integer weights."""
+        return self.throughput.batch_flops
+
+    @torch.no_grad()
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
+        """
+        Returns loss and perplexity over all target tokens of the evaluation rows, each token counted once, however
+        rows fall on batches and processes. Every process must call it, and makes the same number of forward passes.
+
+        Returns:
+            `eval_loss` (nats a target token), `eval_perplexity`, `eval_tokens` and `eval_runtime` (seconds).
+        """
+        started = time.perf_counter()
+        rows, size = self.eval_dataset, self.args.per_device_eval_batch_size
+        starts = range(0, len(rows), size)
+        own_starts = list(starts[process_rank() :: self.args.world_size])
+        self.model_wrapped.eval()
+        total, tokens = 0.0, 0
+        for turn in range(math.ceil(len(starts) / self.args.world_size)):
+            start = own_starts[turn] if turn < len(own_starts) else 0  # a batch that another process counts
+            batch = self.eval_collator([rows[i] for i in range(start, min(start + size, len(rows)))])
+            inputs = self._prepare_inputs(batch)
+            _mark_dynamic(inputs)
+            inputs.pop("real_tokens")
+            summed = self.model_wrapped(**inputs, num_items_in_batch=1).loss
+            if turn < len(own_starts):
+                total += summed.item()
+                tokens += len(inputs["target_ids"])
+        self.model_wrapped.train()
+        totals, counts = zip(*gather_from_all((total, tokens)), strict=True)
+        loss = sum(totals) / sum(counts)
+        seconds = time.perf_counter() - started
+        self.throughput.exclude(seconds)
+        values = {"loss": loss, "perplexity": math.exp(min(loss, 700)), "tokens": sum(counts)}
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in values.items()}
+        metrics[f"{metric_key_prefix}_runtime"] = round(seconds, 2)
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds speed and memory since the last log line; to the summary, those of the run after its first step."""
+        if "loss" in logs:
+            logs |= self.throughput.measure()
+            seconds_left = self.throughput.seconds_left(self.state.max_steps - self.state.global_step)
+            logs |= {} if seconds_left is None else {"seconds_left": seconds_left}
+        elif "train_runtime" in logs:
+            if not self.made_a_step:  # the summary of the run that made the steps stays
+                return
+            logs |= self.throughput.measure(whole_run=True)
+            logs["first_step_seconds"] = round(self.throughput.first_step_seconds, 2)
+        super().log(logs, start_time)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Writes the adapter: into a checkpoint's `output_dir`, or as the run's result, which appears whole."""
+        if _internal_call:
+            save_adapter(self.model, output_dir, self.origin, self.args.should_save)
+            return
+        self.check_losses()
+        staged = self.staging / "adapter"
+        if self.args.should_save:
+            remove(self.staging)
+        save_adapter(self.model, staged, self.origin, self.args.should_save, trained=True)
+        if self.args.should_save:
+            publish(staged, Path(output_dir or self.args.output_dir))
+            remove(self.staging)
+
+    # What we rely on in Trainer
+    #
+    # The methods below are Trainer's own hooks, private ones among them, which no public method replaces. Together
+    # with those of GuardedTrainer they are the names in TRAINER_HOOKS; a test checks that Trainer (transformers 5.24)
+    # has them, and that we override no other private method of it.
+
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        configure_fsdp(self.accelerator)
+        self.is_fsdp_enabled = launched_by_accelerate_with_fsdp()
+
+    def _get_train_sampler(self, train_dataset=None) -> torch.utils.data.Sampler | None:
+        if self.args.train_sampling_strategy != BY_LENGTH:
+            return super()._get_train_sampler(train_dataset)
+        return RowsByLength(row_lengths(self.train_dataset), global_batch(self.args), data_seed(self.args))
+
     def _init_training_state(self, *args, **kwargs) -> tuple[int, int]:
-        """The best checkpoint is looked for beside the one that the run goes on from: both may have been moved."""
+        """Looks for the best checkpoint beside the one that the run resumes from, as both may have been moved."""
         resumed_at = super()._init_training_state(*args, **kwargs)
         if self.resumed_from and self.state.best_global_step:
             best = self.resumed_from.with_name(f"checkpoint-{self.state.best_global_step}")
@@ -177,7 +290,7 @@ class AdapterTrainer(GuardedTrainer):
         return resumed_at
 
     def _run_epoch(self, *, model, trial, **kwargs) -> None:
-        """Trainer would look whether all steps are made after another one only."""
+        """Ends a run whose steps are all made; Trainer would check that only after another step."""
         if self.state.global_step >= self.state.max_steps:
             print_once(f"all {self.state.max_steps} steps are made: saving the adapter")
             self.control.should_training_stop = True
@@ -191,7 +304,7 @@ class AdapterTrainer(GuardedTrainer):
     def _load_best_model(self) -> None:
         """
         Raises:
-            RunError: the best checkpoint is not as it was written.
+            RunError: the best checkpoint is damaged.
         """
         if self.state.global_step < self.state.max_steps:  # a signal stopped the run, and no adapter is saved
             return
@@ -201,33 +314,19 @@ class AdapterTrainer(GuardedTrainer):
         if damage:
             whole = [path.name for path in list_checkpoints(Path(self.args.output_dir)) if not find_damage(path)]
             raise RunError(
-                f"{best}, the checkpoint with the lowest loss, is damaged: {damage}. No adapter is saved. For that of "
-                "the last step give --resume_from_checkpoint latest without --load_best_model_at_end; whole are "
-                f"{', '.join(whole) or 'none'}, each an --adapter_path as it is"
+                f"{best}, the checkpoint with the lowest loss, is damaged: {damage}. No adapter is saved. To save "
+                "that of the last step, give --resume_from_checkpoint latest without --load_best_model_at_end; whole "
+                f"checkpoints, each usable as --adapter_path: {', '.join(whole) or 'none'}"
             )
         super()._load_best_model()
 
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Of a checkpoint, into `output_dir`; by default the run's adapter, which appears whole."""
-        if _internal_call:
-            save_adapter(self.model, output_dir, self.origin, self.args.should_save)
-            return
-        self.check_losses()
-        staged = self.staging / "adapter"
-        if self.args.should_save:
-            remove(self.staging)
-        save_adapter(self.model, staged, self.origin, self.args.should_save, trained=True)
-        if self.args.should_save:
-            publish(staged, Path(output_dir or self.args.output_dir))
-            remove(self.staging)
-
     def _get_output_dir(self, trial) -> str:
-        """Where Trainer writes checkpoints, and removes old ones, of which there are none."""
+        """Returns the directory in which Trainer writes checkpoints, and finds no old ones to remove."""
         return str(self.staging)
 
     def _save_checkpoint(self, model, trial) -> None:
-        """Lets Trainer write its checkpoint apart, and moves it to its place when it is complete."""
-        if local_rank() == 0:  # what a killed run left
+        """Lets Trainer write its checkpoint into the staging directory, and moves it to its place when complete."""
+        if local_rank() == 0:  # a killed run may have left something there
             remove(self.staging)
         barrier()
         staged = self.staging / f"checkpoint-{self.state.global_step}"
@@ -238,7 +337,7 @@ class AdapterTrainer(GuardedTrainer):
                 self.state.best_model_checkpoint = str(final)
             if self.args.should_save:
                 self.state.save_to_json(str(staged / TRAINER_STATE_NAME))
-                (staged / RESUME_FILE).write_text(json.dumps(self.settings, indent=1), encoding="utf-8")
+                self.resume_key.write(staged)
             save_sealed(staged, final)
         except Exception:
             if local_rank() == 0:  # it may be what fills the disk

@@ -1,4 +1,4 @@
-"""What decides a step is compared when a run goes on: every flag is decided on, and what differs is said in words."""
+"""What decides a step is compared when a run resumes: every flag is in a table, and each difference is named."""
 
 import json
 from dataclasses import fields
@@ -8,10 +8,11 @@ import pytest
 import torch
 from transformers import TrainingArguments
 
-from multi_gpu_fintune_belle import FinetuneArguments
-from utils.training.resume_settings import DECIDES, HARMLESS, compare, describe_deepspeed, describe_settings
+from utils.common.errors import UsageError
+from utils.training.arguments import FinetuneArguments
+from utils.training.resume_key import DECIDES, HARMLESS, ResumeKey, describe_deepspeed, describe_schedule
 
-# Of this script's own flags. What decides: the rows and the base by their content, and the others as they are given.
+# The script's own flags. Compared: rows and base by their content, the others by their values.
 COMPARED = {"dataset_path", "eval_dataset_path", "eval_fraction", "model_name_or_path", "packing", "pack_tokens"}
 COMPARED |= {"generation", "quantize", "lora_rank", "lora_alpha", "lora_dropout", "lora_target_modules"}
 NOT_COMPARED = {"compile_layers", "plan"}
@@ -24,9 +25,10 @@ def test_every_flag_is_decided_on():
     assert {field.name for field in fields(FinetuneArguments)} == COMPARED | NOT_COMPARED
 
 
-def settings(tmp_path, eval_rows=None, **flags):
+def key_of(tmp_path, eval_rows=None, **flags):
     args = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, **flags)
-    return json.loads(json.dumps(describe_settings(args, torch.float32, {}, None, eval_rows)))
+    schedule = describe_schedule(args, torch.float32, None, eval_rows)
+    return ResumeKey({}, json.loads(json.dumps(schedule)))
 
 
 @pytest.mark.parametrize(
@@ -44,7 +46,7 @@ def settings(tmp_path, eval_rows=None, **flags):
     ],
 )
 def test_what_differs(tmp_path, flags, words):
-    differing = compare(settings(tmp_path), settings(tmp_path, **flags))
+    differing = key_of(tmp_path).differences(key_of(tmp_path, **flags))
     assert words in differing and bool(words) == bool(differing)
 
 
@@ -52,24 +54,39 @@ def test_deepspeed_files_are_compared_by_content():
     then = {"fp16": {"enabled": "auto", "loss_scale": 0}, "zero_optimization": {"stage": 2, "overlap_comm": True}}
     now = {"fp16": {"enabled": "auto", "loss_scale": 128}, "zero_optimization": {"stage": 2}, "wandb": {"team": "a"}}
     now["optimizer"] = {"type": "Lion"}
-    first, second = ({"steps": {"deepspeed": describe_deepspeed(config)}} for config in (then, now))
-    differing = compare(first, second, ("steps",))
-    assert differing == "deepspeed.fp16.loss_scale 0 (now 128), deepspeed.optimizer None (now {'type': 'Lion'})"
+    first, second = (ResumeKey({}, {"deepspeed": describe_deepspeed(config)}) for config in (then, now))
+    changes = "deepspeed.fp16.loss_scale 0 (now 128), deepspeed.optimizer None (now {'type': 'Lion'})"
+    assert first.differences(second) == changes
 
 
 def test_rows_to_evaluate_on(tmp_path):
     """They decide which checkpoint is the best; a run may get them later."""
     rows = [datasets.Dataset.from_dict({"input_ids": [[1, 2]], "labels": [[-100, last]]}) for last in (2, 3)]
     rows = [each.cast_column("input_ids", datasets.Sequence(datasets.Value("int32"))) for each in rows]
-    first, second = (settings(tmp_path, each, metric_for_best_model="loss") for each in rows)
-    assert compare(first, first) == "" == compare(settings(tmp_path), first)
-    assert compare(first, second) == "to evaluate on, the same rows with loss on other tokens"
+    first, second = (key_of(tmp_path, each, metric_for_best_model="loss") for each in rows)
+    assert first.differences(first) == "" == key_of(tmp_path).differences(first)
+    assert first.differences(second) == "to evaluate on, the same rows with loss on other tokens"
 
 
 def test_checkpoints_of_earlier_versions(tmp_path):
-    """They hold fewer settings, and are compared by those."""
-    now = settings(tmp_path, neftune_noise_alpha=5)
-    earlier = {name: now["steps"][name] for name in ("learning_rate", "seed", "optim", "processes")}
-    assert compare({"trains": {}, "steps": earlier}, now) == ""
-    assert compare({"trains": {}, "steps": earlier | {"seed": 1}}, now) == "seed 1 (now 42)"
-    assert compare({"trains": {"a": 1}}, {"trains": {"a": (1,)}}, ("trains",)) == "a 1 (now [1])"
+    """They hold fewer settings, and only those are compared."""
+    now = key_of(tmp_path, neftune_noise_alpha=5)
+    earlier = {name: now.schedule[name] for name in ("learning_rate", "seed", "optim", "processes")}
+    assert ResumeKey({}, earlier).differences(now) == ""
+    assert ResumeKey({}, earlier | {"seed": 1}).differences(now) == "seed 1 (now 42)"
+    trained, steps = ResumeKey({"a": 1}, {"b": 1}), ResumeKey({"a": (1,)}, {"b": 2})
+    assert trained.differences(steps, identity_only=True) == "a 1 (now [1])"
+
+
+def test_the_file_and_that_of_earlier_versions(tmp_path):
+    key = ResumeKey({"lora_rank": 4}, {"seed": 1})
+    (tmp_path / "run.json").write_text('{"trains": {"lora_rank": 4}, "steps": {"seed": 1}}')
+    assert ResumeKey.read(tmp_path) == key
+    (tmp_path / "run.json").write_text('{"trains": {"lora_rank": 9}, "steps": {}}')
+    key.write(tmp_path)  # the newer file counts
+    assert ResumeKey.read(tmp_path) == key
+    written = json.loads((tmp_path / "resume_key.json").read_text())
+    assert written == {"version": 2, "identity": {"lora_rank": 4}, "schedule": {"seed": 1}}
+    (tmp_path / "resume_key.json").write_text(json.dumps(written | {"version": 3}))
+    with pytest.raises(UsageError, match="has version 3, and this release reads 2"):
+        ResumeKey.read(tmp_path)
