@@ -41,7 +41,7 @@ def main() -> None:
 
 
 def train(config: RunConfig, resume_from: Path | None) -> None:
-    """Trains and writes the adapter, or a checkpoint where a signal stops the run; prints the summary as JSON."""
+    """Train and write the adapter, or a checkpoint if a signal stops the run; print the summary as JSON."""
     args, stop = config.training_args, StopOnSignal()
     with stop.listen(), claim(args.output_dir), keep_log(args.output_dir):
         if resume_from is None:

@@ -1,11 +1,11 @@
 """
 python benchmarks/loss_curves.py --quantize fp8
 
-How far LoRA training on a quantised base departs from training on it in 16 bits, beside how far two seeds in 16 bits
-are from one another. A base in ChatGLM3's shape is trained with all its parameters from random weights on the tasks
-of tools/tiny_corpus.py; then multi_gpu_fintune_belle.py teaches it, from two seeds, a task that it has not seen, in
-16 bits and quantised (float32 without a GPU). Prints the held-out loss of each run by step; the last line is one JSON
-object, differences in nats a target token.
+Measures how far LoRA training on a quantised base departs from training in 16 bits, compared with the distance between
+two seeds in 16 bits. A base in ChatGLM3's shape is trained with all its parameters from random weights on the tasks of
+tools/tiny_corpus.py; then multi_gpu_fintune_belle.py teaches it a new task, from two seeds, in 16 bits and quantised
+(float32 without a GPU). Prints the held-out loss of each run by step; the last line is one JSON object, differences in
+nats a target token.
 """
 
 import argparse
@@ -33,21 +33,21 @@ from utils.models.conversation import Conversation, Message
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = "multi_gpu_fintune_belle.py"
 SEEDS = (0, 1)
-FULL = "none"  # not quantised
+FULL = "none"  # the base is not quantised
 HELD_OUT = 200  # rows
-WARMUP, HIGHEST_RATE = 50, 3e-4
+WARMUP_STEPS, PEAK_LEARNING_RATE = 50, 3e-4  # of training the base
 
 
 def train_base(shape: str, directory: Path, steps: int, rows: int) -> float:
-    """Writes the base; its last loss. Every step has `rows` rows of its own, drawn from the seed 0."""
+    """Train the base on `rows` new rows a step, drawn from seed 0, and write it; return its last loss."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = random_model(shape, device, torch.float32).train()
     save_checkpoint(shape, model, directory)
     tokenizer = load_tokenizer(str(directory))
     collate, draw = PaddingCollator(tokenizer.pad_token_id), random.Random(0)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=HIGHEST_RATE, betas=(0.9, 0.95), fused=device == "cuda")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK_LEARNING_RATE, betas=(0.9, 0.95), fused=device == "cuda")
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min((step + 1) / WARMUP, (steps - step) / max(1, steps - WARMUP))
+        optimizer, lambda step: min((step + 1) / WARMUP_STEPS, (steps - step) / max(1, steps - WARMUP_STEPS))
     )
     for _ in range(steps):
         pairs = [base_row(draw) for _ in range(rows)]
@@ -68,10 +68,12 @@ def train_base(shape: str, directory: Path, steps: int, rows: int) -> float:
 
 
 def run(words: str) -> None:
+    """Run a script of this repository; raise if it fails."""
     subprocess.run([sys.executable, *shlex.split(words)], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
 
 
 def tokenize(base: Path, work_dir: Path, name: str, rows: list[dict[str, str]]) -> Path:
+    """Write rows and tokenise them; return the dataset's path."""
     raw, path = work_dir / f"{name}.json", work_dir / name
     raw.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
     run(f"tokenize_dataset_rows_belle.py --jsonl_path {raw} --save_path {path} --model_name_or_path {base}")
@@ -79,7 +81,7 @@ def tokenize(base: Path, work_dir: Path, name: str, rows: list[dict[str, str]]) 
 
 
 def read_curves(output_dir: Path) -> dict[str, dict[int, float]]:
-    """Losses of training and of held-out rows by step."""
+    """Return the losses of training and of held-out rows, by step."""
     curves: dict[str, dict[int, float]] = {"loss": {}, "eval_loss": {}}
     for line in (output_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
         metrics = json.loads(line)
@@ -90,21 +92,27 @@ def read_curves(output_dir: Path) -> dict[str, dict[int, float]]:
 
 
 def compare(first: list[dict[int, float]], second: list[dict[int, float]]) -> dict[str, float]:
-    """The mean and the greatest difference of curves, pair by pair, over their common steps."""
+    """Return the mean and the greatest difference of pairs of curves over their common steps."""
     differences = [abs(a[step] - b[step]) for a, b in zip(first, second, strict=True) for step in a.keys() & b.keys()]
     return {"mean": round(mean(differences), 5), "greatest": round(max(differences), 5)}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", choices=GLM, default="chatglm3-1b", help="(%(default)s)")
-    parser.add_argument("--quantize", choices=("fp8", "int8", "int4"), default="fp8", help="(%(default)s)")
-    parser.add_argument("--base_steps", type=int, default=800, help="of training the base (%(default)s)")
-    parser.add_argument("--base_rows", type=int, default=128, help="a step of it (%(default)s)")
-    parser.add_argument("--rows", type=int, default=2000, help="of the task (%(default)s)")
-    parser.add_argument("--steps", type=int, default=60, help="of LoRA training (%(default)s)")
-    parser.add_argument("--eval_steps", type=int, default=5, help="between two looks at held-out rows (%(default)s)")
-    parser.add_argument("--learning_rate", type=float, default=5e-4, help="of LoRA training (%(default)s)")
+    parser.add_argument("--shape", choices=GLM, default="chatglm3-1b", help="(default: %(default)s)")
+    parser.add_argument("--quantize", choices=("fp8", "int8", "int4"), default="fp8", help="(default: %(default)s)")
+    parser.add_argument(
+        "--base_steps", type=int, default=800, help="steps of training the base (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--base_rows", type=int, default=128, help="rows in a step of training the base (default: %(default)s)"
+    )
+    parser.add_argument("--rows", type=int, default=2000, help="rows of the new task (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=60, help="steps of LoRA training (default: %(default)s)")
+    parser.add_argument(
+        "--eval_steps", type=int, default=5, help="steps between two evaluations (default: %(default)s)"
+    )
+    parser.add_argument("--learning_rate", type=float, default=5e-4, help="of LoRA training (default: %(default)s)")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as directory:
         work_dir, started = Path(directory), time.perf_counter()
@@ -142,8 +150,8 @@ def main() -> None:
     for name in ("loss", "eval_loss"):
         full, quantized = ([curves[weights, seed][name] for seed in SEEDS] for weights in (FULL, args.quantize))
         last = {
-            weights: [round(list(curve.values())[-1], 5) for curve in found]
-            for weights, found in ((FULL, full), (args.quantize, quantized))
+            weights: [round(list(curve.values())[-1], 5) for curve in curves_of_seeds]
+            for weights, curves_of_seeds in ((FULL, full), (args.quantize, quantized))
         }
         result[name] = {"two_seeds": compare(full[:1], full[1:]), "quantized": compare(full, quantized), "last": last}
     print(json.dumps(result))

@@ -2,13 +2,13 @@
 python benchmarks/train_throughput.py --shape chatglm3-6b
 python benchmarks/train_throughput.py --shape chatglm3-6b --work_dir W --memory_fraction 0.3 -- --quantize int4
 
-Real tokens a second of multi_gpu_fintune_belle.py, with random weights of a real model's shape, and of plain
-transformers and PEFT beside it (rows in a random order, padded, gradient checkpointing; bfloat16 on a GPU, else
-float32). What follows -- goes to the training script, behind the flags that it gets anyhow, which are printed.
+Measures real tokens a second of multi_gpu_fintune_belle.py, with random weights of a real model's shape, and beside it
+those of plain transformers and PEFT (rows in a random order, padded, gradient checkpointing; bfloat16 on a GPU, else
+float32). Flags after -- go to the training script, after the default ones; the whole command is printed.
 
-Rows have exp(N(log 150, 0.75)) tokens, at least 20 and at most 1024, trained on from the 40th, unless --jsonl_path or
---dataset_path names others. Speeds leave the first step out. A run that does not fit says "oom". The last line is one
-JSON object.
+Rows have exp(N(log 150, 0.75)) tokens, from 20 to 1024, and are trained on from the 40th, unless --jsonl_path or
+--dataset_path gives others. Speeds exclude the first step. A run that does not fit in memory reports "oom". The last
+line is one JSON object.
 """
 
 import argparse
@@ -50,8 +50,8 @@ CPU_FLAGS = "--pack_tokens 1024 --max_steps 4"
 OUT_OF_MEMORY = "out of memory"
 
 
-def apart(call: Callable, *arguments: Any) -> Any:
-    """The result of a call in a process of its own, so that nothing of it stays on a GPU."""
+def in_own_process(call: Callable, *arguments: Any) -> Any:
+    """Return the result of a call in its own process, so that nothing of it stays on a GPU."""
     if not torch.cuda.is_available():
         return call(*arguments)
     with ProcessPoolExecutor(1, get_context("spawn")) as pool:
@@ -59,18 +59,18 @@ def apart(call: Callable, *arguments: Any) -> Any:
 
 
 def checkpoint_of(shape: str, work_dir: Path, device: str) -> Path:
-    """Of random weights; one that is there already is taken."""
+    """Return a checkpoint with random weights in `work_dir`; write it if it does not exist."""
     path = work_dir / shape
     if not path.is_dir():
-        partial = work_dir / f"{shape}.partial"
-        shutil.rmtree(partial, ignore_errors=True)
-        apart(write_checkpoint, shape, partial, device)
-        partial.rename(path)
+        unfinished = work_dir / f"{shape}.partial"
+        shutil.rmtree(unfinished, ignore_errors=True)
+        in_own_process(write_checkpoint, shape, unfinished, device)
+        unfinished.rename(path)
     return path
 
 
 def random_rows(checkpoint: Path, count: int, seed: int) -> datasets.Dataset:
-    """Rows of random tokens; those of ChatGLM-6B have `[gMASK] <sop>` before what is trained on."""
+    """Return rows of random tokens; those of ChatGLM-6B have `[gMASK] <sop>` before the target."""
     config = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
     ending = [config[name] for name in ("gmask_token_id", "bos_token_id") if "gmask_token_id" in config]
     draw = random.Random(seed)
@@ -87,7 +87,7 @@ def random_rows(checkpoint: Path, count: int, seed: int) -> datasets.Dataset:
 
 
 def dataset_of(args: argparse.Namespace, checkpoint: Path, work_dir: Path) -> Path:
-    """Where the rows are that --dataset_path, --jsonl_path or nothing names."""
+    """Return the path of the dataset: --dataset_path, the tokenised --jsonl_path, or random rows."""
     if args.dataset_path:
         return args.dataset_path
     path = work_dir / f"{args.shape}-rows"
@@ -102,9 +102,9 @@ def dataset_of(args: argparse.Namespace, checkpoint: Path, work_dir: Path) -> Pa
 
 
 def run_script(checkpoint: Path, rows: Path, work_dir: Path, processes: int, flags: list[str]) -> str | None:
-    """What the training script says, or None where memory does not suffice; exits with its output where it fails."""
+    """Return what the training script prints; None if it runs out of memory. Exit with its output if it fails."""
     output_dir, compiled = work_dir / "output", work_dir / "compiled"
-    for path in (output_dir, compiled):  # each run compiles its layers: --plan would do it for the run behind it
+    for path in (output_dir, compiled):  # each run compiles its layers: --plan would do it for the run after it
         shutil.rmtree(path, ignore_errors=True)
     torchrun = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}"]
     paths = {"model_name_or_path": checkpoint, "dataset_path": rows, "output_dir": output_dir}
@@ -115,43 +115,43 @@ def run_script(checkpoint: Path, rows: Path, work_dir: Path, processes: int, fla
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
     output = run.stdout + run.stderr
     if run.returncode == 0:
-        said = ("memory", "warning", "weights", "packs", "rows", "measured", "the run takes")
-        print("\n".join(line for line in run.stdout.splitlines() if line.startswith(said)), flush=True)
+        shown = ("memory", "warning", "weights", "packs", "rows", "measured", "the run takes")
+        print("\n".join(line for line in run.stdout.splitlines() if line.startswith(shown)), flush=True)
         return run.stdout
     if OUT_OF_MEMORY in output:
         return None
     sys.exit(f"{output[-6000:]}\n{SCRIPT} failed with exit code {run.returncode}")
 
 
-REPORTED = (
+REPORTED = (  # keys of the training script's summary
     *("tokens_per_second", "padding", "mfu", "of_peak_tflops", "peak_gib"),
     *("first_step_seconds", "train_runtime", "train_loss"),
 )
 
 
-def read_summary(said: str | None) -> dict[str, Any]:
-    """The speed in the last line of a run of `run_script`."""
-    if said is None:
+def read_summary(output: str | None) -> dict[str, Any]:
+    """Return the speed in the last line of the output of `run_script`."""
+    if output is None:
         return {"oom": True}
-    summary = json.loads(said.strip().splitlines()[-1])
+    summary = json.loads(output.strip().splitlines()[-1])
     return {name: summary[name] for name in REPORTED if name in summary}
 
 
-def compare_plan(planned: str, found: dict[str, Any]) -> dict[str, Any]:
-    """What --plan foresaw, and by what share it was off what the run then took."""
-    timed = re.search(r"the run takes .* \((\d+) s\)", planned)
-    if timed is None:  # it did not fit, by the estimate
+def compare_plan(plan_output: str, measured: dict[str, Any]) -> dict[str, Any]:
+    """Return what --plan estimated, and its relative error against the run."""
+    timed = re.search(r"the run takes .* \((\d+) s\)", plan_output)
+    if timed is None:  # by the estimate it did not fit
         return {"measured": False}
     seconds = int(timed[1])
-    plan = {"seconds": seconds, "seconds_off": round(seconds / found["train_runtime"] - 1, 3)}
-    if "peak_gib" in found:
-        estimated = float(re.search(r"at its peak, ([0-9.]+) estimated", planned)[1])
-        plan |= {"estimated_gib": estimated, "memory_off": round(estimated / found["peak_gib"] - 1, 3)}
+    plan = {"seconds": seconds, "seconds_off": round(seconds / measured["train_runtime"] - 1, 3)}
+    if "peak_gib" in measured:
+        estimated = float(re.search(r"at its peak, ([0-9.]+) estimated", plan_output)[1])
+        plan |= {"estimated_gib": estimated, "memory_off": round(estimated / measured["peak_gib"] - 1, 3)}
     return plan
 
 
 def run_baseline(shape: str, rows: Path, device: str, batch_size: int, steps: int) -> dict[str, Any]:
-    """The same of a plain loop over padded batches, with PEFT's own layers and the model's own loss."""
+    """Return the speed of a plain loop over padded batches, with PEFT's own layers and the model's own loss."""
     try:
         model = random_model(shape, device, torch.bfloat16 if device == "cuda" else torch.float32)
         generation = CHATGLM_6B if shape in CHATGLM else CHATGLM3
@@ -178,30 +178,34 @@ def run_baseline(shape: str, rows: Path, device: str, batch_size: int, steps: in
         return {"oom": True}
 
 
-def describe(name: str, found: dict[str, Any]) -> str:
-    return f"{name}: " + (OUT_OF_MEMORY if "oom" in found else ", ".join(f"{key} {found[key]}" for key in found))
+def describe(name: str, result: dict[str, Any]) -> str:
+    """Return one line on a result."""
+    return f"{name}: " + (OUT_OF_MEMORY if "oom" in result else ", ".join(f"{key} {result[key]}" for key in result))
 
 
 def measure(args: argparse.Namespace, work_dir: Path) -> dict[str, Any]:
+    """Run the training script and the baseline; return what the last line prints."""
     has_gpu = torch.cuda.is_available()
     device = "cuda" if has_gpu else "cpu"
     checkpoint = checkpoint_of(args.shape, work_dir, device)
     rows = dataset_of(args, checkpoint, work_dir)
     if args.memory_fraction < 1:  # for the processes that train
-        given = os.environ.get("PYTORCH_CUDA_ALLOC_CONF")
+        settings = os.environ.get("PYTORCH_CUDA_ALLOC_CONF")
         limit = f"per_process_memory_fraction:{args.memory_fraction}"
-        os.environ["PYTORCH_CUDA_ALLOC_CONF"] = f"{given},{limit}" if given else limit
+        os.environ["PYTORCH_CUDA_ALLOC_CONF"] = f"{settings},{limit}" if settings else limit
     flags = [*FLAGS.split(), *(GPU_FLAGS if has_gpu else CPU_FLAGS).split(), *args.training_flags]
     run = partial(run_script, checkpoint, rows, work_dir, args.num_proc)
-    planned = run([*flags, "--plan"]) if args.plan else None
+    plan_output = run([*flags, "--plan"]) if args.plan else None
     results = {"ours": read_summary(run(flags))}
     print(describe("ours", results["ours"]), flush=True)
     if not args.no_baseline:
         steps = args.baseline_steps or (14 if has_gpu else 3)
-        results["baseline"] = apart(run_baseline, args.shape, rows, device, args.baseline_batch_size, steps)
+        results["baseline"] = in_own_process(run_baseline, args.shape, rows, device, args.baseline_batch_size, steps)
         print(describe("baseline", results["baseline"]), flush=True)
-    plan = {"plan": compare_plan(planned, results["ours"])} if planned and "train_runtime" in results["ours"] else {}
-    speeds = [found.get("tokens_per_second") for found in results.values()]
+    plan = {}
+    if plan_output and "train_runtime" in results["ours"]:
+        plan["plan"] = compare_plan(plan_output, results["ours"])
+    speeds = [result.get("tokens_per_second") for result in results.values()]
     return {
         "shape": args.shape,
         "device": torch.cuda.get_device_name() if has_gpu else "cpu",
@@ -217,18 +221,28 @@ def measure(args: argparse.Namespace, work_dir: Path) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", choices=SHAPES, default="chatglm3-6b")
-    parser.add_argument("--rows", type=int, default=3000, help="rows of random tokens (default: %(default)s)")
-    parser.add_argument("--jsonl_path", nargs="+", help="raw files to train on in place of random rows")
-    parser.add_argument("--dataset_path", type=Path, help="a tokenised dataset to train on in place of random rows")
-    parser.add_argument("--work_dir", type=Path, help="keeps checkpoint and rows, for another call to take up")
-    parser.add_argument("--num_proc", type=int, default=1, help="processes, a card each (default: %(default)s)")
-    parser.add_argument("--memory_fraction", type=float, default=1.0, help="of a card's memory that may be used")
-    parser.add_argument("--no_baseline", action="store_true", help="the training script alone")
-    parser.add_argument("--plan", action="store_true", help="also what --plan says, before the run that it plans")
-    parser.add_argument("--baseline_batch_size", type=int, default=8, help="rows (default: %(default)s)")
-    parser.add_argument("--baseline_steps", type=int, help="default: 14, without a GPU 3")
-    parser.add_argument("--seed", type=int, default=0, help="of the random rows (default: %(default)s)")
+    parser.add_argument("--shape", choices=SHAPES, default="chatglm3-6b", help="(default: %(default)s)")
+    parser.add_argument("--rows", type=int, default=3000, help="number of random rows (default: %(default)s)")
+    parser.add_argument("--jsonl_path", nargs="+", help="raw files to train on instead of random rows")
+    parser.add_argument("--dataset_path", type=Path, help="tokenised dataset to train on instead of random rows")
+    parser.add_argument(
+        "--work_dir",
+        type=Path,
+        help="directory that keeps checkpoint and rows for other calls (default: a temporary one)",
+    )
+    parser.add_argument("--num_proc", type=int, default=1, help="processes, one GPU each (default: %(default)s)")
+    parser.add_argument(
+        "--memory_fraction", type=float, default=1.0, help="share of a GPU's memory to use (default: %(default)s)"
+    )
+    parser.add_argument("--no_baseline", action="store_true", help="run the training script only")
+    parser.add_argument(
+        "--plan", action="store_true", help="also run --plan before, and compare its estimates with the run"
+    )
+    parser.add_argument(
+        "--baseline_batch_size", type=int, default=8, help="rows a batch of the baseline (default: %(default)s)"
+    )
+    parser.add_argument("--baseline_steps", type=int, help="steps of the baseline (default: 14 on a GPU, else 3)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the random rows (default: %(default)s)")
     parser.add_argument("training_flags", nargs="*", metavar="-- FLAGS", help="for the training script")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as directory:

@@ -1,4 +1,4 @@
-"""Every file of configs/, opened, and run for a few steps with two processes: all make the adapter that DDP makes."""
+"""Every file of configs/ is opened and trains a few steps on two processes; all give the adapter that DDP gives."""
 
 import json
 import re
@@ -19,7 +19,7 @@ ONE_MACHINE = {
     "deepspeed_zero2.json": "DeepSpeed ZeRO-2",
     "deepspeed_zero3_cpu_offload.json": "DeepSpeed ZeRO-3",
 }
-# {n}: the number of a machine; {port}: of this test's own.
+# {n}: the number of a machine; {port}: a free port.
 ACCELERATE = "accelerate launch --main_process_port {port} --config_file configs/"
 ON_LOOPBACK = "--num_processes 2 --machine_rank {n} --main_process_ip 127.0.0.1"
 TWO_MACHINES = {
@@ -62,7 +62,7 @@ def expected(launch, tmp_path_factory):
 def check_same(state, expected):
     assert state.keys() == expected.keys()
     for name, value in expected.items():
-        assert (state[name] - value).abs().max() <= 3e-5, name  # DeepSpeed sums elsewhere
+        assert (state[name] - value).abs().max() <= 3e-5, name  # DeepSpeed sums in another order
 
 
 def test_every_file_is_known():
@@ -93,10 +93,10 @@ def test_accelerate_files_differ_in_what_their_names_say():
 @pytest.mark.parametrize("name", [name for name in ONE_MACHINE if name != "accelerate_ddp.yaml"])
 def test_two_processes(launch, expected, tmp_path, name):
     check_same(launch(name, tmp_path)[0], expected)
-    if name == "accelerate_fsdp2.yaml":  # goes on from its checkpoint, in shards
+    if name == "accelerate_fsdp2.yaml":  # it resumes from its checkpoint, which is sharded
         (tmp_path / "adapter_model.safetensors").unlink()
-        _, said = launch(name, tmp_path, "--max_steps 3 --resume_from_checkpoint latest")
-        assert f"resuming from {tmp_path}/checkpoint-2" in said and '"steps": 3' in said
+        _, output = launch(name, tmp_path, "--max_steps 3 --resume_from_checkpoint latest")
+        assert f"resuming from {tmp_path}/checkpoint-2" in output and '"steps": 3' in output
 
 
 @pytest.mark.parametrize("name", TWO_MACHINES)

@@ -1,4 +1,4 @@
-"""A finished run makes no further step; killed before its adapter was whole it is completed; the best is checked."""
+"""A finished run makes no further step; killed before its adapter was whole, it completes it; the best is checked."""
 
 import json
 import shutil
@@ -31,7 +31,7 @@ def train(run_script, tokens):
 
 @pytest.fixture
 def no_step(monkeypatch):
-    """Fails the test where a step is made."""
+    """Fails the test if a step is made."""
 
     monkeypatch.setattr(Trainer, "training_step", lambda *_, **__: pytest.fail("a step too many"))
 
@@ -46,7 +46,7 @@ def few_tokens(train, tokens, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def finished(train, few_tokens, tmp_path_factory):
-    """Of each kind of end: its flags, and the directory of the run that ended so."""
+    """kind of end -> the flags and the directory of a run that ended so."""
     kinds = {
         "steps": "--max_steps 2 --save_total_limit 1",
         "epochs": f"--num_train_epochs 1 --dataset_path {few_tokens}",
@@ -64,8 +64,8 @@ def finished(train, few_tokens, tmp_path_factory):
 @pytest.mark.parametrize("kind", ("steps", "epochs", "best", "best saved"))
 def test_no_step_too_many(train, finished, no_step, tmp_path, kind):
     """
-    Killed between its last checkpoint and any file of the adapter, also after its directory was moved: completed. One
-    such file emptied, which a power cut leaves, is written again.
+    A run killed between its last checkpoint and any file of the adapter is completed, also after its directory was
+    moved; an empty file, as a power cut leaves it, is written again.
     """
     flags, whole = finished[kind]
     run = tmp_path / "moved"
@@ -114,7 +114,7 @@ def test_a_damaged_best_checkpoint_is_not_used(train, finished, tmp_path, spoil,
 
 
 def test_a_named_earlier_checkpoint(train, tmp_path):
-    """Those behind it are of another attempt: set aside, so that "latest" is what this one writes."""
+    """Later ones are of another attempt: they are set aside, so that "latest" is one that this run writes."""
     train(tmp_path, "--max_steps 3").check()
     flags = f"--max_steps 2 --save_total_limit 1 --resume_from_checkpoint {tmp_path}/checkpoint-1"
     out = train(tmp_path, flags).check().out
@@ -134,7 +134,7 @@ def write_checkpoint(directory: Path, step: int) -> Path:
 
 
 def test_rotation_follows_no_symlink(tmp_path):
-    """Nor does it remove what was written last, be there a later step of another attempt."""
+    """Nor does it remove the newest checkpoint, even if another attempt left one of a later step."""
     outside = write_checkpoint(tmp_path / "outside", 1)
     (tmp_path / "run").mkdir()
     for step in (2, 9, 4, 5):
@@ -170,7 +170,7 @@ def test_side_files_of_another_shape_are_damage(tmp_path, name, text, words):
     checkpoint = write_checkpoint(tmp_path, 1)
     assert find_damage(checkpoint) is None
     (checkpoint / name).write_text(text)
-    if name != MANIFEST_FILE:  # whoever wrote it so wrote its hash too
+    if name != MANIFEST_FILE:  # with the hash of what is in it
         checkpoint = seal_again(checkpoint)
     assert words in find_damage(checkpoint)
 
@@ -202,7 +202,7 @@ def seal_again(checkpoint: Path) -> Path:
 
 
 def test_files_of_two_adapters_are_never_mixed(tmp_path, monkeypatch):
-    """Stopped before any of its renames, an adapter is the old one, the new one, or without weights."""
+    """Interrupted before any of its renames, it leaves the old adapter, the new one, or one without weights."""
     order = ("README.md", "adapter_config.json", "adapter_origin.json", "adapter_model.safetensors")
     for renames in range(5):
         directory, staged = tmp_path / str(renames) / "run", tmp_path / str(renames) / "staged"

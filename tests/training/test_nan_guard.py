@@ -92,9 +92,9 @@ def test_no_optimizer_uses_what_is_wrong(run_script, tokens, tmp_path, monkeypat
         f"{TRAIN} --dataset_path {tokens} --model_name_or_path {TINY} --output_dir {tmp_path}/out --logging_steps 50"
     )
     assert result.code == 1 and "step 2, rank 0: the gradients' norm is nan" in result.err
-    (start, _), (first, made), (second, made_then) = seen
+    (start, _), (first, first_count), (second, second_count) = seen
     assert not all(a.equal(b) for a, b in zip(start, first, strict=True))
-    assert all(a.equal(b) for a, b in zip(first, second, strict=True)) and made == made_then == 1
+    assert all(a.equal(b) for a, b in zip(first, second, strict=True)) and first_count == second_count == 1
 
 
 def test_gradients_that_are_all_zero(run_script, tokens, tmp_path):

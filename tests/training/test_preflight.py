@@ -19,7 +19,7 @@ from utils.training.deepspeed_config import read_deepspeed_config
 
 @pytest.fixture
 def faults(run_script, tokens, tmp_path):
-    """faults("--flags") -> the lines that the script ends with."""
+    """faults("--flags") -> the error lines of the script."""
 
     def run(flags):
         result = run_script(
@@ -45,7 +45,7 @@ DEEPSPEED = """{
 
 def test_all_faults_at_once(faults, tmp_path):
     (tmp_path / "ds.json").write_text(DEEPSPEED)
-    found = faults(
+    lines = faults(
         f"--dataset_path nowhere --lora_rank 0 --lora_dropout 1 --learning_rate -1 --fp16 --bf16 --report_to wandb "
         f"--lora_target_modules q_proj dense --eval_strategy steps --eval_steps 1 --label_smoothing_factor 0.1 "
         f"--num_train_epochs 0 --deepspeed {tmp_path}/ds.json --output_dir {GOLDEN}/chatglm-6b-tiny"
@@ -67,8 +67,8 @@ def test_all_faults_at_once(faults, tmp_path):
         "--lora_target_modules q_proj: the model's linear layers are dense dense_4h_to_h",
         f"--output_dir {GOLDEN}/chatglm-6b-tiny holds a model",
     ]
-    assert len(found) == len(expected)
-    for line, start in zip(found, expected, strict=True):
+    assert len(lines) == len(expected)
+    for line, start in zip(lines, expected, strict=True):
         assert line.startswith(start)
 
 
@@ -139,8 +139,8 @@ def test_deepspeed_files_that_are_served(tmp_path):
 
 def test_fp8_where_it_cannot_be(faults, monkeypatch):
     def check(flags, *starts):
-        found = faults(f"--quantize fp8 {flags}")
-        assert len(found) == len(starts) and all(map(str.startswith, found, starts)), found
+        lines = faults(f"--quantize fp8 {flags}")
+        assert len(lines) == len(starts) and all(map(str.startswith, lines, starts)), lines
 
     partitioned = "a quantised base cannot be partitioned by ZeRO-3"
     in_float32 = "--quantize fp8 computes in bfloat16: give --bf16 too"
@@ -269,11 +269,11 @@ WRONG_VALUES = {
 
 
 def test_values_that_cannot_work_all_at_once(faults):
-    found = faults(" ".join(WRONG_VALUES))
-    assert len(found) == len(WRONG_VALUES), found
+    lines = faults(" ".join(WRONG_VALUES))
+    assert len(lines) == len(WRONG_VALUES), lines
     for flags, words in WRONG_VALUES.items():
         name = flags.split()[0]
-        (line,) = [line for line in found if line.startswith(f"{name} ")]
+        (line,) = [line for line in lines if line.startswith(f"{name} ")]
         assert words in line
 
 

@@ -50,7 +50,7 @@ def names(directory):
 
 
 def test_resumed_from_the_last_whole_checkpoint(train, tmp_path):
-    """One truncated, one with a flipped byte, one without a manifest: each is named, and the one before is used."""
+    """A truncated, a flipped and an unsealed checkpoint are each named, and the one before is used."""
     train(tmp_path / "whole").check()
     assert names(tmp_path / "whole") == ["checkpoint-2", "checkpoint-4", "checkpoint-6"]
     assert not (tmp_path / "whole" / ".writing").exists()
@@ -105,7 +105,7 @@ def test_resumed_from_a_checkpoint_of_an_earlier_release(train, tmp_path):
 
 
 def test_resumed_in_the_second_epoch(train, workspace, tmp_path):
-    """Whose order of rows, by length, is another than the first one's."""
+    """The order of rows, by length, differs from that of the first epoch."""
     datasets.load_from_disk(str(workspace / "tokens")).select(range(30)).save_to_disk(str(tmp_path / "tokens"))
     flags = FLAGS.replace("batch_size 2", f"batch_size 12 --dataset_path {tmp_path}/tokens")  # 3 steps an epoch
     train(tmp_path / "whole", settings=flags).check()
@@ -154,11 +154,11 @@ def test_another_run_is_not_resumed(train, tmp_path, changes, words):
         settings = settings.replace(old, new)
     result = train(tmp_path, "--resume_from_checkpoint latest", settings)
     assert result.code == 2 and words in result.err and "Traceback" not in result.err
-    fresh = train(tmp_path, "", settings)  # in the same directory only what trains the same adapter
+    fresh = train(tmp_path, "", settings)  # in this directory only a run that trains the same adapter
     assert fresh.code == (2 if "lora_rank" in words else 0)
 
 
-def test_more_steps_go_on(train, tmp_path):
+def test_more_steps_resume(train, tmp_path):
     train(tmp_path).check()
     out = train(tmp_path, "--resume_from_checkpoint latest --max_steps 8").check().out
     assert '"steps": 8' in out
@@ -166,7 +166,7 @@ def test_more_steps_go_on(train, tmp_path):
 
 @pytest.fixture(scope="module")
 def unkilled(run_script, workspace, tmp_path_factory):
-    """The harness's run, which nobody kills, with each of its checkpoints."""
+    """The harness's run without a kill, with all of its checkpoints."""
     path = tmp_path_factory.mktemp("unkilled")
     run_script(f"{kill_training.arguments(workspace, path)} --save_total_limit {kill_training.STEPS}").check()
     return path
@@ -186,12 +186,12 @@ def started(workspace, tmp_path):
 
 
 def test_stopped_and_killed_and_resumed(unkilled, workspace, started, tmp_path):
-    """SIGTERM saves and ends well; then one SIGKILL, of which tests/faults/kill_training.py makes more."""
+    """SIGTERM saves and exits with 0; then one SIGKILL; tests/faults/kill_training.py makes more of them."""
     process = started("one process")
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=30) == 0
-    said = (tmp_path / "log").read_text()
-    step = int(said.split("stopped by SIGTERM after step ")[1].split(":")[0])
+    output = (tmp_path / "log").read_text()
+    step = int(output.split("stopped by SIGTERM after step ")[1].split(":")[0])
     assert names(tmp_path / "run")[-1] == f"checkpoint-{step}" and step < kill_training.STEPS
     words = kill_training.command("one process", workspace, tmp_path / "run")
     assert kill_training.kill_once(words, tmp_path / "log", random.Random(1))
@@ -200,8 +200,8 @@ def test_stopped_and_killed_and_resumed(unkilled, workspace, started, tmp_path):
 
 
 @pytest.mark.parametrize("fault, step", [*zip(kill_training.BROKEN, (kill_training.STEPS, 6, 6), strict=True)])
-def test_the_harness_finds_a_broken_program_out(run_script, unkilled, workspace, tmp_path, monkeypatch, fault, step):
-    """Its comparison does; with kills, `tests/faults/kill_training.py --self_test` shows the same."""
+def test_the_harness_detects_a_broken_program(run_script, unkilled, workspace, tmp_path, monkeypatch, fault, step):
+    """By its comparison; `tests/faults/kill_training.py --self_test` shows the same with kills."""
     shutil.copytree(unkilled / f"checkpoint-{step}", tmp_path / f"checkpoint-{step}")
     name, value = kill_training.BROKEN[fault]
     monkeypatch.setattr(name, eval(value, {"Trainer": Trainer}))
@@ -210,7 +210,7 @@ def test_the_harness_finds_a_broken_program_out(run_script, unkilled, workspace,
 
 
 def test_resumed_under_zero3(run_ranks, workspace, tmp_path):
-    """From the checkpoint that the whole run left before its last; and no run leaves shared memory behind."""
+    """From the last checkpoint but one; and no run leaves shared memory."""
     shared = set(Path("/dev/shm").glob("deepspeed_allreduce_buffer_*"))
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"
     flags = "--deepspeed ds_config_zero3.json --max_steps 4"
@@ -220,7 +220,7 @@ def test_resumed_under_zero3(run_ranks, workspace, tmp_path):
     result = run_ranks(2, f"{kill_training.arguments(workspace, resumed)} {flags}").check()
     assert f"resuming from {resumed}/{before_last.name}" in result.out
     assert kill_training.same_adapter(whole, resumed)
-    (resumed / "adapter_model.safetensors").unlink()  # as a kill before the end of a finished run leaves it
+    (resumed / "adapter_model.safetensors").unlink()  # as after a kill right before the end
     result = run_ranks(2, f"{kill_training.arguments(workspace, resumed)} {flags}").check()
     assert "all 4 steps are made" in result.out and kill_training.same_adapter(whole, resumed)
     assert set(Path("/dev/shm").glob("deepspeed_allreduce_buffer_*")) <= shared
@@ -250,8 +250,8 @@ def test_sigterm_on_two_processes(started, tmp_path):
     process = started("ddp")
     os.kill(kill_training.descendants(process.pid)[-1], signal.SIGTERM)
     assert process.wait(timeout=60) == 0
-    said = (tmp_path / "log").read_text()
-    assert said.count("stopped by SIGTERM after step") == 1
+    output = (tmp_path / "log").read_text()
+    assert output.count("stopped by SIGTERM after step") == 1
     newest = list_checkpoints(tmp_path / "run")[-1]
     assert not find_damage(newest) and (newest / "rng_state_1.pth").is_file()
     assert json.loads((newest / "resume_key.json").read_text())["schedule"]["processes"] == 2
@@ -259,8 +259,8 @@ def test_sigterm_on_two_processes(started, tmp_path):
 
 
 @pytest.mark.parametrize("steps", (2, 5))
-def test_an_optimizer_in_cpu_memory_goes_on_exactly(steps):
-    """After 2 and after 5 steps, where the power of beta2 that its C++ code takes anew is another one."""
+def test_an_optimizer_in_cpu_memory_resumes_exactly(steps):
+    """After 2 and after 5 steps; after 5 the power of beta2 that its C++ code recomputes differs."""
     from deepspeed.ops.adam import DeepSpeedCPUAdam as cpu_adam
 
     gradients = torch.randn(8, 1000, generator=torch.Generator().manual_seed(0))

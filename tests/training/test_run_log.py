@@ -1,4 +1,4 @@
-"""What a training run leaves beside its adapter, and what it evaluates: metrics, figure, log, run.json, the best."""
+"""Files of a training run beside its adapter (metrics, figure, log, run.json), evaluation, and the best checkpoint."""
 
 import json
 import math
@@ -110,7 +110,7 @@ def test_run_file_and_log(whole, tokens):
 
 
 def test_evaluation_is_that_of_all_target_tokens(whole, tokens):
-    """Before the first step the adapter adds nothing: the loss of the base, by its plain forward."""
+    """Before the first step the adapter adds nothing: it is the loss of the base by its stock forward."""
     dataset = load_examples(str(tokens))
     held_out = dataset.select(hold_out(dataset, 0.1)[1])
     model, total, count = load_model(str(TINY)), 0.0, 0
@@ -144,7 +144,7 @@ def test_packed_evaluation_is_the_same(train, whole, tmp_path):
 
 
 def test_evaluation_under_zero3_is_the_same(run_ranks, tokens, whole, tmp_path):
-    """In batches of another size, of which one process has more than the other."""
+    """With another batch size, and one batch more on one process than on the other."""
     result = run_ranks(
         2,
         f"multi_gpu_fintune_belle.py --dataset_path {tokens} --model_name_or_path {TINY} "

@@ -1,4 +1,4 @@
-"""Two machines that share a disk remove what a checkpoint leaves there at the same time."""
+"""Machines that share a disk remove the same staging directory at the same time."""
 
 import threading
 
@@ -8,10 +8,10 @@ from utils.training.checkpoints import remove
 def test_what_another_machine_removes_is_removed(tmp_path):
     for number in range(10):
         directory, failed = tmp_path / str(number), []
-        for part in ("a", "b", "c"):
-            (directory / part).mkdir(parents=True)
-            for name in range(60):
-                (directory / part / str(name)).touch()
+        for name in ("a", "b", "c"):
+            (directory / name).mkdir(parents=True)
+            for number_of_file in range(60):
+                (directory / name / str(number_of_file)).touch()
         start = threading.Barrier(4)
 
         def machine(directory=directory, failed=failed, start=start):

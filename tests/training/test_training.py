@@ -1,4 +1,4 @@
-"""multi_gpu_fintune_belle.py in every distribution, with real processes; and what guards the adapter's save."""
+"""multi_gpu_fintune_belle.py under every launcher, with real processes; and the checks before an adapter is saved."""
 
 import json
 import shutil
@@ -16,7 +16,7 @@ from utils.lora.adapter import LoraSettings, attach_adapter, load_adapter, merge
 
 OFFLOAD = "accelerate_ds_zero3_cpu_offload_config.yaml"
 ZERO3 = "--deepspeed ds_config_zero3.json"
-# processes, rows a device, accumulation steps, flags, accelerate's configuration: always 4 rows a step
+# processes, rows a device, accumulation steps, flags, accelerate's configuration; the global batch is always 4 rows
 DISTRIBUTIONS = {
     "one process": (1, 4, 1, "", None),
     "one process accumulating": (1, 1, 4, "", None),
@@ -56,7 +56,7 @@ def run_distribution(train, name, output_dir):
     summary = json.loads(next(line for line in reversed(result.out.splitlines()) if line.startswith('{"output_dir"')))
     assert summary["steps"] == 6
     (output_dir / "summary.json").write_text(json.dumps(summary))
-    # Each process prints it once or the run is not the one it says it is.
+    # Printed once, by the main process alone, or the processes did not join.
     assert result.out.count("needs a GPU and there is none") == (0 if torch.cuda.is_available() else 1)
     assert "global batch 4 " in result.out
     return output_dir
@@ -80,7 +80,7 @@ def test_every_distribution_makes_the_same_adapter(train, reference, tmp_path, n
 
 @pytest.mark.parametrize("config", ["ds_config_zero3.json", "configs/deepspeed_zero2.json"])
 def test_float16_losses_are_scaled(run_ranks, tokens, tmp_path, config):
-    """On a base whose gradients are none in float16 as they are; resumed, scaled as before."""
+    """On a base whose unscaled gradients are 0 in float16; a resumed run scales as before."""
     weights = load_file(TINY / "model.safetensors")
     weights["lm_head.weight"] = weights["transformer.word_embeddings.weight"] * 1e-2
     weights["transformer.final_layernorm.weight"] *= 1e-3
@@ -100,8 +100,8 @@ def test_float16_losses_are_scaled(run_ranks, tokens, tmp_path, config):
 
     _, whole = train("whole")
     shutil.copytree(tmp_path / "whole" / "checkpoint-1", tmp_path / "resumed" / "checkpoint-1")
-    said, resumed = train("resumed", "--resume_from_checkpoint latest")
-    assert f"resuming from {tmp_path}/resumed/checkpoint-1" in said
+    output, resumed = train("resumed", "--resume_from_checkpoint latest")
+    assert f"resuming from {tmp_path}/resumed/checkpoint-1" in output
     assert all(torch.equal(resumed[key], value) for key, value in whole.items())
 
 

@@ -12,20 +12,20 @@ GLOO_TIMEOUT = timedelta(days=7)  # longer than any difference in work and any s
 
 
 def backend() -> str:
-    """Returns the backend of the default process group: "nccl" with GPUs, else "gloo"."""
+    """Return the backend of the default process group: "nccl" with GPUs, else "gloo"."""
     return "nccl" if torch.cuda.is_available() else "gloo"
 
 
 def collective_timeout() -> dict[str, timedelta]:
     """
-    Returns the timeout argument of `init_process_group`. gloo's is practically endless, as `Watchdog` notices a
+    Return the timeout argument of `init_process_group`. gloo's is practically endless, as `Watchdog` notices a
     process that is gone. NCCL keeps its default, which ends what hangs on a device.
     """
     return {"timeout": GLOO_TIMEOUT} if backend() == "gloo" else {}
 
 
 def mean_over_processes(value: float) -> float:
-    """Returns the mean of every process's value."""
+    """Return the mean of every process's value."""
     if world_size() == 1:
         return value
     total = torch.tensor(value, dtype=torch.float64, device="cuda" if torch.cuda.is_available() else "cpu")
@@ -35,18 +35,18 @@ def mean_over_processes(value: float) -> float:
 
 @cache
 def cpu_group() -> torch.distributed.ProcessGroup:
-    """Returns a process group over gloo, made once."""
+    """Return a process group over gloo, made once."""
     return torch.distributed.new_group(backend="gloo", timeout=GLOO_TIMEOUT)
 
 
 def barrier() -> None:
-    """Returns once every process has called it."""
+    """Return once every process has called it."""
     if world_size() > 1:
         torch.distributed.barrier(group=cpu_group())
 
 
 def gather_from_all(value: Any) -> list:
-    """Returns every process's value, in the order of ranks, on every process."""
+    """Return every process's value, in the order of ranks, on every process."""
     if world_size() == 1:
         return [value]
     gathered = [None] * world_size()
@@ -55,12 +55,12 @@ def gather_from_all(value: Any) -> list:
 
 
 def any_process(flag: bool) -> bool:
-    """Returns whether the flag is set on any process. Does not wait for a GPU."""
+    """Return whether the flag is set on any process. Does not wait for a GPU."""
     return bool(max_over_processes(int(flag)))
 
 
 def max_over_processes(number: int) -> int:
-    """Returns the largest of every process's number. Does not wait for a GPU."""
+    """Return the largest of every process's number. Does not wait for a GPU."""
     if world_size() == 1:
         return number
     numbers = torch.tensor(number)
@@ -69,7 +69,7 @@ def max_over_processes(number: int) -> int:
 
 
 def gather_lists(values: list) -> list:
-    """Returns every process's list, concatenated by rank, on the main process, and [] on others; may wait for days."""
+    """Return every process's list, concatenated by rank, on the main process, and [] on others; may wait for days."""
     if world_size() == 1:
         return values
     gathered = [None] * world_size() if is_main_process() else None

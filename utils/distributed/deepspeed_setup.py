@@ -22,7 +22,7 @@ LONGEST_BUILD = 600  # seconds that a build on another machine, which shares the
 
 def remove_stale_build_locks(several_machines: bool = False) -> list[Path]:
     """
-    Removes the locks whose build no longer runs; returns their paths.
+    Remove the locks whose build no longer runs; return their paths.
 
     A running build holds its lock open, which is visible on its own machine. With `several_machines`, which may share
     the home directory, a lock must also be older than LONGEST_BUILD.
@@ -48,7 +48,7 @@ def _is_held(lock: Path) -> bool:
 
 
 def _open_files() -> Iterator[str]:
-    """Yields the paths of the files that this user's processes have open."""
+    """Yield the paths of the files that this user's processes have open."""
     for descriptor in Path("/proc").glob("[0-9]*/fd/*"):
         try:
             yield os.readlink(descriptor)
@@ -61,7 +61,7 @@ if not torch.cuda.is_available():
 
 
 def init_deepspeed() -> None:
-    """Makes the process group known to DeepSpeed, or lets DeepSpeed make one of the launcher's processes."""
+    """Make the process group known to DeepSpeed, or lets DeepSpeed make one of the launcher's processes."""
     import deepspeed
 
     # DeepSpeed's shared-memory reduction reads this variable of its own launcher, and crashes without it.
@@ -82,7 +82,7 @@ def init_deepspeed() -> None:
 
 def _forget_shared_memory() -> None:
     """
-    Removes the name of the shared memory in which DeepSpeed sums on the CPU, once every process has it open. Otherwise
+    Remove the name of the shared memory in which DeepSpeed sums on the CPU, once every process has it open. Otherwise
     its 66 MiB a process would stay in memory after the process ends.
     """
     torch.distributed.barrier()

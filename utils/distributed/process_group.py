@@ -24,7 +24,7 @@ T = TypeVar("T")
 
 def check_port() -> None:
     """
-    Checks that rank 0 can listen on the launcher's port.
+    Check that rank 0 can listen on the launcher's port.
 
     Raises:
         UsageError: another process listens there already.
@@ -45,7 +45,7 @@ def check_port() -> None:
 
 def init_process_group(use_deepspeed: bool, advice: str = "the same command resumes where this one stopped") -> None:
     """
-    Joins the processes that the launcher started: NCCL with GPUs, gloo without. A lone process joins nothing, unless
+    Join the processes that the launcher started: NCCL with GPUs, gloo without. A lone process joins nothing, unless
     DeepSpeed asks for a group of one.
 
     On the CPU this must come before `TrainingArguments`: accelerate would otherwise see a world of one process, two
@@ -75,7 +75,7 @@ def init_process_group(use_deepspeed: bool, advice: str = "the same command resu
 
 def on_all_processes(call: Callable[[], T]) -> list[T]:
     """
-    Returns what `call` returns on every process, in the order of ranks. Every process must call it.
+    Return what `call` returns on every process, in the order of ranks. Every process must call it.
 
     Raises:
         UsageError: `call` raised one on some process; the first one is raised on all, and all leave the group.
@@ -93,7 +93,7 @@ def on_all_processes(call: Callable[[], T]) -> list[T]:
 
 
 def free_port() -> int:
-    """Returns a port of this machine on which no process listens."""
+    """Return a port of this machine on which no process listens."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
@@ -101,7 +101,7 @@ def free_port() -> int:
 
 def shut_down() -> None:
     """
-    Leaves the process group, so that no rank ends while another still talks to it. CUDA graphs that hold NCCL's
+    Leave the process group, so that no rank ends while another still talks to it. CUDA graphs that hold NCCL's
     reductions must be freed before: with an engine alive, this did not return.
     """
     if _watchdogs:

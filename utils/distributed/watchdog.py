@@ -45,7 +45,7 @@ class AwakeClock:
         self.awake, self.asked = 0.0, time.monotonic()
 
     def now(self) -> float:
-        """Returns the seconds that this process has run since the clock was made."""
+        """Return the seconds that this process has run since the clock was made."""
         with self.lock:
             before, self.asked = self.asked, time.monotonic()
             self.awake += min(self.asked - before, MISSED_BEATS * BEAT)
@@ -84,7 +84,7 @@ class Watchdog:
         self.unregister = on_failure(self.tell)
 
     def close(self) -> None:
-        """Announces that this process ends normally."""
+        """Announce that this process ends normally."""
         self.unregister()
         with contextlib.suppress(RuntimeError):  # the process that holds the store has ended already
             self.store.set(f"ended.{self.rank}", "done")
@@ -92,7 +92,7 @@ class Watchdog:
 
     def tell(self, error: BaseException) -> None:
         """
-        Tells the others of this process's failure.
+        Tell the others of this process's failure.
 
         If another process's failure broke the connection, waits until that is known; the process then ends with one
         line instead of the traceback of a broken connection. At a signal, by which a launcher ends the remaining
@@ -115,7 +115,7 @@ class Watchdog:
         self._stop()
 
     def _stop(self) -> None:
-        """Waits for the threads: one that is in a call to the store when the interpreter ends aborts the process."""
+        """Wait for the threads: one that is in a call to the store when the interpreter ends aborts the process."""
         self.ended.set()
         for thread in self.threads:
             thread.join(timeout=5 * BEAT)
@@ -136,7 +136,7 @@ class Watchdog:
             self.store_answered = self.clock.now()
 
     def _check(self, rank: int) -> None:
-        """Ends this process if another one has failed, died, or given no sign of life for SILENCE seconds."""
+        """End this process if another one has failed, died, or given no sign of life for SILENCE seconds."""
         if self.store.check([f"ended.{rank}"]):
             reason = self.store.get(f"ended.{rank}").decode()
             if reason != "done":
@@ -157,7 +157,7 @@ class Watchdog:
             self._end(rank, f"gave no sign of life for {SILENCE:.0f} s: it was killed, or its machine is cut off")
 
     def _dead_here(self) -> int | None:
-        """Returns a rank of this machine whose process is gone and did not announce its end; None if there is none."""
+        """Return a rank of this machine whose process is gone and did not announce its end; None if there is none."""
         for rank, (host, process_id) in self.who.items():
             if host == self.host and rank not in self.done and not os.path.exists(f"/proc/{process_id}"):
                 return rank
@@ -169,7 +169,7 @@ class Watchdog:
                 self._end(0, f"or its launcher at {self.master} was silent for {SILENCE:.0f} s: killed, or cut off")
 
     def _end(self, rank: int, why: str, is_printed: bool = False) -> None:
-        """Ends this process; one on each machine prints why, unless the failed process has printed it there."""
+        """End this process; one on each machine prints why, unless the failed process has printed it there."""
         host, process_id = self.who.get(rank, (self.host, os.getpid()))
         here = [other for other in self.others if self.who[other][0] == self.host and other != rank]
         if not is_printed and all(self.rank < other for other in here):

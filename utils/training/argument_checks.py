@@ -70,7 +70,7 @@ CHECKPOINTING_KEYS = {"use_reentrant", "preserve_rng_state", "determinism_check"
 
 def check_values(values: Namespace) -> None:
     """
-    Checks flags as argparse leaves them, each alone and against others.
+    Check flags as argparse leaves them, each alone and against others.
 
     Raises:
         UsageError: numbers out of range, unknown names, flags that exclude each other, and flags that this training
@@ -115,6 +115,8 @@ def check_values(values: Namespace) -> None:
 
 def check_evaluation(values: Namespace) -> None:
     """
+    Check the flags of evaluation against one another.
+
     Raises:
         UsageError: flags of evaluation without rows to evaluate on, or with two sources of them.
     """
@@ -137,6 +139,8 @@ def check_evaluation(values: Namespace) -> None:
 
 def check_reporters(values: Namespace) -> None:
     """
+    Check that what --report_to names is installed.
+
     Raises:
         UsageError: --report_to names something that does not exist or is not installed.
     """
@@ -155,7 +159,7 @@ def check_reporters(values: Namespace) -> None:
 @contextlib.contextmanager
 def as_usage_error(flags: str) -> Iterator[None]:
     """
-    Turns an error of a library, which only checks the values of `flags` in the block, into a UsageError.
+    Turn an error of a library, which only checks the values of `flags` in the block, into a UsageError.
 
     Raises:
         UsageError: the library refused the values; with its reason.
@@ -168,7 +172,7 @@ def as_usage_error(flags: str) -> Iterator[None]:
 
 
 def count_steps(items: int, args: TrainingArguments) -> int:
-    """Returns the optimizer steps over `items` rows or packs, as Trainer counts them."""
+    """Return the optimizer steps over `items` rows or packs, as Trainer counts them."""
     if args.max_steps > 0:
         return args.max_steps
     whole = math.floor if args.dataloader_drop_last else math.ceil
@@ -178,7 +182,7 @@ def count_steps(items: int, args: TrainingArguments) -> int:
 
 def check_training_arguments(args: TrainingArguments, dataset: datasets.Dataset, pack_tokens: int | None) -> None:
     """
-    Checks the resolved arguments of Trainer.
+    Check the resolved arguments of Trainer.
 
     Args:
         pack_tokens: None if rows are padded.
@@ -215,7 +219,7 @@ def check_training_arguments(args: TrainingArguments, dataset: datasets.Dataset,
 
 def check_schedule(args: TrainingArguments, steps: int) -> None:
     """
-    Builds optimizer and schedule for one parameter, and follows the schedule.
+    Build optimizer and schedule for one parameter, and follow the schedule.
 
     Raises:
         UsageError: see `check_training_arguments`.

@@ -114,7 +114,7 @@ class DefaultsHelpFormatter(ArgumentDefaultsHelpFormatter):
 
 
 def make_parser(description: str) -> HfArgumentParser:
-    """Returns the parser of all flags; `description` stands above them in --help."""
+    """Return the parser of all flags; `description` stands above them in --help."""
     parser = HfArgumentParser(
         (DataArguments, ModelArguments, AdapterArguments, TrainerArguments),
         usage="%(prog)s --dataset_path DIR [--FLAG VALUE ...]",
@@ -127,7 +127,7 @@ def make_parser(description: str) -> HfArgumentParser:
 
 def build_arguments(parser: HfArgumentParser, values: Namespace) -> tuple[FinetuneArguments, TrainerArguments]:
     """
-    Returns the script's own flags and Trainer's, typed, from resolved `values`.
+    Return the script's own flags and Trainer's, typed, from resolved `values`.
 
     Raises whatever TrainingArguments raises; `utils.training.argument_checks.as_usage_error` explains it.
     """
@@ -137,6 +137,6 @@ def build_arguments(parser: HfArgumentParser, values: Namespace) -> tuple[Finetu
 
 
 def checkpointing_flag(values: Namespace) -> bool | None:
-    """Returns what the flags say of gradient checkpointing, under either name; None if neither was given."""
+    """Return what the flags say of gradient checkpointing, under either name; None if neither was given."""
     flags = (getattr(values, name, None) for name in CHECKPOINTING_FLAGS)
     return next((flag for flag in flags if flag is not None), None)

@@ -6,6 +6,7 @@ Trainer.
 """
 
 import contextlib
+import importlib
 import math
 import os
 import signal
@@ -41,7 +42,7 @@ class StopOnSignal(TrainerCallback):
         self.stopped: signal.Signals | None = None
 
     def listen(self) -> contextlib.AbstractContextManager[None]:
-        """Receives the signals until the block ends."""
+        """Receive the signals until the block ends."""
         return on_signals(self._receive, (*STOP_SIGNALS, signal.SIGUSR1))
 
     def _receive(self, number: int) -> None:
@@ -108,7 +109,7 @@ class ProgressBar(ProgressCallback):
             self.training_bar.set_postfix_str(f"{speed}loss {logs['loss']:.4g}")
 
     def close(self) -> None:
-        """Ends the bar's line, also when an error ended the run."""
+        """End the bar's line, also when an error ended the run."""
         if self.training_bar is not None:
             self.training_bar.close()
             self.training_bar = None
@@ -122,6 +123,11 @@ class LossCurves(TrainerCallback):
     what was logged after it. Drawing takes some tenths of a second, less than writing a checkpoint, so no step waits
     for it more often than for those; `--report_to tensorboard` shows the curves live.
     """
+
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
+        """Load the library before any step is timed."""
+        if state.is_world_process_zero:
+            importlib.import_module("matplotlib.figure")
 
     def on_log(self, args, state, control, **kwargs) -> None:
         if not state.is_world_process_zero:
@@ -138,14 +144,14 @@ class LossCurves(TrainerCallback):
 
 
 def _finite(row: dict[str, Any]) -> dict[str, Any]:
-    """Returns the row with null for infinite and NaN values, which JSON lacks: norms of gradients that overflowed."""
+    """Return the row with null for infinite and NaN values, which JSON lacks: norms of gradients that overflowed."""
     return {
         name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in row.items()
     }
 
 
 def draw_curves(rows: list[dict[str, Any]], path: Path) -> None:
-    """Writes a PNG of training and evaluation loss by step, and of the learning rate below; replaces `path`."""
+    """Write a PNG of training and evaluation loss by step, and of the learning rate below; replaces `path`."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 5), layout="constrained")

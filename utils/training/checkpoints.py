@@ -39,20 +39,20 @@ STATE_TYPES = {"global_step": int, "log_history": list}
 
 
 def step_of(checkpoint: Path) -> int:
-    """Returns the step in a checkpoint's name; -1 if it is no checkpoint's name."""
+    """Return the step in a checkpoint's name; -1 if it is no checkpoint's name."""
     match = NAME.fullmatch(checkpoint.name)
     return int(match[1]) if match else -1
 
 
 def list_checkpoints(directory: Path) -> list[Path]:
-    """Returns the checkpoints in a directory by step, whole or damaged."""
+    """Return the checkpoints in a directory by step, whole or damaged."""
     checkpoints = [path for path in directory.glob("checkpoint-*") if step_of(path) >= 0 and path.is_dir()]
     return sorted(checkpoints, key=step_of)
 
 
 def remove(path: Path) -> None:
     """
-    Removes a directory tree, or a symlink but not its target; does nothing if `path` does not exist. Another machine
+    Remove a directory tree, or a symlink but not its target; does nothing if `path` does not exist. Another machine
     may remove the same tree of a shared disk at the same time.
     """
     if path.is_symlink():
@@ -67,7 +67,7 @@ def _unless_gone(_function: Callable, _path: str, raised: tuple[type, BaseExcept
 
 
 def seal(staged: Path, final: Path) -> None:
-    """Gives a written checkpoint its manifest and its final name; a power cut afterwards loses nothing of it."""
+    """Give a written checkpoint its manifest and its final name; a power cut afterwards loses nothing of it."""
     files = sorted(path for path in staged.rglob("*") if path.is_file())
     manifest = {str(path.relative_to(staged)): _describe(path) for path in files}
     (staged / MANIFEST_FILE).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
@@ -84,7 +84,7 @@ def seal(staged: Path, final: Path) -> None:
 
 def publish(staged: Path, directory: Path) -> None:
     """
-    Moves the files of a written adapter into `directory`; whenever this is interrupted, the files there are of one
+    Move the files of a written adapter into `directory`; whenever this is interrupted, the files there are of one
     adapter: the weights come last, and old weights are removed first unless no other file changes.
     """
     directory.mkdir(parents=True, exist_ok=True)
@@ -107,7 +107,7 @@ def _same_content(first: Path, second: Path) -> bool:
 
 
 def find_damage(checkpoint: Path) -> str | None:
-    """Returns what is wrong with a checkpoint as a message; None if it is whole."""
+    """Return what is wrong with a checkpoint as a message; None if it is whole."""
     try:
         manifest = read_json_object(checkpoint / MANIFEST_FILE)
     except UsageError:
@@ -140,7 +140,7 @@ def find_damage(checkpoint: Path) -> str | None:
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
     """
-    Returns the run's state as Trainer wrote it, see TrainerState.
+    Return the run's state as Trainer wrote it, see TrainerState.
 
     Raises:
         UsageError: the file has another shape.
@@ -156,7 +156,7 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
 
 def save_sealed(staged: Path, final: Path) -> None:
     """
-    Seals the checkpoint that all processes have written. Every process must call it: on a disk that the machines share
+    Seal the checkpoint that all processes have written. Every process must call it: on a disk that the machines share
     the main process seals for all, else the first process of each machine seals its own files.
     """
     barrier()
@@ -172,7 +172,7 @@ def save_sealed(staged: Path, final: Path) -> None:
 
 def rotate(written: Path, limit: int | None, best: str | None) -> None:
     """
-    Removes the oldest checkpoints beyond `limit`, but never `best` or `written`, the newest one. A symlink is no
+    Remove the oldest checkpoints beyond `limit`, but never `best` or `written`, the newest one. A symlink is no
     checkpoint of the run: it is not counted and stays.
     """
     if not limit or limit < 1:
@@ -186,7 +186,7 @@ def rotate(written: Path, limit: int | None, best: str | None) -> None:
 @contextlib.contextmanager
 def claim(output_dir: str) -> Iterator[None]:
     """
-    Keeps other runs away from `output_dir` until the block ends or the process dies.
+    Keep other runs away from `output_dir` until the block ends or the process dies.
 
     Raises:
         UsageError: another run writes there.
@@ -207,7 +207,7 @@ def claim(output_dir: str) -> Iterator[None]:
 
 def find_resumable(resume_from: str, output_dir: str, key: ResumeKey) -> Path | None:
     """
-    Returns the checkpoint to resume from: the newest whole one up to the one named, or of all in `output_dir` for
+    Return the checkpoint to resume from: the newest whole one up to the one named, or of all in `output_dir` for
     "latest". None for "latest" if there is no whole checkpoint. Every process must call it, and gets the same.
 
     Raises:
@@ -247,7 +247,7 @@ def find_resumable(resume_from: str, output_dir: str, key: ResumeKey) -> Path | 
 
 def start_afresh(output_dir: str, key: ResumeKey) -> None:
     """
-    Sets aside the checkpoints of an earlier attempt at the same run, and says so. Every process must call it.
+    Set aside the checkpoints of an earlier attempt at the same run, and say so. Every process must call it.
 
     Raises:
         UsageError: the checkpoints in `output_dir` are those of a run that trained something else.
@@ -272,7 +272,7 @@ def start_afresh(output_dir: str, key: ResumeKey) -> None:
 
 def set_aside_later(output_dir: str, resumed_from: Path) -> None:
     """
-    Sets aside the checkpoints of other attempts, those after the one that this run resumes from, so that "latest" is
+    Set aside the checkpoints of other attempts, those after the one that this run resumes from, so that "latest" is
     one of this run. Every process must call it.
     """
     directory = Path(output_dir)
@@ -282,7 +282,7 @@ def set_aside_later(output_dir: str, resumed_from: Path) -> None:
 
 
 def set_aside(output_dir: str, checkpoints: list[Path], why: str) -> None:
-    """Moves checkpoints into a directory previous-N, on each machine, and says so. Every process must call it."""
+    """Move checkpoints into a directory previous-N, on each machine, and say so. Every process must call it."""
     barrier()
     if checkpoints and is_main_process():
         print_once(f"{why}; the earlier checkpoints are in {_move_aside(Path(output_dir), checkpoints)}")
@@ -304,7 +304,7 @@ def _move_aside(directory: Path, checkpoints: list[Path]) -> Path:
 
 
 def _describe(path: Path) -> dict[str, Any]:
-    """Returns size and sha256 of a file."""
+    """Return size and sha256 of a file."""
     with path.open("rb") as file:
         return {"size": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 

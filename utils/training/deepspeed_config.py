@@ -39,7 +39,7 @@ SCHEDULERS = ("LRRangeTest", "OneCycle", "WarmupLR", "WarmupDecayLR", "WarmupCos
 
 def read_deepspeed_config(path: str) -> dict[str, Any]:
     """
-    Returns the configuration in a file.
+    Return the configuration in a file.
 
     Raises:
         UsageError: no such file, no JSON object, a key that is unknown or not `SERVED`, or a value that DeepSpeed does
@@ -60,7 +60,7 @@ def read_deepspeed_config(path: str) -> dict[str, Any]:
 
 
 def top_level_faults(config: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """Yields (key, message) for keys that are misspelt, that this training cannot serve, or that are no objects."""
+    """Yield (key, message) for keys that are misspelt, that this training cannot serve, or that are no objects."""
     known = SERVED | INSTEAD.keys()
     for key, value in config.items():
         if key.startswith("_"):  # a comment
@@ -76,7 +76,7 @@ def top_level_faults(config: dict[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def value_faults(config: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """Yields (key, message) for values that make DeepSpeed import a module or write a file, or that need a package."""
+    """Yield (key, message) for values that make DeepSpeed import a module or write a file, or that need a package."""
     for key, known in (("optimizer", OPTIMIZERS), ("scheduler", SCHEDULERS)):
         if isinstance(section := config.get(key), dict):
             name = section.get("type")
@@ -93,7 +93,7 @@ def value_faults(config: dict[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def section_faults(config: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """Yields (key, message) for what DeepSpeed's pydantic models find wrong; "auto" is filled in by transformers."""
+    """Yield (key, message) for what DeepSpeed's pydantic models find wrong; "auto" is filled in by transformers."""
     from deepspeed.runtime.precision_config import (  # imports torch's extensions
         DeepSpeedBF16Config,
         DeepSpeedFP16Config,
@@ -121,7 +121,7 @@ def section_faults(config: dict[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def deepspeed_fault(config: dict[str, Any]) -> str | None:
-    """Returns what DeepSpeed itself finds wrong with a whole configuration; None if nothing."""
+    """Return what DeepSpeed itself finds wrong with a whole configuration; None if nothing."""
     from deepspeed.runtime.config import DeepSpeedConfig
 
     def without_auto(value: Any) -> Any:
@@ -141,7 +141,7 @@ def deepspeed_fault(config: dict[str, Any]) -> str | None:
 
 def place_of(key: str, text: str) -> str:
     """
-    Returns where a key is first written in a file's text; "" if it is not there.
+    Return where a key is first written in a file's text; "" if it is not there.
 
     >>> place_of("b", '{\\n  "b": 1}')
     'line 2 column 3'

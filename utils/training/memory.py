@@ -43,7 +43,7 @@ USABLE_SHARE = 0.95  # of the free memory; the rest is lost to fragmentation
 
 
 def bytes_of(tensors: list[torch.Tensor]) -> int:
-    """Returns the bytes that tensors take; also of tensors on the meta device."""
+    """Return the bytes that tensors take; also of tensors on the meta device."""
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
@@ -63,7 +63,7 @@ class ModelSizes:
 
     @classmethod
     def of(cls, checkpoint: Checkpoint, dtype: torch.dtype) -> "ModelSizes":
-        """Measures a model without weights."""
+        """Measure a model without weights."""
         model = checkpoint.empty_model(dtype)
         tensors = [*model.parameters(), *model.buffers()]
         blocks = decoder_blocks(model)
@@ -82,7 +82,7 @@ class ModelSizes:
         )
 
     def quantized(self, bits: int) -> "ModelSizes":
-        """Returns the sizes of the same model, quantised to `bits` as it is loaded."""
+        """Return the sizes of the same model, quantised to `bits` as it is loaded."""
         quantized = replace(self.checkpoint, quantization=Quantization(bits), quantizes=True)
         return ModelSizes.of(quantized, self.dtype)
 
@@ -131,7 +131,7 @@ class MemoryModel:
 
     @classmethod
     def of(cls, config: RunConfig) -> "MemoryModel":
-        """Returns that of a run, without gradient checkpointing."""
+        """Return that of a run, without gradient checkpointing."""
         flags, args = config.flags, config.training_args
         longest = max(row_lengths(config.inputs.dataset))
         fsdp, zero3 = launched_by_accelerate_with_fsdp(), partitions_weights(args)
@@ -152,7 +152,7 @@ class MemoryModel:
         )
 
     def saved_values(self) -> float:
-        """Returns the values that a block saves for the backward pass, per token."""
+        """Return the values that a block saves for the backward pass, per token."""
         sizes, targets = self.sizes, set(self.lora_target_modules)
         layers = sizes.layers
         attended = sizes.linear[layers.attention_output][0]
@@ -167,12 +167,12 @@ class MemoryModel:
         return values
 
     def adapter_parameters(self) -> int:
-        """Returns the number of weights that are trained."""
+        """Return the number of weights that are trained."""
         linear = self.sizes.linear
         return self.sizes.blocks * self.lora_rank * sum(sum(linear[name]) for name in self.lora_target_modules)
 
     def breakdown(self) -> dict[str, float]:
-        """Returns the GiB on each GPU of weights, adapter, optimizer, activations and head."""
+        """Return the GiB on each GPU of weights, adapter, optimizer, activations and head."""
         sizes = self.sizes
         weights = 0 if self.offloaded else sizes.weight_bytes / (self.weight_shards or 1)
         if self.fsdp:  # the head stays gathered from its forward to its backward pass
@@ -197,16 +197,16 @@ class MemoryModel:
         return {name: size / GIB for name, size in shares.items()}
 
     def gib(self) -> float:
-        """Returns the GiB that the run takes on each GPU."""
+        """Return the GiB that the run takes on each GPU."""
         return sum(self.breakdown().values())
 
     def describe(self) -> str:
-        """Returns the estimate and its shares, as text."""
+        """Return the estimate and its shares, as text."""
         shares = ", ".join(f"{name} {size:.1f}" for name, size in self.breakdown().items() if size >= 0.05)
         return f"{self.gib():.1f} GiB estimated ({shares})"
 
     def smaller(self) -> Iterator[tuple[str, "MemoryModel"]]:
-        """Yields flags that make the run smaller, and what it is with them; those that change the least first."""
+        """Yield flags that make the run smaller, and what it is with them; those that change the least first."""
         checkpointed = replace(self, checkpointing=True)
         halvings = [self.tokens >> count for count in range(32)]
         tokens = [fewer for fewer in halvings if fewer >= self.longest]
@@ -221,7 +221,7 @@ class MemoryModel:
                 yield flags, replace(quantized, tokens=fewer)
 
     def _batch_flags(self, tokens: int) -> str:
-        """Returns the flags that make a micro batch of fewer tokens; "" for as many as now."""
+        """Return the flags that make a micro batch of fewer tokens; "" for as many as now."""
         if tokens >= self.tokens:
             return ""
         if self.packing:
@@ -230,7 +230,7 @@ class MemoryModel:
 
 
 def free_gib(on_cpu: bool = False) -> float:
-    """Returns the memory that this process may still take on its GPU, or its share of what this machine has free."""
+    """Return the memory that this process may still take on its GPU, or its share of what this machine has free."""
     if on_cpu:
         return psutil.virtual_memory().available / int(os.environ.get("LOCAL_WORLD_SIZE", world_size())) / GIB
     free, total = torch.cuda.mem_get_info()
@@ -240,7 +240,7 @@ def free_gib(on_cpu: bool = False) -> float:
 
 def resolve_checkpointing(config: RunConfig) -> bool:
     """
-    Returns whether activations are recomputed in the backward pass, and prints why. Every process must call it.
+    Return whether activations are recomputed in the backward pass, and print why. Every process must call it.
 
     The flag decides; without one, whether they fit in GPU memory. Without a GPU they are not recomputed by default.
     """
@@ -255,7 +255,7 @@ def resolve_checkpointing(config: RunConfig) -> bool:
 
 def decide_checkpointing(memory: MemoryModel, requested: bool | None, free: float) -> tuple[bool, list[str]]:
     """
-    Returns whether a run checkpoints, and the lines that say why and what would make it fit.
+    Return whether a run checkpoints, and the lines that say why and what would make it fit.
 
     Args:
         memory: of the run without gradient checkpointing.
@@ -280,7 +280,7 @@ def decide_checkpointing(memory: MemoryModel, requested: bool | None, free: floa
 
 
 def _fix(memory: MemoryModel, usable: float) -> str:
-    """Returns what makes a run fit in `usable` GiB."""
+    """Return what makes a run fit in `usable` GiB."""
     if not memory.checkpointing and replace(memory, checkpointing=True).gib() <= usable:
         return "leave --gradient_checkpointing False out"
     fitting = (flags for flags, smaller in memory.smaller() if smaller.gib() <= usable)

@@ -40,6 +40,8 @@ class OverflowWatch(TrainerCallback):
 
     def on_optimizer_step(self, args, state, control, optimizer: AcceleratedOptimizer, **kwargs) -> None:
         """
+        Count skipped steps.
+
         Raises:
             RunError: SKIPPED_STEPS steps were skipped in a row, on every process.
         """
@@ -93,7 +95,7 @@ class GuardedTrainer(Trainer):
         return result
 
     def _fused_optimizer(self) -> torch.optim.AdamW | None:
-        """Returns the optimizer if it is torch's fused AdamW on whole weights, which reads `found_inf`; else None."""
+        """Return the optimizer if it is torch's fused AdamW on whole weights, which reads `found_inf`; else None."""
         optimizer = getattr(self.optimizer, "optimizer", None)
         sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
         fused = type(optimizer) is torch.optim.AdamW and all(group["fused"] for group in optimizer.param_groups)
@@ -101,6 +103,8 @@ class GuardedTrainer(Trainer):
 
     def _get_grad_norm(self, model, grad_norm=None):
         """
+        Return the gradient norm; keep it and the losses to be checked, and let the optimizer skip a wrong step.
+
         Raises:
             RunError, RankError: see `check_last_step`.
         """
@@ -128,7 +132,7 @@ class GuardedTrainer(Trainer):
 
     def check_last_step(self) -> None:
         """
-        Checks the previous step's loss and gradient norm, once.
+        Check the previous step's loss and gradient norm, once.
 
         Raises:
             RankError: a loss is not finite.
@@ -161,7 +165,7 @@ class GuardedTrainer(Trainer):
 
     def check_losses(self) -> None:
         """
-        Checks that something was trained. Every process must call it. A run that resumed with all steps made passes.
+        Check that something was trained. Every process must call it. A run that resumed with all steps made passes.
 
         Raises:
             RunError: every loss on every process was exactly 0, or every step overflowed.
@@ -179,7 +183,7 @@ class GuardedTrainer(Trainer):
             raise RunError("the adapter is not saved: every loss was exactly 0, so nothing was trained on")
 
     def _blame(self, step: int, batches: list[dict[str, Any]], fault: str, advice: str) -> str:
-        """Writes the rows of the batches to a file; returns the message that names the fault and the file."""
+        """Write the rows of the batches to a file; return the message that names the fault and the file."""
         path = Path(self.args.output_dir) / f"rows_at_fault.rank{process_rank()}.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("w", encoding="utf-8") as file:
@@ -190,7 +194,7 @@ class GuardedTrainer(Trainer):
 
 
 def rows_of_batch(batch: dict[str, Any]) -> Iterator[list[int]]:
-    """Yields the input_ids of each row of a batch, padded or packed; filling rows of a packed batch come too."""
+    """Yield the input_ids of each row of a batch, padded or packed; filling rows of a packed batch come too."""
     if "cu_seq_lens_q" in batch:
         ends = batch["cu_seq_lens_q"].tolist()
         for start, end in zip(ends, ends[1:], strict=False):
@@ -202,7 +206,7 @@ def rows_of_batch(batch: dict[str, Any]) -> Iterator[list[int]]:
 
 
 def find_row(rows: datasets.Dataset, input_ids: list[int]) -> int | None:
-    """Returns the number of the first row, from 0, that has these tokens; None if there is none."""
+    """Return the number of the first row, from 0, that has these tokens; None if there is none."""
     column = rows.with_format("arrow")[:]["input_ids"]
     lengths = pyarrow.compute.list_value_length(column)
     candidates = pyarrow.compute.indices_nonzero(pyarrow.compute.equal(lengths, len(input_ids))).to_pylist()

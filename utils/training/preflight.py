@@ -52,7 +52,7 @@ class TrainingInputs:
 
 def open_inputs(values: Namespace) -> TrainingInputs:
     """
-    Opens what the flags name, once all of them are known to work together.
+    Open what the flags name, once all of them are known to work together.
 
     Args:
         values: the flags of FinetuneArguments and TrainingArguments as argparse leaves them. A
@@ -111,7 +111,7 @@ def open_inputs(values: Namespace) -> TrainingInputs:
 
 @contextlib.contextmanager
 def _named(flag: str) -> Iterator[None]:
-    """Reports faults of a dataset under the flag that named it."""
+    """Report faults of a dataset under the flag that named it."""
     try:
         yield
     except UsageError as error:
@@ -120,6 +120,8 @@ def _named(flag: str) -> Iterator[None]:
 
 def check_pack_tokens(values: Namespace, datasets_to_pack: list[datasets.Dataset]) -> None:
     """
+    Check that every row fits in a packed sequence.
+
     Raises:
         UsageError: a row is longer than a packed sequence may be.
     """
@@ -133,6 +135,8 @@ def check_pack_tokens(values: Namespace, datasets_to_pack: list[datasets.Dataset
 
 def check_devices(values: Namespace) -> None:
     """
+    Check that every process of this machine has a GPU of its own.
+
     Raises:
         UsageError: the launcher started more processes on this machine than it has GPUs.
     """
@@ -144,7 +148,7 @@ def check_devices(values: Namespace) -> None:
 
 def zero_stage(values: Namespace) -> int | None:
     """
-    Returns the ZeRO stage of the run; None without DeepSpeed.
+    Return the ZeRO stage of the run; None without DeepSpeed.
 
     Raises:
         UsageError: see `read_deepspeed_config`; or --deepspeed is given and accelerate configures DeepSpeed too.
@@ -163,6 +167,8 @@ def zero_stage(values: Namespace) -> int | None:
 
 def check_quantization(values: Namespace, checkpoint: Checkpoint, stage: int | None) -> None:
     """
+    Check that the base can be quantised as asked, on these GPUs and under this launcher.
+
     Raises:
         UsageError: a quantised base under ZeRO-3 or FSDP2, which shard floating-point weights only; or fp8 for a base
             that is quantised already, not in bfloat16, or without a GPU that supports it.
@@ -186,7 +192,7 @@ def check_quantization(values: Namespace, checkpoint: Checkpoint, stage: int | N
 
 def configure_targets(values: Namespace, checkpoint: Checkpoint) -> None:
     """
-    Sets `values.lora_target_modules` to the generation's default where it was not given.
+    Set `values.lora_target_modules` to the generation's default where it was not given.
 
     Raises:
         UsageError: --lora_target_modules names something that is no linear layer of the generation's blocks.
@@ -203,6 +209,8 @@ def configure_targets(values: Namespace, checkpoint: Checkpoint) -> None:
 
 def check_output(values: Namespace, checkpoint: Checkpoint | None) -> None:
     """
+    Check that --output_dir can be written and holds nothing else.
+
     Raises:
         UsageError: --output_dir cannot be written, or holds something else already.
     """
@@ -222,7 +230,7 @@ def check_output(values: Namespace, checkpoint: Checkpoint | None) -> None:
 
 def check_previous_adapter(values: Namespace, origin: AdapterOrigin) -> None:
     """
-    Compares the adapter in --output_dir with the one to be trained.
+    Compare the adapter in --output_dir with the one to be trained.
 
     A run that resumes from a checkpoint there is not checked: its resume key is compared instead, since a kill may
     have left the adapter without its origin.

@@ -99,7 +99,7 @@ class ResumeKey:
     @classmethod
     def read(cls, checkpoint: Path) -> "ResumeKey":
         """
-        Reads the key of a checkpoint, also of one that an earlier release wrote.
+        Read the key of a checkpoint, also of one that an earlier release wrote.
 
         Raises:
             UsageError: the file is absent, has another shape, or was written by a newer release.
@@ -118,7 +118,7 @@ class ResumeKey:
 
     def differences(self, now: "ResumeKey", identity_only: bool = False) -> str:
         """
-        Returns what is different `now`, as "name then (now value), ..."; "" if nothing is.
+        Return what is different `now`, as "name then (now value), ..."; "" if nothing is.
 
         A setting that this key lacks, because an earlier release wrote it, is not compared.
         """
@@ -137,7 +137,7 @@ def describe_schedule(
     args: TrainingArguments, dtype: torch.dtype, pack_tokens: int | None, eval_dataset: datasets.Dataset | None = None
 ) -> dict[str, Any]:
     """
-    Returns what decides each step of a run and the best of them, as JSON values.
+    Return what decides each step of a run and the best of them, as JSON values.
 
     Args:
         dtype: of the base model's weights.
@@ -165,7 +165,7 @@ def describe_schedule(
 
 def describe_deepspeed(config: dict[str, Any]) -> dict[str, Any]:
     """
-    Returns the keys of a DeepSpeed configuration that decide a step.
+    Return the keys of a DeepSpeed configuration that decide a step.
 
     >>> describe_deepspeed({"steps_per_print": 9, "gradient_clipping": 1.0, "zero_optimization": {"stage": 2}})
     {'gradient_clipping': 1.0, 'zero_optimization': {}}
@@ -186,7 +186,7 @@ def _to_json(value: Any) -> Any:
 
 
 def _differences(name: str, then: Any, now: Any) -> list[str]:
-    """Returns a message for two values that differ; key by key for two objects."""
+    """Return a message for two values that differ; key by key for two objects."""
     if name in ("rows", "eval_rows"):
         change = describe_row_change(then, now)
         if not change:

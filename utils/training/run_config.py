@@ -72,7 +72,7 @@ class RunConfig:
 
     def describe(self, items: int, trainable: int, total: int) -> str:
         """
-        Returns what the run resolved, one setting a line, each with what decided it.
+        Return what the run resolved, one setting a line, each with what decided it.
 
         Args:
             items: rows, or packed sequences.
@@ -100,7 +100,7 @@ class RunConfig:
 
 def resolve_run(argv: list[str], description: str) -> RunConfig:
     """
-    Returns the run that the command line asks for; joins the processes. Nothing is written.
+    Return the run that the command line asks for; join the processes. Nothing is written.
 
     The order is fixed, as each step changes what a later one reads.
 
@@ -139,7 +139,7 @@ def resolve_run(argv: list[str], description: str) -> RunConfig:
 
 def configure_evaluation(values: Namespace) -> None:
     """
-    Sets what evaluation flags leave open, in `values`: batches like those of training and, with rows to evaluate on,
+    Set what evaluation flags leave open, in `values`: batches like those of training and, with rows to evaluate on,
     an evaluation before each checkpoint, the lowest loss being the best.
     """
     if values.per_device_eval_batch_size is None:
@@ -156,7 +156,7 @@ def configure_evaluation(values: Namespace) -> None:
 
 def resolve_precision(values: Namespace) -> tuple[torch.dtype, str]:
     """
-    Returns the dtype of the base model's weights and what decided it.
+    Return the dtype of the base model's weights and what decided it.
 
     Sets `values.fp16` and `.bf16`, and the environment that accelerate and DeepSpeed read, to match: flag,
     accelerate's ACCELERATE_MIXED_PRECISION and DeepSpeed's "auto" then agree. The flags decide; without one,
@@ -178,7 +178,7 @@ def resolve_precision(values: Namespace) -> tuple[torch.dtype, str]:
 
 
 def configure_trainer(values: Namespace) -> None:
-    """Sets, in `values`, the flags of TrainingArguments that this training decides itself."""
+    """Set, in `values`, the flags of TrainingArguments that this training decides itself."""
     values.use_cpu = values.use_cpu or not torch.cuda.is_available()  # else accelerate makes each process a world of 1
     if values.dataloader_num_workers is None:  # for a GPU, a process of its own prepares batches ahead
         values.dataloader_num_workers = 0 if values.use_cpu else 1
@@ -192,7 +192,7 @@ def configure_trainer(values: Namespace) -> None:
 
 def resolve_compile(flags: FinetuneArguments, args: TrainingArguments) -> tuple[bool, str]:
     """
-    Returns whether decoder blocks are compiled, and why. Default of --compile_layers: on if batches have a static
+    Return whether decoder blocks are compiled, and why. Default of --compile_layers: on if batches have a static
     shape (packing) and training runs on a GPU.
     """
     if flags.compile_layers is not None:
@@ -203,7 +203,7 @@ def resolve_compile(flags: FinetuneArguments, args: TrainingArguments) -> tuple[
 
 
 def describe_identity(flags: FinetuneArguments, inputs: TrainingInputs) -> dict[str, Any]:
-    """Returns what the run trains, on what: the `identity` of its resume key."""
+    """Return what the run trains, on what: the `identity` of its resume key."""
     return {
         "lora_rank": flags.lora_rank,
         "lora_alpha": flags.lora_alpha,
@@ -218,17 +218,17 @@ def describe_identity(flags: FinetuneArguments, inputs: TrainingInputs) -> dict[
 
 
 def global_batch(args: TrainingArguments) -> int:
-    """Returns the rows, or packs, of an optimizer step over all processes."""
+    """Return the rows, or packs, of an optimizer step over all processes."""
     return args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
 
 
 def data_seed(args: TrainingArguments) -> int:
-    """Returns the seed of the order of rows."""
+    """Return the seed of the order of rows."""
     return args.seed if args.data_seed is None else args.data_seed
 
 
 def set_gradient_checkpointing(args: TrainingArguments, checkpointing: bool) -> None:
-    """Sets gradient checkpointing under its old name and the one transformers 5.24 introduced."""
+    """Set gradient checkpointing under its old name and the one transformers 5.24 introduced."""
     for name in CHECKPOINTING_FLAGS:
         if hasattr(args, name):
             setattr(args, name, checkpointing)

@@ -37,7 +37,7 @@ REPORTERS = {  # package -> variables that keep its files on this machine, in a 
 
 
 def configure_reporters(reporters: list[str], output_dir: str) -> None:
-    """Makes reporters write beside the run; nothing leaves the machine unless the user's own variables say so."""
+    """Make reporters write beside the run; nothing leaves the machine unless the user's own variables say so."""
     for reporter in reporters:
         for variable, value in REPORTERS.get(reporter, {}).items():
             if variable not in os.environ:
@@ -46,7 +46,7 @@ def configure_reporters(reporters: list[str], output_dir: str) -> None:
 
 
 def describe_environment() -> dict[str, Any]:
-    """Returns versions, the state of this repository, and this machine's devices; None for what is not known."""
+    """Return versions, the state of this repository, and this machine's devices; None for what is not known."""
     versions: dict[str, str | None] = {"python": sys.version.split()[0]}
     for package in PACKAGES:
         try:
@@ -60,7 +60,7 @@ def describe_environment() -> dict[str, Any]:
 
 
 def _git(*words: str) -> str | None:
-    """Returns the output of a git command in this repository; None if it fails."""
+    """Return the output of a git command in this repository; None if it fails."""
     repository = Path(__file__).resolve().parents[2]
     try:
         process = subprocess.run(
@@ -77,7 +77,7 @@ def _git(*words: str) -> str | None:
 
 
 def write_run(config: RunConfig, resumed_from: Path | None) -> None:
-    """Writes run.json: what it takes to repeat the run. The main process writes."""
+    """Write run.json: what it takes to repeat the run. The main process writes."""
     if not is_main_process():
         return
     args, inputs, key = config.training_args, config.inputs, config.resume_key
@@ -100,7 +100,7 @@ def write_run(config: RunConfig, resumed_from: Path | None) -> None:
 
 
 def shown_command() -> str:
-    """Returns the command line of this process, without its secrets."""
+    """Return the command line of this process, without its secrets."""
     return hide_secrets(shlex.join(hide_in_command(sys.argv)))
 
 
@@ -141,7 +141,7 @@ class _Output:
 @contextlib.contextmanager
 def keep_log(output_dir: str) -> Iterator[None]:
     """
-    Copies what the main process prints to train.log until the block ends, and the error that ends it. Every process
+    Copy what the main process prints to train.log until the block ends, and the error that ends it. Every process
     outlives its stdout and stderr.
     """
     before = sys.stdout, sys.stderr

@@ -33,7 +33,7 @@ PEAK_TFLOPS = {
 
 
 def peak_tflops() -> int | None:
-    """Returns the dense bfloat16 TFLOP/s of this machine's GPU; None if it has none or the table lacks it."""
+    """Return the dense bfloat16 TFLOP/s of this machine's GPU; None if it has none or the table lacks it."""
     if not torch.cuda.is_available():
         return None
     name = torch.cuda.get_device_name()
@@ -41,7 +41,7 @@ def peak_tflops() -> int | None:
 
 
 def gpu_peak_gib() -> float:
-    """Returns the most GPU memory that this process had allocated, in GiB; 0 without a GPU."""
+    """Return the most GPU memory that this process had allocated, in GiB; 0 without a GPU."""
     return torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else 0.0
 
 
@@ -70,7 +70,7 @@ class Throughput:
     @classmethod
     def of(cls, model: nn.Module, blocks: list[nn.Module]) -> "Throughput":
         """
-        Returns the counter for a model whose base is frozen: two operations per weight and token in the forward pass
+        Return the counter for a model whose base is frozen: two operations per weight and token in the forward pass
         and two in the backward pass, which computes the gradients of activations only. Attention and adapter are left
         out.
         """
@@ -80,16 +80,16 @@ class Throughput:
         return cls(4.0 * weights, 4.0 * head.in_features * head.out_features)
 
     def count(self, real: int, total: int, targets: int) -> None:
-        """Adds the tokens of one micro batch: without padding, with padding, and trained on."""
+        """Add the tokens of one micro batch: without padding, with padding, and trained on."""
         self.counts.update(real=real, total=total, targets=targets)
         self.batch_flops = self.flops(real, targets)
 
     def flops(self, real: int, targets: int) -> float:
-        """Returns the floating-point operations of these numbers of real and target tokens."""
+        """Return the floating-point operations of these numbers of real and target tokens."""
         return real * self.token_flops + targets * self.target_flops
 
     def end_step(self) -> None:
-        """Counts an optimizer step; call it after each."""
+        """Count an optimizer step; call it after each."""
         self.steps += 1
         if self.steps == 0:
             self._wait()
@@ -97,20 +97,20 @@ class Throughput:
             self.begin = self.mark = (time.perf_counter(), self.counts.copy())
 
     def exclude(self, seconds: float) -> None:
-        """Excludes `seconds` (evaluation) from the throughput clock."""
+        """Exclude `seconds` (evaluation) from the throughput clock."""
         self.begin, self.mark = ((moment + seconds, counts) for moment, counts in (self.begin, self.mark))
 
     def seconds_left(self, steps: int) -> float | None:
-        """Returns the seconds that `steps` more steps will take; None in the first step."""
+        """Return the seconds that `steps` more steps will take; None in the first step."""
         return round(steps * self.seconds_per_step()) if self.steps > 0 else None
 
     def seconds_per_step(self) -> float:
-        """Returns the mean of the steps after the first; there must be one."""
+        """Return the mean of the steps after the first; there must be one."""
         return (time.perf_counter() - self.begin[0]) / self.steps
 
     def measure(self, whole_run: bool = False) -> dict[str, float]:
         """
-        Returns the speed since the last measurement, or since the end of the first step, over all processes; {} if no
+        Return the speed since the last measurement, or since the end of the first step, over all processes; {} if no
         token was counted. Every process must call it.
 
         Returns:

@@ -62,7 +62,7 @@ class Batches:
 
 
 def make_trainer(config: RunConfig, callbacks: list[TrainerCallback]) -> "AdapterTrainer":
-    """Loads the model, packs the rows where the run does, and prints what the run resolved."""
+    """Load the model, make its batches, and print what the run resolved."""
     model = prepare_model(config)
     batches = make_batches(config)
     print_once(config.describe(len(batches.items), *model.get_nb_trainable_parameters()))
@@ -70,7 +70,7 @@ def make_trainer(config: RunConfig, callbacks: list[TrainerCallback]) -> "Adapte
 
 
 def prepare_model(config: RunConfig) -> PeftModel:
-    """Returns the frozen base with the adapter to train; its loss is that of the target tokens only."""
+    """Return the frozen base with the adapter to train; its loss is that of the target tokens only."""
     flags, args = config.flags, config.training_args
     settle_zero3(args, flags.compile_layers)  # before loading, which reads DeepSpeed's configuration
     model = load_model(flags.model_name_or_path, dtype=config.dtype, quantize=stored_bits(flags.quantize))
@@ -100,7 +100,7 @@ def prepare_model(config: RunConfig) -> PeftModel:
 
 
 def make_batches(config: RunConfig) -> Batches:
-    """Returns the rows padded in batches, or packed into sequences of --pack_tokens."""
+    """Return the rows padded in batches, or packed into sequences of --pack_tokens."""
     inputs, flags, args = config.inputs, config.flags, config.training_args
     pad_token_id = inputs.tokenizer.pad_token_id
     if not flags.packing:
@@ -119,7 +119,7 @@ def make_batches(config: RunConfig) -> Batches:
 
 def configure_fsdp(accelerator: Accelerator) -> None:
     """
-    Makes accelerate shard by `fully_shard` where its config says FSDP, also on CPUs, where it would silently use DDP.
+    Make accelerate shard by `fully_shard` where its config says FSDP, also on CPUs, where it would silently use DDP.
 
     Every parameter is gathered in its own dtype: the base already has the one to compute in, the adapter and the sums
     of its gradients are float32. accelerate's policy would cast all of them, and the loss, to the run's dtype.
@@ -134,7 +134,7 @@ def configure_fsdp(accelerator: Accelerator) -> None:
 
 
 def _mark_dynamic(inputs: dict[str, Any]) -> None:
-    """Tells the compiler which shape in a packed batch varies: the number of ChatGLM-6B's prefix tokens."""
+    """Tell the compiler which shape in a packed batch varies: the number of ChatGLM-6B's prefix tokens."""
     if "prefix_tokens" in inputs:
         torch._dynamo.maybe_mark_dynamic(inputs["prefix_tokens"], 0)
 
@@ -182,7 +182,7 @@ class AdapterTrainer(GuardedTrainer):
         self.saved_step: int | None = None
 
     def train(self, resume_from_checkpoint: str | None = None, *args, **kwargs):
-        """Trains like Trainer; a run that had made all of its steps makes none."""
+        """Train like Trainer; a run that had made all of its steps makes none."""
         if resume_from_checkpoint:
             self.resumed_from = Path(resume_from_checkpoint)
             self.saved_step = step_of(self.resumed_from)
@@ -197,13 +197,13 @@ class AdapterTrainer(GuardedTrainer):
         return super().training_step(model, inputs, num_items_in_batch)
 
     def floating_point_ops(self, inputs) -> float:
-        """Returns those of the last micro batch, as `mfu` counts them: Trainer misses sharded and integer weights."""
+        """Return those of the last micro batch, as `mfu` counts them: Trainer misses sharded and integer weights."""
         return self.throughput.batch_flops
 
     @torch.no_grad()
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
         """
-        Returns loss and perplexity over all target tokens of the evaluation rows, each token counted once, however
+        Return loss and perplexity over all target tokens of the evaluation rows, each token counted once, however
         rows fall on batches and processes. Every process must call it, and makes the same number of forward passes.
 
         Returns:
@@ -238,7 +238,7 @@ class AdapterTrainer(GuardedTrainer):
         return metrics
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds speed and memory since the last log line; to the summary, those of the run after its first step."""
+        """Add speed and memory since the last log line; to the summary, those of the run after its first step."""
         if "loss" in logs:
             logs |= self.throughput.measure()
             seconds_left = self.throughput.seconds_left(self.state.max_steps - self.state.global_step)
@@ -251,7 +251,7 @@ class AdapterTrainer(GuardedTrainer):
         super().log(logs, start_time)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Writes the adapter: into a checkpoint's `output_dir`, or as the run's result, which appears whole."""
+        """Write the adapter: into a checkpoint's `output_dir`, or as the run's result, which appears whole."""
         if _internal_call:
             save_adapter(self.model, output_dir, self.origin, self.args.should_save)
             return
@@ -281,7 +281,7 @@ class AdapterTrainer(GuardedTrainer):
         return RowsByLength(row_lengths(self.train_dataset), global_batch(self.args), data_seed(self.args))
 
     def _init_training_state(self, *args, **kwargs) -> tuple[int, int]:
-        """Looks for the best checkpoint beside the one that the run resumes from, as both may have been moved."""
+        """Look for the best checkpoint beside the one that the run resumes from, as both may have been moved."""
         resumed_at = super()._init_training_state(*args, **kwargs)
         if self.resumed_from and self.state.best_global_step:
             best = self.resumed_from.with_name(f"checkpoint-{self.state.best_global_step}")
@@ -290,7 +290,7 @@ class AdapterTrainer(GuardedTrainer):
         return resumed_at
 
     def _run_epoch(self, *, model, trial, **kwargs) -> None:
-        """Ends a run whose steps are all made; Trainer would check that only after another step."""
+        """End a run whose steps are all made; Trainer would check that only after another step."""
         if self.state.global_step >= self.state.max_steps:
             print_once(f"all {self.state.max_steps} steps are made: saving the adapter")
             self.control.should_training_stop = True
@@ -303,6 +303,8 @@ class AdapterTrainer(GuardedTrainer):
 
     def _load_best_model(self) -> None:
         """
+        Load the checkpoint with the lowest loss.
+
         Raises:
             RunError: the best checkpoint is damaged.
         """
@@ -321,11 +323,11 @@ class AdapterTrainer(GuardedTrainer):
         super()._load_best_model()
 
     def _get_output_dir(self, trial) -> str:
-        """Returns the directory in which Trainer writes checkpoints, and finds no old ones to remove."""
+        """Return the directory in which Trainer writes checkpoints, and where it finds no old ones to remove."""
         return str(self.staging)
 
     def _save_checkpoint(self, model, trial) -> None:
-        """Lets Trainer write its checkpoint into the staging directory, and moves it to its place when complete."""
+        """Let Trainer write its checkpoint into the staging directory, and move it to its place when complete."""
         if local_rank() == 0:  # a killed run may have left something there
             remove(self.staging)
         barrier()
