@@ -1,4 +1,9 @@
-"""Gathers and reduces values of every process over gloo, which needs no device. Every process must call them."""
+"""
+Gathers and reduces values over all processes; every process must call each function.
+
+gloo carries them, which needs no device and waits for none; `mean_over_processes` alone uses the default group.
+Training and inference call it.
+"""
 
 from datetime import timedelta
 from functools import cache
@@ -25,7 +30,7 @@ def collective_timeout() -> dict[str, timedelta]:
 
 
 def mean_over_processes(value: float) -> float:
-    """Return the mean of every process's value."""
+    """Return the mean of every process's value, over the default group."""
     if world_size() == 1:
         return value
     total = torch.tensor(value, dtype=torch.float64, device="cuda" if torch.cuda.is_available() else "cpu")

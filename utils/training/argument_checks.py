@@ -205,7 +205,8 @@ def check_training_arguments(args: TrainingArguments, dataset: datasets.Dataset,
     with faults.collect():
         check_schedule(args, max(count_steps(items, args), 1))
     config = getattr(args, "hf_deepspeed_config", None)
-    for mismatch in config.mismatches if config else ():
+    mismatches = config.mismatches if config else []
+    for mismatch in mismatches:
         text = mismatch.removeprefix("- ds ").replace(" vs hf ", " does not fit ")
         faults.add(f'--deepspeed {args.deepspeed}: {text} of the flags: write "auto" there, or change the flag')
     if args.save_only_model and args.load_best_model_at_end and args.deepspeed_plugin is not None:

@@ -83,7 +83,10 @@ class AdapterArguments:
 
     lora_rank: int = field(default=8, metadata={"help": "rank of the adapter"})
     lora_alpha: int = field(default=32, metadata={"help": "the adapter is scaled by lora_alpha / lora_rank"})
-    lora_dropout: float = field(default=0.0, metadata={"help": "dropout on the adapter's input, from 0 to 1"})
+    lora_dropout: float = field(
+        default=0.0,
+        metadata={"help": "dropout on the adapter's input, from 0 to 1; above 0 the number of processes matters"},
+    )
     lora_target_modules: list[str] | None = field(
         default=None,
         metadata={"help": "linear layers that get an adapter (default: those of query, key and value)"},

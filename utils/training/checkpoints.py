@@ -234,15 +234,19 @@ def find_resumable(resume_from: str, output_dir: str, key: ResumeKey) -> Path | 
         print_once(f"{output_dir} has no checkpoint to resume from: starting afresh")
         return None
     checkpoint = directory / f"checkpoint-{max(common)}"
-    has_key = is_main_process() or any((checkpoint / name).is_file() for name in (KEY_FILE, VERSION_1_FILE))
-    differences = ResumeKey.read(checkpoint).differences(key) if has_key else ""
-    differences = next(filter(None, gather_from_all(differences)), "")
+    differences = next(filter(None, gather_from_all(_differences(checkpoint, key))), "")
     if differences:
         raise UsageError(
             f"{checkpoint} was written by a run with {differences}: give it the same, or start another run"
         )
     print_once(f"resuming from {checkpoint}")
     return checkpoint
+
+
+def _differences(checkpoint: Path, key: ResumeKey, identity_only: bool = False) -> str:
+    """Return what differs from a checkpoint's key; "" on a machine whose own disk has only its shards."""
+    has_key = any((checkpoint / name).is_file() for name in (KEY_FILE, VERSION_1_FILE))
+    return ResumeKey.read(checkpoint).differences(key, identity_only) if has_key or is_main_process() else ""
 
 
 def start_afresh(output_dir: str, key: ResumeKey) -> None:
@@ -256,7 +260,7 @@ def start_afresh(output_dir: str, key: ResumeKey) -> None:
     checkpoints = list_checkpoints(directory)
     newest = next((path for path in reversed(checkpoints) if not find_damage(path)), None)
     if newest:
-        differences = ResumeKey.read(newest).differences(key, identity_only=True)
+        differences = _differences(newest, key, identity_only=True)
         if differences:
             raise UsageError(
                 f"--output_dir {output_dir} holds checkpoints of another run, with {differences}: give another "

@@ -63,7 +63,7 @@ class ModelSizes:
 
     @classmethod
     def of(cls, checkpoint: Checkpoint, dtype: torch.dtype) -> "ModelSizes":
-        """Measure a model without weights."""
+        """Measure a model built without weights, in which quantised and tied weights count as they are held."""
         model = checkpoint.empty_model(dtype)
         tensors = [*model.parameters(), *model.buffers()]
         blocks = decoder_blocks(model)

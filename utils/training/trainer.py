@@ -1,5 +1,5 @@
 """
-The Trainer of this toolkit and the model that it trains: a frozen base with an adapter, the same under every launcher.
+The Trainer of this toolkit, the same under every launcher: it trains an adapter on a frozen base.
 
 In: a `RunConfig`. Out: an `AdapterTrainer` (`make_trainer`), which writes whole checkpoints and a verified adapter.
 Called by the training script and, for its trial steps, by dry_run.py. transformers' Trainer alone would save a model
@@ -22,16 +22,13 @@ from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import SaveStrategy
 
-from utils.checkpoint.model import load_model
 from utils.common.errors import RunError
 from utils.common.processes import launched_by_accelerate_with_fsdp, local_rank, print_once, process_rank
 from utils.data.arrow_reader import row_lengths
 from utils.data.collators import PackingCollator, PaddingCollator, RowsByLength
 from utils.data.packing import pack_dataset
 from utils.distributed.collectives import barrier, gather_from_all
-from utils.layers.fp8 import FP8
-from utils.layers.quantization import stored_bits
-from utils.lora.adapter import attach_adapter, save_adapter, scale_losses_under_zero3
+from utils.lora.adapter import save_adapter
 from utils.training.arguments import BY_LENGTH
 from utils.training.callbacks import ExactOffload, LossCurves, ProgressBar, StepTimer
 from utils.training.checkpoints import (
@@ -44,16 +41,16 @@ from utils.training.checkpoints import (
     save_sealed,
     step_of,
 )
-from utils.training.loss import use_target_loss
 from utils.training.nan_guard import GuardedTrainer
-from utils.training.optimize import decoder_blocks, partitions_weights, settle_zero3, speed_up
+from utils.training.optimize import decoder_blocks
+from utils.training.prepare_model import prepare_model
 from utils.training.run_config import RunConfig, data_seed, global_batch
 from utils.training.throughput import Throughput
 
 
 @dataclass(frozen=True)
 class Batches:
-    """What batches are drawn from, and the collators that make them."""
+    """The rows or packs that batches are drawn from, and the collators that make the batches."""
 
     items: Sequence  # rows, or packs of rows
     collator: Callable[[Sequence], dict[str, Any]]
@@ -65,38 +62,9 @@ def make_trainer(config: RunConfig, callbacks: list[TrainerCallback]) -> "Adapte
     """Load the model, make its batches, and print what the run resolved."""
     model = prepare_model(config)
     batches = make_batches(config)
-    print_once(config.describe(len(batches.items), *model.get_nb_trainable_parameters()))
+    trainable, total = model.get_nb_trainable_parameters()
+    print_once(config.describe(len(batches.items), trainable, total))
     return AdapterTrainer(config, model, batches, callbacks)
-
-
-def prepare_model(config: RunConfig) -> PeftModel:
-    """Return the frozen base with the adapter to train; its loss is that of the target tokens only."""
-    flags, args = config.flags, config.training_args
-    settle_zero3(args, flags.compile_layers)  # before loading, which reads DeepSpeed's configuration
-    model = load_model(flags.model_name_or_path, dtype=config.dtype, quantize=stored_bits(flags.quantize))
-    model.config.use_cache = False
-    model = attach_adapter(  # before anything replaces a layer: PEFT looks for the stock ones
-        model,
-        flags.lora_rank,
-        flags.lora_alpha,
-        flags.lora_dropout,
-        flags.lora_target_modules,
-        seed=args.seed,
-    )
-    if partitions_weights(args) and config.dtype == torch.float16:
-        scale_losses_under_zero3(model)
-    if args.gradient_checkpointing:
-        model.enable_input_require_grads()
-    use_target_loss(model.get_base_model(), compiled=flags.compile_layers)  # the head is not among the layers below
-    speed_up(  # last: it replaces layers together with their adapters, and compiles the blocks
-        model,
-        config.inputs.checkpoint.generation,
-        args,
-        fp8=flags.quantize == FP8,
-        packing=flags.packing,
-        compile_layers=flags.compile_layers,
-    )
-    return model
 
 
 def make_batches(config: RunConfig) -> Batches:
@@ -204,7 +172,8 @@ class AdapterTrainer(GuardedTrainer):
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
         """
         Return loss and perplexity over all target tokens of the evaluation rows, each token counted once, however
-        rows fall on batches and processes. Every process must call it, and makes the same number of forward passes.
+        rows fall on batches and processes. Trainer would pad the last batches with rows counted twice, and average
+        batches. Every process must call it, and makes the same number of forward passes, which ZeRO-3 needs.
 
         Returns:
             `eval_loss` (nats a target token), `eval_perplexity`, `eval_tokens` and `eval_runtime` (seconds).
@@ -216,7 +185,7 @@ class AdapterTrainer(GuardedTrainer):
         self.model_wrapped.eval()
         total, tokens = 0.0, 0
         for turn in range(math.ceil(len(starts) / self.args.world_size)):
-            start = own_starts[turn] if turn < len(own_starts) else 0  # a batch that another process counts
+            start = own_starts[turn] if turn < len(own_starts) else 0  # else a batch that another process counts
             batch = self.eval_collator([rows[i] for i in range(start, min(start + size, len(rows)))])
             inputs = self._prepare_inputs(batch)
             _mark_dynamic(inputs)
