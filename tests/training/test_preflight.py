@@ -108,6 +108,11 @@ IMPORTS = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules":
         ({"fp16": {"enabled": "perhaps"}}, "enabled in fp16: .*valid boolean"),
         ({"fp16": {"loss_scale": -1}}, "loss_scale in fp16: "),
         ({"bf16": {"unheard_of": 1}}, "unheard_of in bf16: no such key"),
+        ({"fp16": {"self": 1}}, "multiple values for argument 'self'"),
+        (
+            {"zero_optimization": {"stage": 2, "cpu_offload": True, "offload_optimizer": {"device": "cpu"}}},
+            "Cannot provide deprecated parameter 'cpu_offload'",
+        ),
         ({"gradient_cliping": 1.0}, "gradient_cliping is not read; is it gradient_clipping"),
         ({"communication_data_type": "fp13"}, "fp13"),
         ({"fp16": {"enabled": True}, "bf16": {"enabled": True}}, "cannot be simultaneously enabled"),
