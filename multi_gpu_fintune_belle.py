@@ -28,6 +28,7 @@ from utils.training.trainer import make_trainer
 
 
 def main() -> None:
+    """Resolve the run, then plan it or train."""
     config = resolve_run(sys.argv[1:], description=__doc__.partition("\n\n")[2])
     args = config.training_args
     resume_from = None
@@ -41,7 +42,11 @@ def main() -> None:
 
 
 def train(config: RunConfig, resume_from: Path | None) -> None:
-    """Train and write the adapter, or a checkpoint if a signal stops the run; print the summary as JSON."""
+    """
+    Train and write the adapter; print the summary as JSON.
+
+    If a signal stops the run, a checkpoint is written in place of the adapter.
+    """
     args, stop = config.training_args, StopOnSignal()
     with stop.listen(), claim(args.output_dir), keep_log(args.output_dir):
         if resume_from is None:

@@ -39,7 +39,11 @@ WARMUP_STEPS, PEAK_LEARNING_RATE = 50, 3e-4  # of training the base
 
 
 def train_base(shape: str, directory: Path, steps: int, rows: int) -> float:
-    """Train the base on `rows` new rows a step, drawn from seed 0, and write it; return its last loss."""
+    """
+    Train the base and write it; return its last loss.
+
+    Each step has `rows` new rows, drawn from seed 0.
+    """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = random_model(shape, device, torch.float32).train()
     save_checkpoint(shape, model, directory)
@@ -92,12 +96,17 @@ def read_curves(output_dir: Path) -> dict[str, dict[int, float]]:
 
 
 def compare(first: list[dict[int, float]], second: list[dict[int, float]]) -> dict[str, float]:
-    """Return the mean and the greatest difference of pairs of curves over their common steps."""
+    """
+    Return the mean and the greatest difference of pairs of curves.
+
+    Only steps that both curves of a pair have are compared.
+    """
     differences = [abs(a[step] - b[step]) for a, b in zip(first, second, strict=True) for step in a.keys() & b.keys()]
     return {"mean": round(mean(differences), 5), "greatest": round(max(differences), 5)}
 
 
 def main() -> None:
+    """Train all runs and print their differences as JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=GLM, default="chatglm3-1b", help="(default: %(default)s)")
     parser.add_argument("--quantize", choices=("fp8", "int8", "int4"), default="fp8", help="(default: %(default)s)")

@@ -51,7 +51,11 @@ OUT_OF_MEMORY = "out of memory"
 
 
 def in_own_process(call: Callable, *arguments: Any) -> Any:
-    """Return the result of a call in its own process, so that nothing of it stays on a GPU."""
+    """
+    Return the result of a call in a process of its own.
+
+    Nothing of it then stays on a GPU.
+    """
     if not torch.cuda.is_available():
         return call(*arguments)
     with ProcessPoolExecutor(1, get_context("spawn")) as pool:
@@ -59,7 +63,11 @@ def in_own_process(call: Callable, *arguments: Any) -> Any:
 
 
 def checkpoint_of(shape: str, work_dir: Path, device: str) -> Path:
-    """Return a checkpoint with random weights in `work_dir`; write it if it does not exist."""
+    """
+    Return a checkpoint with random weights in `work_dir`.
+
+    It is written if it does not exist.
+    """
     path = work_dir / shape
     if not path.is_dir():
         unfinished = work_dir / f"{shape}.partial"
@@ -70,7 +78,11 @@ def checkpoint_of(shape: str, work_dir: Path, device: str) -> Path:
 
 
 def random_rows(checkpoint: Path, count: int, seed: int) -> datasets.Dataset:
-    """Return rows of random tokens; those of ChatGLM-6B have `[gMASK] <sop>` before the target."""
+    """
+    Return rows of random tokens.
+
+    Those of ChatGLM-6B have `[gMASK] <sop>` before the target.
+    """
     config = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
     ending = [config[name] for name in ("gmask_token_id", "bos_token_id") if "gmask_token_id" in config]
     draw = random.Random(seed)
@@ -87,7 +99,11 @@ def random_rows(checkpoint: Path, count: int, seed: int) -> datasets.Dataset:
 
 
 def dataset_of(args: argparse.Namespace, checkpoint: Path, work_dir: Path) -> Path:
-    """Return the path of the dataset: --dataset_path, the tokenised --jsonl_path, or random rows."""
+    """
+    Return the path of the dataset.
+
+    It is --dataset_path, the tokenised --jsonl_path, or random rows.
+    """
     if args.dataset_path:
         return args.dataset_path
     path = work_dir / f"{args.shape}-rows"
@@ -102,7 +118,11 @@ def dataset_of(args: argparse.Namespace, checkpoint: Path, work_dir: Path) -> Pa
 
 
 def run_script(checkpoint: Path, rows: Path, work_dir: Path, processes: int, flags: list[str]) -> str | None:
-    """Return what the training script prints; None if it runs out of memory. Exit with its output if it fails."""
+    """
+    Return what the training script prints; None if memory runs out.
+
+    Any other failure ends the benchmark with the script's output.
+    """
     output_dir, compiled = work_dir / "output", work_dir / "compiled"
     for path in (output_dir, compiled):  # each run compiles its layers: --plan would do it for the run after it
         shutil.rmtree(path, ignore_errors=True)
@@ -151,7 +171,11 @@ def compare_plan(plan_output: str, measured: dict[str, Any]) -> dict[str, Any]:
 
 
 def run_baseline(shape: str, rows: Path, device: str, batch_size: int, steps: int) -> dict[str, Any]:
-    """Return the speed of a plain loop over padded batches, with PEFT's own layers and the model's own loss."""
+    """
+    Return the speed of a plain training loop over padded batches.
+
+    It has PEFT's own layers and the model's own loss.
+    """
     try:
         model = random_model(shape, device, torch.bfloat16 if device == "cuda" else torch.float32)
         generation = CHATGLM_6B if shape in CHATGLM else CHATGLM3
@@ -184,7 +208,7 @@ def describe(name: str, result: dict[str, Any]) -> str:
 
 
 def measure(args: argparse.Namespace, work_dir: Path) -> dict[str, Any]:
-    """Run the training script and the baseline; return what the last line prints."""
+    """Run the training script and the baseline; return their results."""
     has_gpu = torch.cuda.is_available()
     device = "cuda" if has_gpu else "cpu"
     checkpoint = checkpoint_of(args.shape, work_dir, device)
@@ -220,6 +244,7 @@ def measure(args: argparse.Namespace, work_dir: Path) -> dict[str, Any]:
 
 
 def main() -> None:
+    """Parse the command line, measure, and print the result as JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="chatglm3-6b", help="(default: %(default)s)")
     parser.add_argument("--rows", type=int, default=3000, help="number of random rows (default: %(default)s)")

@@ -17,14 +17,20 @@ GLOO_TIMEOUT = timedelta(days=7)  # longer than any difference in work and any s
 
 
 def backend() -> str:
-    """Return the backend of the default process group: "nccl" with GPUs, else "gloo"."""
+    """
+    Return the backend of the default process group.
+
+    It is "nccl" with GPUs, else "gloo".
+    """
     return "nccl" if torch.cuda.is_available() else "gloo"
 
 
 def collective_timeout() -> dict[str, timedelta]:
     """
-    Return the timeout argument of `init_process_group`. gloo's is practically endless, as `Watchdog` notices a
-    process that is gone. NCCL keeps its default, which ends what hangs on a device.
+    Return the timeout argument of `init_process_group`.
+
+    gloo's is practically endless, as `Watchdog` notices a process that is gone. NCCL keeps its default, which ends
+    what hangs on a device.
     """
     return {"timeout": GLOO_TIMEOUT} if backend() == "gloo" else {}
 
@@ -60,12 +66,20 @@ def gather_from_all(value: Any) -> list:
 
 
 def any_process(flag: bool) -> bool:
-    """Return whether the flag is set on any process. Does not wait for a GPU."""
+    """
+    Return whether the flag is set on any process.
+
+    This does not wait for a GPU.
+    """
     return bool(max_over_processes(int(flag)))
 
 
 def max_over_processes(number: int) -> int:
-    """Return the largest of every process's number. Does not wait for a GPU."""
+    """
+    Return the largest of every process's number.
+
+    This does not wait for a GPU.
+    """
     if world_size() == 1:
         return number
     numbers = torch.tensor(number)
@@ -74,7 +88,11 @@ def max_over_processes(number: int) -> int:
 
 
 def gather_lists(values: list) -> list:
-    """Return every process's list, concatenated by rank, on the main process, and [] on others; may wait for days."""
+    """
+    Return every process's list, concatenated by rank, on the main process.
+
+    Other processes get []. It waits for processes that are days apart.
+    """
     if world_size() == 1:
         return values
     gathered = [None] * world_size() if is_main_process() else None

@@ -61,7 +61,7 @@ if not torch.cuda.is_available():
 
 
 def init_deepspeed() -> None:
-    """Make the process group known to DeepSpeed, or lets DeepSpeed make one of the launcher's processes."""
+    """Let DeepSpeed join the process group, or make one."""
     import deepspeed
 
     # DeepSpeed's shared-memory reduction reads this variable of its own launcher, and crashes without it.
@@ -82,8 +82,10 @@ def init_deepspeed() -> None:
 
 def _forget_shared_memory() -> None:
     """
-    Remove the name of the shared memory in which DeepSpeed sums on the CPU, once every process has it open. Otherwise
-    its 66 MiB a process would stay in memory after the process ends.
+    Remove the name of the shared memory in which DeepSpeed sums.
+
+    On the CPU each process has 66 MiB of it, which would stay in memory after the process ends. Every process must
+    have opened it before.
     """
     torch.distributed.barrier()
     owner = f"{os.getuid()}_{os.environ['MASTER_ADDR']}_{os.environ['MASTER_PORT']}_{process_rank()}"

@@ -45,8 +45,9 @@ def check_port() -> None:
 
 def init_process_group(use_deepspeed: bool, advice: str = "the same command resumes where this one stopped") -> None:
     """
-    Join the processes that the launcher started: NCCL with GPUs, gloo without. A lone process joins nothing, unless
-    DeepSpeed asks for a group of one.
+    Join the processes that the launcher started: NCCL with GPUs, gloo without.
+
+    A lone process joins nothing, unless DeepSpeed asks for a group of one.
 
     On the CPU this must come before `TrainingArguments`: accelerate would otherwise see a world of one process, two
     DDP processes would train two models, and `zero.Init` would fail on the batch size.
@@ -75,7 +76,9 @@ def init_process_group(use_deepspeed: bool, advice: str = "the same command resu
 
 def on_all_processes(call: Callable[[], T]) -> list[T]:
     """
-    Return what `call` returns on every process, in the order of ranks. Every process must call it.
+    Return what `call` returns on every process, in the order of ranks.
+
+    Every process must call it.
 
     Raises:
         UsageError: `call` raised one on some process; the first one is raised on all, and all leave the group.
@@ -101,8 +104,10 @@ def free_port() -> int:
 
 def shut_down() -> None:
     """
-    Leave the process group, so that no rank ends while another still talks to it. CUDA graphs that hold NCCL's
-    reductions must be freed before: with an engine alive, this did not return.
+    Leave the process group together with all other processes.
+
+    No rank may end while another still talks to it. CUDA graphs that hold NCCL's reductions must be freed before: with
+    an engine alive, this did not return.
     """
     if _watchdogs:
         barrier()

@@ -34,7 +34,9 @@ CONNECTION = re.compile("gloo|nccl|connection|socket|store|timed out|broken pipe
 
 class AwakeClock:
     """
-    Counts the seconds for which this process ran. A suspension (SIGSTOP, Ctrl-Z, a paused container) does not count:
+    Counts the seconds for which this process ran.
+
+    A suspension (SIGSTOP, Ctrl-Z, a paused container) does not count:
     all processes of a run are suspended together, and none can give a sign of life.
 
     Threads ask it every `BEAT` seconds; if none asked for more than `MISSED_BEATS` of them, the process was suspended.
@@ -45,7 +47,7 @@ class AwakeClock:
         self.awake, self.asked = 0.0, time.monotonic()
 
     def now(self) -> float:
-        """Return the seconds that this process has run since the clock was made."""
+        """Return the seconds that this process has run so far."""
         with self.lock:
             before, self.asked = self.asked, time.monotonic()
             self.awake += min(self.asked - before, MISSED_BEATS * BEAT)
@@ -54,8 +56,10 @@ class AwakeClock:
 
 class Watchdog:
     """
-    Gives signs of life through the launcher's store and checks those of the other processes; on the same machine it
-    checks their process ids. It runs in threads, as the main thread may wait forever in a collective.
+    Gives signs of life and checks those of the other processes.
+
+    They go through the launcher's store; on the same machine it checks process ids. It runs in threads, as the main
+    thread may wait forever in a collective.
 
     Args:
         advice: what a user can do after a process is lost.
@@ -115,7 +119,11 @@ class Watchdog:
         self._stop()
 
     def _stop(self) -> None:
-        """Wait for the threads: one that is in a call to the store when the interpreter ends aborts the process."""
+        """
+        Wait for the threads to end.
+
+        One that is in a call to the store when the interpreter ends would abort the process.
+        """
         self.ended.set()
         for thread in self.threads:
             thread.join(timeout=5 * BEAT)
@@ -136,7 +144,11 @@ class Watchdog:
             self.store_answered = self.clock.now()
 
     def _check(self, rank: int) -> None:
-        """End this process if another one has failed, died, or given no sign of life for SILENCE seconds."""
+        """
+        End this process if another one has failed or is lost.
+
+        It is lost if its process died, or if it gave no sign of life for SILENCE seconds.
+        """
         if self.store.check([f"ended.{rank}"]):
             reason = self.store.get(f"ended.{rank}").decode()
             if reason != "done":
@@ -157,7 +169,7 @@ class Watchdog:
             self._end(rank, f"gave no sign of life for {SILENCE:.0f} s: it was killed, or its machine is cut off")
 
     def _dead_here(self) -> int | None:
-        """Return a rank of this machine whose process is gone and did not announce its end; None if there is none."""
+        """Return a rank whose process on this machine died unannounced, or None."""
         for rank, (host, process_id) in self.who.items():
             if host == self.host and rank not in self.done and not os.path.exists(f"/proc/{process_id}"):
                 return rank
@@ -169,7 +181,11 @@ class Watchdog:
                 self._end(0, f"or its launcher at {self.master} was silent for {SILENCE:.0f} s: killed, or cut off")
 
     def _end(self, rank: int, why: str, is_printed: bool = False) -> None:
-        """End this process; one on each machine prints why, unless the failed process has printed it there."""
+        """
+        End this process.
+
+        One on each machine prints why, unless the failed process has printed it there.
+        """
         host, process_id = self.who.get(rank, (self.host, os.getpid()))
         here = [other for other in self.others if self.who[other][0] == self.host and other != rank]
         if not is_printed and all(self.rank < other for other in here):

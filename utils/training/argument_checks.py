@@ -159,7 +159,9 @@ def check_reporters(values: Namespace) -> None:
 @contextlib.contextmanager
 def as_usage_error(flags: str) -> Iterator[None]:
     """
-    Turn an error of a library, which only checks the values of `flags` in the block, into a UsageError.
+    Turn a library's error about the values of `flags` into a UsageError.
+
+    The block must do nothing but check the values.
 
     Raises:
         UsageError: the library refused the values; with its reason.
@@ -172,7 +174,11 @@ def as_usage_error(flags: str) -> Iterator[None]:
 
 
 def count_steps(items: int, args: TrainingArguments) -> int:
-    """Return the optimizer steps over `items` rows or packs, as Trainer counts them."""
+    """
+    Return the optimizer steps over `items` rows or packs.
+
+    Trainer counts them in the same way.
+    """
     if args.max_steps > 0:
         return args.max_steps
     whole = math.floor if args.dataloader_drop_last else math.ceil

@@ -95,7 +95,7 @@ class AdapterArguments:
 
 @dataclass(kw_only=True)
 class FinetuneArguments(DataArguments, ModelArguments, AdapterArguments):
-    """The script's own flags. run.json lists the fields by name, so a field keeps its name."""
+    """The script's own flags; run.json lists the fields by name."""
 
 
 class TrainerArguments(TrainingArguments):
@@ -105,7 +105,11 @@ class TrainerArguments(TrainingArguments):
 
     @property
     def n_gpu(self) -> int:
-        """At most 1: a process that sees several GPUs would wrap the model in DataParallel."""
+        """
+        The number of GPUs of this process, at most 1.
+
+        Trainer would wrap the model of a process that sees several in DataParallel.
+        """
         return min(super().n_gpu, 1)
 
 
@@ -140,6 +144,10 @@ def build_arguments(parser: HfArgumentParser, values: Namespace) -> tuple[Finetu
 
 
 def checkpointing_flag(values: Namespace) -> bool | None:
-    """Return what the flags say of gradient checkpointing, under either name; None if neither was given."""
+    """
+    Return what the flags say of gradient checkpointing, or None.
+
+    It has two names, see CHECKPOINTING_FLAGS.
+    """
     flags = (getattr(values, name, None) for name in CHECKPOINTING_FLAGS)
     return next((flag for flag in flags if flag is not None), None)

@@ -6,7 +6,6 @@ Trainer.
 """
 
 import contextlib
-import importlib
 import math
 import os
 import signal
@@ -28,12 +27,12 @@ from utils.training.throughput import Throughput
 
 class StopOnSignal(TrainerCallback):
     """
-    Saves a checkpoint and stops after the current step, when any process receives SIGTERM (a cluster takes the machine
-    away), SIGINT (Ctrl-C), SIGHUP (a closed terminal) or SIGUSR1.
+    Saves a checkpoint and stops after the step in which a signal came.
 
-    Before training begins the signal ends the script at once; in the last step the run ends as it would have.
-    `stopped` is the signal that stopped the run, if one did. Further signals change nothing: a checkpoint is written
-    whole.
+    The signal may reach any process: SIGTERM (a cluster takes the machine away), SIGINT (Ctrl-C), SIGHUP (a closed
+    terminal) or SIGUSR1. Before training begins it ends the script at once; in the last step the run ends as it would
+    have. `stopped` is the signal that stopped the run, if one did. Further signals change nothing: a checkpoint is
+    written whole.
     """
 
     def __init__(self):
@@ -55,9 +54,11 @@ class StopOnSignal(TrainerCallback):
         self.received = self.received or number
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
+        """From now on a signal no longer ends the script at once."""
         self.has_begun = True
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
+        """Save and stop on all processes if any has received a signal."""
         number = max_over_processes(self.received)
         if number and state.global_step < state.max_steps:
             self.stopped = signal.Signals(number)
@@ -73,6 +74,7 @@ class ExactOffload(TrainerCallback):
     """
 
     def on_train_begin(self, args, state, control, optimizer: AcceleratedOptimizer, **kwargs) -> None:
+        """Bring the powers in C++ to the step that was loaded."""
         adam = getattr(optimizer.optimizer, "optimizer", None)  # the one that ZeRO wraps
         if type(adam).__name__ != "DeepSpeedCPUAdam":
             return
@@ -92,6 +94,7 @@ class StepTimer(TrainerCallback):
         self.throughput = throughput
 
     def on_step_end(self, *args, **kwargs) -> None:
+        """Count the step."""
         self.throughput.end_step()
 
 
@@ -100,9 +103,10 @@ FIGURE_FILE = "loss.png"
 
 
 class ProgressBar(ProgressCallback):
-    """Trainer's bar with loss and speed in it; log lines are written above it."""
+    """Trainer's bar with loss and speed; log lines are written above it."""
 
     def on_log(self, args, state, control, logs=None, **kwargs) -> None:
+        """Print the log line and update the bar."""
         super().on_log(args, state, control, logs, **kwargs)
         if state.is_world_process_zero and self.training_bar is not None and "loss" in logs:
             speed = f"{logs['tokens_per_second']:,.0f} tokens/s, " if "tokens_per_second" in logs else ""
@@ -117,8 +121,9 @@ class ProgressBar(ProgressCallback):
 
 class LossCurves(TrainerCallback):
     """
-    Writes metrics.jsonl at every log, one line each, and loss.png with every checkpoint and at the end of the run.
+    Writes metrics.jsonl at every log, and loss.png with every checkpoint.
 
+    loss.png is drawn at the end of the run too; metrics.jsonl has one line a log.
     Both show the run's state, which a checkpoint carries: a resumed run continues them from the checkpoint, without
     what was logged after it. Drawing takes some tenths of a second, less than writing a checkpoint, so no step waits
     for it more often than for those; `--report_to tensorboard` shows the curves live.
@@ -127,9 +132,10 @@ class LossCurves(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs) -> None:
         """Load the library before any step is timed."""
         if state.is_world_process_zero:
-            importlib.import_module("matplotlib.figure")
+            from matplotlib.figure import Figure  # noqa: F401
 
     def on_log(self, args, state, control, **kwargs) -> None:
+        """Write metrics.jsonl, and loss.png at the end of the run."""
         if not state.is_world_process_zero:
             return
         directory = Path(args.output_dir)
@@ -139,19 +145,28 @@ class LossCurves(TrainerCallback):
             draw_curves(state.log_history, directory / FIGURE_FILE)
 
     def on_save(self, args, state, control, **kwargs) -> None:
+        """Write loss.png."""
         if state.is_world_process_zero:
             draw_curves(state.log_history, Path(args.output_dir) / FIGURE_FILE)
 
 
 def _finite(row: dict[str, Any]) -> dict[str, Any]:
-    """Return the row with null for infinite and NaN values, which JSON lacks: norms of gradients that overflowed."""
+    """
+    Return the row with null for infinite and NaN values.
+
+    JSON lacks them; the norm of gradients that overflowed is one.
+    """
     return {
         name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in row.items()
     }
 
 
 def draw_curves(rows: list[dict[str, Any]], path: Path) -> None:
-    """Write a PNG of training and evaluation loss by step, and of the learning rate below; replaces `path`."""
+    """
+    Write a PNG of losses and learning rate by step.
+
+    It replaces `path` at once.
+    """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 5), layout="constrained")

@@ -39,7 +39,7 @@ STATE_TYPES = {"global_step": int, "log_history": list}
 
 
 def step_of(checkpoint: Path) -> int:
-    """Return the step in a checkpoint's name; -1 if it is no checkpoint's name."""
+    """Return the step in a checkpoint's name; -1 for other names."""
     match = NAME.fullmatch(checkpoint.name)
     return int(match[1]) if match else -1
 
@@ -52,8 +52,9 @@ def list_checkpoints(directory: Path) -> list[Path]:
 
 def remove(path: Path) -> None:
     """
-    Remove a directory tree, or a symlink but not its target; does nothing if `path` does not exist. Another machine
-    may remove the same tree of a shared disk at the same time.
+    Remove a directory tree, or a symlink but not its target.
+
+    A path that does not exist is no error: another machine may remove the same tree of a shared disk at the same time.
     """
     if path.is_symlink():
         path.unlink(missing_ok=True)
@@ -67,7 +68,11 @@ def _unless_gone(_function: Callable, _path: str, raised: tuple[type, BaseExcept
 
 
 def seal(staged: Path, final: Path) -> None:
-    """Give a written checkpoint its manifest and its final name; a power cut afterwards loses nothing of it."""
+    """
+    Give a written checkpoint its manifest and its final name.
+
+    A power cut afterwards loses nothing of it.
+    """
     files = sorted(path for path in staged.rglob("*") if path.is_file())
     manifest = {str(path.relative_to(staged)): _describe(path) for path in files}
     (staged / MANIFEST_FILE).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
@@ -84,8 +89,10 @@ def seal(staged: Path, final: Path) -> None:
 
 def publish(staged: Path, directory: Path) -> None:
     """
-    Move the files of a written adapter into `directory`; whenever this is interrupted, the files there are of one
-    adapter: the weights come last, and old weights are removed first unless no other file changes.
+    Move the files of a written adapter into `directory`.
+
+    Whenever this is interrupted, the files there are of one adapter: the weights come last, and old weights are
+    removed first unless no other file changes.
     """
     directory.mkdir(parents=True, exist_ok=True)
     names = sorted((path.name for path in staged.iterdir()), key=lambda name: (name == SAFETENSORS_WEIGHTS_NAME, name))
@@ -107,7 +114,7 @@ def _same_content(first: Path, second: Path) -> bool:
 
 
 def find_damage(checkpoint: Path) -> str | None:
-    """Return what is wrong with a checkpoint as a message; None if it is whole."""
+    """Return what is wrong with a checkpoint; None if it is whole."""
     try:
         manifest = read_json_object(checkpoint / MANIFEST_FILE)
     except UsageError:
@@ -156,8 +163,10 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
 
 def save_sealed(staged: Path, final: Path) -> None:
     """
-    Seal the checkpoint that all processes have written. Every process must call it: on a disk that the machines share
-    the main process seals for all, else the first process of each machine seals its own files.
+    Seal the checkpoint that all processes have written.
+
+    Every process must call it: on a disk that the machines share the main process seals for all, else the first
+    process of each machine seals its own files.
     """
     barrier()
     if is_main_process():
@@ -172,8 +181,10 @@ def save_sealed(staged: Path, final: Path) -> None:
 
 def rotate(written: Path, limit: int | None, best: str | None) -> None:
     """
-    Remove the oldest checkpoints beyond `limit`, but never `best` or `written`, the newest one. A symlink is no
-    checkpoint of the run: it is not counted and stays.
+    Remove the oldest checkpoints beyond `limit`.
+
+    `best` and `written`, the newest one, always stay. A symlink is no checkpoint of the run: it is not counted and
+    stays.
     """
     if not limit or limit < 1:
         return
@@ -186,7 +197,9 @@ def rotate(written: Path, limit: int | None, best: str | None) -> None:
 @contextlib.contextmanager
 def claim(output_dir: str) -> Iterator[None]:
     """
-    Keep other runs away from `output_dir` until the block ends or the process dies.
+    Keep other runs away from `output_dir` until the block ends.
+
+    The death of the process ends it too.
 
     Raises:
         UsageError: another run writes there.
@@ -207,8 +220,10 @@ def claim(output_dir: str) -> Iterator[None]:
 
 def find_resumable(resume_from: str, output_dir: str, key: ResumeKey) -> Path | None:
     """
-    Return the checkpoint to resume from: the newest whole one up to the one named, or of all in `output_dir` for
-    "latest". None for "latest" if there is no whole checkpoint. Every process must call it, and gets the same.
+    Return the checkpoint to resume from; None for "latest" without one.
+
+    It is the newest whole one up to the one named, or for "latest" of all in `output_dir`. Every process must call it,
+    and gets the same.
 
     Raises:
         UsageError: a named checkpoint does not exist, all are damaged, or it was written by a run with another key.
@@ -244,14 +259,20 @@ def find_resumable(resume_from: str, output_dir: str, key: ResumeKey) -> Path | 
 
 
 def _differences(checkpoint: Path, key: ResumeKey, identity_only: bool = False) -> str:
-    """Return what differs from a checkpoint's key; "" on a machine whose own disk has only its shards."""
+    """
+    Return what differs from a checkpoint's key.
+
+    A machine whose own disk has only shards of the checkpoint compares nothing.
+    """
     has_key = any((checkpoint / name).is_file() for name in (KEY_FILE, VERSION_1_FILE))
     return ResumeKey.read(checkpoint).differences(key, identity_only) if has_key or is_main_process() else ""
 
 
 def start_afresh(output_dir: str, key: ResumeKey) -> None:
     """
-    Set aside the checkpoints of an earlier attempt at the same run, and say so. Every process must call it.
+    Set aside the checkpoints of an earlier attempt at the same run.
+
+    A line says so. Every process must call it.
 
     Raises:
         UsageError: the checkpoints in `output_dir` are those of a run that trained something else.
@@ -276,8 +297,9 @@ def start_afresh(output_dir: str, key: ResumeKey) -> None:
 
 def set_aside_later(output_dir: str, resumed_from: Path) -> None:
     """
-    Set aside the checkpoints of other attempts, those after the one that this run resumes from, so that "latest" is
-    one of this run. Every process must call it.
+    Set aside checkpoints later than the one that this run resumes from.
+
+    They are of other attempts; "latest" is then one of this run. Every process must call it.
     """
     directory = Path(output_dir)
     is_own = directory.resolve() == resumed_from.parent.resolve()
@@ -286,7 +308,11 @@ def set_aside_later(output_dir: str, resumed_from: Path) -> None:
 
 
 def set_aside(output_dir: str, checkpoints: list[Path], why: str) -> None:
-    """Move checkpoints into a directory previous-N, on each machine, and say so. Every process must call it."""
+    """
+    Move checkpoints on each machine into a directory previous-N.
+
+    A line says so. Every process must call it.
+    """
     barrier()
     if checkpoints and is_main_process():
         print_once(f"{why}; the earlier checkpoints are in {_move_aside(Path(output_dir), checkpoints)}")

@@ -60,7 +60,11 @@ def read_deepspeed_config(path: str) -> dict[str, Any]:
 
 
 def top_level_faults(config: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """Yield (key, message) for keys that are misspelt, that this training cannot serve, or that are no objects."""
+    """
+    Yield (key, message) for keys that are misspelt or not served.
+
+    Objects that are something else are among them.
+    """
     known = SERVED | INSTEAD.keys()
     for key, value in config.items():
         if key.startswith("_"):  # a comment
@@ -76,7 +80,11 @@ def top_level_faults(config: dict[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def value_faults(config: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """Yield (key, message) for values that make DeepSpeed import a module or write a file, or that need a package."""
+    """
+    Yield (key, message) for values that reach outside the training.
+
+    They make DeepSpeed import a module, write a file, or need a further package.
+    """
     for key, known in (("optimizer", OPTIMIZERS), ("scheduler", SCHEDULERS)):
         if isinstance(section := config.get(key), dict):
             name = section.get("type")
@@ -93,7 +101,11 @@ def value_faults(config: dict[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def section_faults(config: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """Yield (key, message) for what DeepSpeed's pydantic models find wrong; "auto" is filled in by transformers."""
+    """
+    Yield (key, message) for what DeepSpeed's pydantic models find wrong.
+
+    A value "auto" is accepted: transformers fills it in.
+    """
     from deepspeed.runtime.precision_config import (  # imports torch's extensions
         DeepSpeedBF16Config,
         DeepSpeedFP16Config,
@@ -112,7 +124,7 @@ def section_faults(config: dict[str, Any]) -> Iterator[tuple[str, str]]:
             for fault in error.errors():
                 key = ".".join(map(str, fault["loc"]))
                 if not key:  # of several values together
-                    yield section, f"{section}: {fault['msg']}"
+                    yield section, f"{section}: {fault['msg'].removeprefix('Value error, ')}"
                 elif fault["type"] == "extra_forbidden":
                     similar = difflib.get_close_matches(str(fault["loc"][-1]), model.model_fields, 1)
                     yield key, f"{key} in {section}: no such key" + (f"; is it {similar[0]}?" if similar else "")
@@ -123,10 +135,11 @@ def section_faults(config: dict[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def deepspeed_fault(config: dict[str, Any]) -> str | None:
-    """Return what DeepSpeed itself finds wrong with a whole configuration; None if nothing."""
+    """Return what DeepSpeed finds wrong with a configuration, or None."""
     from deepspeed.runtime.config import DeepSpeedConfig
 
     def without_auto(value: Any) -> Any:
+        """Return the value without the keys that transformers fills in."""
         if not isinstance(value, dict):
             return value
         return {key: without_auto(each) for key, each in value.items() if each != "auto"}
@@ -143,7 +156,7 @@ def deepspeed_fault(config: dict[str, Any]) -> str | None:
 
 def place_of(key: str, text: str) -> str:
     """
-    Return where a key is first written in a file's text; "" if it is not there.
+    Return where a key is first written in a text, or "".
 
     >>> place_of("b", '{\\n  "b": 1}')
     'line 2 column 3'

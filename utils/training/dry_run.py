@@ -37,7 +37,9 @@ ADVISED_PACK_TOKENS = (16384, 8192, 4096)
 
 def plan(config: RunConfig) -> None:
     """
-    Print what the run will be and, if its memory suffices, how fast. Every process must call it.
+    Print what the run will be and, if it fits, how fast.
+
+    Every process must call it.
 
     Raises:
         RankError: the trial steps ran out of memory in spite of the estimate.
@@ -61,7 +63,9 @@ def plan(config: RunConfig) -> None:
 
 def try_steps(config: RunConfig) -> dict[str, float]:
     """
-    Make TRIAL_STEPS steps of the run in a temporary directory, which is kept only if it holds rows at fault.
+    Make TRIAL_STEPS steps of the run in a temporary directory.
+
+    The directory is kept only if it holds rows at fault.
 
     Returns:
         `seconds_per_step` after the first, `first_step_seconds`, `tokens_per_second` (all processes, without padding)
@@ -92,7 +96,11 @@ def try_steps(config: RunConfig) -> dict[str, float]:
 
 
 def describe_plan(config: RunConfig, memory: MemoryModel, items: int) -> str:
-    """Return one line each on rows, steps, parameters and, without a GPU, memory; `items` are rows or packs."""
+    """
+    Return one line each on rows, steps and trained parameters.
+
+    Without a GPU a line on memory follows. `items` are rows or packs.
+    """
     flags, args, dataset = config.flags, config.training_args, config.inputs.dataset
     lengths = row_lengths(dataset)
     trained, tokens = int(trained_tokens(dataset).sum()), sum(lengths)
@@ -115,7 +123,11 @@ def describe_plan(config: RunConfig, memory: MemoryModel, items: int) -> str:
 
 
 def padding_share(lengths: list[int], args: TrainingArguments) -> float:
-    """Return the share of padding in the first epoch's batches, whose rows are ordered by length."""
+    """
+    Return the share of padding in the first epoch's batches.
+
+    Rows are ordered by length.
+    """
     order = list(RowsByLength(lengths, global_batch(args), data_seed(args)))
     size = args.per_device_train_batch_size
     batches = [[lengths[row] for row in order[start : start + size]] for start in range(0, len(order), size)]
@@ -123,7 +135,11 @@ def padding_share(lengths: list[int], args: TrainingArguments) -> float:
 
 
 def describe_speed(speed: dict[str, float], memory: MemoryModel, steps: int, tokens: float) -> str:
-    """Return what `try_steps` measured, and how long a run of these steps and tokens takes at that speed."""
+    """
+    Return what `try_steps` measured, and how long the run takes.
+
+    `steps` and `tokens` are those of the whole run.
+    """
     first = speed["first_step_seconds"]
     seconds = round(first + tokens * (steps - 1) / steps / speed["tokens_per_second"])
     text = (
@@ -137,7 +153,7 @@ def describe_speed(speed: dict[str, float], memory: MemoryModel, steps: int, tok
 
 
 def advise(memory: MemoryModel, processes: int, usable: float) -> str:
-    """Return the fastest recipe that fits in `usable` GiB on each GPU, as flags."""
+    """Return the fastest recipe that fits in `usable` GiB, as flags."""
     for name, flags, recipe in _recipes(memory, processes):
         for tokens in ADVISED_PACK_TOKENS:
             candidate = replace(recipe, tokens=max(tokens, recipe.longest))
@@ -150,7 +166,7 @@ def advise(memory: MemoryModel, processes: int, usable: float) -> str:
 
 
 def _recipes(memory: MemoryModel, processes: int) -> list[tuple[str, str, MemoryModel]]:
-    """Return name, flags and memory of the recipes that `advise` tries, the fastest first."""
+    """Return name, flags and memory of recipes, the fastest first."""
     ddp = replace(
         memory, packing=True, compiled=True, weight_shards=None, offloaded=False, fsdp=False, optimizer_shards=1
     )

@@ -43,7 +43,7 @@ USABLE_SHARE = 0.95  # of the free memory; the rest is lost to fragmentation
 
 
 def bytes_of(tensors: list[torch.Tensor]) -> int:
-    """Return the bytes that tensors take; also of tensors on the meta device."""
+    """Return the bytes that tensors take, on any device."""
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
@@ -63,7 +63,11 @@ class ModelSizes:
 
     @classmethod
     def of(cls, checkpoint: Checkpoint, dtype: torch.dtype) -> "ModelSizes":
-        """Measure a model built without weights, in which quantised and tied weights count as they are held."""
+        """
+        Measure a model that is built without memory for its weights.
+
+        Quantised and tied weights count as they are held.
+        """
         model = checkpoint.empty_model(dtype)
         tensors = [*model.parameters(), *model.buffers()]
         blocks = decoder_blocks(model)
@@ -82,7 +86,7 @@ class ModelSizes:
         )
 
     def quantized(self, bits: int) -> "ModelSizes":
-        """Return the sizes of the same model, quantised to `bits` as it is loaded."""
+        """Return the sizes of the same model, quantised to `bits`."""
         quantized = replace(self.checkpoint, quantization=Quantization(bits), quantizes=True)
         return ModelSizes.of(quantized, self.dtype)
 
@@ -152,7 +156,7 @@ class MemoryModel:
         )
 
     def saved_values(self) -> float:
-        """Return the values that a block saves for the backward pass, per token."""
+        """Return the values that a block saves for backward, per token."""
         sizes, targets = self.sizes, set(self.lora_target_modules)
         layers = sizes.layers
         attended = sizes.linear[layers.attention_output][0]
@@ -172,7 +176,7 @@ class MemoryModel:
         return self.sizes.blocks * self.lora_rank * sum(sum(linear[name]) for name in self.lora_target_modules)
 
     def breakdown(self) -> dict[str, float]:
-        """Return the GiB on each GPU of weights, adapter, optimizer, activations and head."""
+        """Return GiB of weights, adapter, optimizer, activations and head on each GPU."""
         sizes = self.sizes
         weights = 0 if self.offloaded else sizes.weight_bytes / (self.weight_shards or 1)
         if self.fsdp:  # the head stays gathered from its forward to its backward pass
@@ -206,7 +210,11 @@ class MemoryModel:
         return f"{self.gib():.1f} GiB estimated ({shares})"
 
     def smaller(self) -> Iterator[tuple[str, "MemoryModel"]]:
-        """Yield flags that make the run smaller, and what it is with them; those that change the least first."""
+        """
+        Yield flags that make the run smaller, and its memory with them.
+
+        Flags that change the least come first.
+        """
         checkpointed = replace(self, checkpointing=True)
         halvings = [self.tokens >> count for count in range(32)]
         tokens = [fewer for fewer in halvings if fewer >= self.longest]
@@ -221,7 +229,11 @@ class MemoryModel:
                 yield flags, replace(quantized, tokens=fewer)
 
     def _batch_flags(self, tokens: int) -> str:
-        """Return the flags that make a micro batch of fewer tokens; "" for as many as now."""
+        """
+        Return the flags that make a micro batch of `tokens`.
+
+        As many tokens as now need no flag.
+        """
         if tokens >= self.tokens:
             return ""
         if self.packing:
@@ -230,7 +242,11 @@ class MemoryModel:
 
 
 def free_gib(on_cpu: bool = False) -> float:
-    """Return the memory that this process may still take on its GPU, or its share of what this machine has free."""
+    """
+    Return the GiB that this process may still take on its GPU.
+
+    With `on_cpu` it is the process's share of the memory that this machine has free.
+    """
     if on_cpu:
         return psutil.virtual_memory().available / int(os.environ.get("LOCAL_WORLD_SIZE", world_size())) / GIB
     free, total = torch.cuda.mem_get_info()
@@ -240,9 +256,10 @@ def free_gib(on_cpu: bool = False) -> float:
 
 def resolve_checkpointing(config: RunConfig) -> bool:
     """
-    Return whether activations are recomputed in the backward pass, and print why. Every process must call it.
+    Return whether activations are recomputed in the backward pass.
 
     The flag decides; without one, whether they fit in GPU memory. Without a GPU they are not recomputed by default.
+    Lines say why. Every process must call it.
     """
     if config.training_args.use_cpu:
         return bool(config.checkpointing)
@@ -255,7 +272,9 @@ def resolve_checkpointing(config: RunConfig) -> bool:
 
 def decide_checkpointing(memory: MemoryModel, requested: bool | None, free: float) -> tuple[bool, list[str]]:
     """
-    Return whether a run checkpoints, and the lines that say why and what would make it fit.
+    Return whether a run checkpoints, and the lines that say why.
+
+    Where the run does not fit, a line says what would make it fit.
 
     Args:
         memory: of the run without gradient checkpointing.

@@ -30,8 +30,9 @@ OVERFLOW_ADVICE = "train with --bf16, or with a lower --learning_rate"
 
 class OverflowWatch(TrainerCallback):
     """
-    Ends a float16 run whose gradients overflow at every loss scale; the scaler would skip steps forever.
+    Ends a float16 run whose gradients overflow at every loss scale.
 
+    The scaler would skip steps forever.
     `in_a_row` and `in_all` count the steps that this run skipped.
     """
 
@@ -56,7 +57,11 @@ class OverflowWatch(TrainerCallback):
 
 @dataclass
 class StepNumbers:
-    """Losses and gradient norm of one optimizer step, on the host once `ready` has fired, with their batches."""
+    """
+    Losses and gradient norm of one optimizer step, with their batches.
+
+    They are on the host once `ready` has fired.
+    """
 
     step: int
     batches: list[dict[str, Any]]
@@ -67,9 +72,9 @@ class StepNumbers:
 
 class GuardedTrainer(Trainer):
     """
-    Stops at a loss or gradients that are not finite, and at gradients that are all zero, before the optimizer uses
-    them.
+    Stops at losses and gradients that are wrong, before the optimizer uses them.
 
+    Wrong are a loss or gradients that are not finite, and gradients that are all zero.
     torch's fused AdamW skips the step on the device, and the host checks it in the next step, or before anything is
     logged, evaluated or saved; with any other optimizer the host waits for the device.
 
@@ -89,13 +94,18 @@ class GuardedTrainer(Trainer):
         self.add_callback(self.overflows)
 
     def compute_loss(self, model, inputs, *args, **kwargs):
+        """Return what Trainer returns; keep the micro batch and its loss."""
         result = super().compute_loss(model, inputs, *args, **kwargs)
         self.batches.append(inputs)
         self.losses.append((result[0] if isinstance(result, tuple) else result).detach())
         return result
 
     def _fused_optimizer(self) -> torch.optim.AdamW | None:
-        """Return the optimizer if it is torch's fused AdamW on whole weights, which reads `found_inf`; else None."""
+        """
+        Return the optimizer if it reads `found_inf`, else None.
+
+        torch's fused AdamW does, if nothing shards its weights.
+        """
         optimizer = getattr(self.optimizer, "optimizer", None)
         sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
         fused = type(optimizer) is torch.optim.AdamW and all(group["fused"] for group in optimizer.param_groups)
@@ -103,7 +113,9 @@ class GuardedTrainer(Trainer):
 
     def _get_grad_norm(self, model, grad_norm=None):
         """
-        Return the gradient norm; keep it and the losses to be checked, and let the optimizer skip a wrong step.
+        Return the gradient norm, and let the optimizer skip a wrong step.
+
+        The norm and the losses are kept to be checked.
 
         Raises:
             RunError, RankError: see `check_last_step`.
@@ -165,7 +177,9 @@ class GuardedTrainer(Trainer):
 
     def check_losses(self) -> None:
         """
-        Check that something was trained. Every process must call it. A run that resumed with all steps made passes.
+        Check that something was trained.
+
+        A run that resumed with all steps made passes. Every process must call it.
 
         Raises:
             RunError: every loss on every process was exactly 0, or every step overflowed.
@@ -183,7 +197,11 @@ class GuardedTrainer(Trainer):
             raise RunError("the adapter is not saved: every loss was exactly 0, so nothing was trained on")
 
     def _blame(self, step: int, batches: list[dict[str, Any]], fault: str, advice: str) -> str:
-        """Write the rows of the batches to a file; return the message that names the fault and the file."""
+        """
+        Write the rows of batches to a file; return the error message.
+
+        The message names the fault and the file.
+        """
         path = Path(self.args.output_dir) / f"rows_at_fault.rank{process_rank()}.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("w", encoding="utf-8") as file:
@@ -194,7 +212,11 @@ class GuardedTrainer(Trainer):
 
 
 def rows_of_batch(batch: dict[str, Any]) -> Iterator[list[int]]:
-    """Yield the input_ids of each row of a batch, padded or packed; filling rows of a packed batch come too."""
+    """
+    Yield the input_ids of each row of a batch, padded or packed.
+
+    Rows that fill a packed batch come too, if they have tokens.
+    """
     if "cu_seq_lens_q" in batch:
         ends = batch["cu_seq_lens_q"].tolist()
         for start, end in zip(ends, ends[1:], strict=False):
@@ -206,7 +228,11 @@ def rows_of_batch(batch: dict[str, Any]) -> Iterator[list[int]]:
 
 
 def find_row(rows: datasets.Dataset, input_ids: list[int]) -> int | None:
-    """Return the number of the first row, from 0, that has these tokens; None if there is none."""
+    """
+    Return the number of the first row with these tokens, or None.
+
+    Rows are counted from 0.
+    """
     column = rows.with_format("arrow")[:]["input_ids"]
     lengths = pyarrow.compute.list_value_length(column)
     candidates = pyarrow.compute.indices_nonzero(pyarrow.compute.equal(lengths, len(input_ids))).to_pylist()

@@ -41,7 +41,7 @@ DEFAULT_OUTPUT_DIR = "trainer_output"  # of TrainingArguments, which fills it in
 
 @dataclass(frozen=True)
 class TrainingInputs:
-    """What the flags of a training run name, opened: rows, tokenizer and base checkpoint."""
+    """What the flags name, opened: rows, tokenizer and base checkpoint."""
 
     dataset: datasets.Dataset  # rows with a token to train on, without those held out
     tokenizer: PreTrainedTokenizerBase
@@ -52,7 +52,7 @@ class TrainingInputs:
 
 def open_inputs(values: Namespace) -> TrainingInputs:
     """
-    Open what the flags name, once all of them are known to work together.
+    Open what the flags name, once all of them work together.
 
     Args:
         values: the flags of FinetuneArguments and TrainingArguments as argparse leaves them. A
@@ -135,7 +135,7 @@ def check_pack_tokens(values: Namespace, datasets_to_pack: list[datasets.Dataset
 
 def check_devices(values: Namespace) -> None:
     """
-    Check that every process of this machine has a GPU of its own.
+    Check that every local process has a GPU of its own.
 
     Raises:
         UsageError: the launcher started more processes on this machine than it has GPUs.
@@ -167,7 +167,9 @@ def zero_stage(values: Namespace) -> int | None:
 
 def check_quantization(values: Namespace, checkpoint: Checkpoint, stage: int | None) -> None:
     """
-    Check that the base can be quantised as asked, on these GPUs and under this launcher.
+    Check that the base can be quantised as asked.
+
+    GPUs and launcher limit that.
 
     Raises:
         UsageError: a quantised base under ZeRO-3 or FSDP2, which shard floating-point weights only; or fp8 for a base

@@ -18,9 +18,10 @@ from utils.training.run_config import RunConfig
 
 def prepare_model(config: RunConfig) -> PeftModel:
     """
-    Return the frozen base with the adapter to train; its loss is that of the target tokens only.
+    Return the frozen base with the adapter to train.
 
-    The order is fixed, as each step finds the layers that the one before leaves.
+    Its loss is that of the target tokens only. The order is fixed, as each step finds the layers that the one before
+    leaves.
     """
     flags, args = config.flags, config.training_args
     settle_zero3(args, flags.compile_layers)  # before loading, which reads DeepSpeed's configuration

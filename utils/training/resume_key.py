@@ -85,21 +85,25 @@ ZERO_DECIDES = ("zero_quantized_weights", "zero_quantized_nontrainable_weights",
 @dataclass(frozen=True)
 class ResumeKey:
     """
-    What decides a run. `identity`: what it trains, the same for all runs in one directory. `schedule`: what decides
-    its steps and the best of them, the same for a run and the checkpoint that it resumes from.
+    What decides a run.
+
+    Args:
+        identity: what the run trains; the same for all runs in one directory.
+        schedule: what decides its steps and the best of them; the same for a run and the checkpoint that it resumes.
     """
 
     identity: dict[str, Any]
     schedule: dict[str, Any]
 
     def write(self, checkpoint: Path) -> None:
+        """Write the key into a checkpoint's directory."""
         values = {"version": VERSION, IDENTITY: self.identity, SCHEDULE: self.schedule}
         (checkpoint / KEY_FILE).write_text(json.dumps(values, indent=1), encoding="utf-8")
 
     @classmethod
     def read(cls, checkpoint: Path) -> "ResumeKey":
         """
-        Read the key of a checkpoint, also of one that an earlier release wrote.
+        Read the key of a checkpoint, of this or an earlier release.
 
         Raises:
             UsageError: the file is absent, has another shape, or was written by a newer release.
@@ -118,9 +122,10 @@ class ResumeKey:
 
     def differences(self, now: "ResumeKey", identity_only: bool = False) -> str:
         """
-        Return what is different `now`, as "name then (now value), ..."; "" if nothing is.
+        Return what differs `now`, as "name then (now value), ...".
 
-        A setting that this key lacks, because an earlier release wrote it, is not compared.
+        Without a difference it is "". A setting that this key lacks, because an earlier release wrote it, is not
+        compared.
         """
         pairs = [(self.identity, now.identity)]
         if not identity_only:
@@ -137,7 +142,7 @@ def describe_schedule(
     args: TrainingArguments, dtype: torch.dtype, pack_tokens: int | None, eval_dataset: datasets.Dataset | None = None
 ) -> dict[str, Any]:
     """
-    Return what decides each step of a run and the best of them, as JSON values.
+    Return what decides a run's steps, as JSON values.
 
     Args:
         dtype: of the base model's weights.
@@ -186,7 +191,11 @@ def _to_json(value: Any) -> Any:
 
 
 def _differences(name: str, then: Any, now: Any) -> list[str]:
-    """Return a message for two values that differ; key by key for two objects."""
+    """
+    Return messages for two values that differ.
+
+    Objects are compared key by key.
+    """
     if name in ("rows", "eval_rows"):
         change = describe_row_change(then, now)
         if not change:

@@ -40,7 +40,7 @@ RESUME_ADVICE = "resume with --resume_from_checkpoint latest"
 @dataclass(frozen=True)
 class RunConfig:
     """
-    A training run: its opened inputs, its flags, and what was resolved from them.
+    A training run: opened inputs, flags, and what was resolved from them.
 
     Args:
         dtype: of the base model's weights.
@@ -63,7 +63,11 @@ class RunConfig:
 
     @property
     def launcher(self) -> str:
-        """How the processes share the work: "DeepSpeed ZeRO-3", "FSDP2", "DDP" or "one process"."""
+        """
+        How the processes share the work, for a person.
+
+        One of "DeepSpeed ZeRO-3" or another stage, "FSDP2", "DDP" and "one process".
+        """
         if self.training_args.deepspeed_plugin is not None:
             return f"DeepSpeed ZeRO-{self.training_args.deepspeed_plugin.zero_stage}"
         if launched_by_accelerate_with_fsdp():
@@ -72,7 +76,7 @@ class RunConfig:
 
     def describe(self, items: int, trainable: int, total: int) -> str:
         """
-        Return what the run resolved, one setting a line, each with what decided it.
+        Return what the run resolved, one setting a line, and why.
 
         Args:
             items: rows, or packed sequences.
@@ -100,7 +104,9 @@ class RunConfig:
 
 def resolve_run(argv: list[str], description: str) -> RunConfig:
     """
-    Return the run that the command line asks for; join the processes. Nothing is written.
+    Return the run that the command line asks for; join the processes.
+
+    Nothing is written.
 
     The order is fixed, as each step changes what a later one reads.
 
@@ -139,8 +145,10 @@ def resolve_run(argv: list[str], description: str) -> RunConfig:
 
 def configure_evaluation(values: Namespace) -> None:
     """
-    Set what evaluation flags leave open, in `values`: batches like those of training and, with rows to evaluate on,
-    an evaluation before each checkpoint, the lowest loss being the best.
+    Set the flags of evaluation that were not given, in `values`.
+
+    Batches are like those of training. With rows to evaluate on, each checkpoint follows an evaluation, and the lowest
+    loss is the best.
     """
     if values.per_device_eval_batch_size is None:
         values.per_device_eval_batch_size = values.per_device_train_batch_size
@@ -192,8 +200,9 @@ def configure_trainer(values: Namespace) -> None:
 
 def resolve_compile(flags: FinetuneArguments, args: TrainingArguments) -> tuple[bool, str]:
     """
-    Return whether decoder blocks are compiled, and why. Default of --compile_layers: on if batches have a static
-    shape (packing) and training runs on a GPU.
+    Return whether decoder blocks are compiled, and why.
+
+    Default of --compile_layers: on if batches have a static shape (packing) and training runs on a GPU.
     """
     if flags.compile_layers is not None:
         return flags.compile_layers, "by --compile_layers"
@@ -203,7 +212,7 @@ def resolve_compile(flags: FinetuneArguments, args: TrainingArguments) -> tuple[
 
 
 def describe_identity(flags: FinetuneArguments, inputs: TrainingInputs) -> dict[str, Any]:
-    """Return what the run trains, on what: the `identity` of its resume key."""
+    """Return the identity of a run's resume key: what it trains."""
     return {
         "lora_rank": flags.lora_rank,
         "lora_alpha": flags.lora_alpha,
@@ -228,7 +237,7 @@ def data_seed(args: TrainingArguments) -> int:
 
 
 def set_gradient_checkpointing(args: TrainingArguments, checkpointing: bool) -> None:
-    """Set gradient checkpointing under its old name and the one transformers 5.24 introduced."""
+    """Set gradient checkpointing under both of its names."""
     for name in CHECKPOINTING_FLAGS:
         if hasattr(args, name):
             setattr(args, name, checkpointing)

@@ -37,7 +37,11 @@ REPORTERS = {  # package -> variables that keep its files on this machine, in a 
 
 
 def configure_reporters(reporters: list[str], output_dir: str) -> None:
-    """Make reporters write beside the run; nothing leaves the machine unless the user's own variables say so."""
+    """
+    Make reporters write beside the run.
+
+    Nothing leaves the machine unless the user's own variables say so.
+    """
     for reporter in reporters:
         for variable, value in REPORTERS.get(reporter, {}).items():
             if variable not in os.environ:
@@ -46,7 +50,11 @@ def configure_reporters(reporters: list[str], output_dir: str) -> None:
 
 
 def describe_environment() -> dict[str, Any]:
-    """Return versions, the state of this repository, and this machine's devices; None for what is not known."""
+    """
+    Return versions, the state of this repository, and this machine's devices.
+
+    What is not known is None.
+    """
     versions: dict[str, str | None] = {"python": sys.version.split()[0]}
     for package in PACKAGES:
         try:
@@ -60,7 +68,7 @@ def describe_environment() -> dict[str, Any]:
 
 
 def _git(*words: str) -> str | None:
-    """Return the output of a git command in this repository; None if it fails."""
+    """Return the output of a git command here, or None."""
     repository = Path(__file__).resolve().parents[2]
     try:
         process = subprocess.run(
@@ -77,7 +85,11 @@ def _git(*words: str) -> str | None:
 
 
 def write_run(config: RunConfig, resumed_from: Path | None) -> None:
-    """Write run.json: what it takes to repeat the run. The main process writes."""
+    """
+    Write run.json: what it takes to repeat the run.
+
+    Only the main process writes.
+    """
     if not is_main_process():
         return
     args, inputs, key = config.training_args, config.inputs, config.resume_key
@@ -106,14 +118,17 @@ def shown_command() -> str:
 
 class _Output:
     """
-    A stream whose text also goes to a file, if there is one; progress bars, which rewrite their line, do not. If the
-    stream breaks, because a terminal closed or Ctrl-C ended a `tee`, the run continues without it.
+    A stream whose text also goes to a file, if there is one.
+
+    Progress bars, which rewrite their line, do not go to the file. If the stream breaks, because a terminal closed or
+    Ctrl-C ended a `tee`, the run continues without it.
     """
 
     def __init__(self, stream: IO[str], file: IO[str] | None):
         self.stream, self.file = stream, file
 
     def write(self, text: str) -> int:
+        """Write to both; return the number of characters."""
         if self.file and "\r" not in text:
             self.file.write(hide_secrets(text))
             self.file.flush()
@@ -122,6 +137,7 @@ class _Output:
         return len(text)
 
     def flush(self) -> None:
+        """Flush the stream; the file is flushed with every write."""
         with self._outliving_the_stream():
             self.stream.flush()
 
@@ -141,8 +157,10 @@ class _Output:
 @contextlib.contextmanager
 def keep_log(output_dir: str) -> Iterator[None]:
     """
-    Copy what the main process prints to train.log until the block ends, and the error that ends it. Every process
-    outlives its stdout and stderr.
+    Copy what the main process prints to train.log.
+
+    The block's end ends that; the error that ends the block is copied too. Every process outlives its stdout and
+    stderr.
     """
     before = sys.stdout, sys.stderr
     with contextlib.ExitStack() as stack:

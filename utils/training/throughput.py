@@ -33,7 +33,11 @@ PEAK_TFLOPS = {
 
 
 def peak_tflops() -> int | None:
-    """Return the dense bfloat16 TFLOP/s of this machine's GPU; None if it has none or the table lacks it."""
+    """
+    Return the dense bfloat16 TFLOP/s of this GPU, or None.
+
+    PEAK_TFLOPS may lack it, or there is none.
+    """
     if not torch.cuda.is_available():
         return None
     name = torch.cuda.get_device_name()
@@ -41,15 +45,20 @@ def peak_tflops() -> int | None:
 
 
 def gpu_peak_gib() -> float:
-    """Return the most GPU memory that this process had allocated, in GiB; 0 without a GPU."""
+    """
+    Return the peak of this process's GPU memory in GiB.
+
+    Without a GPU it is 0.
+    """
     return torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else 0.0
 
 
 @dataclass
 class Throughput:
     """
-    Counts tokens and time of a process's optimizer steps. The first step, which compiles layers and grows the
-    allocator's memory, is timed separately.
+    Counts tokens and time of a process's optimizer steps.
+
+    The first step, which compiles layers and grows the allocator's memory, is timed separately.
 
     Args:
         token_flops: floating-point operations of a real token outside the head, forward and backward.
@@ -70,9 +79,10 @@ class Throughput:
     @classmethod
     def of(cls, model: nn.Module, blocks: list[nn.Module]) -> "Throughput":
         """
-        Return the counter for a model whose base is frozen: two operations per weight and token in the forward pass
-        and two in the backward pass, which computes the gradients of activations only. Attention and adapter are left
-        out.
+        Return the counter for a model whose base is frozen.
+
+        A weight costs two operations per token in the forward pass and two in the backward pass, which computes the
+        gradients of activations only. Attention and adapter are left out.
         """
         linear = [layer for block in blocks for layer in block.modules() if hasattr(layer, "out_features")]
         weights = sum(layer.in_features * layer.out_features for layer in linear if not hasattr(layer, "base_layer"))
@@ -80,7 +90,11 @@ class Throughput:
         return cls(4.0 * weights, 4.0 * head.in_features * head.out_features)
 
     def count(self, real: int, total: int, targets: int) -> None:
-        """Add the tokens of one micro batch: without padding, with padding, and trained on."""
+        """
+        Add the tokens of one micro batch.
+
+        `real` counts them without padding, `total` with it, `targets` those that are trained on.
+        """
         self.counts.update(real=real, total=total, targets=targets)
         self.batch_flops = self.flops(real, targets)
 
@@ -101,17 +115,27 @@ class Throughput:
         self.begin, self.mark = ((moment + seconds, counts) for moment, counts in (self.begin, self.mark))
 
     def seconds_left(self, steps: int) -> float | None:
-        """Return the seconds that `steps` more steps will take; None in the first step."""
+        """
+        Return the seconds that `steps` more steps will take.
+
+        In the first step that is not known: None.
+        """
         return round(steps * self.seconds_per_step()) if self.steps > 0 else None
 
     def seconds_per_step(self) -> float:
-        """Return the mean of the steps after the first; there must be one."""
+        """
+        Return the mean time of the steps after the first.
+
+        At least one must have been made.
+        """
         return (time.perf_counter() - self.begin[0]) / self.steps
 
     def measure(self, whole_run: bool = False) -> dict[str, float]:
         """
-        Return the speed since the last measurement, or since the end of the first step, over all processes; {} if no
-        token was counted. Every process must call it.
+        Return the speed of all processes since the last measurement.
+
+        With `whole_run` it is the speed since the end of the first step. It is {} if no token was counted. Every
+        process must call it.
 
         Returns:
             `tokens_per_second` (real tokens), `padding` (share of all tokens) and, on a GPU, `peak_gib` (the largest

@@ -9,8 +9,6 @@ where an adapter is trained, write checkpoints in place, and find out that all s
 import math
 import shutil
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +23,11 @@ from transformers.trainer_utils import SaveStrategy
 from utils.common.errors import RunError
 from utils.common.processes import launched_by_accelerate_with_fsdp, local_rank, print_once, process_rank
 from utils.data.arrow_reader import row_lengths
-from utils.data.collators import PackingCollator, PaddingCollator, RowsByLength
-from utils.data.packing import pack_dataset
+from utils.data.collators import RowsByLength
 from utils.distributed.collectives import barrier, gather_from_all
 from utils.lora.adapter import save_adapter
 from utils.training.arguments import BY_LENGTH
+from utils.training.batches import Batches, make_batches
 from utils.training.callbacks import ExactOffload, LossCurves, ProgressBar, StepTimer
 from utils.training.checkpoints import (
     STAGING,
@@ -48,16 +46,6 @@ from utils.training.run_config import RunConfig, data_seed, global_batch
 from utils.training.throughput import Throughput
 
 
-@dataclass(frozen=True)
-class Batches:
-    """The rows or packs that batches are drawn from, and the collators that make the batches."""
-
-    items: Sequence  # rows, or packs of rows
-    collator: Callable[[Sequence], dict[str, Any]]
-    eval_items: Sequence | None
-    eval_collator: Callable[[Sequence], dict[str, Any]]
-
-
 def make_trainer(config: RunConfig, callbacks: list[TrainerCallback]) -> "AdapterTrainer":
     """Load the model, make its batches, and print what the run resolved."""
     model = prepare_model(config)
@@ -67,30 +55,13 @@ def make_trainer(config: RunConfig, callbacks: list[TrainerCallback]) -> "Adapte
     return AdapterTrainer(config, model, batches, callbacks)
 
 
-def make_batches(config: RunConfig) -> Batches:
-    """Return the rows padded in batches, or packed into sequences of --pack_tokens."""
-    inputs, flags, args = config.inputs, config.flags, config.training_args
-    pad_token_id = inputs.tokenizer.pad_token_id
-    if not flags.packing:
-        collator = PaddingCollator(pad_token_id)
-        return Batches(inputs.dataset, collator, inputs.eval_dataset, collator)
-    packs, shape = pack_dataset(inputs.dataset, flags.pack_tokens, args.seed, args.per_device_train_batch_size)
-    static_shape = shape if flags.compile_layers else None  # compiled blocks see one shape
-    collator = PackingCollator(inputs.checkpoint.row_positions, pad_token_id, static_shape)
-    if not inputs.eval_dataset:
-        return Batches(packs, collator, inputs.eval_dataset, collator)
-    eval_packs, shape = pack_dataset(
-        inputs.eval_dataset, flags.pack_tokens, args.seed, args.per_device_eval_batch_size
-    )
-    return Batches(packs, collator, eval_packs, replace(collator, shape=shape if flags.compile_layers else None))
-
-
 def configure_fsdp(accelerator: Accelerator) -> None:
     """
-    Make accelerate shard by `fully_shard` where its config says FSDP, also on CPUs, where it would silently use DDP.
+    Make accelerate shard by `fully_shard` where its config says FSDP.
 
-    Every parameter is gathered in its own dtype: the base already has the one to compute in, the adapter and the sums
-    of its gradients are float32. accelerate's policy would cast all of them, and the loss, to the run's dtype.
+    On CPUs it would silently use DDP. Every parameter is gathered in its own dtype: the base already has the one to
+    compute in, the adapter and the sums of its gradients are float32. accelerate's policy would cast all of them, and
+    the loss, to the run's dtype.
     """
     if not launched_by_accelerate_with_fsdp():
         return
@@ -102,7 +73,11 @@ def configure_fsdp(accelerator: Accelerator) -> None:
 
 
 def _mark_dynamic(inputs: dict[str, Any]) -> None:
-    """Tell the compiler which shape in a packed batch varies: the number of ChatGLM-6B's prefix tokens."""
+    """
+    Tell the compiler which shape in a packed batch varies.
+
+    It is the number of ChatGLM-6B's prefix tokens.
+    """
     if "prefix_tokens" in inputs:
         torch._dynamo.maybe_mark_dynamic(inputs["prefix_tokens"], 0)
 
@@ -122,8 +97,9 @@ TRAINER_HOOKS = (
 
 class AdapterTrainer(GuardedTrainer):
     """
-    Saves the adapter, gathered and verified, where Trainer would save a model; checkpoints appear whole, each with the
-    run's resume key.
+    Trains an adapter, and saves it where Trainer would save a model.
+
+    The adapter is gathered and verified. Checkpoints appear whole, each with the run's resume key.
     """
 
     def __init__(self, config: RunConfig, model: PeftModel, batches: Batches, callbacks: list[TrainerCallback]):
@@ -150,7 +126,11 @@ class AdapterTrainer(GuardedTrainer):
         self.saved_step: int | None = None
 
     def train(self, resume_from_checkpoint: str | None = None, *args, **kwargs):
-        """Train like Trainer; a run that had made all of its steps makes none."""
+        """
+        Train like Trainer.
+
+        A run that had made all of its steps makes none.
+        """
         if resume_from_checkpoint:
             self.resumed_from = Path(resume_from_checkpoint)
             self.saved_step = step_of(self.resumed_from)
@@ -160,20 +140,27 @@ class AdapterTrainer(GuardedTrainer):
             self.bar.close()
 
     def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
+        """Count a micro batch's tokens; return its loss after the backward pass."""
         _mark_dynamic(inputs)
         self.throughput.count(inputs.pop("real_tokens"), inputs["input_ids"].numel(), len(inputs["target_ids"]))
         return super().training_step(model, inputs, num_items_in_batch)
 
     def floating_point_ops(self, inputs) -> float:
-        """Return those of the last micro batch, as `mfu` counts them: Trainer misses sharded and integer weights."""
+        """
+        Return those of the last micro batch, as `mfu` counts them.
+
+        Trainer misses sharded and integer weights.
+        """
         return self.throughput.batch_flops
 
     @torch.no_grad()
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
         """
-        Return loss and perplexity over all target tokens of the evaluation rows, each token counted once, however
-        rows fall on batches and processes. Trainer would pad the last batches with rows counted twice, and average
-        batches. Every process must call it, and makes the same number of forward passes, which ZeRO-3 needs.
+        Return loss and perplexity over all target tokens of the evaluation rows.
+
+        Each token counts once, however rows fall on batches and processes; Trainer would pad the last batches with
+        rows counted twice, and average batches. Every process must call it, and makes the same number of forward
+        passes, which ZeRO-3 needs.
 
         Returns:
             `eval_loss` (nats a target token), `eval_perplexity`, `eval_tokens` and `eval_runtime` (seconds).
@@ -207,7 +194,11 @@ class AdapterTrainer(GuardedTrainer):
         return metrics
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add speed and memory since the last log line; to the summary, those of the run after its first step."""
+        """
+        Add speed and memory since the last log line.
+
+        The summary gets those of the whole run after its first step.
+        """
         if "loss" in logs:
             logs |= self.throughput.measure()
             seconds_left = self.throughput.seconds_left(self.state.max_steps - self.state.global_step)
@@ -220,7 +211,11 @@ class AdapterTrainer(GuardedTrainer):
         super().log(logs, start_time)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Write the adapter: into a checkpoint's `output_dir`, or as the run's result, which appears whole."""
+        """
+        Write the adapter, into a checkpoint or as the run's result.
+
+        The run's result appears whole.
+        """
         if _internal_call:
             save_adapter(self.model, output_dir, self.origin, self.args.should_save)
             return
@@ -240,6 +235,7 @@ class AdapterTrainer(GuardedTrainer):
     # has them, and that we override no other private method of it.
 
     def create_accelerator_and_postprocess(self) -> None:
+        """Make the accelerator, which shards by FSDP2 where accelerate's config says so."""
         super().create_accelerator_and_postprocess()
         configure_fsdp(self.accelerator)
         self.is_fsdp_enabled = launched_by_accelerate_with_fsdp()
@@ -250,7 +246,11 @@ class AdapterTrainer(GuardedTrainer):
         return RowsByLength(row_lengths(self.train_dataset), global_batch(self.args), data_seed(self.args))
 
     def _init_training_state(self, *args, **kwargs) -> tuple[int, int]:
-        """Look for the best checkpoint beside the one that the run resumes from, as both may have been moved."""
+        """
+        Look for the best checkpoint beside the one that resumes.
+
+        Both may have been moved since they were written.
+        """
         resumed_at = super()._init_training_state(*args, **kwargs)
         if self.resumed_from and self.state.best_global_step:
             best = self.resumed_from.with_name(f"checkpoint-{self.state.best_global_step}")
@@ -259,7 +259,11 @@ class AdapterTrainer(GuardedTrainer):
         return resumed_at
 
     def _run_epoch(self, *, model, trial, **kwargs) -> None:
-        """End a run whose steps are all made; Trainer would check that only after another step."""
+        """
+        End a run whose steps are all made.
+
+        Trainer would check that only after another step.
+        """
         if self.state.global_step >= self.state.max_steps:
             print_once(f"all {self.state.max_steps} steps are made: saving the adapter")
             self.control.should_training_stop = True
@@ -292,11 +296,19 @@ class AdapterTrainer(GuardedTrainer):
         super()._load_best_model()
 
     def _get_output_dir(self, trial) -> str:
-        """Return the directory in which Trainer writes checkpoints, and where it finds no old ones to remove."""
+        """
+        Return the directory in which Trainer writes checkpoints.
+
+        Trainer finds no old ones there to remove.
+        """
         return str(self.staging)
 
     def _save_checkpoint(self, model, trial) -> None:
-        """Let Trainer write its checkpoint into the staging directory, and move it to its place when complete."""
+        """
+        Let Trainer write its checkpoint, and move it to its place.
+
+        It is written into the staging directory and moved when it is complete.
+        """
         if local_rank() == 0:  # a killed run may have left something there
             remove(self.staging)
         barrier()
