@@ -24,24 +24,26 @@ from utils.data.arrow_reader import row_lengths
 from utils.data.packing import pack_rows
 
 SEEDS = (0, 2**32 - 1)  # what numpy takes
-MANY = 2**31 - 1  # no limit in practice; larger values overflow an int32 somewhere
+MAX_INT32 = 2**31 - 1  # a larger count is a typing error
 # The smallest and the largest value of a flag; None, the default of some, is always accepted.
 RANGES: dict[str, tuple[float, float]] = {
-    **dict.fromkeys(("lora_rank", "lora_alpha", "pack_tokens"), (1, MANY)),
-    **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size"), (1, MANY)),
-    **dict.fromkeys(("gradient_accumulation_steps", "eval_accumulation_steps", "torch_empty_cache_steps"), (1, MANY)),
+    **dict.fromkeys(("lora_rank", "lora_alpha", "pack_tokens"), (1, MAX_INT32)),
+    **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size"), (1, MAX_INT32)),
+    **dict.fromkeys(
+        ("gradient_accumulation_steps", "eval_accumulation_steps", "torch_empty_cache_steps"), (1, MAX_INT32)
+    ),
     **dict.fromkeys(("weight_decay", "max_grad_norm", "neftune_noise_alpha"), (0, 1e30)),
-    **dict.fromkeys(("warmup_steps", "save_steps", "eval_steps", "eval_delay", "save_total_limit"), (0, MANY)),
+    **dict.fromkeys(("warmup_steps", "save_steps", "eval_steps", "eval_delay", "save_total_limit"), (0, MAX_INT32)),
     **dict.fromkeys(("adam_beta1", "adam_beta2"), (0, 1 - 1e-12)),
     **dict.fromkeys(("seed", "data_seed"), SEEDS),
     "adam_epsilon": (0, 1),
-    "max_steps": (-1, MANY),
-    "logging_steps": (1e-9, MANY),
+    "max_steps": (-1, MAX_INT32),
+    "logging_steps": (1e-9, MAX_INT32),
     "dataloader_num_workers": (0, 4096),
-    "dataloader_prefetch_factor": (1, MANY),
-    "ddp_bucket_cap_mb": (1, MANY),
-    "ddp_timeout": (1, MANY),
-    "local_rank": (-1, MANY),
+    "dataloader_prefetch_factor": (1, MAX_INT32),
+    "ddp_bucket_cap_mb": (1, MAX_INT32),
+    "ddp_timeout": (1, MAX_INT32),
+    "local_rank": (-1, MAX_INT32),
 }
 CHOICES: dict[str, tuple[Any, ...]] = {
     "metric_for_best_model": (None, "loss", "eval_loss", "perplexity", "eval_perplexity"),
@@ -94,7 +96,7 @@ def check_values(values: Namespace) -> None:
         faults.add(f"--lora_dropout {values.lora_dropout} must be at least 0 and below 1")
     if values.max_steps == 0:
         faults.add("--max_steps 0 trains nothing: give more, or leave it out")
-    if values.max_steps < 0 and not 0 < values.num_train_epochs <= MANY:
+    if values.max_steps < 0 and not 0 < values.num_train_epochs <= MAX_INT32:
         faults.add(f"--num_train_epochs {values.num_train_epochs} trains nothing: give a number, or --max_steps")
     if values.optim.startswith(FULL_WEIGHT_OPTIMIZERS):
         faults.add(
