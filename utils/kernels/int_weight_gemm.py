@@ -6,8 +6,8 @@ decoding, the GEMM, which never writes a weight in 16 bits; for more rows, and i
 and cuBLAS. Both round integer times scale to float16, as the GPU kernels of the released checkpoints do; libraries
 (bitsandbytes, torchao) have other formats and other roundings.
 
-Shapes: x (M, K), weight (N, C) bytes with C = K for 8 bits and K / 2 for 4 bits, of which the high one is the even
-element of K, scale (N,).
+Shapes: x (M, K), weight (N, C) bytes, scale (N,). C = K for 8 bits. For 4 bits C = K / 2, and the high half of a byte
+is the even element.
 """
 
 from dataclasses import dataclass

@@ -179,7 +179,7 @@ def fp8_skinny_gemm(
     Returns:
         (M, N) bfloat16.
     """
-    return _launch(x, weight, gated, None, x_scale, weight_scale)
+    return _launch(x, weight, gated, x_scale=x_scale, weight_scale=weight_scale)
 
 
 @fp8_skinny_gemm.register_fake
@@ -201,7 +201,7 @@ def skinny_gemm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
     Returns:
         (M, N) in the dtype of `x`.
     """
-    return _launch(x, weight, gated, bias)
+    return _launch(x, weight, gated, bias=bias)
 
 
 @skinny_gemm.register_fake
