@@ -12,7 +12,14 @@ from torch import nn
 from utils.checkpoint.model import Checkpoint, load_model
 from utils.common.errors import UsageError
 from utils.layers import quantization
-from utils.layers.quantization import BITS, QuantizedLinear, dequantize, quantize
+from utils.layers.quantization import (
+    BITS,
+    QuantizedLinear,
+    dequantize,
+    load_nvrtc_kernel,
+    load_triton_kernels,
+    quantize,
+)
 from utils.lora.adapter import LoraSettings, attach_adapter
 
 RELEASED = ("chatglm-6b-int4-tiny", "chatglm-6b-int8-tiny", "chatglm-6b-int4-qe-tiny", "chatglm2-6b-int4-tiny")
@@ -50,11 +57,11 @@ def test_every_byte(name):
 
 @pytest.mark.parametrize("quantize_to", FULL)
 def test_quantising_on_load_makes_the_released_integers(quantize_to):
-    made = load_model(str(GOLDEN / "chatglm-6b-tiny"), quantize=quantize_to).state_dict()
+    quantised = load_model(str(GOLDEN / "chatglm-6b-tiny"), quantize=quantize_to).state_dict()
     released = load_model(str(GOLDEN / FULL[quantize_to])).state_dict()
-    assert made.keys() == released.keys()
-    assert sum(value.dtype == torch.int8 for value in made.values()) == 4 * 3
-    assert all(torch.equal(made[key], released[key]) for key in made)
+    assert quantised.keys() == released.keys()
+    assert sum(value.dtype == torch.int8 for value in quantised.values()) == 4 * 3
+    assert all(torch.equal(quantised[key], released[key]) for key in quantised)
 
 
 @pytest.mark.parametrize("name", ("chatglm3-6b-tiny", "glm-4-9b-chat-tiny"))
@@ -111,14 +118,14 @@ def test_gradients_are_those_of_the_dequantised_weights():
 
 @pytest.fixture
 def choose_kernels(monkeypatch):
-    """choose_kernels(name): those of that name alone serve, as the environment variable has it."""
+    """choose_kernels(name): use only those of that name, as if CHATGLM_KERNELS had it at the start."""
 
     def forget():
-        quantization._triton_kernels.cache_clear()
-        quantization._cpm_kernels.cache_clear()
+        load_triton_kernels.cache_clear()
+        load_nvrtc_kernel.cache_clear()
 
     def choose(name):
-        monkeypatch.setattr(quantization, "KERNELS", name)
+        monkeypatch.setattr(quantization, "REQUESTED", name)
         forget()
 
     yield choose
@@ -136,11 +143,14 @@ SIXTEEN_BITS = [(name, dtype) for name in ("triton", "cpm_kernels") for dtype in
 def test_gpu_kernels_compute_what_torch_does(choose_kernels, name, dtype, bits, rows, columns):
     """Bit for bit; `columns` are bytes."""
     choose_kernels(name)
-    kernels = quantization._triton_kernels() or quantization._cpm_kernels()
+    if name == "triton":
+        dequantize_on_gpu = load_triton_kernels().dequantize_with_triton
+    else:
+        dequantize_on_gpu = load_nvrtc_kernel().dequantize_with_nvrtc
     torch.manual_seed(0)
     weight = torch.randint(-128, 128, (rows, columns), dtype=torch.int8, device="cuda")
     scale = torch.rand(rows, device="cuda").half()
-    assert torch.equal(kernels.dequantize(weight, scale, bits, dtype), dequantize(weight, scale, bits, dtype))
+    assert torch.equal(dequantize_on_gpu(weight, scale, bits, dtype), dequantize(weight, scale, bits, dtype))
 
 
 @on_gpu
@@ -172,15 +182,15 @@ def test_where_cpm_kernels_fails_torch_serves(choose_kernels, monkeypatch, capsy
     monkeypatch.setitem(sys.modules, "pkg_resources", None)
     for name in [name for name in sys.modules if name.partition(".")[0] == "cpm_kernels" or "nvrtc" in name]:
         monkeypatch.delitem(sys.modules, name)
-    assert quantization._cpm_kernels() is quantization._cpm_kernels() is None
-    said = capsys.readouterr().out
-    assert said.count("\n") == 1 and "dequantised by torch operations: cpm_kernels does not run here" in said
+    assert load_nvrtc_kernel() is load_nvrtc_kernel() is None
+    output = capsys.readouterr().out
+    assert output.count("\n") == 1 and "dequantised by torch operations: cpm_kernels does not run here" in output
 
 
 def test_kernels_that_nobody_knows(choose_kernels):
     choose_kernels("cuda")
     with pytest.raises(UsageError, match="CHATGLM_KERNELS=cuda: give triton, cpm_kernels or torch"):
-        quantization._triton_kernels()
+        load_triton_kernels()
 
 
 @pytest.fixture(scope="module")
@@ -248,7 +258,7 @@ def test_wrong_use():
     with pytest.raises(UsageError, match="quantised to 4 bits already"):
         Checkpoint.open(str(GOLDEN / FULL["int4"]), quantize="int8")
     assert not Checkpoint.open(str(GOLDEN / FULL["int4"]), quantize="int4").quantizes
-    with pytest.raises(UsageError, match="a weight has 171: use --quantize int8"):
+    with pytest.raises(UsageError, match="a weight has 171 a row: use --quantize int8"):
         load_model(str(GOLDEN / "chatglm2-6b-tiny"), quantize="int4")
 
 

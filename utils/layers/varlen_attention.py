@@ -1,4 +1,11 @@
-"""Attention over rows laid end to end, each seeing itself alone, without a mask: torch's varlen kernel."""
+"""
+Attention over packed sequences, each of which sees itself alone, without a mask: torch's varlen kernel.
+
+In: one packed row of query, key and value, and where each sequence begins. Out: the attention's output. Registered in
+transformers' attention interface as `VARLEN`, which utils/training/optimize.py selects; transformers then builds no
+mask. utils/inference/engine calls the function for prefill. transformers' own flash attention needs a package that
+has no wheel for each torch, and knows no prefix that is seen in both directions, as ChatGLM-6B has.
+"""
 
 import inspect
 
@@ -6,17 +13,18 @@ import torch
 from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface
 
-VARLEN = "varlen"  # its name in transformers' attention interface
-CAUSAL, BOTH_WAYS = (-1, 0), (-1, -1)  # windows
-# From torch 2.13 on fewer heads of keys than of queries must be announced.
-ANNOUNCES_GQA = "enable_gqa" in inspect.signature(varlen_attn).parameters
+VARLEN = "varlen"
+CAUSAL, BIDIRECTIONAL = (-1, 0), (-1, -1)  # window sizes to the left and right, -1 is no bound
+# Since torch 2.13 the kernel wants to be told of fewer key heads than query heads.
+HAS_GQA_FLAG = "enable_gqa" in inspect.signature(varlen_attn).parameters
 
 
 class _Gather(torch.autograd.Function):
     """
-    (N, H, D) -> (M, H, D), what is at `index` (M,) int64, and zeros where that is below 0. No position may be taken
-    twice: `inverse` (N,) says by which element of the index each is, -1 where by none, so that the gradient is
-    gathered too. torch's own adds it up, row by row.
+    (N, H, D) -> (M, H, D): the rows at `index` (M,) int64, and zeros where it is negative.
+
+    No row may be taken twice. `inverse` (N,) is the inverse of `index`, -1 where a row is not taken, so that the
+    gradient is a gather too; torch's own adds it up row by row.
     """
 
     @staticmethod
@@ -49,33 +57,46 @@ def varlen_attention_forward(
     **kwargs,
 ) -> tuple[torch.Tensor, None]:
     """
-    Args:
-        query: (1, H, T, D), key and value (1, K, T, D) with H a multiple of K; float16 or bfloat16 on a GPU.
-        cu_seq_lens_q: (rows + 1,) int32, where each row begins, and T; rows may be empty.
-        max_length_q: no row is longer.
-        prefix_tokens: for ChatGLM-6B (P,) int64, the tokens that see all of their row's prefix.
-        cu_prefix: (rows + 1,) int32, where among them each row's begin, and P.
-        causal: whether the other tokens see what is before them alone, not all of their row.
+    Return the output (1, T, H, D) of attention over packed sequences, and None for the weights.
 
-    Returns:
-        (1, T, H, D), and no weights.
+    The parameters' names are those of transformers' attention interface and of the collator.
+
+    Args:
+        query: (1, H, T, D) float16 or bfloat16 on a GPU; key and value (1, K, T, D) with H a multiple of K.
+        cu_seq_lens_q: (sequences + 1,) int32, where each sequence begins, and T; sequences may be empty.
+        max_length_q: the length of the longest sequence, or more.
+        prefix_tokens: for ChatGLM-6B (P,) int64, the tokens that see all of their sequence's prefix.
+        cu_prefix: (sequences + 1,) int32, where among them each sequence's begin, and P.
+        causal: whether the other tokens see only what is before them, else all of their sequence.
     """
     query, key, value = (heads.squeeze(0).transpose(0, 1).contiguous() for heads in (query, key, value))  # (T, H, D)
-    options = {"enable_gqa": True} if ANNOUNCES_GQA and query.shape[1] != key.shape[1] else {}
+    options = {"enable_gqa": True} if HAS_GQA_FLAG and query.shape[1] != key.shape[1] else {}
 
-    def attend(heads: tuple[torch.Tensor, ...], starts: torch.Tensor, window: tuple[int, int]) -> torch.Tensor:
-        lengths = (starts, starts, max_length_q, max_length_q)
-        return varlen_attn(*heads, *lengths, scale=scaling, window_size=window, **options)
+    def attend(query, key, value, starts: torch.Tensor, window: tuple[int, int]) -> torch.Tensor:
+        return varlen_attn(
+            query,
+            key,
+            value,
+            starts,
+            starts,
+            max_length_q,
+            max_length_q,
+            scale=scaling,
+            window_size=window,
+            **options,
+        )
 
-    heads = (query, key, value)
-    output = attend(heads, cu_seq_lens_q, CAUSAL if causal else BOTH_WAYS)
-    if prefix_tokens is not None:  # theirs is a second pass, over the prefixes alone and in both directions
+    output = attend(query, key, value, cu_seq_lens_q, CAUSAL if causal else BIDIRECTIONAL)
+    if prefix_tokens is not None:  # a second pass, over the prefixes alone and in both directions
         order = torch.arange(len(prefix_tokens), device=prefix_tokens.device)
-        places = prefix_tokens.new_full((len(query),), -1).index_copy(0, prefix_tokens, order)
-        prefixes = tuple(_Gather.apply(states, prefix_tokens, places) for states in heads)
-        prefixes = attend(prefixes, cu_prefix, BOTH_WAYS)
-        output = torch.where(places[:, None, None] >= 0, _Gather.apply(prefixes, places, prefix_tokens), output)
+        places = prefix_tokens.new_full((len(query),), -1).index_copy(0, prefix_tokens, order)  # (T,)
+        prefix_query, prefix_key, prefix_value = (
+            _Gather.apply(heads, prefix_tokens, places) for heads in (query, key, value)
+        )  # (P, H, D)
+        prefix_output = attend(prefix_query, prefix_key, prefix_value, cu_prefix, BIDIRECTIONAL)
+        prefix_output = _Gather.apply(prefix_output, places, prefix_tokens)  # (T, H, D)
+        output = torch.where(places[:, None, None] >= 0, prefix_output, output)
     return output.unsqueeze(0), None
 
 
-AttentionInterface.register(VARLEN, varlen_attention_forward)  # and no mask: transformers then makes none
+AttentionInterface.register(VARLEN, varlen_attention_forward)  # without a mask function: transformers builds no mask
