@@ -34,7 +34,7 @@ def loss_and_gradient(path, batch, on_targets):
         load_model(str(path)), LoraSettings(4, 32, 0.0, list(checkpoint.generation.lora_target_modules)), seed=0
     )
     if on_targets:
-        use_target_loss(model.get_base_model())
+        use_target_loss(model)
     torch.manual_seed(1)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:

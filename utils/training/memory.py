@@ -26,7 +26,7 @@ from utils.data.arrow_reader import row_lengths
 from utils.distributed.collectives import gather_from_all
 from utils.layers.quantization import BITS, Quantization
 from utils.models.family import LayerNames
-from utils.training.loss import CHUNK
+from utils.training.loss import CHUNK_TOKENS
 from utils.training.optimize import decoder_blocks, partitions_weights
 from utils.training.run_config import RunConfig
 
@@ -186,7 +186,7 @@ class MemoryModel:
         adapter = self.adapter_parameters()
         block_input = self.tokens * sizes.hidden * sizes.value_bytes
         block = self.tokens * self.saved_values() * sizes.value_bytes
-        chunk = min(CHUNK, self.tokens)
+        chunk = min(CHUNK_TOKENS, self.tokens)
         head = chunk * sizes.vocabulary * BYTES_PER_LOGIT + self.tokens * sizes.hidden * (4 + sizes.value_bytes)
         activations = sizes.blocks * (block_input if self.checkpointing else block) + 3 * block_input
         if self.checkpointing:  # the block that is recomputed reuses the memory of the head

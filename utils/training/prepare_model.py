@@ -10,7 +10,7 @@ from peft import PeftModel
 from utils.checkpoint.model import load_model
 from utils.layers.fp8 import FP8
 from utils.layers.quantization import stored_bits
-from utils.lora.adapter import attach_adapter, scale_losses_under_zero3
+from utils.lora.adapter import LoraSettings, attach_adapter, scale_losses_under_zero3
 from utils.training.loss import use_target_loss
 from utils.training.optimize import partitions_weights, settle_zero3, speed_up
 from utils.training.run_config import RunConfig
@@ -27,19 +27,13 @@ def prepare_model(config: RunConfig) -> PeftModel:
     settle_zero3(args, flags.compile_layers)  # before loading, which reads DeepSpeed's configuration
     model = load_model(flags.model_name_or_path, dtype=config.dtype, quantize=stored_bits(flags.quantize))
     model.config.use_cache = False
-    model = attach_adapter(  # before anything replaces a layer: PEFT looks for the stock ones
-        model,
-        flags.lora_rank,
-        flags.lora_alpha,
-        flags.lora_dropout,
-        flags.lora_target_modules,
-        seed=args.seed,
-    )
+    lora = LoraSettings(flags.lora_rank, flags.lora_alpha, flags.lora_dropout, flags.lora_target_modules)
+    model = attach_adapter(model, lora, seed=args.seed)  # before layers are replaced: PEFT looks for the stock ones
     if partitions_weights(args) and config.dtype == torch.float16:
         scale_losses_under_zero3(model)
     if args.gradient_checkpointing:
         model.enable_input_require_grads()
-    use_target_loss(model.get_base_model(), compiled=flags.compile_layers)  # the head is not among the layers below
+    use_target_loss(model, compiled=flags.compile_layers)  # the head is not among the layers below
     speed_up(  # last: it replaces layers together with their adapters, and compiles the blocks
         model,
         config.inputs.checkpoint.generation,
