@@ -1,101 +1,84 @@
 """MLPs whose activation is a kernel: the code around the kernels (tests/kernels checks the kernels themselves)."""
 
 import copy
+import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import ROOT
+from reference_ops import reference_ops
 from torch import nn
 from transformers import GlmConfig
 from transformers.models.glm.modeling_glm import GlmMLP
 
-from utils.layers import fp8, fused_mlp
-from utils.layers.fp8 import convert_to_fp8, quantize_rows
+from utils.layers.fp8 import convert_to_fp8
+from utils.layers.fused_mlp import FusedChatGLMMLP, FusedGlmMLP, fuse_mlps
 from utils.models import ChatGLMConfig
 from utils.models.modeling_chatglm import ChatGLMMLP
 
 LAYERS = ("gate_up_proj", "down_proj", "dense_h_to_4h", "dense_4h_to_h")
+FUSED = {"gated": FusedGlmMLP, "gelu": FusedChatGLMMLP}
+KERNEL = SimpleNamespace(supports_intermediate_size=lambda size: size == 96)
 MLPS = {
     "gated": lambda: GlmMLP(GlmConfig(hidden_size=64, intermediate_size=96, hidden_act="silu")),
     "gelu": lambda: ChatGLMMLP(ChatGLMConfig(hidden_size=64, num_attention_heads=4, inner_hidden_size=96)),
 }
 
 
-def activate(inputs: torch.Tensor, gated: bool) -> torch.Tensor:
-    if not gated:
-        return nn.functional.gelu(inputs, approximate="tanh")
-    gate, up = inputs.chunk(2, dim=-1)
-    return nn.functional.silu(gate) * up
+def test_the_kernels(run_command):
+    """By Triton's interpreter without a GPU, where Triton is installed; torch without a GPU comes without it."""
+    pytest.importorskip("triton")
+    assert "equal" in run_command(f"{sys.executable} {ROOT}/tests/kernels/training_kernels_check.py").check().out
 
 
-def differentiate(gradient: torch.Tensor, inputs: torch.Tensor, gated: bool) -> torch.Tensor:
-    gradient, inputs = gradient.float(), inputs.float()
-    if not gated:
-        return torch.ops.aten.gelu_backward(gradient, inputs, approximate="tanh")
-    gate, up = inputs.chunk(2, dim=-1)
-    share = gate.sigmoid()
-    return torch.cat([gradient * up * share * (1 + gate * (1 - share)), gradient * gate * share], dim=-1)
+def block(kind):
+    """A parent of one MLP in bfloat16."""
+    torch.manual_seed(0)
+    return nn.ModuleDict({"mlp": MLPS[kind]().to(torch.bfloat16).requires_grad_(False)})
 
 
-def product(quantized, scale, weight, weight_scale, bias=None):
-    output = (quantized.float() * scale) @ (weight.float() * weight_scale.t()).T
-    return (output if bias is None else output + bias.float()).to(torch.bfloat16)
-
-
-@pytest.fixture(scope="module")
-def ops():
-    """The kernels' operators, by torch, where there are no kernels."""
-    with torch.library._scoped_library("chatglm_family", "FRAGMENT") as library:
-        inputs = "Tensor inputs, bool gated"
-        for name, arguments, results, call in (
-            ("activation_fp8", inputs, "(Tensor, Tensor)", lambda x, gated: quantize_rows(activate(x.float(), gated))),
-            (
-                "activation_gradient",
-                f"Tensor gradient, {inputs}",
-                "Tensor",
-                lambda d, *x: differentiate(d, *x).to(d.dtype),
-            ),
-            (
-                "activation_gradient_fp8",
-                f"Tensor gradient, {inputs}",
-                "(Tensor, Tensor)",
-                lambda d, *x: quantize_rows(differentiate(d, *x)),
-            ),
-        ):
-            library.define(f"{name}({arguments}) -> {results}")
-            library.impl(name, call, "CompositeExplicitAutograd")
-        yield
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU the operators are the kernels: see tests/kernels")
 @pytest.mark.parametrize("is_compiled", [False, True])
 @pytest.mark.parametrize("is_fp8", [False, True])
 @pytest.mark.parametrize("kind", MLPS)
-def test_fused_mlps_compute_what_others_do(kind, is_fp8, is_compiled, ops, monkeypatch):
-    for module in (fp8, fused_mlp):
-        monkeypatch.setattr(module, "quantized_product", product)
-    monkeypatch.setattr(torch.Tensor, "cuda", lambda self: self)
-    torch.manual_seed(0)
-    plain = MLPS[kind]().to(torch.bfloat16).requires_grad_(False)
+def test_fused_mlps_compute_what_others_do(kind, is_fp8, is_compiled):
+    plain = block(kind)
     if is_fp8:
-        convert_to_fp8(plain, LAYERS, trains=True)
+        convert_to_fp8(plain, LAYERS, trains=True, device="cpu")
     fused = copy.deepcopy(plain)
-    fused_mlp.fuse_mlps(fused)
-    assert type(fused) is type(plain)  # without kernels
-    monkeypatch.setattr(
-        fused_mlp,
-        "load_mlp_activation",
-        lambda: SimpleNamespace(supports_intermediate_size=lambda columns: columns == 96),
-    )
-    fused_mlp.fuse_mlps(fused)
-    assert isinstance(fused, type(plain)) and type(fused) is not type(plain)
+    fuse_mlps(fused, KERNEL)
+    assert type(fused["mlp"]) is FUSED[kind]
     hidden_states = torch.randn(2, 24, 64, dtype=torch.bfloat16)
     gradient = torch.randn_like(hidden_states)
     results = []
-    for mlp in (plain, torch.compile(fused, backend="aot_eager", fullgraph=True) if is_compiled else fused):
-        values = hidden_states.clone().requires_grad_()
-        output = mlp(values)
-        output.backward(gradient)
-        results.append((output.detach().float(), values.grad.float()))
-    for expected, found in zip(*results, strict=True):
-        assert (found - expected).norm() < (0.03 if is_fp8 else 0.006) * expected.norm()
+    with reference_ops():
+        compiled = torch.compile(fused["mlp"], backend="aot_eager", fullgraph=True)
+        for mlp in (plain["mlp"], compiled if is_compiled else fused["mlp"]):
+            values = hidden_states.clone().requires_grad_()
+            output = mlp(values)
+            output.backward(gradient)
+            results.append((output.detach().float(), values.grad.float()))
+    for expected, actual in zip(*results, strict=True):
+        assert (actual - expected).norm() < (0.03 if is_fp8 else 0.006) * expected.norm()
+
+
+@pytest.mark.parametrize("kind", MLPS)
+def test_fused_mlps_share_weights_and_names(kind):
+    model = block(kind).eval()
+    names, parameters = list(model.state_dict()), list(model.parameters())
+    for _ in range(2):
+        fuse_mlps(model, KERNEL)
+        assert type(model["mlp"]) is FUSED[kind] and not model["mlp"].training
+        assert list(model.state_dict()) == names
+        assert all(after is before for after, before in zip(model.parameters(), parameters, strict=True))
+
+
+@pytest.mark.parametrize("kind", MLPS)
+def test_mlps_that_no_kernel_holds_stay(kind):
+    model = block(kind)
+    stock = model["mlp"]
+    fuse_mlps(model, SimpleNamespace(supports_intermediate_size=lambda size: False))
+    assert model["mlp"] is stock
+    if not torch.cuda.is_available():
+        fuse_mlps(model)
+        assert model["mlp"] is stock

@@ -1,67 +1,59 @@
-"""Query, key and value from one kernel: the code around the kernel (tests/kernels checks the kernel itself)."""
+"""Query, key and value from one GEMM: the layers around the kernel (tests/kernels checks the kernel itself)."""
 
 import copy
 from types import SimpleNamespace
 
 import pytest
 import torch
+from peft import get_peft_model_state_dict, set_peft_model_state_dict
+from reference_ops import reference_ops
+from torch import nn
 from transformers import GlmConfig, GlmForCausalLM
 from transformers.models.glm.modeling_glm import GlmAttention, GlmRotaryEmbedding, apply_rotary_pos_emb
 
-from utils.layers import fused_qkv
-from utils.layers.fused_qkv import fuse_projections, rotate_neighbours
+from utils.layers.fused_qkv import (
+    FusedChatGLMAttention,
+    FusedQKVAttention,
+    MovedToFusedQKV,
+    ShardedLinear,
+    apply_rotary_interleaved,
+    fuse_lora_qkv,
+    fuse_qkv,
+    project_frozen,
+    project_lora,
+    project_lora_with_kernel,
+    use_qkv_kernel,
+)
 from utils.lora.adapter import LoraSettings, attach_adapter
 from utils.models import ChatGLMConfig, ChatGLMForConditionalGeneration
-from utils.models.modeling_chatglm import ChatGLMAttention, ChatGLMRotaryEmbedding, rotate_half_2d
+from utils.models.modeling_chatglm import CACHE_KEY, ChatGLMAttention, ChatGLMRotaryEmbedding
+
+QKV = ["q_proj", "k_proj", "v_proj"]
+OF_THE_LAYER = ("config", "layer_idx", "head_dim", "num_key_value_groups", "scaling", "attention_dropout", "is_causal")
 
 
-def test_neighbours_are_rotated_as_by_transformers():
+class Kernel(SimpleNamespace):
+    """Stands for utils/kernels/qkv_rope_lora.py; says of every size whether it fits, and keeps what it was asked."""
+
+    def __init__(self, fits):
+        super().__init__(asked=[], fits=fits)
+
+    def supports_head_dim(self, *sizes):
+        self.asked.append(sizes)
+        return self.fits
+
+
+def test_interleaved_pairs_are_rotated_as_by_transformers():
     """To the bit, in bfloat16, whether all of a head turns or half of it."""
     torch.manual_seed(0)
     query, key = torch.randn(2, 4, 5, 16).bfloat16(), torch.randn(2, 2, 5, 16).bfloat16()
     for size in (8, 16):
         angles = torch.randn(2, 5, size // 2).repeat(1, 1, 2)
         factors = angles.cos().bfloat16(), angles.sin().bfloat16()
-        for found, expected in zip(
-            rotate_neighbours(query, key, *factors), apply_rotary_pos_emb(query, key, *factors), strict=True
+        for actual, expected in zip(
+            apply_rotary_interleaved(query, key, *factors), apply_rotary_pos_emb(query, key, *factors), strict=True
         ):
-            assert torch.equal(found, expected)
-
-
-def turn(query, key, cos, sin, neighbours):
-    if neighbours:
-        heads = (states.transpose(0, 1)[None] for states in (query, key))
-        return (states[0].transpose(0, 1) for states in rotate_neighbours(*heads, cos[None], sin[None]))
-    return (states * cos[:, None] + rotate_half_2d(states) * sin[:, None] for states in (query, key))
-
-
-def heads_of(heads, hidden, B, cos, sin, counts, neighbours):
-    H, K = counts
-    heads = (heads + hidden @ B.t()).unflatten(1, (H + 2 * K, -1))
-    query, key, value = heads.split((H, K, K), dim=1) if neighbours else heads.unflatten(1, (H, 3)).unbind(2)
-    return *(states.contiguous() for states in turn(query, key, cos, sin, neighbours)), value.clone()
-
-
-def heads_gradient(query, key, value, cos, sin, neighbours):
-    heads = (*turn(query, key, cos, -sin, neighbours), value)
-    return (torch.cat(heads, dim=1) if neighbours else torch.stack(heads, dim=2)).flatten(1)
-
-
-@pytest.fixture
-def ops():
-    """The kernel's operators, by torch, where there is no kernel."""
-    common = "Tensor cos, Tensor sin"
-    with torch.library._scoped_library("chatglm_family", "FRAGMENT") as library:
-        library.define(
-            f"qkv_rope_lora(Tensor heads, Tensor hidden, Tensor B, {common}, int[] counts, bool neighbours)"
-            " -> (Tensor, Tensor, Tensor)"
-        )
-        library.define(
-            f"qkv_rope_lora_backward(Tensor query, Tensor key, Tensor value, {common}, bool neighbours) -> Tensor"
-        )
-        library.impl("qkv_rope_lora", heads_of, "CompositeExplicitAutograd")
-        library.impl("qkv_rope_lora_backward", heads_gradient, "CompositeExplicitAutograd")
-        yield
+            assert torch.equal(actual, expected)
 
 
 def chatglm():
@@ -69,57 +61,143 @@ def chatglm():
         hidden_size=64, num_attention_heads=4, vocab_size=64, num_layers=1, inner_hidden_size=64,
         bos_token_id=1, eos_token_id=2, mask_token_id=3, gmask_token_id=4, pad_token_id=0,
     )  # fmt: skip
-    model = attach_adapter(
-        ChatGLMForConditionalGeneration(config), LoraSettings(4, 8, 0.0, ["query_key_value"]), seed=0
-    )
-    return model, ChatGLMRotaryEmbedding(config)(torch.zeros(1), torch.randint(0, 300, (2, 2, 9)))
+    return ChatGLMForConditionalGeneration(config)
 
 
-def glm(partitioned=False):
+def glm():
     config = GlmConfig(
         hidden_size=64, num_attention_heads=4, num_key_value_heads=2, head_dim=16, num_hidden_layers=1,
         intermediate_size=64, vocab_size=64, attention_bias=True, pad_token_id=0,
     )  # fmt: skip
-    model = attach_adapter(GlmForCausalLM(config), LoraSettings(4, 8, 0.0, ["q_proj", "k_proj", "v_proj"]), seed=0)
-    fuse_projections(model, partitioned)
-    return model, GlmRotaryEmbedding(config)(torch.zeros(1), torch.randint(0, 300, (2, 9)))
+    return GlmForCausalLM(config)
 
 
-def partitioned_glm():
-    return glm(partitioned=True)
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU the operators are the kernels: see tests/kernels")
-@pytest.mark.parametrize("is_compiled", [False, True])
-@pytest.mark.parametrize("family", [chatglm, glm, partitioned_glm])
-def test_heads_are_those_without_a_kernel(family, is_compiled, ops, monkeypatch):
-    torch.manual_seed(0)
-    model, factors = family()
-    plain = next(module for module in model.modules() if isinstance(module, GlmAttention | ChatGLMAttention))
-    for parameter in plain.parameters():
+def with_adapter(model, lora_dropout=0.0):
+    targets = QKV if isinstance(model, GlmForCausalLM) else ["query_key_value"]
+    model = attach_adapter(model, LoraSettings(4, 8, lora_dropout, targets), seed=0)
+    for parameter in model.parameters():
         if parameter.requires_grad:
-            torch.nn.init.normal_(parameter, std=0.1)
-    fused = copy.deepcopy(plain)
-    fused_qkv.fuse_heads(fused)
-    assert type(fused) is type(plain)  # without a kernel
-    sizes = []
-    kernels = SimpleNamespace(supports_head_dim=lambda *size: sizes.append(size) or len(sizes) > 1)
-    monkeypatch.setattr(fused_qkv, "load_qkv_rope_lora", lambda: kernels)
-    fused_qkv.fuse_heads(fused)
-    assert type(fused) is type(plain) and sizes == [(16, 4 if family is chatglm else 12)]  # where it does not fit
-    fused_qkv.fuse_heads(fused)
-    assert isinstance(fused, type(plain)) and type(fused) is not type(plain)
-    hidden_states = torch.randn(2, 9, 64)
+            nn.init.normal_(parameter, std=0.1)
+    return model
+
+
+def attention_of(model):
+    return next(module for module in model.modules() if isinstance(module, GlmAttention | ChatGLMAttention))
+
+
+def rotary_factors(model):
+    """cos and sin of 9 tokens of two sequences."""
+    if isinstance(attention_of(model), GlmAttention):
+        return GlmRotaryEmbedding(model.config)(torch.zeros(1), torch.randint(0, 300, (2, 9)))
+    return ChatGLMRotaryEmbedding(model.config)(torch.zeros(1), torch.randint(0, 300, (2, 2, 9)))
+
+
+def fuse(model, sharded, kernel):
+    fuse_lora_qkv(model, sharded)
+    if kernel is not None:
+        use_qkv_kernel(model, kernel)
+
+
+@pytest.mark.parametrize("is_compiled", [False, True])
+@pytest.mark.parametrize("has_kernel", [False, True])
+@pytest.mark.parametrize("build, sharded", [(chatglm, False), (glm, False), (glm, True)])
+def test_attention_and_gradients_are_those_of_stock_layers(build, sharded, has_kernel, is_compiled):
+    torch.manual_seed(0)
+    stock_model = with_adapter(build())
+    fused_model = copy.deepcopy(stock_model)
+    kernel = Kernel(fits=True) if has_kernel else None
+    fuse(fused_model, sharded, kernel)
+    stock, fused = attention_of(stock_model), attention_of(fused_model)
+    if build is glm:
+        assert fused.project is (project_lora_with_kernel if has_kernel else project_lora)
+    else:
+        assert type(fused) is (FusedChatGLMAttention if has_kernel else ChatGLMAttention)
+    if has_kernel:
+        assert kernel.asked == [(16, 4 if build is chatglm else 12)]
+    factors, hidden_states = rotary_factors(stock_model), torch.randn(2, 9, 64)
     results = []
-    for module in (plain, fused):
-        heads_of = module.heads_of
-        if is_compiled and module is fused:
-            heads_of = torch.compile(heads_of, backend="aot_eager", fullgraph=True)
-        inputs = hidden_states.clone().requires_grad_()
-        heads = torch.cat([states.flatten(1) for states in heads_of(inputs, factors)], dim=1)
-        (heads * torch.arange(heads.numel()).view(heads.shape).sin()).sum().backward()
-        trained = [parameter.grad for _, parameter in sorted(module.named_parameters()) if parameter.requires_grad]
-        assert trained and all(gradient.norm() > 0 for gradient in trained)
-        results.append((heads.detach(), inputs.grad, *trained))
-    for expected, found in zip(*results, strict=True):
-        assert (found - expected).norm() <= 1e-6 * expected.norm()
+    with reference_ops():
+        for attention in (stock, fused):
+            forward = attention.forward
+            if is_compiled and attention is fused:
+                forward = torch.compile(forward, backend="aot_eager", fullgraph=True)
+            inputs = hidden_states.clone().requires_grad_()
+            output, _ = forward(inputs, factors, None)
+            (output * torch.arange(output.numel()).view(output.shape).sin()).sum().backward()
+            trained = [(name, p.grad) for name, p in attention.named_parameters() if p.requires_grad]
+            results.append((("output", output.detach()), ("inputs", inputs.grad), *trained))
+    for (name, expected), (fused_name, actual) in zip(*results, strict=True):
+        assert fused_name == name and expected.norm() > 0
+        assert (actual - expected).norm() <= 2e-6 * expected.norm(), name
+
+
+def test_a_kernel_that_does_not_hold_the_heads_is_not_used():
+    model = with_adapter(glm())
+    fuse(model, False, Kernel(fits=False))
+    assert attention_of(model).project is project_lora
+    model = with_adapter(chatglm())
+    fuse(model, False, Kernel(fits=False))
+    assert type(attention_of(model)) is ChatGLMAttention
+
+
+def test_dropout_keeps_the_three_projections():
+    model = with_adapter(glm(), lora_dropout=0.1)
+    fuse(model, False, Kernel(fits=True))
+    assert type(attention_of(model)) is GlmAttention
+
+
+@pytest.mark.parametrize("build, sharded", [(chatglm, False), (glm, False), (glm, True)])
+def test_a_fused_attention_is_the_stock_one_for_other_libraries(build, sharded):
+    """PEFT's names, the order of the trained weights, which optimizers save, and attributes; twice as once."""
+    model = with_adapter(build()).eval()
+    stock = attention_of(model)
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    for _ in range(2):
+        fuse(model, sharded, Kernel(fits=True))
+        fused = attention_of(model)
+        assert type(fused) is (FusedQKVAttention if build is glm else FusedChatGLMAttention)
+        assert isinstance(fused, type(stock)) and not fused.training
+        assert all(getattr(fused, name) == getattr(stock, name) for name in OF_THE_LAYER if hasattr(stock, name))
+        after = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        assert [name for name, _ in after] == [name for name, _ in trained]
+        assert all(p is before for (_, p), (_, before) in zip(after, trained, strict=True))
+    if build is glm:
+        assert type(fused.qkv_proj) is (ShardedLinear if sharded else nn.Linear)
+        kinds = {type(getattr(fused, name).base_layer) for name in QKV}
+        assert kinds == {nn.Linear if sharded else MovedToFusedQKV}
+
+
+@pytest.mark.parametrize("build, sharded", [(chatglm, False), (glm, False), (glm, True)])
+def test_adapters_are_saved_and_loaded_as_before(build, sharded):
+    model, other = with_adapter(build()), with_adapter(build())
+    saved = {name: value.clone() for name, value in get_peft_model_state_dict(model).items()}
+    for parameter in other.parameters():
+        parameter.data += 1
+    fuse(model, sharded, Kernel(fits=True))
+    fuse(other, sharded, Kernel(fits=True))
+    state = get_peft_model_state_dict(model)
+    assert state.keys() == saved.keys() and all(torch.equal(state[name], value) for name, value in saved.items())
+    assert not any(torch.equal(value, saved[name]) for name, value in get_peft_model_state_dict(other).items())
+    assert not set_peft_model_state_dict(other, saved).unexpected_keys
+    assert all(torch.equal(value, saved[name]) for name, value in get_peft_model_state_dict(other).items())
+
+
+def test_inference_computes_what_the_stock_layers_compute():
+    torch.manual_seed(0)
+    stock_model = glm().eval()
+    nn.init.normal_(attention_of(stock_model).q_proj.bias)
+    stock_model.set_attn_implementation("eager")  # which returns attention weights
+    model = copy.deepcopy(stock_model)
+    for _ in range(2):
+        fuse_qkv(model)
+        fused = attention_of(model)
+        assert type(fused) is FusedQKVAttention and fused.project is project_frozen
+        assert [name for name, _ in fused.named_children()] == ["o_proj", "qkv_proj"]
+    ids = torch.randint(1, 64, (2, 7))
+    with torch.no_grad():
+        actual = model(ids, output_attentions=True, use_cache=True)
+        expected = stock_model(ids, output_attentions=True, use_cache=True)
+        assert (actual.logits - expected.logits).abs().max() <= 1e-5
+        assert (actual.attentions[0] - expected.attentions[0]).abs().max() <= 1e-6
+        cached = model(ids[:, :1], **{CACHE_KEY: actual.get(CACHE_KEY)}).logits
+        assert (cached - stock_model(torch.cat([ids, ids[:, :1]], dim=1)).logits[:, -1:]).abs().max() <= 1e-5

@@ -1,9 +1,13 @@
 """
 Frozen linear layers in 8-bit floating point (e4m3) on Hopper and newer GPUs.
 
-The weight is held twice, as the two products need it: by output row for the forward pass, and transposed, by input
-row, for the backward pass, each row with its own float32 scale. Activations and gradients are quantised by token as
-they come. Both products accumulate and end in the activations' dtype.
+In: a model in bfloat16 and the names of its linear layers. Out: the same model, these layers replaced. Called by
+utils/training/optimize.py (`Fp8TrainLinear`) and utils/inference/placement.py (`Fp8DecodeLinear`).
+
+Training holds the weight twice, as its two GEMMs need it: by output row for the forward pass, and transposed for the
+backward pass, each row with its own float32 scale. That is the memory of 16 bits and no transposition in a step.
+Activations and gradients are quantised by token as they come. torchao has no such frozen layout: it casts a 16-bit
+weight, which it keeps, in every step.
 """
 
 from collections.abc import Iterable
@@ -13,30 +17,33 @@ from torch import nn
 
 from utils.common.errors import UsageError
 from utils.kernels import load_skinny_gemm
+from utils.layers.replace import replace_layers
 
-FP8 = "fp8"  # what --quantize takes
-LARGEST = torch.finfo(torch.float8_e4m3fn).max  # 448
-FIRST_CAPABILITY = (9, 0)
+FP8 = "fp8"  # the value of --quantize
+FP8_MAX = torch.finfo(torch.float8_e4m3fn).max  # 448
+MIN_CAPABILITY = (9, 0)  # Hopper: the first GPUs with an FP8 GEMM that takes a scale per row
 
 
 def check_device() -> None:
     """
+    Check that this GPU has FP8 GEMMs with a scale per row.
+
     Raises:
-        UsageError: the GPU has no 8-bit products with a scale a row, or there is none.
+        UsageError: it has none, or there is no GPU.
     """
-    if not torch.cuda.is_available() or torch.cuda.get_device_capability() < FIRST_CAPABILITY:
-        found = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
-        raise UsageError(f"--quantize fp8 needs a Hopper GPU or newer (found {found}): use int8, or leave it out")
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability() < MIN_CAPABILITY:
+        device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+        raise UsageError(f"--quantize fp8 needs a Hopper GPU or newer (found {device}): use int8, or leave it out")
 
 
 def quantize_rows(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """(M, K) -> e4m3 (M, K) and its scales (M, 1) float32: each row's largest magnitude becomes 448."""
     values = values.float()
-    scale = values.abs().amax(-1, keepdim=True).clamp(min=1e-12) / LARGEST
+    scale = values.abs().amax(-1, keepdim=True).clamp(min=1e-12) / FP8_MAX
     return (values / scale).to(torch.float8_e4m3fn), scale
 
 
-def quantized_product(
+def fp8_matmul(
     quantized: torch.Tensor,
     scale: torch.Tensor,
     weight: torch.Tensor,
@@ -44,70 +51,117 @@ def quantized_product(
     bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """
-    e4m3 (M, K) with its scales (M, 1) x e4m3 (N, K) with its scales (1, N), + (N,) bfloat16 -> (M, N) bfloat16;
-    scales a row go with no other dtype.
+    Multiply quantised rows by a quantised weight -> (M, N) bfloat16.
+
+    Scales per row exist for no other output dtype.
+
+    Args:
+        quantized: (M, K) e4m3.
+        scale: (M, 1) float32.
+        weight: (N, K) e4m3.
+        weight_scale: (1, N) float32.
+        bias: (N,) bfloat16.
     """
-    factors = (quantized, weight.t(), scale, weight_scale, bias)
-    return torch._scaled_mm(*factors, out_dtype=torch.bfloat16, use_fast_accum=True)
+    return torch._scaled_mm(
+        quantized, weight.t(), scale, weight_scale, bias, out_dtype=torch.bfloat16, use_fast_accum=True
+    )
 
 
-class _Fp8Product(torch.autograd.Function):
+class _Fp8Matmul(torch.autograd.Function):
+    """(M, K) bfloat16 times a frozen weight -> (M, N), with both GEMMs in FP8."""
+
     @staticmethod
-    def forward(ctx, values, weight, weight_scale, columns, columns_scale, bias):
-        ctx.save_for_backward(columns, columns_scale)
-        return quantized_product(*quantize_rows(values), weight, weight_scale, bias)
+    def forward(ctx, values, weight, weight_scale, weight_t, weight_t_scale, bias):
+        ctx.save_for_backward(weight_t, weight_t_scale)
+        return fp8_matmul(*quantize_rows(values), weight, weight_scale, bias)
 
     @staticmethod
     def backward(ctx, gradient):
-        output = quantized_product(*quantize_rows(gradient.contiguous()), *ctx.saved_tensors)
-        return output, None, None, None, None, None
+        weight_t, weight_t_scale = ctx.saved_tensors
+        gradient = fp8_matmul(*quantize_rows(gradient.contiguous()), weight_t, weight_t_scale)
+        return gradient, None, None, None, None, None
 
 
-class Fp8Linear(nn.Module):
-    """A frozen `nn.Linear` in e4m3; the bias stays as it is. With `trains` a gradient can pass through it."""
+class _Fp8Linear(nn.Module):
+    """Base of both layers: (N, K) e4m3 buffers with scales (1, N) float32; the bias stays as it was."""
 
-    def __init__(self, linear: nn.Linear, trains: bool):
+    def __init__(self, linear: nn.Linear):
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.bias = linear.bias
-        self.kernels = None if trains else load_skinny_gemm()
-        weight = linear.weight.detach().cuda()
-        self._hold("weight", weight)
-        self._hold("columns", weight.t() if trains else weight[:0])
 
-    def _hold(self, name: str, weight: torch.Tensor) -> None:
+    def _quantize(self, name: str, weight: torch.Tensor) -> None:
         quantized, scale = quantize_rows(weight)
         self.register_buffer(name, quantized.contiguous(), persistent=False)
         self.register_buffer(f"{name}_scale", scale.t().contiguous(), persistent=False)
 
-    @property
-    def for_few_rows(self) -> bool:
-        return self.kernels is not None and self.kernels.supports_weight(self.weight)
 
-    def few_rows(self, hidden_states: torch.Tensor, gated: bool = False) -> torch.Tensor:
-        """(..., K), of few rows in all -> (..., N), see `fp8_skinny_gemm`."""
-        quantized = quantize_rows(hidden_states.reshape(-1, self.in_features))
-        output = self.kernels.fp8_skinny_gemm(*quantized, self.weight, self.weight_scale, gated)
+class Fp8TrainLinear(_Fp8Linear):
+    """A frozen `nn.Linear` in e4m3 through which gradients pass."""
+
+    def __init__(self, linear: nn.Linear, device: torch.device | str = "cuda"):
+        super().__init__(linear)
+        weight = linear.weight.detach().to(device)
+        self._quantize("weight", weight)
+        self._quantize("weight_t", weight.t())
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """(..., K) bfloat16 -> (..., N)."""
+        output = _Fp8Matmul.apply(
+            hidden_states.reshape(-1, self.in_features),
+            self.weight,
+            self.weight_scale,
+            self.weight_t,
+            self.weight_t_scale,
+            self.bias,
+        )
+        return output.view(*hidden_states.shape[:-1], self.out_features)
+
+
+class Fp8DecodeLinear(_Fp8Linear):
+    """An `nn.Linear` in e4m3 for inference; up to `max_skinny_rows` tokens go through the skinny GEMM."""
+
+    def __init__(self, linear: nn.Linear, device: torch.device | str = "cuda"):
+        super().__init__(linear)
+        self._quantize("weight", linear.weight.detach().to(device))
+        kernel = load_skinny_gemm()
+        self.max_skinny_rows = kernel.MAX_ROWS if kernel is not None and kernel.supports_weight(self.weight) else 0
+
+    @property
+    def is_skinny(self) -> bool:
+        """Whether `skinny_matmul` may be called."""
+        return self.max_skinny_rows > 0
+
+    def skinny_matmul(self, hidden_states: torch.Tensor, gated: bool = False) -> torch.Tensor:
+        """(..., K) of at most `max_skinny_rows` tokens -> (..., N), or (..., N / 2) gated by silu; without bias."""
+        quantized, scale = quantize_rows(hidden_states.reshape(-1, self.in_features))
+        output = torch.ops.chatglm_family.fp8_skinny_gemm(quantized, scale, self.weight, self.weight_scale, gated)
         return output.view(*hidden_states.shape[:-1], -1)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        if self.for_few_rows and hidden_states.shape[:-1].numel() <= self.kernels.MAX_ROWS:
-            output = self.few_rows(hidden_states)
+        """(..., K) bfloat16 -> (..., N)."""
+        if self.is_skinny and hidden_states.shape[:-1].numel() <= self.max_skinny_rows:
+            output = self.skinny_matmul(hidden_states)
             return output if self.bias is None else output + self.bias
         values = hidden_states.reshape(-1, self.in_features)
-        output = _Fp8Product.apply(values, *self.factors(), self.bias)
+        output = fp8_matmul(*quantize_rows(values), self.weight, self.weight_scale, self.bias)
         return output.view(*hidden_states.shape[:-1], self.out_features)
 
-    def factors(self) -> tuple[torch.Tensor, ...]:
-        """The weight by row and its scales, as `quantized_product` takes them, and both by column."""
-        return self.weight, self.weight_scale, self.columns, self.columns_scale
 
+def convert_to_fp8(model: nn.Module, names: Iterable[str], trains: bool, device: torch.device | str = "cuda") -> None:
+    """
+    Replace the plain linear layers named in `names`, and those inside adapters of that name, in place.
 
-def convert_to_fp8(model: nn.Module, names: Iterable[str], trains: bool) -> None:
-    """Replaces the plain linear layers whose last name, or whose adapter's, is among `names`."""
+    Args:
+        names: last parts of paths, such as `o_proj`.
+        trains: whether gradients pass through the layers.
+        device: where the quantised weights are put.
+    """
     names = set(names)
-    for path, parent in list(model.named_modules()):
-        for name, child in list(parent.named_children()):
-            own = path.rpartition(".")[2] if name == "base_layer" else name
-            if type(child) is nn.Linear and own in names:
-                setattr(parent, name, Fp8Linear(child, trains))
+    layer_class = Fp8TrainLinear if trains else Fp8DecodeLinear
+
+    def build(path: str, linear: nn.Module) -> nn.Module | None:
+        own_name = path.removesuffix(".base_layer").rpartition(".")[2]
+        return layer_class(linear, device) if type(linear) is nn.Linear and own_name in names else None
+
+    replace_layers(model, build)

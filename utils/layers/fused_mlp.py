@@ -1,16 +1,29 @@
-"""An MLP in training: what is between its products, and its gradient, by kernels that read and compute a row once."""
+"""
+MLPs for training whose activation and its gradient are kernels that compute each row once.
+
+In: a model of either class in 16 bits on a GPU, its linear layers plain, with adapters, or in FP8. Out: the same
+model, its MLPs replaced. Called by utils/training/optimize.py. Liger's SwiGLU kernel knows neither a GELU without a
+gate nor FP8, where the activation is quantised as soon as it is computed.
+"""
+
+from types import ModuleType
 
 import torch
 from torch import nn
 from transformers.models.glm.modeling_glm import GlmMLP
 
 from utils.kernels import load_mlp_activation
-from utils.layers.fp8 import Fp8Linear, quantize_rows, quantized_product
+from utils.layers.fp8 import Fp8TrainLinear, fp8_matmul, quantize_rows
+from utils.layers.replace import replace_layers, share_state
 from utils.models.modeling_chatglm import ChatGLMMLP
 
 
 class _Activation(torch.autograd.Function):
-    """The inputs (T, ...) in 16 bits, see utils/kernels/mlp_activation.py -> (T, F)."""
+    """
+    Inputs (T, 2 F), gate and up, -> silu(gate) * up (T, F); not gated, (T, F) -> gelu (T, F).
+
+    torch computes the forward pass, a kernel of utils/kernels/mlp_activation.py the backward pass.
+    """
 
     @staticmethod
     def forward(ctx, inputs, gated):
@@ -29,64 +42,110 @@ class _Activation(torch.autograd.Function):
 
 class _Fp8MLP(torch.autograd.Function):
     """
-    (T, K) bfloat16, whether it is gated, bias and `factors` of the first layer, and of the second -> (T, K). What is
-    between the two products, and its gradient, is quantised as soon as it is known.
+    (T, K) bfloat16 -> (T, K) through two FP8 layers.
+
+    The activation between the GEMMs, and its gradient, are quantised as soon as they are computed. The weights are
+    arguments, not the layers, because autograd and torch's compiler take tensors.
     """
 
     @staticmethod
-    def forward(ctx, values, gated, *layers):
-        bias, weight, scale, columns, columns_scale, bias_2, weight_2, scale_2, columns_2, columns_scale_2 = layers
-        inputs = quantized_product(*quantize_rows(values), weight, scale, bias)
-        ctx.save_for_backward(inputs, columns, columns_scale, columns_2, columns_scale_2)
+    def forward(
+        ctx,
+        values,
+        gated,
+        first_bias,
+        first_weight,
+        first_weight_scale,
+        first_weight_t,
+        first_weight_t_scale,
+        second_bias,
+        second_weight,
+        second_weight_scale,
+        second_weight_t,
+        second_weight_t_scale,
+    ):
+        inputs = fp8_matmul(*quantize_rows(values), first_weight, first_weight_scale, first_bias)  # (T, F or 2 F)
+        ctx.save_for_backward(inputs, first_weight_t, first_weight_t_scale, second_weight_t, second_weight_t_scale)
         ctx.gated = gated
-        quantized = torch.ops.chatglm_family.activation_fp8(inputs, gated)
-        return quantized_product(*quantized, weight_2, scale_2, bias_2)
+        activation, scale = torch.ops.chatglm_family.activation_fp8(inputs, gated)  # (T, F), (T, 1)
+        return fp8_matmul(activation, scale, second_weight, second_weight_scale, second_bias)
 
     @staticmethod
     def backward(ctx, gradient):
-        inputs, columns, columns_scale, columns_2, columns_scale_2 = ctx.saved_tensors
-        gradient = quantized_product(*quantize_rows(gradient.contiguous()), columns_2, columns_scale_2)
-        quantized = torch.ops.chatglm_family.activation_gradient_fp8(gradient, inputs, ctx.gated)
-        return quantized_product(*quantized, columns, columns_scale), *[None] * 11
+        inputs, first_weight_t, first_weight_t_scale, second_weight_t, second_weight_t_scale = ctx.saved_tensors
+        gradient = fp8_matmul(*quantize_rows(gradient.contiguous()), second_weight_t, second_weight_t_scale)
+        gradient, scale = torch.ops.chatglm_family.activation_gradient_fp8(gradient, inputs, ctx.gated)
+        gradient = fp8_matmul(gradient, scale, first_weight_t, first_weight_t_scale)
+        return gradient, *[None] * 11  # all else is frozen
 
 
-def _compute(first: nn.Module, second: nn.Module, hidden_states: torch.Tensor, gated: bool) -> torch.Tensor:
-    """(..., K) in 16 bits -> (..., K)."""
+def _mlp(first: nn.Module, second: nn.Module, hidden_states: torch.Tensor, gated: bool) -> torch.Tensor:
+    """Return second(activation(first(hidden_states))): (..., K) in 16 bits -> (..., K)."""
     values = hidden_states.flatten(0, -2)
-    layers = (first, second)
-    if all(isinstance(layer, Fp8Linear) for layer in layers):
-        tensors = [tensor for layer in layers for tensor in (layer.bias, *layer.factors())]
-        output = _Fp8MLP.apply(values, gated, *tensors)
+    if isinstance(first, Fp8TrainLinear) and isinstance(second, Fp8TrainLinear):
+        output = _Fp8MLP.apply(
+            values,
+            gated,
+            first.bias,
+            first.weight,
+            first.weight_scale,
+            first.weight_t,
+            first.weight_t_scale,
+            second.bias,
+            second.weight,
+            second.weight_scale,
+            second.weight_t,
+            second.weight_t_scale,
+        )
     else:
         output = second(_Activation.apply(first(values), gated))
     return output.view(hidden_states.shape)
 
 
 class FusedGlmMLP(GlmMLP):
-    """What a `GlmMLP` becomes."""
+    """`GlmMLP` with a fused activation and gradient."""
+
+    @classmethod
+    def from_stock(cls, stock: GlmMLP) -> "FusedGlmMLP":
+        """Build the layer that stands in for `stock`, whose linear layers it shares."""
+        return share_state(stock, cls)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return _compute(self.gate_up_proj, self.down_proj, hidden_states, gated=True)
+        """(..., K) in 16 bits -> (..., K)."""
+        return _mlp(self.gate_up_proj, self.down_proj, hidden_states, gated=True)
 
 
 class FusedChatGLMMLP(ChatGLMMLP):
-    """What a `ChatGLMMLP` becomes."""
+    """`ChatGLMMLP` with a fused activation and gradient."""
+
+    @classmethod
+    def from_stock(cls, stock: ChatGLMMLP) -> "FusedChatGLMMLP":
+        """Build the layer that stands in for `stock`, whose linear layers it shares."""
+        return share_state(stock, cls)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return _compute(self.dense_h_to_4h, self.dense_4h_to_h, hidden_states, gated=False)
+        """(..., K) in 16 bits -> (..., K)."""
+        return _mlp(self.dense_h_to_4h, self.dense_4h_to_h, hidden_states, gated=False)
 
 
-def fuse_mlps(model: nn.Module) -> None:
-    """Changes every MLP of `model`, on a GPU and in 16 bits, whose rows the kernels can hold, in place."""
-    kernels = load_mlp_activation()
-    if kernels is None:
+def fuse_mlps(model: nn.Module, kernel: ModuleType | None = None) -> None:
+    """
+    Fuse every MLP of `model`, in 16 bits and on a GPU, whose rows the kernel holds, in place.
+
+    Args:
+        kernel: utils/kernels/mlp_activation.py (default: where it runs, else nothing changes).
+    """
+    kernel = load_mlp_activation() if kernel is None else kernel
+    if kernel is None:
         return
-    for module in model.modules():
-        if type(module) is GlmMLP and module.config.hidden_act == "silu":
-            fused, columns = FusedGlmMLP, module.down_proj.in_features
-        elif type(module) is ChatGLMMLP:
-            fused, columns = FusedChatGLMMLP, module.dense_4h_to_h.in_features
+
+    def build(_: str, mlp: nn.Module) -> nn.Module | None:
+        if type(mlp) is GlmMLP and mlp.config.hidden_act == "silu":
+            layer_class, intermediate_size = FusedGlmMLP, mlp.down_proj.in_features
+        elif type(mlp) is ChatGLMMLP:
+            layer_class, intermediate_size = FusedChatGLMMLP, mlp.dense_4h_to_h.in_features
         else:
-            continue
-        if kernels.supports_intermediate_size(columns):
-            module.__class__ = fused
+            return None
+        return layer_class.from_stock(mlp) if kernel.supports_intermediate_size(intermediate_size) else None
+
+    replace_layers(model, build)

@@ -1,11 +1,18 @@
 """
-Attention with query, key and value in one product: joined for inference, and with LoRA adapters for training. With 2
-key/value heads two of the three products are tiny. In training one kernel makes rotated heads of the product of the
-frozen weight; the rotary embedding works by exchange, because torch's compiler makes masked loads of slices and
-concatenations.
+Attention with query, key and value in one GEMM.
+
+In: a model of either class, for inference or with LoRA adapters for training. Out: the same model, its attention
+layers replaced. Called by the inference engine (`fuse_qkv`) and utils/training/optimize.py (`fuse_lora_qkv`, then
+`use_qkv_kernel`).
+
+Why: with 2 key/value heads two of the three stock GEMMs are tiny. In training one kernel adds the LoRA branch, applies
+the rotary embedding and writes query, key and value. Liger has no rotary kernel for GLM's interleaved pairs, and PEFT
+computes three branches of three projections.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from types import ModuleType
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -14,46 +21,59 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.glm.modeling_glm import GlmAttention, apply_rotary_pos_emb, eager_attention_forward
 
 from utils.kernels import load_qkv_rope_lora
-from utils.layers.lora_linear import LoraLinear, add_branch
+from utils.layers.lora_linear import LoraLinear, add_lora
+from utils.layers.replace import replace_layers, share_state
 from utils.models.family import QKV
 from utils.models.modeling_chatglm import ChatGLMAttention
 
-QKV_PROJ = "qkv_proj"
+QKV_PROJ = "qkv_proj"  # name of the fused layer; FP8 is applied by name
+Heads = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # query (B, H, T, D), key and value (B, K, T, D)
 
 
-def join_linear(layers: Sequence[nn.Linear]) -> nn.Linear:
-    """A frozen layer whose output is that of `layers`, which have the same input, one after the other."""
-    has_bias = layers[0].bias is not None
-    joined = nn.Linear(layers[0].in_features, sum(layer.out_features for layer in layers), has_bias, device="meta")
-    for kind, _ in list(joined.named_parameters()):
-        values = torch.cat([getattr(layer, kind).detach() for layer in layers])
-        setattr(joined, kind, nn.Parameter(values, requires_grad=False))
-    return joined
+class FusedQKVAttention(GlmAttention):
+    """
+    `GlmAttention` whose base weights of q, k and v are one layer, `qkv_proj`.
 
+    Its submodules are `q_proj`, `k_proj` and `v_proj` where they hold adapters, under the names that PEFT saves, then
+    `o_proj` and `qkv_proj`. It stays a `GlmAttention` for transformers, which records attention weights by class.
+    `project` is one of the functions below.
+    """
 
-class JoinedGlmAttention(GlmAttention):
-    """What a `GlmAttention` over plain linear layers becomes for inference."""
+    head_counts: list[int]  # H, K and K
+    project: Callable[..., Heads]
 
-    def join(self) -> None:
-        parts = [getattr(self, name) for name in QKV]
-        self.heads = [part.out_features // self.head_dim for part in parts]
-        self.qkv_proj = join_linear(parts)
-        for name in QKV:
-            delattr(self, name)
+    @classmethod
+    def from_stock(
+        cls, stock: GlmAttention, qkv_proj: nn.Module, project: Callable[..., Heads]
+    ) -> "FusedQKVAttention":
+        """
+        Build the layer that stands in for `stock`, whose q, k and v layers it keeps.
 
-    def heads_of(self, hidden_states: torch.Tensor, position_embeddings) -> tuple[torch.Tensor, ...]:
-        """Query (B, H, T, D) and key (B, K, T, D) rotated, and value (B, K, T, D)."""
-        query, key, value = self.heads_apart(self.qkv_proj(hidden_states))
-        return *apply_rotary_pos_emb(query, key, *position_embeddings), value
+        Args:
+            qkv_proj: (..., in) -> (..., (H + 2 K) D), the base's query, key and value heads in this order.
+            project: called with the layer, hidden states (B, T, E) and cos and sin; returns rotated heads.
+        """
+        attention = share_state(stock, cls)
+        attention.head_counts = [getattr(stock, name).out_features // stock.head_dim for name in QKV]
+        attention.qkv_proj = qkv_proj
+        attention.project = project
+        return attention
 
-    def heads_apart(self, qkv: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def split_heads(self, qkv: torch.Tensor) -> Heads:
+        """(B, T, (H + 2 K) D) -> query, key and value."""
         heads = qkv.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, H + 2 K, T, D)
-        return heads.split(self.heads, dim=1)
+        return heads.split(self.head_counts, dim=1)
+
+    def lora_ab(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return A (3 R, in) and the scaled B ((H + 2 K) D, 3 R), block by block, of all three adapters."""
+        pairs = [getattr(self, name).lora_ab() for name in QKV]
+        return torch.cat([A for A, _ in pairs]), torch.block_diag(*[B for _, B in pairs])
 
     def forward(
         self, hidden_states, position_embeddings=None, attention_mask=None, past_key_values=None, cache=None, **kwargs
     ):
-        query, key, value = self.heads_of(hidden_states, position_embeddings)
+        """As `GlmAttention`: hidden states (B, T, E) -> output (B, T, E) and the attention weights or None."""
+        query, key, value = self.project(self, hidden_states, position_embeddings)
         cache = cache if cache is not None else past_key_values
         if cache is not None:
             key, value = cache.update(key, value, self.layer_idx)
@@ -61,173 +81,260 @@ class JoinedGlmAttention(GlmAttention):
         dropout = self.attention_dropout if self.training else 0.0
         output, weights = attend(
             self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs
-        )
+        )  # (B, T, H, D)
         return self.o_proj(output.flatten(-2)), weights
 
 
-def fuse_qkv(model: nn.Module) -> None:
-    """Changes every attention of `model` whose three projections are plain linear layers, in place."""
-    for module in model.modules():
-        if type(module) is GlmAttention and all(type(getattr(module, name)) is nn.Linear for name in QKV):
-            module.__class__ = JoinedGlmAttention
-            module.join()
+def project_frozen(
+    attention: FusedQKVAttention, hidden_states: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor]
+) -> Heads:
+    """Return the heads of a frozen attention, for inference."""
+    query, key, value = attention.split_heads(attention.qkv_proj(hidden_states))
+    return *apply_rotary_pos_emb(query, key, *position_embeddings), value
 
 
-class Absorbed(nn.Module):
-    """Stands where a projection's own weight was that has become part of a wider one."""
+def project_lora(
+    attention: FusedQKVAttention, hidden_states: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor]
+) -> Heads:
+    """Return the heads of base + LoRA branch by torch operations."""
+    qkv = add_lora(attention.qkv_proj(hidden_states), hidden_states, *attention.lora_ab())
+    query, key, value = attention.split_heads(qkv)
+    return *apply_rotary_interleaved(query, key, *position_embeddings), value
 
-    def forward(self, *args, **kwargs):
-        raise RuntimeError("this projection's weight is part of qkv_proj")
+
+def project_lora_with_kernel(
+    attention: FusedQKVAttention, hidden_states: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor]
+) -> Heads:
+    """Return the heads of base + LoRA branch, all behind the base's GEMM in one kernel."""
+    A, B = attention.lora_ab()
+    lora_hidden = nn.functional.linear(hidden_states, A.to(hidden_states.dtype))  # (B, T, 3 R)
+    qkv = attention.qkv_proj(hidden_states)
+    H, K, _ = attention.head_counts
+    return apply_qkv_rope_lora(qkv, lora_hidden, B, position_embeddings, HeadLayout(H, K, interleaved=True))
 
 
-class JoinedLinear(nn.Module):
+def concatenate_linear(layers: Sequence[nn.Linear]) -> nn.Linear:
+    """Return a frozen layer whose output is the outputs of `layers`, which share an input, concatenated."""
+    has_bias = layers[0].bias is not None
+    fused = nn.Linear(layers[0].in_features, sum(layer.out_features for layer in layers), has_bias, device="meta")
+    for name, _ in list(fused.named_parameters()):
+        values = torch.cat([getattr(layer, name).detach() for layer in layers])
+        setattr(fused, name, nn.Parameter(values, requires_grad=False))
+    return fused
+
+
+class ShardedLinear(nn.Module):
     """
-    One product of several linear layers, their weights laid together when it is called and again in the backward
-    pass: for those that ZeRO-3 gathers. For compiled layers: elsewhere the product would be made again too.
+    One GEMM of several linear layers whose weights ZeRO-3 shards and gathers.
+
+    The weights stay in their layers and are concatenated at each call, and again in the backward pass: a kept copy
+    would stay on every card. For compiled layers only, elsewhere the GEMM would run twice too.
     """
 
     def __init__(self, layers: Sequence[nn.Linear]):
         super().__init__()
-        self.layers = tuple(layers)  # which stay registered where they are
+        self.layers = tuple(layers)  # a tuple does not register them: they stay where they are
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return checkpoint(self._product, hidden_states, use_reentrant=False)
+        """(..., in) -> (..., sum of the layers' outputs)."""
+        return checkpoint(self._concatenate_and_multiply, hidden_states, use_reentrant=False)
 
-    def _product(self, hidden_states: torch.Tensor) -> torch.Tensor:
+    def _concatenate_and_multiply(self, hidden_states: torch.Tensor) -> torch.Tensor:
         bias = None if self.layers[0].bias is None else torch.cat([layer.bias for layer in self.layers])
         return nn.functional.linear(hidden_states, torch.cat([layer.weight for layer in self.layers]), bias)
 
 
-class FusedGlmAttention(JoinedGlmAttention):
-    """What a `GlmAttention` becomes whose three projections have adapters, which keep their places."""
+class MovedToFusedQKV(nn.Module):
+    """Placeholder for a base projection whose weight moved into `qkv_proj`; calling it is a bug."""
 
-    def fuse(self, partitioned: bool) -> None:
-        bases = [getattr(self, name).base_layer for name in QKV]
-        self.heads = [base.out_features // self.head_dim for base in bases]
-        if partitioned:
-            self.qkv_proj = JoinedLinear(bases)
-            return
-        self.qkv_proj = join_linear(bases)
+    def forward(self, *args, **kwargs):
+        """Raise RuntimeError."""
+        raise RuntimeError("this projection's weight is in qkv_proj: call the attention instead")
+
+
+def fuse_qkv(model: nn.Module) -> None:
+    """Fuse the plain q, k and v layers of every `GlmAttention`, in place; other attentions stay."""
+
+    def build(_: str, attention: nn.Module) -> nn.Module | None:
+        if type(attention) is not GlmAttention:
+            return None
+        layers = [getattr(attention, name) for name in QKV]
+        if any(type(layer) is not nn.Linear for layer in layers):
+            return None
+        fused = FusedQKVAttention.from_stock(attention, concatenate_linear(layers), project_frozen)
         for name in QKV:
-            getattr(self, name).base_layer = Absorbed()
+            delattr(fused, name)
+        return fused
 
-    def branch(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """A (3 r, in) and the scaled B (out, 3 r) of all three."""
-        branches = [getattr(self, name).branch() for name in QKV]
-        return torch.cat([A for A, _ in branches]), torch.block_diag(*[B for _, B in branches])
-
-    def heads_of(self, hidden_states: torch.Tensor, position_embeddings) -> tuple[torch.Tensor, ...]:
-        qkv = add_branch(self.qkv_proj(hidden_states), hidden_states, *self.branch())
-        query, key, value = self.heads_apart(qkv)
-        return *rotate_neighbours(query, key, *position_embeddings), value
+    replace_layers(model, build)
 
 
-def fuse_projections(model: nn.Module, partitioned: bool = False) -> None:
+def fuse_lora_qkv(model: nn.Module, sharded: bool = False) -> None:
     """
-    Makes one product of query, key and value wherever all three have an adapter over a plain weight.
+    Fuse q, k and v of every `GlmAttention` where all three are an adapter over a plain layer, in place.
 
     Args:
-        partitioned: whether ZeRO-3 holds the weights, which then stay where they are.
+        sharded: whether ZeRO-3 shards the weights, which then stay where they are.
     """
-    for module in model.modules():
-        if type(module) is not GlmAttention:
-            continue
-        projections = [getattr(module, name) for name in QKV]
-        if all(
-            isinstance(projection, LoraLinear)
-            and projection.is_plain()
-            and type(projection.base_layer) is nn.Linear
-            and isinstance(projection.lora_dropout[projection.active_adapters[0]], nn.Identity)
-            for projection in projections
-        ):
-            module.__class__ = FusedGlmAttention
-            module.fuse(partitioned)
+
+    def build(_: str, attention: nn.Module) -> nn.Module | None:
+        if type(attention) is not GlmAttention:
+            return None
+        layers = [getattr(attention, name) for name in QKV]
+        if not all(_is_plain_lora(layer) and type(layer.base_layer) is nn.Linear for layer in layers):
+            return None
+        if any(layer.has_dropout() for layer in layers):  # three masks, where the fused branch has one input
+            return None
+        bases = [layer.base_layer for layer in layers]
+        fused = FusedQKVAttention.from_stock(
+            attention, ShardedLinear(bases) if sharded else concatenate_linear(bases), project_lora
+        )
+        if not sharded:
+            for layer in layers:
+                layer.base_layer = MovedToFusedQKV()
+        return fused
+
+    replace_layers(model, build)
 
 
-class _Heads(torch.autograd.Function):
-    """See `qkv_rope_lora.qkv_rope_lora`."""
+class FusedChatGLMAttention(ChatGLMAttention):
+    """`ChatGLMAttention` whose adapter and rotary embedding run in one kernel behind the base's GEMM."""
 
-    @staticmethod
-    def forward(ctx, heads, hidden, B, cos, sin, counts, neighbours):
-        ctx.save_for_backward(hidden, B, cos, sin)
-        ctx.neighbours = neighbours
-        return torch.ops.chatglm_family.qkv_rope_lora(heads, hidden, B, cos, sin, counts, neighbours)
+    @classmethod
+    def from_stock(cls, stock: ChatGLMAttention) -> "FusedChatGLMAttention":
+        """Build the layer that stands in for `stock`; its `query_key_value` is a plain `LoraLinear`."""
+        return share_state(stock, cls)
 
-    @staticmethod
-    def backward(ctx, *gradients):
-        hidden, B, cos, sin = ctx.saved_tensors
-        gradients = (gradient.contiguous() for gradient in gradients)
-        gradient = torch.ops.chatglm_family.qkv_rope_lora_backward(*gradients, cos, sin, ctx.neighbours)  # (T, C)
-        return gradient, gradient @ B, gradient.t() @ hidden, None, None, None, None
-
-
-def _heads_of(
-    heads: torch.Tensor, hidden: torch.Tensor, B: torch.Tensor, factors, counts: list[int], neighbours: bool
-) -> tuple[torch.Tensor, ...]:
-    """Heads (batch, T, C), hidden (batch, T, R), B (C, R) -> query, key and value, each (batch, its heads, T, D)."""
-    size = factors[0].shape[-1]
-    cos, sin = (factor.reshape(-1, size).contiguous() for factor in factors)
-    tensors = (heads.flatten(0, 1), hidden.flatten(0, 1), B.to(heads.dtype).contiguous())
-    apart = _Heads.apply(*tensors, cos, sin, counts, neighbours)
-    return tuple(states.unflatten(0, (len(heads), -1)).transpose(1, 2) for states in apart)
-
-
-class KernelGlmAttention(FusedGlmAttention):
-    """What a `FusedGlmAttention` becomes."""
-
-    def heads_of(self, hidden_states: torch.Tensor, position_embeddings) -> tuple[torch.Tensor, ...]:
-        A, B = self.branch()
-        hidden = nn.functional.linear(hidden_states, A.to(hidden_states.dtype))
-        heads = self.qkv_proj(hidden_states)
-        return _heads_of(heads, hidden, B, position_embeddings, self.heads[:2], neighbours=True)
-
-
-class KernelChatGLMAttention(ChatGLMAttention):
-    """What a `ChatGLMAttention` becomes whose product has an adapter."""
-
-    def heads_of(self, hidden_states: torch.Tensor, position_embeddings) -> tuple[torch.Tensor, ...]:
+    def project_qkv(
+        self, hidden_states: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor]
+    ) -> Heads:
+        """Return query and key rotated, and value, each (B, H, T, D)."""
         layer = self.query_key_value
-        A, B = layer.branch()
-        inputs = layer.lora_dropout[layer.active_adapters[0]](hidden_states)
-        hidden = nn.functional.linear(inputs, A.to(hidden_states.dtype))
-        heads = layer.base_layer(hidden_states)
-        count = heads.shape[-1] // (3 * self.head_dim)
-        return _heads_of(heads, hidden, B, position_embeddings, [count, count], neighbours=False)
+        A, B = layer.lora_ab()
+        lora_hidden = nn.functional.linear(layer.lora_input(hidden_states), A.to(hidden_states.dtype))  # (B, T, R)
+        qkv = layer.base_layer(hidden_states)  # (B, T, 3 H D)
+        heads = qkv.shape[-1] // (3 * self.head_dim)
+        return apply_qkv_rope_lora(qkv, lora_hidden, B, position_embeddings, HeadLayout(heads, heads, False))
 
 
-def fuse_heads(model: nn.Module) -> None:
-    """Changes every attention of `model` with one adapter on its query, key and value, on a GPU, in place."""
-    kernels = load_qkv_rope_lora()
-    for module in model.modules() if kernels is not None else ():
-        if type(module) is FusedGlmAttention:
-            layers, kind = [getattr(module, name) for name in QKV], KernelGlmAttention
-        elif type(module) is ChatGLMAttention:
-            layers, kind = [module.query_key_value], KernelChatGLMAttention
-        else:
-            continue
-        if all(isinstance(layer, LoraLinear) and layer.is_plain() for layer in layers):
-            rank = sum(layer.r[layer.active_adapters[0]] for layer in layers)
-            if kernels.supports_head_dim(module.head_dim, rank):
-                module.__class__ = kind
+def use_qkv_kernel(model: nn.Module, kernel: ModuleType | None = None) -> None:
+    """
+    Let every attention with plain adapters on query, key and value compute its heads by the kernel, in place.
+
+    Args:
+        model: in 16 bits on a GPU, its `GlmAttention` fused by `fuse_lora_qkv`.
+        kernel: utils/kernels/qkv_rope_lora.py (default: where it runs, else nothing changes).
+    """
+    kernel = load_qkv_rope_lora() if kernel is None else kernel
+    if kernel is None:
+        return
+
+    def supports(attention: nn.Module, layers: Sequence[nn.Module]) -> bool:
+        if not all(_is_plain_lora(layer) for layer in layers):
+            return False
+        rank = sum(layer.r[layer.active_adapters[0]] for layer in layers)
+        return kernel.supports_head_dim(attention.head_dim, rank)
+
+    def build(_: str, attention: nn.Module) -> nn.Module | None:
+        if type(attention) is ChatGLMAttention and supports(attention, [attention.query_key_value]):
+            return FusedChatGLMAttention.from_stock(attention)
+        return None
+
+    replace_layers(model, build)
+    for attention in model.modules():
+        is_lora = isinstance(attention, FusedQKVAttention) and attention.project is project_lora
+        if is_lora and supports(attention, [getattr(attention, name) for name in QKV]):
+            attention.project = project_lora_with_kernel
 
 
-def rotate_neighbours(
+def _is_plain_lora(layer: nn.Module) -> bool:
+    return isinstance(layer, LoraLinear) and layer.is_plain()
+
+
+class _QKVRopeLora(torch.autograd.Function):
+    """The operators of utils/kernels/qkv_rope_lora.py, with the shapes given there."""
+
+    @staticmethod
+    def forward(ctx, qkv, lora_hidden, B, cos, sin, head_counts, interleaved):
+        ctx.save_for_backward(lora_hidden, B, cos, sin)
+        ctx.interleaved = interleaved
+        return torch.ops.chatglm_family.qkv_rope_lora(qkv, lora_hidden, B, cos, sin, head_counts, interleaved)
+
+    @staticmethod
+    def backward(ctx, query_gradient, key_gradient, value_gradient):
+        lora_hidden, B, cos, sin = ctx.saved_tensors
+        gradient = torch.ops.chatglm_family.qkv_rope_lora_backward(
+            query_gradient.contiguous(),
+            key_gradient.contiguous(),
+            value_gradient.contiguous(),
+            cos,
+            sin,
+            ctx.interleaved,
+        )  # (T, C)
+        return gradient, gradient @ B, gradient.t() @ lora_hidden, None, None, None, None
+
+
+class HeadLayout(NamedTuple):
+    """How a GEMM's output is divided into heads."""
+
+    query_heads: int
+    key_heads: int
+    interleaved: bool  # GLM: all queries, all keys, all values; else ChatGLM-6B: query, key, value of each head
+
+
+def apply_qkv_rope_lora(
+    qkv: torch.Tensor,
+    lora_hidden: torch.Tensor,
+    B: torch.Tensor,
+    position_embeddings: tuple[torch.Tensor, torch.Tensor],
+    layout: HeadLayout,
+) -> Heads:
+    """
+    Return rotated query and key, and value, of qkv + lora_hidden B^T.
+
+    Args:
+        qkv: (batch, T, C), the base's output.
+        lora_hidden: (batch, T, R), the input times A^T.
+        B: (C, R), with the scaling in it.
+        position_embeddings: cos and sin as the model's rotary embedding returns them.
+        layout: also says which elements of a head turn together, 2 i and 2 i + 1 where it is interleaved.
+    """
+    cos, sin = position_embeddings
+    size = cos.shape[-1]
+    query, key, value = _QKVRopeLora.apply(
+        qkv.flatten(0, 1),
+        lora_hidden.flatten(0, 1),
+        B.to(qkv.dtype).contiguous(),
+        cos.reshape(-1, size).contiguous(),
+        sin.reshape(-1, size).contiguous(),
+        [layout.query_heads, layout.key_heads],
+        layout.interleaved,
+    )  # (batch T, H, D), (batch T, K, D) twice
+    query, key, value = (heads.unflatten(0, (len(qkv), -1)).transpose(1, 2) for heads in (query, key, value))
+    return query, key, value
+
+
+def apply_rotary_interleaved(
     query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    What `apply_rotary_pos_emb` of transformers' GLM computes, to the bit: elements 2 i and 2 i + 1 of a head turn by
-    the i-th angle, those beyond the angles stay.
+    Return what transformers' `apply_rotary_pos_emb` of GLM computes, to the bit.
+
+    Elements 2 i and 2 i + 1 of a head turn by the i-th angle; elements beyond the angles stay. The pairs are exchanged
+    by a flip, because torch's compiler makes masked loads of transformers' slices and concatenations.
 
     Args:
-        query: (B, H, T, D), key (B, K, T, D).
-        cos, sin: (B, T, R) with R at most D; the second half of R repeats the first and is not read.
+        query: (B, H, T, D).
+        key: (B, K, T, D).
+        cos: (B, T, R) with R at most D, like `sin`; the second half of R repeats the first and is not used.
     """
     D, R = query.shape[-1], cos.shape[-1]
     cos, sin = (values[:, None, :, : R // 2] for values in (cos, sin))
-    kept = nn.functional.pad(cos.repeat_interleave(2, dim=-1), (0, D - R), value=1.0)  # (B, 1, T, D)
-    exchanged = nn.functional.pad(torch.stack((-sin, sin), dim=-1).flatten(-2), (0, D - R))
+    cos = nn.functional.pad(cos.repeat_interleave(2, dim=-1), (0, D - R), value=1.0)  # (B, 1, T, D)
+    signed_sin = nn.functional.pad(torch.stack((-sin, sin), dim=-1).flatten(-2), (0, D - R))
 
     def rotate(heads: torch.Tensor) -> torch.Tensor:
-        return heads * kept + heads.unflatten(-1, (-1, 2)).flip(-1).flatten(-2) * exchanged
+        exchanged = heads.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+        return heads * cos + exchanged * signed_sin
 
     return rotate(query), rotate(key)

@@ -1,49 +1,91 @@
-"""Linear layers and MLPs that read their weight once for a token of each of few rows."""
+"""
+Linear layers and MLPs of a decode step, which load their weight once for a batch of single tokens.
 
-from collections.abc import Iterable
+In: the blocks of a model in 16 bits or FP8 on a GPU. Out: the same blocks, linear layers and gated MLPs replaced
+where the kernel of utils/kernels/skinny_gemm.py pays. Called by the inference engine. Not cuBLAS: its kernels do not
+start while the kernel before them ends (programmatic dependent launch), which pays only where all of a decode step's
+kernels do.
+"""
+
+from types import ModuleType
 
 import torch
 from torch import nn
 from transformers.models.glm.modeling_glm import GlmMLP
 
-from utils.kernels.skinny_gemm import MAX_ROWS, skinny_gemm, supports_weight
+from utils.kernels import load_skinny_gemm
+from utils.layers.replace import replace_layers, share_state
 
 
-def is_for_few(hidden_states: torch.Tensor) -> bool:
-    """(B, T, K): whether this is a token of each of few rows."""
-    return hidden_states.shape[1] == 1 and hidden_states.shape[0] <= MAX_ROWS
+def is_decode_batch(hidden_states: torch.Tensor, max_rows: int) -> bool:
+    """Whether (B, T, K) is one token each of at most `max_rows` sequences."""
+    return hidden_states.shape[1] == 1 and hidden_states.shape[0] <= max_rows
 
 
-class FewRowsLinear(nn.Linear):
-    """What an `nn.Linear` in 16 bits becomes that is to read its weight once for a token of each of few rows."""
+class SkinnyLinear(nn.Linear):
+    """`nn.Linear` in 16 bits with a skinny GEMM for decode steps."""
 
-    for_few_rows = True
+    max_skinny_rows: int
+    is_skinny = True
+
+    @classmethod
+    def from_stock(cls, stock: nn.Linear, max_skinny_rows: int) -> "SkinnyLinear":
+        """Build the layer that stands in for `stock`, whose weight it shares."""
+        linear = share_state(stock, cls)
+        linear.max_skinny_rows = max_skinny_rows
+        return linear
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """(B, T, K) -> (B, T, N)."""
-        return self.few_rows(hidden_states) if is_for_few(hidden_states) else super().forward(hidden_states)
+        if is_decode_batch(hidden_states, self.max_skinny_rows):
+            return self.skinny_matmul(hidden_states)
+        return super().forward(hidden_states)
 
-    def few_rows(self, hidden_states: torch.Tensor, gated: bool = False) -> torch.Tensor:
-        """(B, 1, K) -> (B, 1, N), see `skinny_gemm`."""
-        return skinny_gemm(hidden_states[:, 0].contiguous(), self.weight, self.bias, gated)[:, None]
+    def skinny_matmul(self, hidden_states: torch.Tensor, gated: bool = False) -> torch.Tensor:
+        """(B, 1, K) -> (B, 1, N), or (B, 1, N / 2) gated by silu."""
+        rows = hidden_states[:, 0].contiguous()  # (B, K)
+        return torch.ops.chatglm_family.skinny_gemm(rows, self.weight, self.bias, gated)[:, None]
 
 
-class FewRowsMLP(GlmMLP):
-    """What a `GlmMLP` becomes whose products are of few rows: activation and gate are the first one's end."""
+class SkinnyMLP(GlmMLP):
+    """`GlmMLP` whose activation and gate end the first skinny GEMM."""
+
+    max_skinny_rows: int
+
+    @classmethod
+    def from_stock(cls, stock: GlmMLP) -> "SkinnyMLP":
+        """Build the layer that stands in for `stock`, whose linear layers, the first one skinny, it shares."""
+        mlp = share_state(stock, cls)
+        mlp.max_skinny_rows = stock.gate_up_proj.max_skinny_rows
+        return mlp
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        if not is_for_few(hidden_states):
+        """(B, T, K) -> (B, T, K)."""
+        if not is_decode_batch(hidden_states, self.max_skinny_rows):
             return super().forward(hidden_states)
-        return self.down_proj(self.gate_up_proj.few_rows(hidden_states, gated=True))
+        return self.down_proj(self.gate_up_proj.skinny_matmul(hidden_states, gated=True))
 
 
-def convert_layers(layers: Iterable[nn.Module]) -> None:
-    """Changes every plain linear layer and gated MLP in `layers` that is worth it, in place."""
-    for layer in layers:
-        for module in layer.modules():
-            if type(module) is nn.Linear and supports_weight(module.weight):
-                module.__class__ = FewRowsLinear
-        for module in layer.modules():
-            gated = type(module) is GlmMLP and module.config.hidden_act == "silu"
-            if gated and getattr(module.gate_up_proj, "for_few_rows", False):
-                module.__class__ = FewRowsMLP
+def use_skinny_layers(blocks: nn.Module, kernel: ModuleType | None = None) -> None:
+    """
+    Replace the plain linear layers and gated MLPs in `blocks` that the kernel speeds up, in place.
+
+    Args:
+        blocks: the model's `layers`, or any module that holds them.
+        kernel: utils/kernels/skinny_gemm.py (default: where it runs, else nothing is replaced).
+    """
+    kernel = load_skinny_gemm() if kernel is None else kernel
+    if kernel is None:
+        return
+
+    def build_linear(_: str, linear: nn.Module) -> nn.Module | None:
+        if type(linear) is nn.Linear and kernel.supports_weight(linear.weight):
+            return SkinnyLinear.from_stock(linear, kernel.MAX_ROWS)
+        return None
+
+    def build_mlp(_: str, mlp: nn.Module) -> nn.Module | None:
+        is_gated = type(mlp) is GlmMLP and mlp.config.hidden_act == "silu"
+        return SkinnyMLP.from_stock(mlp) if is_gated and getattr(mlp.gate_up_proj, "is_skinny", False) else None
+
+    replace_layers(blocks, build_linear)  # also of MLPs that are no gated ones
+    replace_layers(blocks, build_mlp)

@@ -1,71 +1,118 @@
-"""What makes a step fast beside packing: fused projections, attention without a mask, compiled layers, FP8."""
+"""
+What makes a training step fast besides packing: which layers a run gets, and in which order.
+
+In: a model with its adapter attached, and the run's settings. Out: the same model, its stock layers replaced by those
+of utils/layers and its blocks compiled. Called by the training script (`configure_zero3` before the model is loaded,
+`optimize_for_training` after). What the model computes stays the same up to rounding.
+"""
+
+from dataclasses import dataclass
+from functools import cache
 
 import torch
 from peft import PeftModel
+from torch import nn
 from transformers import TrainingArguments
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from utils.layers.fp8 import convert_to_fp8
 from utils.layers.fused_mlp import fuse_mlps
-from utils.layers.fused_qkv import QKV_PROJ, fuse_heads, fuse_projections
+from utils.layers.fused_qkv import QKV_PROJ, fuse_lora_qkv, use_qkv_kernel
+from utils.layers.replace import replace_layers, share_state
 from utils.layers.varlen_attention import VARLEN
 from utils.models.family import Generation
 
 
-def decoder_blocks(model: PeftModel) -> list[GradientCheckpointingLayer]:
+@dataclass(frozen=True)
+class Optimizations:
+    """What a run asked for, or the default of its flags."""
+
+    fp8: bool  # --quantize fp8
+    packing: bool  # --packing
+    compile_layers: bool  # --compile_layers, resolved
+
+
+def decoder_blocks(model: nn.Module) -> list[GradientCheckpointingLayer]:
+    """Return the transformer blocks of `model`, first to last."""
     return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
 def partitions_weights(args: TrainingArguments) -> bool:
-    """Whether it is ZeRO-3."""
+    """Whether the run shards weights by ZeRO-3."""
     return args.deepspeed_plugin is not None and args.deepspeed_plugin.zero_stage == 3
 
 
-def settle_zero3(args: TrainingArguments, compile_layers: bool) -> None:
+def configure_zero3(args: TrainingArguments, compile_layers: bool) -> None:
     """
-    Before the model is loaded: no linear product of DeepSpeed's own where layers are compiled. It is compiled anew for
-    each block, and on a GPU its gradients are then wrong; what it is for, that no gathered weight is kept for the
-    backward pass, compiled layers do by themselves.
+    Switch off DeepSpeed's own linear GEMM where layers are compiled; call it before the model is loaded.
+
+    It is compiled anew for each block, and on a GPU its gradients are then wrong. Its purpose, that no gathered weight
+    is kept for the backward pass, compiled layers serve by themselves.
     """
     if compile_layers and partitions_weights(args):
         args.deepspeed_plugin.hf_ds_config.config["zero_optimization"]["memory_efficient_linear"] = False
 
 
+def optimize_for_training(
+    model: PeftModel, generation: Generation, args: TrainingArguments, wanted: Optimizations
+) -> None:
+    """
+    Replace the stock layers of `model`, adapter attached, by faster ones, in place.
+
+    The steps depend on each other, each on those before it.
+    """
+    on_gpu_in_16_bits = model.dtype in (torch.float16, torch.bfloat16) and not args.use_cpu
+    sharded = partitions_weights(args)
+
+    if wanted.packing and on_gpu_in_16_bits:
+        model.get_base_model().set_attn_implementation(VARLEN)
+    if sharded:
+        gather_by_block(model)
+    # Before FP8, which then quantises one fused weight. Outside compiled layers a sharded GEMM would run twice.
+    if wanted.compile_layers or not sharded:
+        fuse_lora_qkv(model, sharded)
+    if wanted.fp8:
+        convert_to_fp8(model, {*generation.linear_layers, QKV_PROJ}, trains=True)
+    # After both: the kernels take the place of what is between the GEMMs, in 16 bits or FP8.
+    if on_gpu_in_16_bits:
+        fuse_mlps(model)
+        use_qkv_kernel(model)
+    # Last: what is compiled is the blocks with all of their new layers.
+    if wanted.compile_layers:
+        compile_blocks(model)
+
+
 def gather_by_block(model: PeftModel) -> None:
     """
-    Has DeepSpeed gather a block's weights at once when it is called: inside it there are then no hooks, of which each
-    linear layer would have four, and what is compiled finds every weight.
+    Let DeepSpeed gather a block's weights together when the block is called.
+
+    Inside a block there are then no hooks, of which each linear layer would have four, and compiled code finds every
+    weight.
     """
     from deepspeed.utils import set_z3_leaf_modules
 
     set_z3_leaf_modules(model, list({type(block) for block in decoder_blocks(model)}))
-    # A block whose input has no gradient would be taken as done before its backward pass.
+    # DeepSpeed takes the backward pass of a block whose input has no gradient as done before it begins.
     model.enable_input_require_grads()
 
 
-def speed_up(
-    model: PeftModel,
-    generation: Generation,
-    args: TrainingArguments,
-    *,
-    fp8: bool,
-    packing: bool,
-    compile_layers: bool,
-) -> None:
-    """Changes `model`, its adapter attached, in place; what it computes stays the same up to rounding."""
-    half = model.dtype in (torch.float16, torch.bfloat16)
-    if packing and half and not args.use_cpu:
-        model.get_base_model().set_attn_implementation(VARLEN)
-    partitioned = partitions_weights(args)
-    if partitioned:
-        gather_by_block(model)
-    if compile_layers or not partitioned:  # else the joined product would be made twice
-        fuse_projections(model, partitioned)
-    if fp8:
-        convert_to_fp8(model, {*generation.linear_layers, QKV_PROJ}, trains=True)
-    if half and not args.use_cpu:
-        fuse_mlps(model)
-        fuse_heads(model)
-    if compile_layers:
-        for block in decoder_blocks(model):  # without their hooks, DeepSpeed's
-            block.forward = torch.compile(block.forward)
+def compile_blocks(model: nn.Module) -> None:
+    """
+    Compile the forward of every transformer block, in place.
+
+    Not by `nn.Module.compile`, which compiles the hooks of DeepSpeed and FSDP2 too, nor by a wrapper, which changes
+    PEFT's parameter names: each block is replaced by one of a subclass with a compiled forward.
+    """
+
+    def build(_: str, block: nn.Module) -> nn.Module | None:
+        if not isinstance(block, GradientCheckpointingLayer) or hasattr(block, "stock_class"):
+            return None
+        return share_state(block, compiled_block_class(type(block)))
+
+    replace_layers(model, build)
+
+
+@cache
+def compiled_block_class(stock: type[nn.Module]) -> type[nn.Module]:
+    """Return a subclass of `stock` with a compiled forward, and with its name, by which accelerate finds blocks."""
+    return type(stock.__name__, (stock,), {"forward": torch.compile(stock.forward), "stock_class": stock})
