@@ -149,7 +149,7 @@ class ChatGLMAttention(nn.Module):
         self.query_key_value = nn.Linear(config.hidden_size, 3 * config.hidden_size)
         self.dense = nn.Linear(config.hidden_size, config.hidden_size)
 
-    def heads_of(self, hidden_states: torch.Tensor, position_embeddings) -> tuple[torch.Tensor, ...]:
+    def project_qkv(self, hidden_states: torch.Tensor, position_embeddings) -> tuple[torch.Tensor, ...]:
         """Query and key rotated, and value, each (B, H, T, D)."""
         B, T, _ = hidden_states.shape
         # The outputs of query_key_value go head by head: [q0 k0 v0 q1 k1 v1 ...]. Under tensor parallelism H is the
@@ -162,7 +162,7 @@ class ChatGLMAttention(nn.Module):
         return query, key, value
 
     def forward(self, hidden_states, position_embeddings, attention_mask=None, cache: Cache | None = None, **kwargs):
-        query, key, value = self.heads_of(hidden_states, position_embeddings)
+        query, key, value = self.project_qkv(hidden_states, position_embeddings)
         if cache is not None:
             key, value = cache.update(key, value, self.layer_idx)  # (B, H, S, D) each
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)

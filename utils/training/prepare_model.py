@@ -12,7 +12,7 @@ from utils.layers.fp8 import FP8
 from utils.layers.quantization import stored_bits
 from utils.lora.adapter import LoraSettings, attach_adapter, scale_losses_under_zero3
 from utils.training.loss import use_target_loss
-from utils.training.optimize import partitions_weights, settle_zero3, speed_up
+from utils.training.optimize import Optimizations, configure_zero3, optimize_for_training, partitions_weights
 from utils.training.run_config import RunConfig
 
 
@@ -24,7 +24,7 @@ def prepare_model(config: RunConfig) -> PeftModel:
     leaves.
     """
     flags, args = config.flags, config.training_args
-    settle_zero3(args, flags.compile_layers)  # before loading, which reads DeepSpeed's configuration
+    configure_zero3(args, flags.compile_layers)  # before loading, which reads DeepSpeed's configuration
     model = load_model(flags.model_name_or_path, dtype=config.dtype, quantize=stored_bits(flags.quantize))
     model.config.use_cache = False
     lora = LoraSettings(flags.lora_rank, flags.lora_alpha, flags.lora_dropout, flags.lora_target_modules)
@@ -34,12 +34,7 @@ def prepare_model(config: RunConfig) -> PeftModel:
     if args.gradient_checkpointing:
         model.enable_input_require_grads()
     use_target_loss(model, compiled=flags.compile_layers)  # the head is not among the layers below
-    speed_up(  # last: it replaces layers together with their adapters, and compiles the blocks
-        model,
-        config.inputs.checkpoint.generation,
-        args,
-        fp8=flags.quantize == FP8,
-        packing=flags.packing,
-        compile_layers=flags.compile_layers,
-    )
+    wanted = Optimizations(flags.quantize == FP8, flags.packing, flags.compile_layers)
+    # Last: it replaces layers together with their adapters, and compiles the blocks.
+    optimize_for_training(model, config.inputs.checkpoint.generation, args, wanted)
     return model

@@ -23,6 +23,7 @@ from utils.inference.engine.prefill import MOST_READ, TokenSequence, pack_prompt
 from utils.inference.sampling import GREEDY, Sampling
 from utils.kernels import load_decode_attention, load_skinny_gemm
 from utils.layers.fused_qkv import fuse_qkv
+from utils.layers.skinny_linear import use_skinny_layers
 from utils.lora.multi_lora import AdapterChoice
 from utils.models.modeling_chatglm import ChatGLMForConditionalGeneration, derive_position_ids
 
@@ -112,9 +113,7 @@ class Engine:
         self.on_gpu = self.device.type == "cuda"
         self.kernels = has_kernels(self.device, self.dtype)
         if self.kernels and load_skinny_gemm() is not None:
-            from utils.layers.skinny_linear import convert_layers  # which imports Triton
-
-            convert_layers(self.body.layers)
+            use_skinny_layers(self.body.layers)
         self.steps = steps or (GPU_STEPS if self.on_gpu else 1)
         self.ahead = int(self.steps > 1)
         self.slots = slots
