@@ -5,13 +5,15 @@ import copy
 import pytest
 import torch
 from kernel_checks import DEVICE, DTYPE, FP8_ROUNDING, ON_GPU, ROUNDING, assert_close, random
+from torch import nn
 from transformers import GlmConfig, GlmForCausalLM
 from transformers.models.glm.modeling_glm import GlmAttention, GlmMLP, GlmRotaryEmbedding
 
 from utils.kernels import skinny_gemm
-from utils.layers import fused_mlp, fused_qkv, skinny_linear
 from utils.layers.fp8 import convert_to_fp8
-from utils.layers.fused_qkv import fuse_projections
+from utils.layers.fused_mlp import FusedChatGLMMLP, FusedGlmMLP, fuse_mlps
+from utils.layers.fused_qkv import FusedChatGLMAttention, fuse_lora_qkv, project_lora_with_kernel, use_qkv_kernel
+from utils.layers.skinny_linear import SkinnyLinear, SkinnyMLP, use_skinny_layers
 from utils.lora.adapter import LoraSettings, attach_adapter
 from utils.models import ChatGLMConfig, ChatGLMForConditionalGeneration
 from utils.models.modeling_chatglm import ChatGLMAttention, ChatGLMMLP, ChatGLMRotaryEmbedding
@@ -21,18 +23,19 @@ MLPS = {
     "GLM": lambda: GlmMLP(GlmConfig(hidden_size=512, intermediate_size=1200, hidden_act="silu")),
     "ChatGLM-6B": lambda: ChatGLMMLP(ChatGLMConfig(hidden_size=512, inner_hidden_size=2048)),
 }
-fp8_on_a_gpu = pytest.mark.skipif(not ON_GPU, reason="needs a GPU: torch multiplies FP8 matrices only there")
+fp8_on_a_gpu = pytest.mark.skipif(not ON_GPU, reason="torch multiplies FP8 matrices on a GPU alone")
 
 
 @pytest.mark.parametrize("is_fp8", [False, pytest.param(True, marks=fp8_on_a_gpu)])
 @pytest.mark.parametrize("family", MLPS)
 def test_fused_mlp(family, is_fp8):
-    fused = MLPS[family]().to(DEVICE, DTYPE).requires_grad_(False)
-    exact = copy.deepcopy(fused).float()
+    block = nn.ModuleDict({"mlp": MLPS[family]().to(DEVICE, DTYPE).requires_grad_(False)})
+    exact = copy.deepcopy(block["mlp"]).float()
     if is_fp8:
-        convert_to_fp8(fused, MLP_LAYERS, trains=True)
-    fused_mlp.fuse_mlps(fused)
-    assert type(fused) is not type(exact)
+        convert_to_fp8(block, MLP_LAYERS, trains=True)
+    fuse_mlps(block)
+    fused = block["mlp"]
+    assert type(fused) is (FusedGlmMLP if family == "GLM" else FusedChatGLMMLP)
     hidden_states = random(2, 40, 512).requires_grad_()
     exact_states = hidden_states.detach().float().requires_grad_()
     gradient = torch.randn_like(hidden_states)
@@ -47,11 +50,12 @@ def test_fused_mlp(family, is_fp8):
 def test_skinny_mlp():
     """For one token of each of few sequences, and for more tokens, which stay with torch."""
     config = GlmConfig(hidden_size=512, intermediate_size=2048, hidden_act="silu")
-    converted = GlmMLP(config).to(DEVICE, DTYPE).requires_grad_(False)
-    exact = copy.deepcopy(converted).float()
-    skinny_linear.convert_layers([converted])
-    assert type(converted) is skinny_linear.FewRowsMLP
-    assert {type(layer) for layer in (converted.gate_up_proj, converted.down_proj)} == {skinny_linear.FewRowsLinear}
+    block = nn.ModuleDict({"mlp": GlmMLP(config).to(DEVICE, DTYPE).requires_grad_(False)})
+    exact = copy.deepcopy(block["mlp"]).float()
+    use_skinny_layers(block)
+    converted = block["mlp"]
+    assert type(converted) is SkinnyMLP
+    assert {type(layer) for layer in (converted.gate_up_proj, converted.down_proj)} == {SkinnyLinear}
     for shape in ((3, 1, 512), (1, 3, 512), (skinny_gemm.MAX_ROWS + 1, 1, 512)):
         hidden_states = random(*shape)
         assert_close(converted(hidden_states), exact(hidden_states.float()), 4 * ROUNDING)
@@ -95,19 +99,24 @@ def test_attention_with_adapters(build, sizes):
     for name, parameter in model.named_parameters():
         if "lora_" in name:
             torch.nn.init.normal_(parameter, std=0.1)
-    fuse_projections(model)
-    plain = next(module for module in model.modules() if isinstance(module, GlmAttention | ChatGLMAttention))
-    plain = plain.to(DEVICE)
-    fused = copy.deepcopy(plain)
-    fused_qkv.fuse_heads(fused)
-    assert type(fused) is not type(plain)
+    fuse_lora_qkv(model.to(DEVICE))
+    fused_model = copy.deepcopy(model)
+    use_qkv_kernel(fused_model)
+    plain, fused = (
+        next(module for module in each.modules() if isinstance(module, GlmAttention | ChatGLMAttention))
+        for each in (model, fused_model)
+    )
+    if build is glm:
+        assert fused.project is project_lora_with_kernel is not plain.project
+    else:
+        assert type(fused) is FusedChatGLMAttention and type(plain) is ChatGLMAttention
     positions = torch.randint(0, 500, (2, 2, 70) if build is chatglm else (2, 70), device=DEVICE)
     factors = rotary(torch.zeros(1, device=DEVICE, dtype=ADAPTER_DTYPE), positions)
     hidden_states = torch.randn(2, 70, model.config.hidden_size, device=DEVICE, dtype=ADAPTER_DTYPE)
     results = []
     for module in (plain, fused):
         inputs = hidden_states.clone().requires_grad_()
-        outputs = torch.cat([heads.flatten(0, 1) for heads in module.heads_of(inputs, factors)])
+        outputs = torch.cat([heads.flatten(0, 1) for heads in module.project_qkv(inputs, factors)])
         outputs.backward(torch.sin(torch.arange(outputs.numel(), device=DEVICE)).view(outputs.shape).to(outputs))
         trained = [parameter.grad for _, parameter in sorted(module.named_parameters()) if parameter.requires_grad]
         assert trained and all(gradient is not None and gradient.norm() > 0 for gradient in trained)

@@ -59,6 +59,12 @@ class FusedQKVAttention(GlmAttention):
         attention.project = project
         return attention
 
+    def project_qkv(
+        self, hidden_states: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor]
+    ) -> Heads:
+        """Return query (B, H, T, D) and key (B, K, T, D) rotated, and value (B, K, T, D)."""
+        return self.project(self, hidden_states, position_embeddings)
+
     def split_heads(self, qkv: torch.Tensor) -> Heads:
         """(B, T, (H + 2 K) D) -> query, key and value."""
         heads = qkv.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, H + 2 K, T, D)
@@ -73,7 +79,7 @@ class FusedQKVAttention(GlmAttention):
         self, hidden_states, position_embeddings=None, attention_mask=None, past_key_values=None, cache=None, **kwargs
     ):
         """As `GlmAttention`: hidden states (B, T, E) -> output (B, T, E) and the attention weights or None."""
-        query, key, value = self.project(self, hidden_states, position_embeddings)
+        query, key, value = self.project_qkv(hidden_states, position_embeddings)
         cache = cache if cache is not None else past_key_values
         if cache is not None:
             key, value = cache.update(key, value, self.layer_idx)
