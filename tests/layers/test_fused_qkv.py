@@ -131,6 +131,20 @@ def test_attention_and_gradients_are_those_of_stock_layers(build, sharded, has_k
         assert (actual - expected).norm() <= 2e-6 * expected.norm(), name
 
 
+def test_a_padded_batch_shares_its_positions():
+    """The kernel gets cos and sin of every token, also where GLM computes one row for all sequences."""
+    torch.manual_seed(0)
+    model = with_adapter(glm())
+    kernel_model = copy.deepcopy(model)
+    fuse(kernel_model, False, Kernel(fits=True))
+    factors = GlmRotaryEmbedding(model.config)(torch.zeros(1), torch.arange(9)[None])
+    hidden_states = torch.randn(2, 9, 64)
+    with reference_ops(), torch.no_grad():
+        expected, _ = attention_of(model)(hidden_states, factors)
+        actual, _ = attention_of(kernel_model)(hidden_states, factors)
+    assert (actual - expected).norm() <= 2e-6 * expected.norm()
+
+
 def test_a_kernel_that_does_not_hold_the_heads_is_not_used():
     model = with_adapter(glm())
     fuse(model, False, Kernel(fits=False))
