@@ -11,11 +11,13 @@ from functools import partial
 
 from utils.common.script import run
 
+from utils.checkpoint.model import Checkpoint
 from utils.checkpoint.tokenizer import load_tokenizer
 from utils.distributed.process_group import shut_down
 from utils.inference.arguments import add_inference_arguments, check_inference_arguments, resolve_dtype
 from utils.inference.job import answer, check_adapters, export_or_answer, open_job, put_adapters
 from utils.inference.placement import load_on_processes
+from utils.layers.quantization import stored_bits
 
 
 def main() -> None:
@@ -30,7 +32,8 @@ def main() -> None:
         return
     job = open_job(args, tokenizer, dtype)
     adapt = partial(put_adapters, args=args)
-    model, replica = load_on_processes(args.model_name_or_path, dtype, args.quantize, adapt, args.tp_size)
+    checkpoint = Checkpoint.open(args.model_name_or_path, quantize=stored_bits(args.quantize))
+    model, replica = load_on_processes(checkpoint, dtype, args.quantize, adapt, args.tp_size)
     answer(job, model, tokenizer, replica)
 
 

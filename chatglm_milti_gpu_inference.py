@@ -19,7 +19,7 @@ from utils.common.processes import world_size
 from utils.distributed.process_group import shut_down
 from utils.inference.arguments import add_inference_arguments, check_inference_arguments, resolve_dtype
 from utils.inference.job import answer, check_adapters, export_or_answer, open_job, put_adapters
-from utils.inference.placement import dispatch, load_on_processes, quantize_to_fp8
+from utils.inference.placement import dispatch, load_on_processes, prepare_for_decoding, quantize_to_fp8
 from utils.inference.work_queue import SINGLE_REPLICA
 from utils.layers.quantization import stored_bits
 
@@ -54,14 +54,15 @@ def main() -> None:
     if not export_or_answer(args, dtype):
         return
     job = open_job(args, tokenizer, dtype)
-    path, replica = args.model_name_or_path, SINGLE_REPLICA
+    checkpoint, replica = Checkpoint.open(args.model_name_or_path, quantize=stored_bits(args.quantize)), SINGLE_REPLICA
     if world_size() > 1:
         adapt = partial(put_adapters, args=args)
-        model, replica = load_on_processes(path, dtype, args.quantize, adapt, args.tp_size)
+        model, replica = load_on_processes(checkpoint, dtype, args.quantize, adapt, args.tp_size)
     else:
-        model = dispatch(path, dtype, max_memory, args.offload_folder, args.quantize)
+        model = dispatch(checkpoint, dtype, max_memory, args.offload_folder, args.quantize)
         model = put_adapters(model, args)
-        model = quantize_to_fp8(model, Checkpoint.open(path, quantize=stored_bits(args.quantize)), args.quantize)
+        model = quantize_to_fp8(model, checkpoint, args.quantize)
+        prepare_for_decoding(model)
     answer(job, model, tokenizer, replica)
 
 

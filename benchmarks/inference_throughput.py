@@ -1,15 +1,19 @@
 """
 python benchmarks/inference_throughput.py --shape chatglm3-6b --batch_size 64
 
-New tokens a second of the engine behind the inference scripts, on random weights, after a first round in which layers
-are compiled and graphs captured: --batch_size prompts of --prompt_tokens with --new_tokens each, and, with --job ROWS,
-rows of unequal lengths (prompts exp(N(0, 0.75) + log 60) within 8..512 tokens, answers exp(N(0, 0.9) + log 120) within
-5..512, each ending by itself). With --baselines also transformers' `generate` and `generate_batch`; with --agreement
-the share of the engine's greedy tokens that a plain forward pass over its answers, and over those of `generate`, finds
-the likeliest too; with --profile the kernels of a round. The last line is one JSON object.
+Measures new tokens per second of the engine behind the inference scripts, on random weights, after a first round that
+compiles layers and captures CUDA graphs. The last line is one JSON object.
 
-The floor of a step is the time to read weights and filled cache once at --bandwidth; that of a job adds its prompts at
---flops, with never an empty slot.
+The batch: --batch_size prompts of --prompt_tokens, with --new_tokens each.
+--job ROWS: rows of unequal lengths. Prompts have exp(N(0, 0.75) + log 60) tokens within 8..512, answers
+    exp(N(0, 0.9) + log 120) within 5..512, and each ends by itself.
+--baselines: also transformers' `generate` and `generate_batch`.
+--agreement: share of the engine's greedy tokens that are also the likeliest in a plain forward pass over its answers;
+    the same for `generate`.
+--profile: the kernels of a round.
+
+The floor of a decode step is the time to read weights and filled KV cache once at --bandwidth. The floor of a job adds
+its prompts at --flops, and has no empty slot.
 """
 
 import argparse
@@ -24,15 +28,18 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from tools.random_checkpoint import CHATGLM, SHAPES, random_model
-from utils.inference.engine import Engine, column_bytes
-from utils.inference.engine.prefill import TokenSequence
+from utils.inference.engine import Engine
+from utils.inference.engine.kv_cache import kv_bytes_per_token
+from utils.inference.engine.model_runner import EngineConfig
+from utils.inference.engine.scheduler import StopRule, TokenSequence
+from utils.inference.placement import prepare_for_decoding
 from utils.layers.fp8 import FP8, convert_to_fp8
 from utils.layers.fused_qkv import QKV_PROJ, fuse_qkv
 from utils.models.family import CHATGLM3, CHATGLM_6B
 
 
 def timed(call) -> float:
-    """Seconds until the device is done."""
+    """Returns the seconds of a call, until the device is done."""
     started = time.perf_counter()
     call()
     if torch.cuda.is_available():
@@ -41,7 +48,7 @@ def timed(call) -> float:
 
 
 def job_lengths(rows: int) -> list[tuple[int, int]]:
-    """(prompt, answer) tokens of each row."""
+    """Returns the (prompt, answer) tokens of each row, sorted."""
     generator = torch.Generator().manual_seed(0)
     prompts = (torch.randn(rows, generator=generator) * 0.75 + math.log(60)).exp().clamp(8, 512).int().tolist()
     answers = (torch.randn(rows, generator=generator) * 0.9 + math.log(120)).exp().clamp(5, 512).int().tolist()
@@ -50,12 +57,14 @@ def job_lengths(rows: int) -> list[tuple[int, int]]:
 
 @torch.inference_mode()
 def agreement(model, prompts: torch.Tensor, answers: torch.Tensor) -> float:
-    """Share of the tokens in `answers` (B, T) that are the likeliest of a forward pass over them."""
+    """Returns the share of the tokens in `answers` (B, T) that are the likeliest in a forward pass over them."""
+    implementation = model.config._attn_implementation
     model.set_attn_implementation("sdpa")
     equal = 0
     for prompt, answer in zip(prompts.to(model.device), answers.to(model.device), strict=True):
         logits = model(input_ids=torch.cat((prompt, answer))[None]).logits[0, len(prompt) - 1 : -1]
         equal += int((logits.argmax(-1) == answer).sum())
+    model.set_attn_implementation(implementation)
     return round(equal / answers.numel(), 4)
 
 
@@ -67,12 +76,12 @@ def main() -> None:
     parser.add_argument("--new_tokens", type=int, default=128)
     parser.add_argument("--quantize", choices=[FP8])
     parser.add_argument("--job", type=int, default=0, metavar="ROWS")
-    parser.add_argument("--job_batch_size", type=int, default=0, help="rows of the job at once (--batch_size)")
+    parser.add_argument("--job_batch_size", type=int, default=0, help="slots for the job (default: --batch_size)")
     parser.add_argument("--baselines", action="store_true")
     parser.add_argument("--agreement", action="store_true")
     parser.add_argument("--profile", action="store_true")
-    parser.add_argument("--bandwidth", type=float, default=3.02e12, help="bytes a second (an H100's, measured)")
-    parser.add_argument("--flops", type=float, default=750e12, help="a second (an H100's in bf16, measured)")
+    parser.add_argument("--bandwidth", type=float, default=3.02e12, help="bytes per second (default: an H100's)")
+    parser.add_argument("--flops", type=float, default=750e12, help="per second (default: an H100's in bf16)")
     args = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
@@ -111,47 +120,48 @@ def main() -> None:
     if args.quantize:
         fuse_qkv(model)
         convert_to_fp8(model, {*linear_layers, QKV_PROJ}, trains=False)
+    prepare_for_decoding(model)
 
-    def engine_of(slots: int, columns: int) -> Engine:
-        return Engine(model, slots, columns, stop_ids=[-1])
+    def engine_of(max_batch_size: int, max_seq_len: int) -> Engine:
+        return Engine(model, EngineConfig(max_batch_size, max_seq_len, StopRule(frozenset({-1}))))
 
-    def rounds(engine: Engine, lengths: list[tuple[list[int], int]]) -> tuple[float, list[TokenSequence]]:
-        tasks = [TokenSequence(number, prompt, answer) for number, (prompt, answer) in enumerate(lengths)]
+    def one_round(engine: Engine, lengths: list[tuple[list[int], int]]) -> tuple[float, list[TokenSequence]]:
+        """Answers prompts with so many tokens each; returns the seconds and the sequences in their order."""
+        sequences = [TokenSequence(number, prompt, answer) for number, (prompt, answer) in enumerate(lengths)]
         done: list[TokenSequence] = []
-        seconds = timed(lambda: done.extend(engine.answer(tasks)))
-        assert sum(len(task.answer_ids) for task in done) == sum(answer for _, answer in lengths)
-        return seconds, sorted(done, key=lambda task: task.number)
+        seconds = timed(lambda: done.extend(engine.answer(sequences)))
+        assert sum(len(sequence.answer_ids) for sequence in done) == sum(answer for _, answer in lengths)
+        return seconds, sequences
 
     stored = [tensor for module in model.modules() for tensor in module._buffers.values() if tensor is not None]
     weights = sum(tensor.numel() * tensor.element_size() for tensor in {*model.parameters(), *stored})
-    if not is_chatglm:  # its head is the embedding, and reads all of it; the others' embedding reads a row a token
+    if not is_chatglm:  # ChatGLM-6B's head is its embedding and reads all of it; the others' reads a row per token
         weights -= model.get_input_embeddings().weight.numel() * dtype.itemsize
 
     engine = engine_of(args.batch_size, args.prompt_tokens + args.new_tokens)
     fixed = [(prompt, args.new_tokens) for prompt in prompts.tolist()]
-    result["first_round_seconds"] = round(rounds(engine, fixed)[0], 2)
-    engine.preparing = engine.reading = 0.0
-    seconds, done = rounds(engine, fixed)
-    decoding = seconds - engine.reading
-    columns = args.prompt_tokens + args.new_tokens / 2
-    floor = (weights + args.batch_size * columns * column_bytes(model)) / args.bandwidth
+    result["first_round_seconds"] = round(one_round(engine, fixed)[0], 2)
+    engine.runner.compile_seconds = engine.runner.prefill_seconds = 0.0
+    seconds, sequences = one_round(engine, fixed)
+    prefill_seconds = engine.runner.prefill_seconds
+    decoding = seconds - prefill_seconds
+    filled = args.prompt_tokens + args.new_tokens / 2
+    floor = (weights + args.batch_size * filled * kv_bytes_per_token(model)) / args.bandwidth
     result |= {
         "tokens_per_second": round(new_tokens / seconds),
         "decode_tokens_per_second": round(new_tokens / decoding),
         "ms_a_step": round(1e3 * decoding / args.new_tokens, 3),
         "floor_ms_a_step": round(1e3 * floor, 3),
-        "reading_seconds": round(engine.reading, 3),
+        "prefill_seconds": round(prefill_seconds, 3),
+        "reading_seconds": round(prefill_seconds, 3),  # its name before
     }
     if args.agreement:
-        answers = torch.tensor([task.answer_ids for task in done])
+        answers = torch.tensor([sequence.answer_ids for sequence in sequences])
         result["engine_agreement"] = agreement(model, prompts, answers)
-        engine = engine_of(
-            args.batch_size, args.prompt_tokens + args.new_tokens
-        )  # `agreement` took its attention away
     if args.profile:
-        rounds(engine, fixed)
+        one_round(engine, fixed)
         with torch.profiler.profile() as profiler:
-            rounds(engine, fixed)
+            one_round(engine, fixed)
         order = "self_cuda_time_total" if device == "cuda" else "self_cpu_time_total"
         print(profiler.key_averages().table(sort_by=order, row_limit=25, max_name_column_width=80))
     if args.job:
@@ -159,18 +169,20 @@ def main() -> None:
         job = [(prompt_of(prompt), answer) for prompt, answer in lengths]
         slots = args.job_batch_size or args.batch_size
         engine = engine_of(slots, max(prompt + answer for prompt, answer in lengths))
-        seconds = rounds(engine, job)[0] - engine.preparing
+        seconds = one_round(engine, job)[0] - engine.runner.compile_seconds
         answered = sum(answer for _, answer in lengths)
-        cache = sum(answer * (prompt + answer / 2) for prompt, answer in lengths) * column_bytes(model)
-        reading = 2 * parameters * sum(prompt for prompt, _ in lengths) / args.flops
-        floor = (max(answered / slots, 512) * weights + cache) / args.bandwidth + reading
+        cache = sum(answer * (prompt + answer / 2) for prompt, answer in lengths) * kv_bytes_per_token(model)
+        prefill = 2 * parameters * sum(prompt for prompt, _ in lengths) / args.flops
+        floor = (max(answered / slots, 512) * weights + cache) / args.bandwidth + prefill
         result["job"] = {
             "rows": args.job,
             "batch_size": slots,
             "new_tokens": answered,
             "seconds": round(seconds, 2),
-            "preparation_seconds": round(engine.preparing, 2),
-            "reading_seconds": round(engine.reading, 2),
+            "compile_seconds": round(engine.runner.compile_seconds, 2),
+            "preparation_seconds": round(engine.runner.compile_seconds, 2),  # its name before
+            "prefill_seconds": round(engine.runner.prefill_seconds, 2),
+            "reading_seconds": round(engine.runner.prefill_seconds, 2),  # its name before
             "tokens_per_second": round(answered / seconds),
             "share_of_floor": round(floor / seconds, 3),
         }
@@ -178,7 +190,7 @@ def main() -> None:
 
 
 def generate_batch_rate(model, prompts: torch.Tensor, new_tokens: int) -> int | str:
-    """New tokens a second of transformers' continuous batching, or why there are none."""
+    """Returns new tokens per second of transformers' continuous batching, or its error."""
     from transformers import GenerationConfig
 
     config = GenerationConfig(max_new_tokens=new_tokens, eos_token_id=-1, pad_token_id=0, do_sample=False)
@@ -188,7 +200,7 @@ def generate_batch_rate(model, prompts: torch.Tensor, new_tokens: int) -> int | 
         output = {}
         seconds = timed(lambda: output.update(model.generate_batch(inputs=inputs, generation_config=config)))
         return round(sum(len(answer.generated_tokens) for answer in output.values()) / seconds)
-    except Exception as error:  # it asks more of a model than `generate` does, and not the same in every version
+    except Exception as error:  # its demands on a model differ between versions
         return f"{type(error).__name__}: {error}"[:200]
 
 

@@ -26,6 +26,7 @@ from transformers.generation.stopping_criteria import StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
 from utils.checkpoint.directory import add_model_flags, choose_generation
+from utils.checkpoint.model import Checkpoint
 from utils.checkpoint.tokenizer import load_tokenizer
 from utils.common.code_caches import user_cache
 from utils.common.errors import Faults, UsageError
@@ -325,7 +326,8 @@ def check_arguments(args: argparse.Namespace) -> None:
 def open_chat(args: argparse.Namespace) -> Chat:
     tokenizer = load_tokenizer(args.model_name_or_path)
     template = resolve_template(args, tokenizer)
-    model = dispatch(args.model_name_or_path, resolve_dtype(args), None, None, args.quantize)
+    checkpoint = Checkpoint.open(args.model_name_or_path, quantize=args.quantize)
+    model = dispatch(checkpoint, resolve_dtype(args))
     for path in args.adapter_path:
         model = load_adapter(model, path, args.lora_alpha)
     return Chat(model, tokenizer, template, bool(args.adapter_path))

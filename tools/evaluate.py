@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from utils.common.script import run
 
 from utils.checkpoint.directory import add_model_flags, choose_generation
+from utils.checkpoint.model import Checkpoint
 from utils.checkpoint.tokenizer import load_tokenizer
 from utils.common.errors import Faults, RowError, RunError, UsageError
 from utils.common.files import atomic_writer, check_output_path
@@ -31,9 +32,9 @@ from utils.data.json_lines import dump_row
 from utils.data.row_parser import check_columns, parse_row, read_rows
 from utils.data.row_schema import COLUMNS_HELP, NO_RENAMES, ColumnMap
 from utils.inference.arguments import adapter_names, resolve_dtype
-from utils.inference.generate import AnswerSettings, generate_answers
+from utils.inference.batch_generator import AnswerSettings, BatchGenerator, PromptCodec
 from utils.inference.job import check_adapters, resolve_template
-from utils.inference.placement import dispatch, input_device
+from utils.inference.placement import dispatch, input_device, prepare_for_decoding
 from utils.inference.prompt_reader import BASE, PromptRow
 from utils.layers.quantization import BITS
 from utils.lora.multi_lora import add_adapters
@@ -131,10 +132,12 @@ def answer_all(args: argparse.Namespace, rows: list[Conversation]) -> dict[str, 
     """Name of base or adapter -> answers in the order of `rows`; all in one pass, side by side in the batches."""
     tokenizer = load_tokenizer(args.model_name_or_path)
     template = resolve_template(args, tokenizer)
-    model = dispatch(args.model_name_or_path, resolve_dtype(args), None, None, args.quantize)
+    checkpoint = Checkpoint.open(args.model_name_or_path, quantize=args.quantize)
+    model = dispatch(checkpoint, resolve_dtype(args))
     names = adapter_names(args.adapter_path)
     if names:
         add_adapters(model, dict(zip(names, args.adapter_path, strict=True)), args.lora_alpha)
+    prepare_for_decoding(model)
     systems = [BASE, *names]
     requests = []
     for number, row in enumerate(rows):
@@ -142,11 +145,9 @@ def answer_all(args: argparse.Namespace, rows: list[Conversation]) -> dict[str, 
         for place, name in enumerate(systems):
             requests.append(PromptRow(number * len(systems) + place, text, input_ids, None, name if names else None))
     settings = AnswerSettings(args.max_new_tokens, adapters=tuple(names))
-    device = input_device(model)
+    generator = BatchGenerator(model, PromptCodec(tokenizer, template), settings, input_device(model))
     found = {}
-    for answer in generate_answers(
-        model, tokenizer, template, requests, args.batch_size, args.max_new_tokens, device, settings
-    ):
+    for answer in generator.run(requests, args.batch_size):
         found[answer["index"]] = answer
         if len(found) % 100 == 0:
             print(f"{len(found)}/{len(requests)} answers", flush=True)

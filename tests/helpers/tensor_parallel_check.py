@@ -1,6 +1,8 @@
 """
-torchrun tensor_parallel_check.py CHECKPOINT TP_SIZE [compiled]: what the scripts load is sharded, and its logits are
-the whole model's; with `compiled` also the engine's answers, its layers compiled as on a GPU.
+torchrun tensor_parallel_check.py CHECKPOINT TP_SIZE [compiled]
+
+Checks that what the inference scripts load is sharded and has the whole model's logits; with `compiled` also that the
+engine answers the same with it, its layers compiled as on a GPU.
 """
 
 import sys
@@ -11,26 +13,28 @@ from utils.checkpoint.model import Checkpoint, load_model
 from utils.common.processes import world_size
 from utils.distributed.process_group import init_process_group, shut_down
 from utils.inference.engine import Engine
-from utils.inference.engine.prefill import TokenSequence
-from utils.inference.placement import load_on_processes
+from utils.inference.engine.model_runner import EngineConfig
+from utils.inference.engine.scheduler import StopRule, TokenSequence
+from utils.inference.placement import load_on_processes, prepare_for_decoding
 
 path, tp_size = sys.argv[1], int(sys.argv[2])
 init_process_group(use_deepspeed=False)
-sharded, replica = load_on_processes(path, torch.float32, None, lambda model, shards: model, tp_size)
+checkpoint = Checkpoint.open(path)
+sharded, replica = load_on_processes(checkpoint, torch.float32, None, lambda model, shards: model, tp_size)
 assert replica.replicas == world_size() // tp_size
 whole = load_model(path)
-plan, split = Checkpoint.open(path).architecture.tensor_parallel, 0
-parts = dict(sharded.named_modules())
+plan, split = checkpoint.architecture.tensor_parallel, 0
+shards = dict(sharded.named_modules())
 for name, module in whole.named_modules():
     columns = any(name.endswith(column) for column in (*plan.columns, *plan.packed_columns))
     if columns or any(name.endswith(row) for row in plan.rows):
         dimension = 0 if columns else 1
-        whole_size, part_size = module.weight.shape[dimension], parts[name].weight.shape[dimension]
-        sizes = torch.tensor(part_size)
+        whole_size, shard_size = module.weight.shape[dimension], shards[name].weight.shape[dimension]
+        sizes = torch.tensor(shard_size)
         torch.distributed.all_reduce(sizes)
         repeats = max(1, tp_size // getattr(whole.config, "num_key_value_heads", tp_size))
         expected = whole_size * (repeats if name.endswith(("k_proj", "v_proj")) else 1)
-        assert 0 < part_size < whole_size and sizes == replica.replicas * expected, (name, part_size, whole_size)
+        assert 0 < shard_size < whole_size and sizes == replica.replicas * expected, (name, shard_size, whole_size)
         split += 1
 assert split == (len(plan.columns) + len(plan.packed_columns) + len(plan.rows)) * whole.config.num_hidden_layers
 config = whole.config
@@ -42,10 +46,12 @@ with torch.no_grad():
 assert difference <= 1e-4, difference
 if "compiled" in sys.argv:
     answers = []
-    for model, is_compiled in ((whole.eval(), False), (sharded.eval(), True)):
-        engine = Engine(model, slots=2, columns=40, stop_ids=[-1], compile_layers=is_compiled)
-        tasks = [TokenSequence(number, ids, 8) for number, ids in enumerate(input_ids[:, :12].tolist())]
-        answers.append({task.number: task.answer_ids for task in engine.answer(tasks)})
+    prepare_for_decoding(whole)
+    for model, compiles in ((whole.eval(), False), (sharded.eval(), True)):
+        config = EngineConfig(2, 40, StopRule(frozenset({-1})), compile_layers=compiles)
+        sequences = [TokenSequence(number, ids, 8) for number, ids in enumerate(input_ids[:, :12].tolist())]
+        done = Engine(model, config).answer(sequences)
+        answers.append({sequence.sequence_id: sequence.answer_ids for sequence in done})
     assert answers[0] == answers[1] and len(answers[0]) == 2, answers
 print("tensor parallel ok")
 shut_down()

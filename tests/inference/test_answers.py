@@ -1,4 +1,4 @@
-"""What goes into batch inference and what comes out: kinds of files, resuming, sampling, stop texts, adapters."""
+"""Batch inference by its script: kinds of files, resuming, sampling, stop strings, several adapters, little memory."""
 
 import csv
 import json
@@ -11,13 +11,11 @@ from conftest import TEXTS, TINY
 
 from utils.checkpoint.model import Checkpoint, load_model
 from utils.checkpoint.tokenizer import load_tokenizer
-from utils.common.errors import UsageError
-from utils.data.row_schema import ColumnMap
 from utils.inference.answer_writer import AnswerFile
-from utils.inference.engine import Engine
-from utils.inference.generate import AnswerSettings, generate_answers
-from utils.inference.prompt_reader import PromptForm, PromptRow, read_requests
-from utils.inference.sampling import Sampling
+from utils.inference.batch_generator import AnswerSettings, BatchGenerator, PromptCodec
+from utils.inference.engine.model_runner import ModelRunner
+from utils.inference.placement import prepare_for_decoding
+from utils.inference.prompt_reader import PromptRow, read_requests
 from utils.lora.adapter import AdapterOrigin, LoraSettings, attach_adapter, save_adapter
 from utils.models.templates import template_for
 
@@ -62,34 +60,34 @@ def expected(run_script, rows, tmp_path_factory):
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "gb18030"])
 def test_csv_in_and_out(answer, tmp_path, expected, encoding):
-    """As Excel writes it, in whichever encoding; a text with a newline and a comma is one cell."""
+    """As Excel writes it, in any encoding; a text with a newline and a comma is one cell."""
     file = tmp_path / "rows.csv"
     with file.open("w", encoding=encoding, newline="") as table:
         writer = csv.writer(table)
         writer.writerows([("编号", "text"), *enumerate(TEXTS)])
-    found, _ = answer(file, "--prompt_column text", "answers.csv")
-    assert [row["answer"] for row in found] == expected
-    assert [row["prompt"] for row in found] == list(TEXTS)
-    assert [row["index"] for row in found] == ["0", "1", "2", "3", "4"]
+    answers, _ = answer(file, "--prompt_column text", "answers.csv")
+    assert [row["answer"] for row in answers] == expected
+    assert [row["prompt"] for row in answers] == list(TEXTS)
+    assert [row["index"] for row in answers] == ["0", "1", "2", "3", "4"]
 
 
-def test_a_template_makes_prompts_of_columns(answer, tmp_path, expected):
+def test_a_template_turns_columns_into_prompts(answer, tmp_path, expected):
     file = tmp_path / "rows.csv"
     file.write_text("task,text\n改成一个问题,小明今天在公园放风筝\n找出句子里的地点,老师昨天在图书馆看书\n")
-    found, _ = answer(file, "--prompt_template '{task}:\n{text}'")
-    assert [row["answer"] for row in found] == expected[:2]
+    answers, _ = answer(file, "--prompt_template '{task}:\n{text}'")
+    assert [row["answer"] for row in answers] == expected[:2]
 
 
-def test_a_column_that_is_not_there(answer, tmp_path):
+def test_a_missing_column(answer, tmp_path):
     file = tmp_path / "rows.csv"
     file.write_text("a,b\n1,2\n")
     assert "no column text, but a, b" in answer(file, "--prompt_template '把{text}改写'", code=2)
     assert "--prompt_column" in answer(file, code=2)
     jsonl = tmp_path / "rows.jsonl"
     jsonl.write_text('{"text": "你好"}\n{"other": 1}\n')
-    found, summary = answer(jsonl, "--prompt_column text")
-    assert [row["finish_reason"] for row in found] == ["stop", "error"] and summary["errors"] == 1
-    assert 'no column "text"' in found[1]["error"]
+    answers, summary = answer(jsonl, "--prompt_column text")
+    assert [row["finish_reason"] for row in answers] == ["stop", "error"] and summary["errors"] == 1
+    assert 'no column "text"' in answers[1]["error"]
 
 
 def test_text_is_a_prompt_a_line(answer, tmp_path, expected):
@@ -98,58 +96,8 @@ def test_text_is_a_prompt_a_line(answer, tmp_path, expected):
     assert [row["answer"] for row in answer(file)[0]] == [expected[2], expected[4]]
 
 
-@pytest.fixture(scope="module")
-def read():
-    """read(file, form) -> its requests, without a model."""
-    tokenizer = load_tokenizer(str(TINY))
-    return lambda file, *form: read_requests(str(file), tokenizer, template_for(tokenizer), *form)
-
-
-def test_a_line_of_text_ends_at_its_newline_alone(read, tmp_path):
-    text = "a\u2028b\u2029c\x85d\x0ce\x0bf\x1cg\x1dh\x1ei"
-    for end in ("\n", "\r\n", "\r"):
-        (tmp_path / "rows.txt").write_bytes(f"\ufeff{text}{end}{end}二{end}".encode())
-        assert [request.prompt for request in read(tmp_path / "rows.txt")] == [text, "二"]
-    with pytest.raises(UsageError, match="rows.txt has no column q, but line"):
-        read(tmp_path / "rows.txt", PromptForm(columns=ColumnMap.parse("prompt=q")))
-    (tmp_path / "rows.csv").write_text(f"prompt\r{text}\r二\r", newline="")
-    assert [request.prompt for request in read(tmp_path / "rows.csv")] == [text, "二"]
-    (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": text}, ensure_ascii=False) + "\r\n", newline="")
-    assert [request.prompt for request in read(tmp_path / "rows.jsonl")] == [text]
-
-
-@pytest.mark.parametrize(
-    "table, words",
-    [
-        ('prompt,id\n一,1\n"二,2\n三,3\n四,4\n', r":3: a quote \(\"\) .* is not closed"),
-        ('prompt,id\n一,1\n"二,2\n三,3\n"四",4\n', r":3: a quote .* line 5"),
-        ('prompt,id\n"一"说,1\n', r":2: a quote .* is not closed before a separator"),
-        ('"prompt,id\n一,1\n', ":1: a quote"),
-        ("prompt,prompt\n一,1\n", "several columns are named prompt"),
-        (",,\n一,1,2\n", "no names of columns"),
-        ("", "no names of columns"),
-        ("prompt,id\n", "has no rows"),
-    ],
-)
-@pytest.mark.parametrize("kind", ["csv", "tsv"])
-def test_a_table_that_is_none_is_refused(read, tmp_path, table, words, kind):
-    (tmp_path / f"rows.{kind}").write_text(table.replace(",", "\t") if kind == "tsv" else table)
-    with pytest.raises(UsageError, match=words):
-        read(tmp_path / f"rows.{kind}")
-
-
-def test_cells_of_a_table(read, tmp_path):
-    """A quote inside a cell is one; blank lines are no rows; a row without a cell, or with one more, is an error."""
-    table = '\n,prompt , id\n0,他说"好",1\n\n1,"a ""b""\r\nc",2\n2,d\n3,e,5,6\n'
-    (tmp_path / "rows.csv").write_text(table, newline="")
-    good, quoted, fewer, more = read(tmp_path / "rows.csv")
-    assert (good.prompt, quoted.prompt) == ('他说"好"', 'a "b"\r\nc')
-    assert fewer.error.endswith("rows.csv:7: 2 cells, but 3 columns")
-    assert more.error.endswith("rows.csv:8: 4 cells, but 3 columns")
-
-
 @pytest.mark.parametrize("output", ["answers.jsonl", "answers.csv"])
-def test_the_same_command_answers_what_is_left(answer, rows, tmp_path, expected, output):
+def test_the_same_command_answers_the_remaining_rows(answer, rows, tmp_path, expected, output):
     first, summary = answer(rows, "--batch_size 2", output)
     assert summary["answered_before"] == 0 and not list(tmp_path.glob("*.partial*"))
     again, summary = answer(rows, "", output)
@@ -162,7 +110,7 @@ def test_the_same_command_answers_what_is_left(answer, rows, tmp_path, expected,
     assert summary["answered_before"] == 0
 
 
-def test_a_killed_command_goes_on(answer, rows, tmp_path, expected, monkeypatch):
+def test_a_killed_command_resumes(answer, rows, tmp_path, expected, monkeypatch):
     """Its journal ends in the middle of a line."""
     finished, _ = answer(rows, output="finished.jsonl")
     with monkeypatch.context() as patch:
@@ -174,8 +122,8 @@ def test_a_killed_command_goes_on(answer, rows, tmp_path, expected, monkeypatch)
     journal.write_bytes(b"".join(lines[:2]) + lines[2][:40])
     assert "max_new_tokens differ" in answer(rows, "--max_new_tokens 5", code=2)
     assert journal.exists()
-    found, summary = answer(rows)
-    assert found == finished and summary["answered_before"] == 1
+    answers, summary = answer(rows)
+    assert answers == finished and summary["answered_before"] == 1
     assert not journal.exists()
 
 
@@ -195,7 +143,7 @@ def test_journals_of_several_processes_are_one(tmp_path):
 SAMPLED = "--temperature 6 --top_p 0.95 --top_k 50 --repetition_penalty 1.1"
 
 
-def test_a_seed_decides_whatever_the_batch_and_the_placement(answer, rows, tmp_path):
+def test_a_seed_decides_in_any_batch_and_placement(answer, rows, tmp_path):
     """The engine with several batch sizes, and `generate` on an offloaded model, choose the same tokens."""
     first, _ = answer(rows, f"{SAMPLED} --seed 3 --batch_size 1", "a.jsonl")
     assert answer(rows, f"{SAMPLED} --seed 3 --batch_size 3", "b.jsonl")[0] == first
@@ -205,41 +153,19 @@ def test_a_seed_decides_whatever_the_batch_and_the_placement(answer, rows, tmp_p
 
 
 def test_several_answers_a_row(answer, rows):
-    found, _ = answer(rows, f"{SAMPLED} --num_return_sequences 3")
-    assert all(len(row["answers"]) == 3 for row in found)
-    assert all(row["answer"] == row["answers"][0]["answer"] for row in found)
-    assert any(len({part["answer"] for part in row["answers"]}) > 1 for row in found)
+    answers, _ = answer(rows, f"{SAMPLED} --num_return_sequences 3")
+    assert all(len(row["answers"]) == 3 for row in answers)
+    assert all(row["answer"] == row["answers"][0]["answer"] for row in answers)
+    assert any(len({sample["answer"] for sample in row["answers"]}) > 1 for row in answers)
 
 
-def test_stop_texts_end_answers(answer, rows, tmp_path, expected):
+def test_stop_strings_end_answers(answer, rows, tmp_path, expected):
     text = expected[0][3:5]
-    found, _ = answer(rows, f"--stop {text} 没有这个")
-    assert found[0]["answer"] == expected[0][: expected[0].index(text)]
-    assert found[0]["finish_reason"] == "stop"
+    answers, _ = answer(rows, f"--stop {text} 没有这个")
+    assert answers[0]["answer"] == expected[0][: expected[0].index(text)]
+    assert answers[0]["finish_reason"] == "stop"
     offloaded = f"--max_memory cpu=6MiB --offload_folder {tmp_path}/offload"
-    assert answer(rows, f"--stop {text} 没有这个 {offloaded}", "b.jsonl")[0] == found
-
-
-def test_sampling_follows_the_softmax():
-    logits = torch.tensor([[0.0, 1.0, 2.0, 3.0]]).expand(4000, 4)
-    rows, counts = torch.arange(4000), torch.zeros(4000, dtype=torch.int64)
-    chosen = Sampling(temperature=2.0).choose(logits, None, rows, counts)
-    shares = torch.bincount(chosen, minlength=4) / 4000
-    assert (shares - (logits[0] / 2).softmax(0)).abs().max() < 0.025
-    assert set(Sampling(1.0, top_k=2).choose(logits, None, rows, counts).tolist()) == {2, 3}
-    assert set(Sampling(1.0, top_p=0.7).choose(logits, None, rows, counts).tolist()) == {2, 3}
-    assert Sampling().choose(logits, None, rows, counts).eq(3).all()
-
-
-def test_penalty_is_that_of_transformers():
-    from transformers import RepetitionPenaltyLogitsProcessor
-
-    torch.manual_seed(0)
-    logits, ids = torch.randn(3, 9), torch.randint(0, 9, (3, 4))
-    expected = RepetitionPenaltyLogitsProcessor(1.7)(ids, logits.clone()).argmax(-1)
-    seen = torch.zeros(3, 9, dtype=torch.bool).scatter_(1, ids, True)
-    chosen = Sampling(repetition_penalty=1.7).choose(logits, seen, torch.arange(3), torch.zeros(3).long())
-    assert chosen.equal(expected)
+    assert answer(rows, f"--stop {text} 没有这个 {offloaded}", "b.jsonl")[0] == answers
 
 
 def make_adapter(directory, seed: int, rank: int) -> None:
@@ -252,60 +178,65 @@ def make_adapter(directory, seed: int, rank: int) -> None:
 
 
 def test_each_row_takes_its_adapter(answer, rows, tmp_path, expected):
-    """In one batch, of different ranks, answered as each adapter alone answers; also beside offloaded weights."""
+    """In one batch, by adapters of different ranks, each row is answered as by its adapter alone; also offloaded."""
     alone = {"base": expected}
     for seed, name in enumerate(("甲", "b"), start=1):
         make_adapter(tmp_path / name, seed, rank=2 * seed)
-        found, _ = answer(rows, f"--adapter_path {tmp_path / name}", f"{name}.jsonl")
-        alone[name] = [row["answer"] for row in found]
+        answers, _ = answer(rows, f"--adapter_path {tmp_path / name}", f"{name}.jsonl")
+        alone[name] = [row["answer"] for row in answers]
     assert len({tuple(answers) for answers in alone.values()}) == 3
     names = ["甲", "b", "base", "b", "甲"]
     mixed = tmp_path / "mixed.jsonl"
     rows_ = [{"prompt": text, "adapter": name} for text, name in zip(TEXTS, names, strict=True)]
     mixed.write_text("".join(json.dumps(row) + "\n" for row in [*rows_, {"prompt": "你好", "adapter": "c"}]))
     flags = f"--adapter_path {tmp_path}/甲 {tmp_path}/b"
-    found, _ = answer(mixed, flags, "mixed-answers.jsonl")
-    assert [row["answer"] for row in found[:5]] == [alone[name][i] for i, name in enumerate(names)]
-    assert [row["adapter"] for row in found[:5]] == names
-    assert "not one of 甲, b, base" in found[5]["error"]
+    answers, _ = answer(mixed, flags, "mixed-answers.jsonl")
+    assert [row["answer"] for row in answers[:5]] == [alone[name][i] for i, name in enumerate(names)]
+    assert [row["adapter"] for row in answers[:5]] == names
+    assert "not one of 甲, b, base" in answers[5]["error"]
     offloaded = f"--max_memory cpu=6MiB --offload_folder {tmp_path}/offload"
-    assert answer(mixed, f"{flags} {offloaded}", "offloaded.jsonl")[0] == found
+    assert answer(mixed, f"{flags} {offloaded}", "offloaded.jsonl")[0] == answers
 
 
-def test_out_of_memory_halves_the_batch(rows, expected, monkeypatch, capsys):
-    """The error is raised where a GPU raises it: in a step, with some rows answered and others on their way."""
-    steps = Engine._compute_step
+@pytest.fixture
+def generate(rows):
+    """generate(settings, runner_type) -> (the prompts' rows, their answers in the same order), in batches of 5."""
 
-    def limited(engine, size, width):
-        if size > 2 and engine.state.lengths.max() > 12:
-            raise torch.OutOfMemoryError("out of memory")
-        steps(engine, size, width)
+    def run(settings, runner_type):
+        model, tokenizer = load_model(str(TINY)), load_tokenizer(str(TINY))
+        prepare_for_decoding(model)
+        codec = PromptCodec(tokenizer, template_for(tokenizer))
+        prompts = read_requests(str(rows), tokenizer, codec.template)
+        generator = BatchGenerator(model, codec, settings, torch.device("cpu"))
+        generator.backend.runner_type = runner_type
+        return prompts, sorted(generator.run(prompts, batch_size=5), key=lambda answer: answer["index"])
 
-    monkeypatch.setattr(Engine, "_compute_step", limited)
-    model, tokenizer = load_model(str(TINY)), load_tokenizer(str(TINY))
-    template = template_for(tokenizer)
-    requests = read_requests(str(rows), tokenizer, template)
-    settings = AnswerSettings(max_new_tokens=16)
-    done = list(generate_answers(model, tokenizer, template, requests, 5, 16, torch.device("cpu"), settings))
-    assert "going on with 2" in capsys.readouterr().err
-    assert [row["answer"] for row in sorted(done, key=lambda row: row["index"])] == expected
+    return run
 
 
-def test_no_memory_for_one_row(rows, expected, monkeypatch):
-    read = Engine._read
+def test_out_of_memory_halves_the_batch(generate, expected, capsys):
+    """The error comes where a GPU raises it: in a decode step, with some rows answered and others not."""
 
-    def limited(engine, batch, slots):
-        if max(len(task.input_ids) for task in batch) > 12:
-            raise torch.OutOfMemoryError("out of memory")
-        return read(engine, batch, slots)
+    class SmallDevice(ModelRunner):
+        def decode(self, plan):
+            if plan.batch_size > 2 and self.state.cache_length.max() > 12:
+                raise torch.OutOfMemoryError("out of memory")
+            return super().decode(plan)
 
-    monkeypatch.setattr(Engine, "_read", limited)
-    model, tokenizer = load_model(str(TINY)), load_tokenizer(str(TINY))
-    template = template_for(tokenizer)
-    requests = read_requests(str(rows), tokenizer, template)
+    _, done = generate(AnswerSettings(max_new_tokens=16), SmallDevice)
+    assert "continuing with 2" in capsys.readouterr().err
+    assert [answer["answer"] for answer in done] == expected
+
+
+def test_no_memory_for_one_row(generate, expected):
+    class SmallDevice(ModelRunner):
+        def prefill(self, plan):
+            if max(len(sequence.input_ids) for sequence in plan.sequences) > 12:
+                raise torch.OutOfMemoryError("out of memory")
+            super().prefill(plan)
+
     settings = AnswerSettings(max_new_tokens=16, sequences=2)  # one error a row, not one an answer
-    done = list(generate_answers(model, tokenizer, template, requests, 5, 16, torch.device("cpu"), settings))
-    done.sort(key=lambda row: row["index"])
+    requests, done = generate(settings, SmallDevice)
     assert len(done) == len(TEXTS)
     lengths = [len(request.input_ids) for request in requests]
     assert any(length > 12 for length in lengths) and any(length <= 12 for length in lengths)
@@ -348,13 +279,13 @@ print(json.dumps({"answered_before": before}))
     [
         ("none", None),
         ("writes its journal at the end", "a kill would lose the others"),
-        ("does not read its journal", "answered again|were reused"),
+        ("does not read its journal", "answered again|taken over"),
         ("begins its journal anew", "answers are lost"),
-        ("answers otherwise after a kill", "not that of a run without a kill"),
+        ("answers otherwise after a kill", "not that of a run that nobody killed"),
     ],
 )
 def test_the_harness_finds_a_program_that_loses_answers(tmp_path, fault, words):
-    """By a program that does nothing but keep answers, with each fault that it can have."""
+    """With a program that only keeps answers, and has each possible fault."""
     (tmp_path / "journalist.py").write_text(JOURNALIST)
     script = f"{tmp_path}/journalist.py '{fault}'"
     if words is None:

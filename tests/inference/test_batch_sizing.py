@@ -1,4 +1,4 @@
-"""One prompt that does not fit in memory is a row with an error: the others are answered, in batches that fit."""
+"""One prompt that does not fit in memory becomes an error row; the others are answered, in batches that fit."""
 
 import json
 
@@ -8,15 +8,15 @@ from conftest import TINY
 
 from utils.checkpoint.model import load_model
 from utils.checkpoint.tokenizer import load_tokenizer
-from utils.inference import batch_sizing, engine, hf_generate
-from utils.inference.batch_sizing import MemoryBudget, group_rows, is_out_of_memory
-from utils.inference.engine import Engine
-from utils.inference.engine.prefill import TokenSequence
-from utils.inference.generate import generate_answers
-from utils.inference.hf_generate import generate_plainly
+from utils.inference import batch_sizing
+from utils.inference.batch_generator import AnswerSettings, BatchGenerator, PromptCodec
+from utils.inference.batch_sizing import BatchGroup, MemoryBudget, group_rows, is_out_of_memory
+from utils.inference.engine.model_runner import ModelRunner
+from utils.inference.engine.scheduler import StopRule, TokenSequence
+from utils.inference.hf_generate import HfGenerator
+from utils.inference.placement import prepare_for_decoding
 from utils.inference.prompt_reader import PromptRow
 from utils.inference.sampling import GREEDY
-from utils.inference.stop_strings import StopStrings
 from utils.models.templates import template_for
 
 MODEL = "data/chatglm-tiny"
@@ -35,62 +35,73 @@ ERRORS = (
 
 @pytest.fixture(scope="module")
 def answer():
-    """answer([lengths], batch_size) -> the rows, in order; of those that are short also what they are alone."""
+    """answer([lengths], batch_size, runner_type) -> the answers in the order of their rows; a length is a prompt's."""
     model, tokenizer = load_model(str(TINY)), load_tokenizer(str(TINY))
+    prepare_for_decoding(model)
+    codec = PromptCodec(tokenizer, template_for(tokenizer))
 
-    def run(lengths, batch_size=0):
-        requests = [
+    def run(lengths, batch_size=0, runner_type=ModelRunner):
+        rows = [
             PromptRow(index, f"{length}", tokenizer.encode("天气" * ((length - 3) // 2) + "?" * (length % 2 == 0)))
             for index, length in enumerate(lengths)
         ]
-        assert [len(request.input_ids) for request in requests] == lengths
-        template = template_for(tokenizer)
-        done = generate_answers(model, tokenizer, template, requests, batch_size, 6, torch.device("cpu"))
-        return sorted(done, key=lambda row: row["index"])
+        assert [len(row.input_ids) for row in rows] == lengths
+        generator = BatchGenerator(model, codec, AnswerSettings(max_new_tokens=6), torch.device("cpu"))
+        generator.backend.runner_type = runner_type
+        return sorted(generator.run(rows, batch_size), key=lambda answer: answer["index"])
 
     return run
 
 
-def failing(rows):
-    return [row["index"] for row in rows if row["finish_reason"] == "error"]
+def failing(answers):
+    return [answer["index"] for answer in answers if answer["finish_reason"] == "error"]
 
 
-def tasks(lengths, sequences=1):
+def rows_of(lengths, sequences=1):
     return [[TokenSequence(i, range(length), 0) for _ in range(sequences)] for i, length in enumerate(lengths)]
 
 
-def room(tokens, strict=False, plain=False, limit=256):
-    """For so many tokens of cache."""
-    return MemoryBudget(tokens, 1, 0, 0, masked=False, plain=plain, strict=strict, limit=limit)
+def budget(tokens, skips=False):
+    """Memory for `tokens` tokens of KV cache."""
+    return MemoryBudget(
+        tokens,
+        token_bytes=1,
+        prefill_bytes=0,
+        prefill_tokens=0,
+        has_mask=False,
+        pads=False,
+        skips=skips,
+        max_batch_size=256,
+    )
 
 
 def sizes(groups):
-    return [(len(group.rows), group.slots) for group in groups]
+    return [(len(group.rows), group.batch_size) for group in groups]
 
 
 def test_rows_share_batches_where_memory_has_room():
     lengths = [100] * 300 + [2000]
-    assert sizes(group_rows(tasks(lengths), room(1 << 20), 0, 1)) == [(301, 256)]
-    assert sizes(group_rows(tasks(lengths), room(1 << 20), 64, 1)) == [(301, 64)]
-    assert sizes(group_rows(tasks(lengths), room(1 << 20), 0, 2)) == [(301, 151)]  # a replica's share
-    assert sizes(group_rows(tasks(lengths[-9:], sequences=3), room(1 << 20), 0, 1)) == [(9, 27)]
+    assert sizes(group_rows(rows_of(lengths), budget(1 << 20), 0, 1)) == [(301, 256)]
+    assert sizes(group_rows(rows_of(lengths), budget(1 << 20), 64, 1)) == [(301, 64)]
+    assert sizes(group_rows(rows_of(lengths), budget(1 << 20), 0, 2)) == [(301, 151)]  # a replica's share
+    assert sizes(group_rows(rows_of(lengths[-9:], sequences=3), budget(1 << 20), 0, 1)) == [(9, 27)]
 
 
-def test_long_rows_go_apart_where_they_would_leave_room_for_few():
+def test_long_rows_get_their_own_group_if_they_halve_the_batch_size():
     lengths = [100] * 300 + [2000] * 5
-    assert sizes(group_rows(tasks(lengths), room(128 * 300), 0, 1)) == [(300, 256), (5, 5)]
-    assert sizes(group_rows(tasks(lengths), room(3000), 0, 1)) == [(300, 16), (5, 1)]
-    # Of twice the length they cost half of the rows at most, which is less than a group costs.
-    assert sizes(group_rows(tasks([100] * 300 + [250] * 5), room(128 * 40), 0, 1)) == [(305, 16)]
-    # A row for which there is no memory does not take it from others, and is tried alone.
-    assert sizes(group_rows(tasks([*lengths, 5000]), room(3000), 0, 1)) == [(300, 16), (5, 1), (1, 1)]
-    # What was asked for holds, unless an attempt that fails could not be survived.
-    assert sizes(group_rows(tasks(lengths), room(3000), 64, 1)) == [(300, 64), (5, 5)]
-    assert sizes(group_rows(tasks(lengths), room(3000, strict=True), 64, 1)) == [(300, 23), (5, 1)]
+    assert sizes(group_rows(rows_of(lengths), budget(128 * 300), 0, 1)) == [(300, 256), (5, 5)]
+    assert sizes(group_rows(rows_of(lengths), budget(3000), 0, 1)) == [(300, 16), (5, 1)]
+    # Rows of twice the length at most halve the batch size, which costs less than a group.
+    assert sizes(group_rows(rows_of([100] * 300 + [250] * 5), budget(128 * 40), 0, 1)) == [(305, 16)]
+    # A row that does not fit takes no memory from others, and is tried alone.
+    assert sizes(group_rows(rows_of([*lengths, 5000]), budget(3000), 0, 1)) == [(300, 16), (5, 1), (1, 1)]
+    # The user's batch size holds, unless a failed attempt would be fatal.
+    assert sizes(group_rows(rows_of(lengths), budget(3000), 64, 1)) == [(300, 64), (5, 5)]
+    assert sizes(group_rows(rows_of(lengths), budget(3000, skips=True), 64, 1)) == [(300, 23), (5, 1)]
 
 
 @pytest.mark.parametrize("error", ERRORS, ids=str)
-def test_errors_of_memory_are_told_from_others(error):
+def test_out_of_memory_is_recognised(error):
     assert is_out_of_memory(error)
 
 
@@ -99,71 +110,72 @@ def test_errors_of_memory_are_told_from_others(error):
     [RuntimeError("shape mismatch"), ValueError("out of memory"), OSError(28, "No space left on device")],
     ids=str,
 )
-def test_other_errors_are_not_of_memory(error):
+def test_other_errors_are_not_out_of_memory(error):
     assert not is_out_of_memory(error)
 
 
 @pytest.mark.parametrize("batch_size", [0, 1, 4])
-def test_a_row_too_long_for_a_device(answer, monkeypatch, batch_size):
-    """The cache is what does not fit, for 1000 tokens, which nobody knows beforehand."""
-    zeros = torch.zeros
+def test_a_row_too_long_for_a_device(answer, batch_size):
+    """The KV cache has no memory for more than 1000 tokens, which nothing says before it is allocated."""
 
-    def limited(*shape, **options):
-        sizes = shape[0] if len(shape) == 1 and isinstance(shape[0], (tuple, list)) else shape
-        if len(sizes) == 4 and sizes[0] * sizes[2] > 1000:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        return zeros(*shape, **options)
+    class SmallDevice(ModelRunner):
+        def prefill(self, plan):
+            if not self.caches and self.max_batch_size * self.max_seq_len > 1000:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            super().prefill(plan)
 
     lengths = [5, 2001, 7, 801, 5, 9, 1201, 1201, 15, 5]
     expected = answer(lengths)
-    monkeypatch.setattr(torch, "zeros", limited)
-    rows = answer(lengths, batch_size)
-    assert failing(rows) == [1, 6, 7] and "no memory for a prompt of 2001 tokens" in rows[1]["error"]
-    assert [row for row in rows if row["index"] not in (1, 6, 7)] == [
+    answers = answer(lengths, batch_size, SmallDevice)
+    assert failing(answers) == [1, 6, 7] and "no memory for a prompt of 2001 tokens" in answers[1]["error"]
+    assert [row for row in answers if row["index"] not in (1, 6, 7)] == [
         row for row in expected if row["index"] not in (1, 6, 7)
     ]
 
 
 @pytest.mark.parametrize("error", [ERRORS[1], ERRORS[3], ERRORS[4]], ids=str)
-def test_a_row_too_long_for_the_host(answer, monkeypatch, error):
-    """Whatever says so, and where a prompt is read."""
-    read = Engine._read
+def test_a_row_too_long_for_the_host(answer, error):
+    """Whichever library reports it, in a prefill."""
 
-    def limited(engine, batch, slots):
-        if max(len(task.input_ids) for task in batch) > 100:
-            raise error
-        return read(engine, batch, slots)
+    class SmallHost(ModelRunner):
+        def prefill(self, plan):
+            if max(len(sequence.input_ids) for sequence in plan.sequences) > 100:
+                raise error
+            super().prefill(plan)
 
-    monkeypatch.setattr(Engine, "_read", limited)
-    assert failing(answer([5, 101, 7, 99])) == [1]
+    assert failing(answer([5, 101, 7, 99], runner_type=SmallHost)) == [1]
 
 
 def test_a_row_that_cannot_fit_is_not_tried(answer, monkeypatch):
-    """For Linux gives memory that is not there, and kills the process that uses it."""
+    """Linux would hand out memory that does not exist, and kill the process that uses it."""
     monkeypatch.setattr(batch_sizing, "free_bytes", lambda device: 60 << 20)
     tried = []
-    pack = engine.pack_prompts
-    monkeypatch.setattr(engine, "pack_prompts", lambda batch, *rest: tried.extend(batch) or pack(batch, *rest))
-    rows = answer([5, 9001, 7])
-    assert failing(rows) == [1] and max(len(task.input_ids) for task in tried) == 7
+
+    class Recorder(ModelRunner):
+        def prefill(self, plan):
+            tried.extend(len(sequence.input_ids) for sequence in plan.sequences)
+            super().prefill(plan)
+
+    assert failing(answer([5, 9001, 7], runner_type=Recorder)) == [1]
+    assert sorted(tried) == [5, 7]
 
 
-def test_a_row_too_long_for_generate(monkeypatch):
-    """As of a model whose layers are spread over devices."""
-    generate = hf_generate._generate_batch
+def test_a_row_too_long_for_generate():
+    """With a model whose layers are spread over devices."""
 
-    def limited(model, batch, *rest):
-        if sum(len(task.input_ids) for task in batch) > 20:
-            raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
-        generate(model, batch, *rest)
+    class SmallHost(HfGenerator):
+        def generate_batch(self, batch):
+            if sum(len(sequence.input_ids) for sequence in batch) > 20:
+                raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+            super().generate_batch(batch)
 
-    monkeypatch.setattr(hf_generate, "_generate_batch", limited)
     model, tokenizer = load_model(str(TINY)), load_tokenizer(str(TINY))
+    stop = StopRule(frozenset(template_for(tokenizer).stop_ids(tokenizer)))
+    generator = SmallHost(model, stop, GREEDY, tokenizer.pad_token_id, torch.device("cpu"))
     rows = [TokenSequence(i, tokenizer.encode("天气" * number), 3) for i, number in enumerate((1, 1, 2, 3, 20, 30))]
-    end, batch_sizes = StopStrings(tokenizer, ()), []
-    stops = template_for(tokenizer).stop_ids(tokenizer)
-    done = generate_plainly(model, rows, 4, stops, 3, GREEDY, end, torch.device("cpu"), batch_sizes)
-    assert [bool(task.answer_ids) for task in done] == [True] * 4 + [False] * 2 and batch_sizes[:2] == [4, 2]
+    done = generator.run(rows, BatchGroup([[row] for row in rows], batch_size=4))
+    assert [bool(sequence.answer_ids) for sequence in done] == [True] * 4 + [False] * 2
+    assert generator.stats.batch_sizes[:2] == [4, 2]
 
 
 LIMITED = """
@@ -176,7 +188,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 def test_shards_agree_on_what_does_not_fit(run_ranks, tmp_path):
-    """Before one of them fails, for which the others would wait."""
+    """Before one of them fails, because the others would wait for it."""
     (tmp_path / "limited.py").write_text(LIMITED)
     prompts = ["你好", "天气" * 5000, "谢谢"]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"prompt": text}) + "\n" for text in prompts))

@@ -1,4 +1,4 @@
-"""Both inference scripts, on one process and several; and the engine behind them."""
+"""Both inference scripts, on one process and several, and the engine behind them."""
 
 import json
 import socket
@@ -11,7 +11,8 @@ from conftest import GOLDEN, TINY
 from utils.checkpoint.model import Checkpoint, load_model
 from utils.checkpoint.tokenizer import load_tokenizer
 from utils.common.errors import UsageError
-from utils.inference.generate import generate_answers
+from utils.inference.batch_generator import AnswerSettings, BatchGenerator, PromptCodec
+from utils.inference.placement import prepare_for_decoding
 from utils.inference.prompt_reader import read_requests
 from utils.inference.stop_strings import decode
 from utils.inference.tensor_parallel import check_heads
@@ -32,7 +33,7 @@ ROWS = [
 
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory):
-    """rows.jsonl, and an adapter that changes the answers."""
+    """A directory with rows.jsonl, and an adapter that changes the answers."""
     path = tmp_path_factory.mktemp("inference")
     (path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     model = attach_adapter(load_model(str(TINY)), LoraSettings(4, 32, 0.0, ["query_key_value"]), seed=1)
@@ -122,7 +123,7 @@ def test_offloaded_to_disk(answer, workspace, plain, adapted):
 
 
 def test_offloaded_in_half_precision(answer, workspace):
-    """What comes back from disk has the dtype of the rest."""
+    """Weights that come back from disk have the dtype of the others."""
     flags = f"--bf16 --adapter_path {workspace}/adapter"
     whole = answer(ONE_PROCESS, flags)[0]
     assert answer(ONE_PROCESS, f"{flags} --max_memory cpu=3MiB")[0] == whole
@@ -167,7 +168,7 @@ def test_the_dispatching_script_on_two_processes(answer, plain):
 
 
 def test_replicas_that_are_sharded(answer):
-    """And each row's several answers come from one replica."""
+    """All answers of a row come from one replica."""
     sampled = "--temperature 6 --top_k 50 --num_return_sequences 2"
     alone, _ = answer(ONE_PROCESS, sampled)
     assert len(alone) == len(ROWS) and "answers" in alone[0]
@@ -187,18 +188,18 @@ def test_replicas_that_are_sharded(answer):
     ],
 )
 def test_shards_are_shards_and_logits_agree(run_ranks, name, processes, flags):
-    """With 2 key/value heads on 4 processes the heads are repeated; 4 processes of which 2 share are 2 replicas."""
+    """With 2 key/value heads on 4 processes the heads are repeated; 4 processes that share by twos are 2 replicas."""
     result = run_ranks(processes, f"tests/helpers/tensor_parallel_check.py {GOLDEN / name} {flags}").check()
     assert result.out.count("tensor parallel ok") == processes
 
 
-def test_heads_that_cannot_be_shared_out():
+def test_heads_that_cannot_be_split_evenly():
     with pytest.raises(UsageError, match="8 attention heads cannot be split over 3 processes: use 1, 2, 4, 8"):
         check_heads(Checkpoint.open(str(TINY)).config, 3)
 
 
 def test_without_flags_offline(run_command, tmp_path):
-    """The hub cannot exist here, so it is a port that nobody listens on."""
+    """The hub is a port that nobody listens on."""
     result = run_command(
         "python chatglm_deepspeed_inference.py", HF_ENDPOINT="http://127.0.0.1:9", HF_HOME=str(tmp_path)
     )
@@ -243,18 +244,20 @@ def test_tokens_outside_the_vocabulary_have_no_text():
     assert decode(tokenizer, [*ids, len(tokenizer), len(tokenizer) + 5]) == "公园"
 
 
-def test_engine_batches_prompts_of_like_length(workspace):
-    """The engine yields as batches end: short prompts first, whatever their place in the file."""
+def test_prompts_of_similar_length_share_batches(workspace):
+    """Answers come as batches end, those to short prompts first, in any order of the file."""
     model, tokenizer = load_model(str(TINY)), load_tokenizer(str(TINY))
-    template = template_for(tokenizer)
-    requests = read_requests(f"{workspace}/rows.jsonl", tokenizer, template)
-    done = list(generate_answers(model, tokenizer, template, requests, 2, 4, torch.device("cpu")))
+    prepare_for_decoding(model)
+    codec = PromptCodec(tokenizer, template_for(tokenizer))
+    rows = read_requests(f"{workspace}/rows.jsonl", tokenizer, codec.template)
+    generator = BatchGenerator(model, codec, AnswerSettings(max_new_tokens=4), torch.device("cpu"))
+    done = list(generator.run(rows, batch_size=2))
     lengths = [row["prompt_tokens"] for row in done if "prompt_tokens" in row]
     assert lengths == sorted(lengths) and len(done) == len(ROWS)
 
 
 def test_a_port_in_use_is_refused(run_ranks):
-    """By the first of two processes, which listens where DeepSpeed's launcher started it."""
+    """The first of two processes finds it, which listens there under DeepSpeed's launcher."""
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()

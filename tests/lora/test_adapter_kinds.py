@@ -64,7 +64,7 @@ def check(directory, logits, weights):
         assert difference <= 1e-4 if row else difference > 1e-3
     kept = {key.replace(".base_layer", ""): value for key, value in several.state_dict().items()}
     assert all(kept[key].equal(before[key]) for key in before)
-    offloaded = load_adapter(dispatch(BASE, torch.float32, {"cpu": "800KB"}, None), directory)
+    offloaded = load_adapter(dispatch(Checkpoint.open(BASE), torch.float32, {"cpu": "800KB"}), directory)
     assert "disk" in offloaded.hf_device_map.values()
     assert (offloaded(input_ids=IDS).logits - logits).abs().max() <= 1e-4
 

@@ -22,7 +22,8 @@ from starlette.websockets import WebSocketDisconnect
 from utils.checkpoint.model import load_model
 from utils.checkpoint.tokenizer import load_tokenizer
 from utils.distributed.process_group import free_port
-from utils.inference.generate import generate_answers
+from utils.inference.batch_generator import AnswerSettings, BatchGenerator, PromptCodec
+from utils.inference.placement import prepare_for_decoding
 from utils.inference.prompt_reader import PromptRow
 from utils.lora.adapter import LoraSettings, attach_adapter, load_adapter, save_adapter
 from utils.models.conversation import Message
@@ -57,11 +58,13 @@ def expected_answers(adapter):
     model, tokenizer = load_model(str(BASE)), load_tokenizer(str(BASE))
     if adapter:
         model = load_adapter(model, adapter).merge_and_unload()
+    prepare_for_decoding(model)
     template, messages, found = template_for(tokenizer, "native"), [], []
+    generator = BatchGenerator(model, PromptCodec(tokenizer, template), AnswerSettings(8), torch.device("cpu"))
     for question in QUESTIONS:
         messages.append(Message("user", question))
         request = PromptRow(0, "", encode_prompt(tokenizer, messages, template))
-        (answer,) = generate_answers(model, tokenizer, template, [request], 1, 8, torch.device("cpu"))
+        (answer,) = generator.run([request], batch_size=1)
         found.append(answer["answer"])
         messages.append(Message("assistant", answer["answer"]))
     return found

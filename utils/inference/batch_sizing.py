@@ -1,8 +1,11 @@
 """
-How many rows, of which lengths, are answered at once in the memory that is free: rows in, groups of them out.
+How many sequences of which lengths share a batch in the free memory: sequences in, groups of them out.
 
-Every row of a batch takes the cache of the longest, so long rows go apart from short ones where together they would
-leave memory for few; and a row that does not fit is found before it is tried where an attempt would not be survived.
+Every sequence of a batch takes a KV-cache slot as long as the longest one needs. A long sequence would thus leave
+memory for few others, so it gets a group of its own, but only then: a group is an engine of its own, with layers to
+compile and graphs to capture. A sequence that cannot fit is not tried where the attempt would be fatal: on a host,
+where Linux hands out memory that does not exist and then kills the process, and on a sharded model, whose other
+processes would wait for the one that failed. `BatchGenerator` calls this.
 """
 
 import errno
@@ -18,30 +21,39 @@ import psutil
 import torch
 from transformers import PreTrainedModel
 
+from utils.common.numbers import ceil_div
 from utils.common.processes import world_size
 from utils.distributed.collectives import gather_from_all
-from utils.inference.engine import MOST_MASKED, WIDTH_GRAIN, can_serve, column_bytes, has_kernels
-from utils.inference.engine.prefill import MOST_READ, TokenSequence
+from utils.inference.engine import can_serve
+from utils.inference.engine.attention import has_decode_kernels
+from utils.inference.engine.kv_cache import kv_bytes_per_token
+from utils.inference.engine.model_runner import round_to_slot
+from utils.inference.engine.prefill import MAX_MASKED_PREFILL_TOKENS, MAX_PREFILL_TOKENS
+from utils.inference.engine.scheduler import TokenSequence
 from utils.inference.work_queue import Replica
 
-MOST_SLOTS = 256
-CPU_SLOTS = 16
-USABLE = 0.9  # of what is free: counts are not exact
-MASK_BYTES = 8  # of a pair of tokens: a mask as bool, the same as float32, and one on the way
-FULL = re.compile("out of memory|(?:can't|cannot) allocate|bad_alloc|could not create a memory|alloc_failed", re.I)
+MAX_GPU_BATCH_SIZE = 256  # with more, too many slots are empty when a job of some thousand rows ends
+MAX_CPU_BATCH_SIZE = 16
+USABLE_SHARE = 0.9  # of the free memory: the counts are not exact
+MASK_BYTES = 8  # per pair of tokens: a mask as bool, the same as float32, and a copy in between
+BATCH_SIZE_MULTIPLE = 16  # batch sizes above it that memory dictates are rounded down
+UNLIMITED_BYTES = 1 << 62
+OUT_OF_MEMORY_TEXT = re.compile(
+    "out of memory|(?:can't|cannot) allocate|bad_alloc|could not create a memory|alloc_failed", re.I
+)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory was not there: a device's, or the host's as torch, C++ and Python say it."""
+    """Whether an error says that a device or the host is out of memory, as torch, C++ or Python report it."""
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
     if isinstance(error, OSError):
         return error.errno == errno.ENOMEM
-    return isinstance(error, RuntimeError) and FULL.search(str(error)) is not None
+    return isinstance(error, RuntimeError) and OUT_OF_MEMORY_TEXT.search(str(error)) is not None
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory that this process may still take: a GPU's, or the host's within the limits of container and process."""
+    """Memory this process may still take: a GPU's, or its share of the host's within container and process limits."""
     if device.type == "cuda":
         reserved = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + reserved
@@ -54,11 +66,11 @@ def free_bytes(device: torch.device) -> int:
 
 
 def _free_to_containers() -> list[int]:
-    """What each control group around this process has left; pages of files that it can give back count as free."""
-    found = [1 << 62]
+    """Free bytes of each control group around this process; file pages that it can give back count as free."""
+    limits = [UNLIMITED_BYTES]
     for line in Path("/proc/self/cgroup").read_text().splitlines():
         _, kinds, path = line.split(":", 2)
-        if not kinds:
+        if not kinds:  # version 2
             root, names, cache = Path("/sys/fs/cgroup"), ("memory.max", "memory.current"), "inactive_file"
         elif "memory" in kinds.split(","):
             root, cache = Path("/sys/fs/cgroup/memory"), "total_inactive_file"
@@ -67,100 +79,113 @@ def _free_to_containers() -> list[int]:
             continue
         group = root / path.lstrip("/")
         for directory in (group, *group.parents)[: len(group.parts) - len(root.parts) + 1]:
-            with suppress(OSError, ValueError):  # outside of what the container sees; "max", which is no limit
-                most, used = (int((directory / name).read_text()) for name in names)
+            with suppress(OSError, ValueError):  # not visible in the container; or "max", which is no limit
+                limit, used = (int((directory / name).read_text()) for name in names)
                 state = dict(line.split() for line in (directory / "memory.stat").read_text().splitlines())
-                found.append(most - used + int(state.get(cache, 0)))
-    return found
+                limits.append(limit - used + int(state.get(cache, 0)))
+    return limits
 
 
-def columns_of(task: TokenSequence) -> int:
-    """Of the cache that a row takes, as the engine rounds them."""
-    return -(-(len(task.input_ids) + task.max_new_tokens) // WIDTH_GRAIN) * WIDTH_GRAIN
+def slot_tokens(sequence: TokenSequence) -> int:
+    """Tokens of the KV-cache slot that a sequence needs, as the engine rounds them."""
+    return round_to_slot(len(sequence.input_ids) + sequence.max_new_tokens)
 
 
 @dataclass(frozen=True)
 class MemoryBudget:
-    """The memory for caches and for what is computed, in bytes; and what a row takes of it."""
+    """
+    The memory for KV cache and activations, and what a sequence takes of it.
+
+    Args:
+        free: bytes.
+        token_bytes: of one token of one sequence in the cache.
+        prefill_bytes: of one token of a prompt during prefill.
+        prefill_tokens: that are prefilled together, unless one prompt has more.
+        has_mask: whether prefill takes a mask of tokens x tokens.
+        pads: whether transformers' `generate` serves, which pads prompts and grows its cache by copies.
+        skips: whether sequences that do not fit are not tried, see the top of this file.
+        max_batch_size: whatever the memory.
+    """
 
     free: int
-    column: int  # of one token of one row in the cache
-    token: int  # of one token of a prompt while it is read
-    most_read: int  # tokens that are read at once, unless one prompt has more
-    masked: bool  # whether prompts are read with a mask of tokens x tokens
-    plain: bool  # whether transformers' `generate` serves: it pads prompts, and grows its cache by copies
-    strict: bool  # whether what does not fit is not tried: Linux ends a process; other shards would wait for ever
-    limit: int  # rows at once
+    token_bytes: int
+    prefill_bytes: int
+    prefill_tokens: int
+    has_mask: bool
+    pads: bool
+    skips: bool
+    max_batch_size: int
 
     @classmethod
     def of(cls, model: PreTrainedModel, device: torch.device, replica: Replica) -> "MemoryBudget":
-        """The least that any process has, so that all make the same groups; every process must call it."""
-        config, kernels = model.config, has_kernels(device, model.dtype)
+        """Returns the smallest budget of all processes, so that all form the same groups; every process must call."""
+        config, has_kernels = model.config, has_decode_kernels(device, model.dtype)
         on_gpu = model.get_input_embeddings().weight.device.type == "cuda"
-        inner = getattr(config, "intermediate_size", 4 * config.hidden_size)
+        intermediate_size = getattr(config, "intermediate_size", 4 * config.hidden_size)
         return cls(
-            free=int(USABLE * min(gather_from_all(free_bytes(device)))),
-            column=-(-column_bytes(model) // replica.processes),
-            token=(6 * config.hidden_size + 3 * inner) * model.dtype.itemsize,
-            most_read=MOST_READ if kernels else MOST_MASKED,
-            masked=not kernels,
-            plain=not can_serve(model),
-            strict=device.type == "cpu" or replica.group is not None,
-            limit=MOST_SLOTS if on_gpu else CPU_SLOTS,
+            free=int(USABLE_SHARE * min(gather_from_all(free_bytes(device)))),
+            token_bytes=ceil_div(kv_bytes_per_token(model), replica.processes),
+            prefill_bytes=(6 * config.hidden_size + 3 * intermediate_size) * model.dtype.itemsize,
+            prefill_tokens=MAX_PREFILL_TOKENS if has_kernels else MAX_MASKED_PREFILL_TOKENS,
+            has_mask=not has_kernels,
+            pads=not can_serve(model),
+            skips=device.type == "cpu" or replica.group is not None,
+            max_batch_size=MAX_GPU_BATCH_SIZE if on_gpu else MAX_CPU_BATCH_SIZE,
         )
 
-    def slots(self, task: TokenSequence) -> int:
-        """How many rows fit, the longest of which is `task`."""
-        tokens, cache = len(task.input_ids), self.column * columns_of(task)
-        if self.plain:
-            return self.free // (2 * cache + tokens * self.token + MASK_BYTES * tokens**2)
-        tokens = max(tokens, self.most_read)
-        return max(self.free - tokens * self.token - self.masked * MASK_BYTES * tokens**2, 0) // cache
+    def batch_size_for(self, longest: TokenSequence) -> int:
+        """Returns how many sequences fit if `longest` is the longest; 0 if it does not fit itself."""
+        tokens, cache = len(longest.input_ids), self.token_bytes * slot_tokens(longest)
+        if self.pads:
+            return self.free // (2 * cache + tokens * self.prefill_bytes + MASK_BYTES * tokens**2)
+        tokens = max(tokens, self.prefill_tokens)
+        prefill = tokens * self.prefill_bytes + self.has_mask * MASK_BYTES * tokens**2
+        return max(self.free - prefill, 0) // cache
 
 
 @dataclass(frozen=True)
 class BatchGroup:
-    """Rows that share batches, with the answers of one row in one list, and how many there are in a batch."""
+    """Prompts that share batches of `batch_size`; `rows` has a list for each prompt, with a sequence an answer."""
 
     rows: list[list[TokenSequence]]
-    slots: int
+    batch_size: int
 
     @property
-    def columns(self) -> int:
-        return columns_of(self.rows[-1][0])
+    def max_seq_len(self) -> int:
+        """Tokens of a slot for the longest."""
+        return slot_tokens(self.rows[-1][0])
 
 
 def group_rows(
-    rows: Sequence[list[TokenSequence]], room: MemoryBudget, batch_size: int, replicas: int
+    rows: Sequence[list[TokenSequence]], budget: MemoryBudget, batch_size: int, replicas: int
 ) -> list[BatchGroup]:
     """
-    Args:
-        rows: in the order of their lengths.
-        batch_size: what was asked for; 0 is as many as fit.
+    Splits prompts into groups wherever one group would halve the batch size that the shortest prompts could have.
 
-    Returns:
-        One group, unless that would leave memory for less than half as many rows at once as the shortest rows' own:
-        for every group costs time, on a GPU that of compiling and capturing.
+    Args:
+        rows: a list for each prompt with its sequences, sorted by length.
+        batch_size: what the user asked for; 0 is as many as fit.
     """
 
-    def share_of(number: int) -> int:
-        """Answers that a replica makes of so many rows."""
-        return -(-number // replicas) * len(rows[0])
+    def share_of(prompts: int) -> int:
+        """Sequences of one replica."""
+        return ceil_div(prompts, replicas) * len(rows[0])
 
     groups: list[BatchGroup] = []
-    most = batch_size or room.limit
+    most = batch_size or budget.max_batch_size
     first = 0
     while first < len(rows):
-        of_shortest, end = room.slots(rows[first][0]), first + 1
+        for_shortest, end = budget.batch_size_for(rows[first][0]), first + 1
         while end < len(rows):
-            wanted = min(most, of_shortest, share_of(end + 1 - first))
-            if room.slots(rows[end][0]) < max(1, wanted // 2):
+            wanted = min(most, for_shortest, share_of(end + 1 - first))
+            if budget.batch_size_for(rows[end][0]) < max(1, wanted // 2):
                 break
             end += 1
         group, share = list(rows[first:end]), share_of(end - first)
-        slots = most if batch_size and not room.strict else max(1, min(most, room.slots(group[-1][0])))
-        if not batch_size and 16 < slots < share:
-            slots -= slots % 16
-        groups.append(BatchGroup(group, min(slots, share)))
+        tries_any_size = batch_size and not budget.skips
+        size = most if tries_any_size else max(1, min(most, budget.batch_size_for(group[-1][0])))
+        if not batch_size and BATCH_SIZE_MULTIPLE < size < share:
+            size -= size % BATCH_SIZE_MULTIPLE
+        groups.append(BatchGroup(group, min(size, share)))
         first = end
     return groups

@@ -1,99 +1,124 @@
-"""Batches through the engine: for models that lie on one device, whole or as this process's shard."""
+"""
+Generation through the engine, for models whole on one device or sharded over processes: sequences in, answered out.
+
+`BatchGenerator` calls it with one group of similar lengths after another. When memory runs out it retries with a
+smaller batch.
+"""
 
 import sys
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 
 import torch
+from peft import PeftModel
 from transformers import PreTrainedModel
 
 from utils.common.errors import RankError
-from utils.inference.batch_sizing import BatchGroup, columns_of, is_out_of_memory
+from utils.inference.batch_sizing import BatchGroup, is_out_of_memory, slot_tokens
 from utils.inference.engine import Engine
-from utils.inference.engine.prefill import TokenSequence
+from utils.inference.engine.model_runner import EngineConfig, ModelRunner
+from utils.inference.engine.scheduler import StopRule, TokenSequence
 from utils.inference.sampling import Sampling
-from utils.inference.stop_strings import StopStrings
-from utils.inference.work_queue import Replica
 
 
 @dataclass
 class EngineStats:
-    """Where the seconds went."""
+    """Seconds spent, and the batch size of each engine or, after out of memory, of each attempt."""
 
-    preparing: float = 0.0  # compiling layers, capturing graphs
-    reading: float = 0.0  # prompts
+    compile_seconds: float = 0.0  # compiling layers, capturing CUDA graphs
+    prefill_seconds: float = 0.0
     batch_sizes: list[int] = field(default_factory=list)
 
 
-class TaskQueue:
-    """Tasks in the order of their lengths, which may be given back."""
+class SequenceQueue:
+    """Sequences in the order of their prompts' lengths, which can be put back."""
 
-    def __init__(self, tasks: Iterable[TokenSequence]):
-        self.tasks, self.returned = iter(tasks), deque()
+    def __init__(self, sequences: Iterable[TokenSequence]):
+        self.sequences, self.returned = iter(sequences), deque()
 
     def first(self) -> TokenSequence | None:
+        """Returns the next sequence without taking it; None at the end."""
         if not self.returned:
-            self.returned.extend(islice(self.tasks, 1))
+            self.returned.extend(islice(self.sequences, 1))
         return self.returned[0] if self.returned else None
 
-    def give_back(self, tasks: Iterable[TokenSequence]) -> None:
-        self.returned.extendleft(sorted(tasks, key=lambda task: -len(task.input_ids)))
+    def put_back(self, sequences: Iterable[TokenSequence]) -> None:
+        self.returned.extendleft(sorted(sequences, key=lambda sequence: -len(sequence.input_ids)))
 
-    def up_to(self, columns: int) -> Iterator[TokenSequence]:
-        """Takes tasks as long as they need no more columns."""
-        while (task := self.first()) is not None and columns_of(task) <= columns:
+    def up_to(self, max_seq_len: int) -> Iterator[TokenSequence]:
+        """Takes sequences while they fit into a slot of `max_seq_len` tokens."""
+        while (sequence := self.first()) is not None and slot_tokens(sequence) <= max_seq_len:
             yield self.returned.popleft()
 
 
-def generate_by_engine(
-    model: PreTrainedModel,
-    source: Iterable[TokenSequence],
-    group: BatchGroup,
-    stop_ids: Sequence[int],
-    sampling: Sampling,
-    end: StopStrings,
-    replica: Replica,
-    clock: EngineStats,
-) -> Iterator[TokenSequence]:
+class EngineGenerator:
     """
-    By the engine. Where memory runs out, half the tokens of cache from there on, in rows that are no longer than the
-    next ones need; a task that finds none alone comes back without an answer.
+    Answers sequences by an `Engine`.
+
+    Args:
+        model: prepared by `prepare_for_decoding`.
+        is_sharded: whether other processes hold the rest of the model.
+        runner_type: see `Engine`.
     """
-    queue = TaskQueue(source)
-    slots, columns = group.slots, group.columns
-    room = slots * columns  # tokens
-    while (task := queue.first()) is not None:
-        if columns_of(task) > columns:
-            columns = columns_of(task)
-            slots = max(1, min(slots, room // columns))
-        clock.batch_sizes.append(slots)
-        engine, lacking = None, False
-        try:
-            engine = Engine(model, slots, columns, stop_ids, sampling, end.find)
-            yield from engine.answer(queue.up_to(columns))
-        except Exception as error:
-            if not is_out_of_memory(error):
-                raise
-            lacking = True
-        finally:
-            if engine:
-                clock.preparing += engine.preparing
-                clock.reading += engine.reading
-        if not lacking:
-            continue
-        tried = f"out of memory with {slots} rows of up to {columns} tokens at once"
-        if replica.group is not None:  # the others of a sharded model do not know of it
-            raise RankError(f"{tried}: the same command with a smaller --batch_size goes on where this one was")
-        queue.give_back(engine.unfinished() if engine else [])
-        del engine
-        torch.cuda.empty_cache()
-        task = queue.first()
-        if slots == 1 and columns == columns_of(task):
-            yield next(queue.up_to(columns))
-            continue
-        room = slots * columns // 2
-        columns = max(columns_of(task), min(2 * columns_of(task), columns, room))
-        slots = max(1, min(slots, room // columns))
-        print(f"{tried}: going on with {slots} of up to {columns}", file=sys.stderr, flush=True)
+
+    def __init__(
+        self,
+        model: PreTrainedModel | PeftModel,
+        stop: StopRule,
+        sampling: Sampling,
+        is_sharded: bool = False,
+        runner_type: type[ModelRunner] = ModelRunner,
+    ):
+        self.model, self.stop, self.sampling = model, stop, sampling
+        self.is_sharded, self.runner_type = is_sharded, runner_type
+        self.stats = EngineStats()
+
+    def run(self, sequences: Iterable[TokenSequence], group: BatchGroup) -> Iterator[TokenSequence]:
+        """
+        Yields each sequence when it is answered; one that has no memory even alone comes without an answer.
+
+        Out of memory halves the tokens of KV cache from there on, in slots no longer than the next sequences need.
+
+        Raises:
+            RankError: out of memory on a sharded model, whose other processes do not know of it.
+        """
+        queue = SequenceQueue(sequences)
+        batch_size, max_seq_len = group.batch_size, group.max_seq_len
+        cache_tokens = batch_size * max_seq_len
+        while (sequence := queue.first()) is not None:
+            if slot_tokens(sequence) > max_seq_len:
+                max_seq_len = slot_tokens(sequence)
+                batch_size = max(1, min(batch_size, cache_tokens // max_seq_len))
+            self.stats.batch_sizes.append(batch_size)
+            engine, out_of_memory = None, False
+            try:
+                config = EngineConfig(batch_size, max_seq_len, self.stop, self.sampling)
+                engine = Engine(self.model, config, self.runner_type)
+                yield from engine.answer(queue.up_to(max_seq_len))
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+                out_of_memory = True
+            finally:
+                if engine:
+                    self.stats.compile_seconds += engine.runner.compile_seconds
+                    self.stats.prefill_seconds += engine.runner.prefill_seconds
+            if not out_of_memory:
+                continue
+            tried = f"out of memory with {batch_size} rows of up to {max_seq_len} tokens at once"
+            if self.is_sharded:
+                raise RankError(f"{tried}: run the same command with a smaller --batch_size, it resumes here")
+            queue.put_back(engine.scheduler.unfinished() if engine else [])
+            del engine
+            torch.cuda.empty_cache()
+            sequence = queue.first()
+            needed = slot_tokens(sequence)
+            if batch_size == 1 and max_seq_len == needed:
+                yield next(queue.up_to(max_seq_len))
+                continue
+            cache_tokens = batch_size * max_seq_len // 2
+            max_seq_len = max(needed, min(2 * needed, max_seq_len, cache_tokens))
+            batch_size = max(1, min(batch_size, cache_tokens // max_seq_len))
+            print(f"{tried}: continuing with {batch_size} of up to {max_seq_len}", file=sys.stderr, flush=True)

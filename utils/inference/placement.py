@@ -1,4 +1,17 @@
-"""Where a model's weights lie for inference: sharded over processes by DeepSpeed, or over devices by accelerate."""
+"""
+Where a model's weights lie for inference, and which layers compute with them: checkpoint in, model out.
+
+`load_on_processes` gives every process a replica, or shards the model over processes by DeepSpeed. `dispatch` spreads
+it over this process's devices by accelerate. `prepare_for_decoding` then swaps in the layers that the engine is fast
+with; it is the only place that changes a model for decoding. The inference scripts and tools call these.
+
+A replica is one process unless memory says otherwise: replicas share only a counter in the launcher's store, shards
+communicate in every layer. Quantised weights are never sharded: they are small, packed in pairs along the inputs, and
+share a scale across them.
+
+Weights are dispatched one by one with the functions that `accelerate.load_checkpoint_and_dispatch` consists of. That
+function itself reads no checkpoint whose weights have other names than the model's, nor does it report a missing one.
+"""
 
 import os
 import tempfile
@@ -10,89 +23,132 @@ import psutil
 import torch
 from accelerate import dispatch_model
 from accelerate.utils import get_balanced_memory, infer_auto_device_map
+from peft import PeftModel
 from transformers import PreTrainedModel
 
-from utils.checkpoint.model import Checkpoint, load_model
+from utils.checkpoint.model import Checkpoint
 from utils.common.errors import UsageError
 from utils.common.processes import local_rank, print_once, process_rank, world_size
 from utils.distributed.collectives import gather_from_all
 from utils.distributed.deepspeed_setup import init_deepspeed
+from utils.inference.engine import can_serve
+from utils.inference.engine.attention import SLOT_ATTENTION, has_decode_kernels
 from utils.inference.tensor_parallel import check_heads, shard_with_deepspeed, tensor_parallel_groups
 from utils.inference.work_queue import Replica
+from utils.kernels import load_skinny_gemm
 from utils.layers.fp8 import FP8, convert_to_fp8
 from utils.layers.fused_qkv import QKV_PROJ, fuse_qkv
-from utils.layers.quantization import stored_bits
+from utils.layers.skinny_linear import use_skinny_layers
 
-ROOM = 1.3  # memory in terms of the weights, for the cache and what is computed
+MEMORY_FACTOR = 1.3  # memory a model needs, in terms of its weights: the rest is KV cache and activations
+RECOMPILE_LIMIT = 64  # torch.compile gives up at 8 by default; each batch size is one compilation
+
+
+def prepare_for_decoding(model: PreTrainedModel | PeftModel) -> None:
+    """
+    Changes a loaded model's layers for the engine, in place. Calling it again changes nothing.
+
+    Query, key and value become one projection, attention uses the engine's KV cache, and on a GPU that gains by it the
+    GEMMs of a decode step use our skinny kernel. Adapters must be attached before, for they go by the names of the
+    separate projections. A model that the engine cannot serve, spread over devices or offloaded, stays as it is.
+
+    Plain forward passes and `generate` compute the same as before.
+    """
+    if not can_serve(model):
+        return
+    model = model.get_base_model() if isinstance(model, PeftModel) else model
+    fuse_qkv(model)
+    model.set_attn_implementation(SLOT_ATTENTION)
+    device = model.get_input_embeddings().weight.device
+    if has_decode_kernels(device, model.dtype) and load_skinny_gemm() is not None:
+        use_skinny_layers(model.base_model.layers)
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILE_LIMIT)
 
 
 def load_on_processes(
-    path_or_id: str,
+    checkpoint: Checkpoint,
     dtype: torch.dtype,
     quantize: str | None,
     adapt: Callable[..., PreTrainedModel],
     tp_size: int | None = None,
 ) -> tuple[PreTrainedModel, Replica]:
     """
-    Loads a checkpoint for all processes of the group, each on its device: whole, so that every process is a replica
-    with its share of the rows, or sharded over `tp_size` processes by DeepSpeed's tensor parallelism.
+    Loads a checkpoint for all processes of the group, prepared for decoding, each process's share on its device.
+
+    Every process is a replica that answers its share of the rows, or `tp_size` processes are one replica, by
+    DeepSpeed's tensor parallelism.
 
     Args:
+        checkpoint: opened with `quantize=stored_bits(quantize)`.
         quantize: "int8", "int4" or "fp8"; such weights are not sharded.
-        adapt: what puts the adapters on, called with the whole model, and with `shards` before it is sharded.
+        adapt: attaches adapters; called with the whole model, and with `shards=True` if it is sharded afterwards.
         tp_size: None is 1 where every process has memory for the whole model, which is faster, and otherwise the
             fewest processes whose memory together holds it. The choice is printed.
 
     Raises:
-        UsageError: see `Checkpoint.open` and `check_heads`; or quantised weights with `tp_size` above 1.
+        UsageError: see `Checkpoint.fill` and `check_heads`; or quantised weights with `tp_size` above 1.
     """
-    checkpoint = Checkpoint.open(path_or_id, quantize=stored_bits(quantize))
-    processes = world_size()
-    why = "as asked for"
-    if checkpoint.quantization or quantize:
-        why = f"{quantize or f'int{checkpoint.quantization.bits}'} weights are not sharded"
-        if (tp_size or 1) > 1:
-            raise UsageError(f"--tp_size {tp_size}: {why}: leave it out")
-        tp_size = 1
-    if tp_size is not None:
-        check_heads(checkpoint.config, tp_size)
-    if tp_size is None:
-        tp_size, why = fitting_tp_size(checkpoint, dtype)
-    if processes > 1:
-        print_once(f"{processes // tp_size} replicas of the model, each on {tp_size} processes ({why})")
+    tp_size, why = resolve_tp_size(checkpoint, dtype, quantize, tp_size)
+    replicas = world_size() // tp_size
+    if world_size() > 1:
+        print_once(f"{replicas} replicas of the model, each on {tp_size} processes ({why})")
     if tp_size > 1:
         init_deepspeed()
-        model = adapt(load_model(path_or_id, dtype=dtype), shards=True)
+        model = adapt(load_whole(checkpoint, dtype, torch.device("cpu")), shards=True)
         group, cpu_group, leader = tensor_parallel_groups(tp_size)
         model = shard_with_deepspeed(model, checkpoint.generation, dtype, group)
-        first = process_rank() == leader
-        return model, Replica(processes // tp_size, first, leader, cpu_group)
-    device = torch.device(f"cuda:{local_rank()}" if torch.cuda.is_available() else "cpu")
-    model = adapt(load_whole(checkpoint, dtype, device))
-    return quantize_to_fp8(model, checkpoint, quantize), Replica(processes)
+        replica = Replica(replicas, process_rank() == leader, leader, cpu_group)
+    else:
+        device = torch.device(f"cuda:{local_rank()}" if torch.cuda.is_available() else "cpu")
+        model = adapt(load_whole(checkpoint, dtype, device))
+        model = quantize_to_fp8(model, checkpoint, quantize)
+        replica = Replica(replicas)
+    prepare_for_decoding(model)
+    return model, replica
 
 
 def load_whole(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
-    """The model on one device, its weights brought there one by one: the host holds no copy."""
+    """Returns the model on one device. Its weights go there one by one, so the host holds no copy."""
     model = checkpoint.empty_model(dtype)
     checkpoint.fill(model, {"": device})
     return model.to(device)
 
 
 def quantize_to_fp8(model: PreTrainedModel, checkpoint: Checkpoint, quantize: str | None) -> PreTrainedModel:
-    """`model` with the products of its blocks in FP8, where `quantize` says so."""
+    """Returns `model`, its blocks' GEMMs in FP8 if `quantize` is "fp8". Adapters must be attached before."""
     if quantize == FP8:
         fuse_qkv(model)
         convert_to_fp8(model, {*checkpoint.generation.linear_layers, QKV_PROJ}, trains=False)
     return model
 
 
+def resolve_tp_size(
+    checkpoint: Checkpoint, dtype: torch.dtype, quantize: str | None, tp_size: int | None
+) -> tuple[int, str]:
+    """
+    Returns over how many processes to shard the model, and why. Every process must call it.
+
+    Raises:
+        UsageError: quantised weights with `tp_size` above 1, or see `check_heads`.
+    """
+    if checkpoint.quantization or quantize:
+        why = f"{quantize or f'int{checkpoint.quantization.bits}'} weights are not sharded"
+        if (tp_size or 1) > 1:
+            raise UsageError(f"--tp_size {tp_size}: {why}: leave it out")
+        return 1, why
+    if tp_size is not None:
+        check_heads(checkpoint.config, tp_size)
+        return tp_size, "--tp_size"
+    return fitting_tp_size(checkpoint, dtype)
+
+
 def fitting_tp_size(checkpoint: Checkpoint, dtype: torch.dtype) -> tuple[int, str]:
     """
-    Over how few processes a model must be sharded, by the memory that is free to the one that has least; and why.
-    All processes must call it.
+    Returns the fewest processes whose memory holds the model, by the process with least free memory, and why.
+
+    Every process must call it.
     """
-    weights = sum(tensor.numel() * tensor.element_size() for tensor in checkpoint.empty_model(dtype).parameters())
+    weights = _weight_bytes(checkpoint.empty_model(dtype))
     if torch.cuda.is_available():
         free = torch.cuda.mem_get_info(local_rank())[0]
     else:
@@ -100,15 +156,21 @@ def fitting_tp_size(checkpoint: Checkpoint, dtype: torch.dtype) -> tuple[int, st
     free = min(gather_from_all(free))
     heads = checkpoint.config.num_attention_heads
     sizes = [size for size in range(1, world_size() + 1) if world_size() % size == 0 and heads % size == 0]
-    fitting = [size for size in sizes if ROOM * weights / size < free]
+    fitting = [size for size in sizes if MEMORY_FACTOR * weights / size < free]
     why = f"weights {weights / 2**30:.1f} GiB, free to a process {free / 2**30:.1f} GiB"
-    if not fitting and world_size() > 1 and heads % world_size():
+    if fitting:
+        return fitting[0], why
+    if heads % world_size():
         check_heads(checkpoint.config, world_size())
-    return (fitting or sizes)[0 if fitting else -1], why
+    return sizes[-1], why
+
+
+def _weight_bytes(model: PreTrainedModel) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in model.parameters())
 
 
 def input_device(model: PreTrainedModel) -> torch.device:
-    """Where inputs go: of a dispatched model, whose first weights may be offloaded, the first device that computes."""
+    """Returns where inputs go: for a dispatched model the first device that computes, as weights may be offloaded."""
     if not hasattr(model, "hf_device_map"):
         return model.device
     computing = [device for device in model.hf_device_map.values() if device not in ("cpu", "disk")]
@@ -116,27 +178,24 @@ def input_device(model: PreTrainedModel) -> torch.device:
 
 
 def dispatch(
-    path_or_id: str,
+    checkpoint: Checkpoint,
     dtype: torch.dtype,
-    max_memory: dict[int | str, str] | None,
-    offload_folder: str | None,
+    max_memory: dict[int | str, str] | None = None,
+    offload_folder: str | None = None,
     quantize: str | None = None,
 ) -> PreTrainedModel:
     """
-    Loads a checkpoint spread over the visible cards, then CPU memory, then files in `offload_folder`, layer by layer.
-
-    This is what `accelerate.load_checkpoint_and_dispatch` does, of its parts: that function cannot read a checkpoint
-    whose weights have other names than the model's, nor tell that one is missing.
+    Loads a checkpoint onto the visible cards, then CPU memory, then files in `offload_folder`, layer by layer.
 
     Args:
-        max_memory: what each device may take, like {0: "10GiB", "cpu": "30GiB"}; None is what is free.
+        checkpoint: opened with `quantize=stored_bits(quantize)`.
+        max_memory: limit of each device, like {0: "10GiB", "cpu": "30GiB"}; None is its free memory.
         offload_folder: for what fits nowhere else; None is a temporary directory, removed with the model.
-        quantize: "int8", "int4" or "fp8", whose products are made by `quantize_to_fp8`.
+        quantize: "int8", "int4" or "fp8"; `quantize_to_fp8` does the latter once adapters are attached.
 
     Raises:
-        UsageError: see `Checkpoint.open` and `.fill`; or no memory for a single layer.
+        UsageError: see `Checkpoint.fill`; or no memory for a single layer.
     """
-    checkpoint = Checkpoint.open(path_or_id, quantize=stored_bits(quantize))
     model = checkpoint.empty_model(dtype)
     no_split = model._no_split_modules
     whole = None if max_memory else card_for_all(model)
@@ -156,8 +215,8 @@ def dispatch(
         Path(offload_folder).mkdir(parents=True, exist_ok=True)
     checkpoint.fill(model, device_map, offload_folder)
     model = dispatch_model(model, device_map=device_map, offload_dir=offload_folder)
-    layers = Counter(str(device) for device in device_map.values())
-    print_once("placed " + ", ".join(f"{count} parts on {device}" for device, count in layers.items()))
+    modules = Counter(str(device) for device in device_map.values())
+    print_once("placed " + ", ".join(f"{count} modules on {device}" for device, count in modules.items()))
     if whole is not None and torch.cuda.device_count() > 1:
         print_once(
             f"the model fits on card {whole} alone, where it is faster than spread: to use all cards, each with its "
@@ -167,10 +226,9 @@ def dispatch(
 
 
 def card_for_all(model: PreTrainedModel) -> int | None:
-    """The card with most free memory, where the whole model and what it computes fit there."""
+    """Returns the card with most free memory if the whole model and its activations fit there, else None."""
     if not torch.cuda.is_available():
         return None
-    weights = sum(tensor.numel() * tensor.element_size() for tensor in model.parameters())
     free = {card: torch.cuda.mem_get_info(card)[0] for card in range(torch.cuda.device_count())}
     card = max(free, key=free.get)
-    return card if ROOM * weights < free[card] else None
+    return card if MEMORY_FACTOR * _weight_bytes(model) < free[card] else None

@@ -1,23 +1,31 @@
-"""How the next token is chosen, on the device and for a whole batch at once."""
+"""
+The choice of the next token, on the device and for a whole batch: logits in, token ids out.
+
+A sampled token is the largest of logits plus a hash of seed, sequence, step and token. No generator has a state, so
+batch size, replica and restart change nothing, and `generate` on an offloaded model chooses the same tokens: that is
+why torch.multinomial does not do. `ModelRunner` and `HfGenerator` call it.
+"""
 
 from dataclasses import dataclass
 
 import torch
 
-MIX = 0x9E3779B97F4A7C15 - (1 << 64)  # as int64
-LOW_32 = 0xFFFFFFFF
+GOLDEN_GAMMA = 0x9E3779B97F4A7C15 - (1 << 64)  # splitmix64's increment, as int64
+LOW_32 = 0xFFFFFFFF  # the bits that become a uniform number
 
 
 @dataclass(frozen=True)
 class Sampling:
     """
+    How tokens are chosen. The field names are keys in journals.
+
     Args:
         temperature: 0 is greedy.
-        top_k: sample among so many tokens; 0 is all.
-        top_p: sample among the fewest tokens that have this probability together.
-        repetition_penalty: divides positive logits of tokens that stand in prompt or answer, multiplies negative ones
-            (CTRL, arXiv:1909.05858, as transformers applies it); 1 changes nothing.
-        seed: with the row's own number it decides the answer, whatever the batch.
+        top_k: sample among the `top_k` likeliest tokens; 0 is all.
+        top_p: sample among the fewest tokens whose probabilities sum to this.
+        repetition_penalty: divides positive logits of tokens in prompt or answer, multiplies negative ones (CTRL,
+            arXiv:1909.05858, as transformers applies it); 1 changes nothing.
+        seed: with the sequence's own id it decides the answer, whatever the batch.
     """
 
     temperature: float = 0.0
@@ -27,14 +35,20 @@ class Sampling:
     seed: int = 0
 
     def choose(
-        self, logits: torch.Tensor, seen: torch.Tensor | None, rows: torch.Tensor, counts: torch.Tensor
+        self,
+        logits: torch.Tensor,
+        seen: torch.Tensor | None,
+        sequence_ids: torch.Tensor,
+        answer_lengths: torch.Tensor,
     ) -> torch.Tensor:
         """
+        Chooses one token per sequence.
+
         Args:
             logits: (B, V).
             seen: (B, V) bool, the tokens of prompt and answer; None without a repetition penalty.
-            rows: (B,) int64, the numbers of the rows.
-            counts: (B,) int64, how many tokens of the answer came before.
+            sequence_ids: (B,) int64.
+            answer_lengths: (B,) int64, tokens of the answer so far.
 
         Returns:
             (B,) int64 tokens.
@@ -45,37 +59,39 @@ class Sampling:
             logits = torch.where(seen, penalised, logits)
         if self.temperature == 0:
             return logits.argmax(-1)
-        logits = self._without_tail(logits.float() / self.temperature)
-        return (logits + gumbel_noise(self.seed, rows, counts, logits.shape[-1])).argmax(-1)
+        logits = self._mask_tail(logits.float() / self.temperature)
+        return (logits + gumbel_noise(self.seed, sequence_ids, answer_lengths, logits.shape[-1])).argmax(-1)
 
-    def _without_tail(self, logits: torch.Tensor) -> torch.Tensor:
+    def _mask_tail(self, logits: torch.Tensor) -> torch.Tensor:
+        """Sets logits (B, V) outside `top_k` and `top_p` to -inf."""
         if 0 < self.top_k < logits.shape[-1]:
             least = logits.topk(self.top_k).values[:, -1:]
             logits = logits.masked_fill(logits < least, -torch.inf)
         if self.top_p < 1:
             ordered = logits.sort(descending=True).values
             probabilities = ordered.softmax(-1)
-            kept = probabilities.cumsum(-1) - probabilities < self.top_p  # the first always
+            kept = probabilities.cumsum(-1) - probabilities < self.top_p  # always the first
             least = ordered.masked_fill(~kept, torch.inf).amin(-1, keepdim=True)
             logits = logits.masked_fill(logits < least, -torch.inf)
         return logits
 
 
-def gumbel_noise(seed: int, rows: torch.Tensor, counts: torch.Tensor, vocabulary: int) -> torch.Tensor:
+def gumbel_noise(seed: int, sequence_ids: torch.Tensor, answer_lengths: torch.Tensor, vocabulary: int) -> torch.Tensor:
     """
-    (B, V) float32 whose sum with logits is largest at a sample of their softmax. A hash of seed, row, step and token
-    makes it, so that it depends on nothing else: not on the batch, nor on a generator's state.
+    Returns (B, V) float32 noise; logits plus it are largest at a sample of their softmax (the Gumbel-max trick).
+
+    It is a hash of seed, sequence, step and token, so it depends neither on the batch nor on a generator's state.
     """
-    tokens = torch.arange(vocabulary, device=rows.device)
-    stream = _mix(_mix(rows + (seed + 1) * 1_000_003) + counts)
-    bits = _mix(stream[:, None] + tokens * MIX) & LOW_32
+    tokens = torch.arange(vocabulary, device=sequence_ids.device)
+    stream = _mix(_mix(sequence_ids + (seed + 1) * 1_000_003) + answer_lengths)
+    bits = _mix(stream[:, None] + tokens * GOLDEN_GAMMA) & LOW_32
     uniform = (bits.double() + 0.5) / (LOW_32 + 1)
     return -(-uniform.log()).log().float()
 
 
 def _mix(values: torch.Tensor) -> torch.Tensor:
-    """The finaliser of splitmix64 on int64, its shifts logical."""
-    values = values + MIX
+    """splitmix64's finaliser on int64, with logical shifts."""
+    values = values + GOLDEN_GAMMA
     values = (values ^ ((values >> 30) & ((1 << 34) - 1))) * (0xBF58476D1CE4E5B9 - (1 << 64))
     values = (values ^ ((values >> 27) & ((1 << 37) - 1))) * (0x94D049BB133111EB - (1 << 64))
     return values ^ ((values >> 31) & ((1 << 33) - 1))

@@ -1,4 +1,11 @@
-"""Shards a model over processes with DeepSpeed: heads and MLPs, split as the family needs it."""
+"""
+Tensor parallelism: a whole model in, this process's shard of its heads and MLPs out. `load_on_processes` calls it.
+
+DeepSpeed's inference engine does the splitting, but `deepspeed.init_inference` would take ChatGLM-6B's
+`query_key_value` as [Q; K; V] where it goes head by head, and its MLP as gated; both compute something else without
+an error. So each generation names its layers split by output rows and by input columns, and that goes to DeepSpeed
+through the hook that its layer replacement reads.
+"""
 
 from types import SimpleNamespace
 from typing import Any
@@ -14,22 +21,25 @@ from utils.models.family import Generation
 
 def tensor_parallel_groups(tp_size: int) -> tuple[Any, Any, int]:
     """
-    Of this process: the group of the `tp_size` processes that share its replica, the same over gloo, and the first
-    one's rank. All processes must call it.
+    Returns the group of the `tp_size` processes of this replica, the same over gloo, and its first process's rank.
+
+    Every process must call it.
     """
-    mine = None
+    own = None
     for start in range(0, world_size(), tp_size):
         ranks = list(range(start, start + tp_size))
         groups = torch.distributed.new_group(ranks), torch.distributed.new_group(ranks, backend="gloo")
         if process_rank() in ranks:
-            mine = (*groups, start)
-    return mine
+            own = (*groups, start)
+    return own
 
 
 def check_heads(config: PretrainedConfig, processes: int) -> None:
     """
+    Checks that the attention heads split evenly over the processes.
+
     Raises:
-        UsageError: the heads cannot be shared out evenly over so many processes.
+        UsageError: they do not.
     """
     heads = config.num_attention_heads
     if heads % processes:
@@ -43,12 +53,9 @@ def shard_with_deepspeed(
     model: PreTrainedModel, generation: Generation, dtype: torch.dtype, group: torch.distributed.ProcessGroup
 ) -> PreTrainedModel:
     """
-    Splits the attention heads and the MLPs over the processes of `group` (tensor parallelism) with DeepSpeed's
-    inference engine and moves this process's part to its device. All must give the same inputs and get the same
-    logits.
+    Splits attention heads and MLPs over the processes of `group`, and moves this process's shard to its device.
 
-    DeepSpeed's own guess would take ChatGLM-6B's `query_key_value` as [Q; K; V] where it goes head by head, and its
-    MLP as gated; both compute something else without an error. The generation says how its layers are split instead.
+    All processes of the group must then give the same inputs; they get the same logits.
 
     Raises:
         UsageError: the key/value heads cannot be repeated evenly.
@@ -59,7 +66,7 @@ def shard_with_deepspeed(
     from deepspeed.module_inject.autotp_config import AutoTPConfig, PartitionType, TPLayerSpec
 
     tp_size = torch.distributed.get_world_size(group)
-    if tp_size < world_size():  # on the CPU its sums over shared memory, which know no groups, are of all processes
+    if tp_size < world_size():  # on the CPU its all-reduce over shared memory ignores groups
         comm.cdb.shm_vector_kernel_level = 0
     repeat_key_value_heads(model, tp_size)
     plan = architecture_of(generation).tensor_parallel
@@ -77,20 +84,20 @@ def shard_with_deepspeed(
     )
 
     class PartitionedInferenceConfig(DeepSpeedInferenceConfig):
-        """Answers what DeepSpeed's layer replacement asks of a configuration; the stock one has no answer."""
+        """Has the method by which DeepSpeed's layer replacement asks for a partition; the stock class lacks it."""
 
         def get_partition_config_object(self) -> AutoTPConfig:
             return partition
 
-    # DeepSpeed shares the MLP out in grains of 64, the last rank taking the rest, which may leave a rank none.
+    # DeepSpeed splits the MLP in grains of 64 and gives the last rank the rest, so a rank might get none.
     grain = 64 if model.config.intermediate_size % (64 * tp_size) == 0 else 1
-    # This pair is what `deepspeed.init_inference` makes of its arguments, with the stock configuration.
+    # `deepspeed.init_inference` does the same two calls, with the stock configuration.
     config = PartitionedInferenceConfig(
         dtype=dtype,
         tensor_parallel={
             "tp_size": tp_size,
             "tp_grain_size": grain,
-            # The engine takes its group from one, its layers theirs from the other: without it they stay whole.
+            # The engine reads its group from "mpu", its layers from "tp_group": without that they stay whole.
             "mpu": SimpleNamespace(get_model_parallel_group=lambda: group),
             "tp_group": group,
         },
@@ -101,9 +108,12 @@ def shard_with_deepspeed(
 
 def repeat_key_value_heads(model: PreTrainedModel, processes: int) -> None:
     """
-    Grouped-query attention with fewer key/value heads than processes: repeats each, so that every process holds one.
+    Repeats key/value heads, in place, if there are fewer than processes, so that every process holds one.
 
-    The repeated heads serve fewer query heads each; the attention computes the same.
+    The repeated heads serve fewer query heads each, so attention computes the same.
+
+    Raises:
+        UsageError: they cannot be repeated evenly.
     """
     groups = getattr(model.config, "num_key_value_heads", processes)
     if groups % processes == 0:

@@ -1,43 +1,48 @@
 """
-Keys and values of the engine's rows: every row has a slot of fixed size, in which its tokens lie from the start.
+The engine's memory on the device: keys and values of every slot, and where the sequence in each slot stands.
 
-Shapes: B rows that compute, T tokens, H query heads, K key/value heads, D head size, S columns that may be filled.
+`ModelRunner` writes both in prefill and in every decode step; nothing here moves or grows while the engine lives,
+because CUDA graphs replay on the same addresses.
+
+Shapes: B sequences of a decode step, T tokens, K key/value heads, D head size, R sequences and N tokens of a prefill.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
-from torch.nn.functional import scaled_dot_product_attention
-from transformers import AttentionInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import AttentionMaskInterface
+from transformers import PreTrainedModel
 
-from utils.kernels import load_decode_attention
-from utils.layers.varlen_attention import varlen_attention_forward
+from utils.inference.engine.prefill import PrefillBatch
 
-SLOTS = "slots"  # its name in transformers' attention interface
+
+def kv_bytes_per_token(model: PreTrainedModel) -> int:
+    """Bytes that one token of one sequence takes in the KV cache, over all layers."""
+    config = model.config
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return 2 * config.num_hidden_layers * heads * head_dim * model.dtype.itemsize
 
 
 @dataclass
-class LayerSlots:
-    """One layer's slots, in the place of transformers' cache: keys and values (slots, K, columns, D)."""
+class LayerKVCache:
+    """One layer's slots in place of transformers' cache: keys and values (max_batch_size, K, max_seq_len, D)."""
 
     keys: torch.Tensor
     values: torch.Tensor
-    columns: torch.Tensor  # (B,) int64: where the token of each of the first B slots goes
+    next_index: torch.Tensor  # (B,) int64: where the next token of each of the first B slots goes
 
     def update(self, key: torch.Tensor, value: torch.Tensor, layer_idx: int, **kwargs):
-        """One token a row, (B, K, 1, D), into the first B slots -> all slots."""
-        rows = torch.arange(key.shape[0], device=key.device)
-        self.keys[rows, :, self.columns] = key[:, :, 0]
-        self.values[rows, :, self.columns] = value[:, :, 0]
+        """Writes one token per sequence, (B, K, 1, D), into the first B slots; returns the keys and values of all."""
+        slots = torch.arange(key.shape[0], device=key.device)
+        self.keys[slots, :, self.next_index] = key[:, :, 0]
+        self.values[slots, :, self.next_index] = value[:, :, 0]
         return self.keys, self.values
 
 
 @dataclass
 class PromptRecorder:
-    """Takes the cache's place while prompts are read: keeps what each layer makes of them, (1, K, N, D)."""
+    """Takes the cache's place during prefill: keeps a layer's keys and values of the prompts, (1, K, N, D)."""
 
     keys: torch.Tensor | None = None
     values: torch.Tensor | None = None
@@ -47,115 +52,98 @@ class PromptRecorder:
         return key, value
 
 
-@torch.library.custom_op("chatglm_family::slot_attention", mutates_args=())
-def slot_attention(
-    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor, scaling: float
-) -> torch.Tensor:
+@dataclass(frozen=True)
+class DecodeStateShape:
     """
-    Attention of one token a row to its slot. An operator of its own, so that compiled layers do not depend on S.
+    Sizes of a `DecodeState`.
 
     Args:
-        query: (B, H, 1, D); of the slots (slots, K, columns, D) the first B rows and S columns are read.
-        mask: (B, 1, 1, S), 0 or -inf, in the dtype of `query`; or (B,) int64, the last column of each slot that is
-            filled, for the kernel, which reads no further.
-
-    Returns:
-        (B, 1, H, D).
-    """
-    if mask.ndim == 1:
-        return load_decode_attention().decode_attention(query, keys, values, mask, scaling)
-    B, H, _, D = query.shape
-    S = mask.shape[-1]
-    heads = keys.shape[1]
-    grouped = query.reshape(B, heads, H // heads, D)  # the query heads of a key head as if they were its tokens
-    shape = (B, heads, H // heads, S)
-    output = scaled_dot_product_attention(
-        grouped, keys[:B, :, :S], values[:B, :, :S], attn_mask=mask.expand(shape), scale=scaling
-    )
-    return output.reshape(B, 1, H, D).contiguous()
-
-
-@slot_attention.register_fake
-def _(query, keys, values, mask, scaling):
-    B, H, _, D = query.shape
-    return query.new_empty(B, 1, H, D)
-
-
-def slot_attention_forward(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs):
-    """Prompts, more tokens than one, as `varlen` or with a mask as `sdpa`; single tokens by `slot_attention`."""
-    if "cu_seq_lens_q" in kwargs:
-        return varlen_attention_forward(module, query, key, value, None, scaling=scaling, **kwargs)
-    if query.shape[2] > 1:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
-    return slot_attention(query, key, value, attention_mask, scaling), None
-
-
-AttentionInterface.register(SLOTS, slot_attention_forward)
-AttentionMaskInterface.register(SLOTS, lambda *args, **kwargs: None)
-
-
-class SlotState:
-    """
-    Args:
-        slots: rows at once.
-        coordinates: of a position, 1 or ChatGLM-6B's 2, of which the first stays where the answer began.
-        steps: whose tokens `history` keeps.
-        stop_ids: tokens that end an answer.
-        vocabulary: tokens that are remembered of each row for a repetition penalty; 0 without one.
-
-    Of each slot, int64: `tokens`, the last one, which is not read yet; `lengths`, the column it goes to; `left`, how
-    many tokens may still come, 0 behind one that stops; `numbers` of the rows; `counts`, tokens of the answer;
-    `adapters`; `positions`, (slots, coordinates). `history` is (steps, slots), `clock` the row that is written next.
+        max_batch_size: slots.
+        coordinates: of a position: 2 for ChatGLM-6B, else 1.
+        decode_steps: whose tokens `history` keeps.
+        seen_tokens: size of the vocabulary if a repetition penalty needs each sequence's tokens, else 0.
     """
 
-    def __init__(
-        self, slots: int, coordinates: int, steps: int, stop_ids: Sequence[int], vocabulary: int, device: torch.device
-    ):
-        def zeros(*shape: int) -> torch.Tensor:
-            return torch.zeros(*shape, dtype=torch.int64, device=device)
+    max_batch_size: int
+    coordinates: int
+    decode_steps: int
+    seen_tokens: int
 
-        self.tokens, self.lengths, self.left = zeros(slots), zeros(slots), zeros(slots)
-        self.numbers, self.counts, self.adapters = zeros(slots), zeros(slots), zeros(slots)
-        self.positions = zeros(slots, coordinates)
-        self.history, self.clock, self.steps = zeros(steps, slots), zeros(1), steps
-        self.seen = torch.zeros(slots, vocabulary, dtype=torch.bool, device=device) if vocabulary else None
-        self.stops = torch.tensor(sorted(set(stop_ids)), device=device)
-        self.advances = torch.tensor([0, 1] if coordinates == 2 else [1], device=device)
 
-    def of_slots(self) -> list[torch.Tensor]:
-        """All that has a slot first."""
-        state = [self.tokens, self.lengths, self.left, self.numbers, self.counts, self.adapters, self.positions]
+class DecodeState:
+    """
+    Per-slot decode state on the device: last token, cache length, tokens left, position, adapter.
+
+    int64, one a slot:
+        next_token: the last token of the sequence, which the next decode step computes.
+        cache_length: tokens in the KV cache, so the index where that token goes.
+        tokens_left: how many more may come; 0 once a stop token came.
+        sequence_id, answer_length: with the seed they decide a sampled token.
+        adapter: number of the adapter; 0 is none.
+        position: (max_batch_size, coordinates). ChatGLM-6B's first coordinate stays where the answer began.
+
+    `history` (decode_steps, max_batch_size) holds the chosen tokens, `history_index` (1,) the row that is written
+    next; `seen` (max_batch_size, vocabulary) bool, the tokens of prompt and answer, or None.
+    """
+
+    def __init__(self, shape: DecodeStateShape, stop_ids: Collection[int], device: torch.device):
+        def zeros(*sizes: int) -> torch.Tensor:
+            return torch.zeros(*sizes, dtype=torch.int64, device=device)
+
+        slots = shape.max_batch_size
+        self.next_token, self.cache_length, self.tokens_left = zeros(slots), zeros(slots), zeros(slots)
+        self.sequence_id, self.answer_length, self.adapter = zeros(slots), zeros(slots), zeros(slots)
+        self.position = zeros(slots, shape.coordinates)
+        self.decode_steps = shape.decode_steps
+        self.history, self.history_index = zeros(shape.decode_steps, slots), zeros(1)
+        self.seen = None
+        if shape.seen_tokens:
+            self.seen = torch.zeros(slots, shape.seen_tokens, dtype=torch.bool, device=device)
+        self.stop_ids = torch.tensor(sorted(set(stop_ids)), device=device)
+        self.position_step = torch.tensor([0, 1] if shape.coordinates == 2 else [1], device=device)
+
+    def per_slot(self) -> list[torch.Tensor]:
+        """Returns every tensor whose first dimension is the slot."""
+        state = [
+            self.next_token,
+            self.cache_length,
+            self.tokens_left,
+            self.sequence_id,
+            self.answer_length,
+            self.adapter,
+            self.position,
+        ]
         return state if self.seen is None else [*state, self.seen]
 
-    def place(self, rows: torch.Tensor, ids: torch.Tensor, slot_of_ids: torch.Tensor) -> None:
-        """Rows come into slots: `rows` of `PackedPrompts`, and each token of their prompts with its slot."""
-        slots, following, lengths, left, numbers, adapters = rows[:6]
+    def place(self, batch: PrefillBatch) -> None:
+        """Puts the sequences of a prefill into their slots."""
         for tensor, values in (
-            (self.tokens, following),
-            (self.lengths, lengths),
-            (self.left, left),
-            (self.numbers, numbers),
-            (self.adapters, adapters),
-            (self.positions, rows[6:].t()),
+            (self.next_token, batch.next_token),
+            (self.cache_length, batch.cache_length),
+            (self.tokens_left, batch.max_new_tokens),
+            (self.sequence_id, batch.sequence_id),
+            (self.adapter, batch.adapter),
+            (self.position, batch.next_position.t()),
         ):
-            tensor[slots] = values
-        self.counts.index_fill_(0, slots, 0)
+            tensor[batch.slot] = values
+        self.answer_length.index_fill_(0, batch.slot, 0)
         if self.seen is not None:
             true = torch.ones((), dtype=torch.bool, device=self.seen.device)
-            self.seen.index_fill_(0, slots, False)
-            self.seen.index_put_((slot_of_ids, ids), true)
-            self.seen.index_put_((slots, following), true)
+            self.seen.index_fill_(0, batch.slot, False)
+            self.seen.index_put_((batch.token_slot, batch.token_ids), true)
+            self.seen.index_put_((batch.slot, batch.next_token), true)
 
     def advance(self, chosen: torch.Tensor) -> None:
-        """(B,) tokens of the first B slots; rows that stopped stay where they are."""
+        """Appends `chosen` (B,), the tokens of the first B slots; sequences that have ended keep their state."""
         size = len(chosen)
-        goes_on = (self.left[:size] > 0).long()
+        running = (self.tokens_left[:size] > 0).long()
         if self.seen is not None:
             self.seen[:size].scatter_(1, chosen[:, None], True)
-        self.tokens[:size] = chosen
-        self.history[:, :size].index_copy_(0, self.clock, chosen[None])
-        self.lengths[:size] += goes_on
-        self.counts[:size] += goes_on
-        self.positions[:size] += goes_on[:, None] * self.advances
-        self.left[:size] = torch.where(torch.isin(chosen, self.stops), 0, self.left[:size] - goes_on)
-        self.clock.copy_((self.clock + 1) % self.steps)
+        self.next_token[:size] = chosen
+        self.history[:, :size].index_copy_(0, self.history_index, chosen[None])
+        self.cache_length[:size] += running
+        self.answer_length[:size] += running
+        self.position[:size] += running[:, None] * self.position_step
+        stopped = torch.isin(chosen, self.stop_ids)
+        self.tokens_left[:size] = torch.where(stopped, 0, self.tokens_left[:size] - running)
+        self.history_index.copy_((self.history_index + 1) % self.decode_steps)
