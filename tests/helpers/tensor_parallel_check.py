@@ -26,8 +26,8 @@ whole = load_model(path)
 plan, split = checkpoint.architecture.tensor_parallel, 0
 shards = dict(sharded.named_modules())
 for name, module in whole.named_modules():
-    columns = any(name.endswith(column) for column in (*plan.columns, *plan.packed_columns))
-    if columns or any(name.endswith(row) for row in plan.rows):
+    columns = any(name.endswith(column) for column in (*plan.column_parallel, *plan.packed_column_parallel))
+    if columns or any(name.endswith(row) for row in plan.row_parallel):
         dimension = 0 if columns else 1
         whole_size, shard_size = module.weight.shape[dimension], shards[name].weight.shape[dimension]
         sizes = torch.tensor(shard_size)
@@ -36,7 +36,11 @@ for name, module in whole.named_modules():
         expected = whole_size * (repeats if name.endswith(("k_proj", "v_proj")) else 1)
         assert 0 < shard_size < whole_size and sizes == replica.replicas * expected, (name, shard_size, whole_size)
         split += 1
-assert split == (len(plan.columns) + len(plan.packed_columns) + len(plan.rows)) * whole.config.num_hidden_layers
+assert (
+    split
+    == (len(plan.column_parallel) + len(plan.packed_column_parallel) + len(plan.row_parallel))
+    * whole.config.num_hidden_layers
+)
 config = whole.config
 input_ids = torch.randint(100, 600, (2, 20), generator=torch.Generator().manual_seed(0))
 if hasattr(config, "gmask_token_id"):

@@ -2,6 +2,7 @@
 
 import gc
 import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from conftest import TEXTS, TINY, varlen_attn_reference
 from tools.random_checkpoint import random_model
 from utils.checkpoint.model import load_model
 from utils.checkpoint.tokenizer import load_tokenizer
-from utils.inference.engine import Engine
+from utils.inference.engine import Engine, attention
 from utils.inference.engine.attention import decode_attention, masked_decode_attention
 from utils.inference.engine.model_runner import EngineConfig, ModelRunner
 from utils.inference.engine.prefill import MAX_PREFILL_TOKENS, pack_prompts, padded_prefill_length
@@ -193,6 +194,59 @@ def test_decode_attention_is_two_operators():
     fake = decode_attention._opoverload
     with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True):
         assert fake(query, keys, values, lengths, 0.5).shape == output.shape
+
+
+class EagerGraphs(dict):
+    """`CudaGraphs` without a GPU: keeps the calls and makes them again."""
+
+    def capture(self, key, call) -> float:
+        self[key] = call
+        return 0.0
+
+    def replay(self, key) -> None:
+        self[key]()
+
+
+class KernelRunner(ModelRunner):
+    """Takes the path of a GPU with kernels: padded prefills from static inputs, attention by lengths, no masks."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.has_kernels, self.graphs = True, EagerGraphs()
+
+
+def attend_by_lengths(query, keys, values, lengths, scaling):
+    """What the Triton kernel computes, from a cache whose unfilled tokens are never read."""
+    output = torch.empty_like(query).transpose(1, 2)
+    for row, last in enumerate(lengths.tolist()):
+        filled = [tensor[row : row + 1, :, : last + 1] for tensor in (keys, values)]
+        attended = torch.nn.functional.scaled_dot_product_attention(
+            query[row : row + 1], *filled, scale=scaling, enable_gqa=True
+        )
+        output[row] = attended[0].transpose(0, 1)
+    return output
+
+
+@pytest.mark.parametrize("build", [trained_chatglm, random_glm])
+def test_the_path_of_a_gpu_with_kernels_answers_the_same(build, monkeypatch):
+    monkeypatch.setattr(varlen_attention, "varlen_attn", varlen_attn_reference)
+    monkeypatch.setattr(
+        attention, "load_decode_attention", lambda: SimpleNamespace(decode_attention=attend_by_lengths)
+    )
+    model, prompts = build()
+    prompts = prompts[:5]  # all causal or all bidirectional
+    prepare_for_decoding(model)
+    answers, runners = [], []
+    for runner_type, config in (
+        (ModelRunner, EngineConfig(5, 64, NEVER)),
+        (KernelRunner, EngineConfig(2, 64, NEVER, decode_steps=3)),  # slots and static inputs are used again
+    ):
+        engine = Engine(model, config, runner_type)
+        done = sorted(engine.answer(sequences_of(prompts, 12)), key=lambda sequence: sequence.sequence_id)
+        answers.append([sequence.answer_ids for sequence in done])
+        runners.append(engine.runner)
+    assert answers[0] == answers[1]
+    assert list(runners[1].graphs) == [("prefill", 128)]
 
 
 @pytest.mark.parametrize("build", [trained_chatglm, random_glm])

@@ -122,7 +122,7 @@ class PrefillBatch:
     def copy_from(self, batch: "PrefillBatch") -> None:
         """Overwrites the tensors of this batch, on the device, with those of another of the same shape on the host."""
         for target, source in zip(self.buffers, batch.buffers, strict=True):
-            target.copy_(source.pin_memory(), non_blocking=True)
+            target.copy_(source.pin_memory() if target.is_cuda else source, non_blocking=True)
 
 
 def pack_prompts(
