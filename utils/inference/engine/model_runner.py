@@ -190,10 +190,14 @@ class ModelRunner:
             cache.values[batch.token_slot, :, batch.token_index] = values[0].transpose(0, 1)
 
     def _new_cache(self, keys: torch.Tensor) -> LayerKVCache:
+        """Returns a layer's empty cache, its heads as those of `keys` (1, K, N, D)."""
         _, K, _, D = keys.shape
         shape = (self.max_batch_size, K, self.max_seq_len, D)
-        pair = [torch.zeros(shape, dtype=keys.dtype, device=self.device) for _ in range(2)]
-        return LayerKVCache(*pair, self.state.cache_length)
+        return LayerKVCache(
+            keys=torch.zeros(shape, dtype=keys.dtype, device=self.device),
+            values=torch.zeros(shape, dtype=keys.dtype, device=self.device),
+            next_index=self.state.cache_length,
+        )
 
     def decode(self, plan: DecodePlan) -> DecodeResult:
         """Starts the plan's decode steps; on a GPU it returns before they are done, see `wait`."""
