@@ -43,7 +43,7 @@ def decode_attention(
     Returns:
         (B, 1, H, D).
     """
-    return load_decode_attention().attend(query, keys, values, lengths, scaling)
+    return load_decode_attention().decode_attention(query, keys, values, lengths, scaling)
 
 
 @torch.library.custom_op("chatglm_family::masked_decode_attention", mutates_args=())
