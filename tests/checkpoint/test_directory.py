@@ -82,6 +82,19 @@ def test_another_model_of_the_library_is_refused_by_what_it_lacks(tmp_path):
     assert AutoTokenizer.from_pretrained(directory).convert_tokens_to_ids("[gMASK]")
 
 
+@pytest.mark.parametrize("source", [V1, V3])
+def test_an_opened_checkpoint_is_not_opened_again(tmp_path, source):
+    directory = copy_of(source, tmp_path / "opened")
+    checkpoint = Checkpoint.open(str(directory))
+    (directory / "config.json").unlink()
+    model, expected = checkpoint.load_model(), load_model(str(source))
+    assert all(torch.equal(value, expected.state_dict()[name]) for name, value in model.state_dict().items())
+    text = "你好 <|user|>"
+    assert checkpoint.load_tokenizer().encode(text) == load_tokenizer(str(source)).encode(text)
+    with pytest.raises(UsageError, match="has no config.json"):
+        load_model(str(directory))
+
+
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 1018370\n"
 
 

@@ -1,4 +1,4 @@
-"""Adapters that other configurations of PEFT make: the weights that they were trained with, or a refusal by name."""
+"""PEFT adapters of every configuration: they compute as in training, or are refused by the key's name."""
 
 import json
 import shutil
@@ -18,7 +18,7 @@ from utils.inference.placement import dispatch
 from utils.lora.adapter import load_adapter, merge_adapter, read_origin
 from utils.lora.adapter_config import COMPUTED, HOW_TO_MERGE, WITHOUT_EFFECT, read_adapter_config
 from utils.lora.formats import adapter_directory
-from utils.lora.multi_lora import add_adapters
+from utils.lora.multi_lora import adapter_choice_of, add_adapters
 
 BASE = str(GOLDEN / "chatglm3-6b-tiny")
 NAME = "model.layers.{}.self_attn.{}_proj"
@@ -26,14 +26,14 @@ IDS = torch.tensor([[5, 9, 14, 77, 31, 8]])
 
 
 def train(parameters):
-    """Moves an adapter from its start, every time by the same."""
+    """Moves an adapter from its initial weights, every time by the same."""
     generator = torch.Generator().manual_seed(1)
     for value in parameters:
         value.data += 0.3 * torch.randn(value.shape, generator=generator) * value.data.abs().mean().clamp(min=0.1)
 
 
 def make(directory, **settings):
-    """An adapter as PEFT makes, trains and saves it, and the logits and weights of the model in training."""
+    """Saves an adapter that PEFT made; returns the logits and the merged weights of the model in training."""
     torch.manual_seed(0)
     config = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"} | settings
     model = get_peft_model(load_model(BASE), LoraConfig(**config))
@@ -51,15 +51,16 @@ def change(directory, **values):
 
 @torch.no_grad()
 def check(directory, logits, weights):
-    """Alone, in the weights, beside another, on an offloaded base, and by its file: what it was trained with."""
+    """The adapter computes as in training: alone, merged, beside another, on an offloaded base, by its file."""
     assert (load_adapter(load_model(BASE), directory)(input_ids=IDS).logits - logits).abs().max() <= 1e-4
     merged = merge_adapter(load_model(BASE), directory / "adapter_model.safetensors").state_dict()
     assert all((merged[key] - weights[key]).abs().max() <= 1e-4 for key in weights)
     several = load_model(BASE)
     before = {key: value.clone() for key, value in several.state_dict().items()}
-    add_adapters(several, {"one": directory, "two": directory})
+    choice = add_adapters(several, {"one": directory, "two": directory})
+    assert adapter_choice_of(several) is choice and adapter_choice_of(load_model(BASE)) is None
     for row in (1, 2, 0):
-        several.adapter_choice.rows = torch.tensor([[row]])
+        choice.rows = torch.tensor([[row]])
         difference = (several(input_ids=IDS).logits - logits).abs().max()
         assert difference <= 1e-4 if row else difference > 1e-3
     kept = {key.replace(".base_layer", ""): value for key, value in several.state_dict().items()}
@@ -94,7 +95,7 @@ def test_the_weights_are_those_of_training(tmp_path, settings):
 @torch.no_grad()
 @pytest.mark.parametrize("init", ("pissa", "olora"))
 def test_the_principal_part_of_the_fused_projection(tmp_path, init):
-    """Of an adapter made on the remote code, whose query, key and value are one matrix."""
+    """An adapter from the remote code, where query, key and value are one matrix, takes its part out of all three."""
     state, trained, rank, scale = {}, {}, 4, 2.0
     layers = load_model(BASE).model.layers
     for i, layer in enumerate(layers):

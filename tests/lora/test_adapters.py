@@ -1,4 +1,4 @@
-"""Adapters made elsewhere, against values of the released models with PEFT; and what guards their loading."""
+"""Adapters from other tools against values of the released models with PEFT; what is refused when loading."""
 
 import json
 import shutil

@@ -1,6 +1,7 @@
 """
-README's commands on ChatGLM2-6B, ChatGLM3-6B and GLM-4-9B in small: each launcher starts one training or inference by
-itself, and what else it starts in the README runs in forked processes.
+README's commands on tiny ChatGLM2-6B, ChatGLM3-6B and GLM-4-9B, end to end.
+
+Each launcher starts one training or inference itself; other commands of the same launcher run in forked processes.
 """
 
 import json
@@ -13,7 +14,7 @@ from safetensors.torch import load_file
 
 from utils.distributed.process_group import free_port
 
-# What half of each model takes in CPU memory: the rest goes to disk.
+# Model -> CPU memory for half of it; the rest goes to disk.
 NAMES = {"chatglm2-6b-tiny": "1MB", "chatglm3-6b-tiny": "1MB", "glm-4-9b-chat-tiny": "1600KB"}
 TRAINING = [command for command in readme_commands() if "multi_gpu_fintune_belle.py" in command]
 TORCHRUN = "torchrun --nproc_per_node=2 "
@@ -35,14 +36,14 @@ PORT_FLAGS = {"torchrun": "--master_port", "accelerate launch": "--main_process_
 
 
 def on_a_free_port(command: str) -> str:
-    """The command beside other launchers of this machine."""
+    """The command with a free port, so that launchers can run side by side."""
     for launcher, flag in PORT_FLAGS.items():
         command = re.sub(f"^{launcher} ", f"{launcher} {flag} {free_port()} ", command)
     return command
 
 
 class Trained:
-    """A tokenised dataset, and the adapter that one process trained on it."""
+    """A tokenised dataset and the adapter that one process trained on it."""
 
     def __init__(self, name: str, directory: Path, run_script, run_ranks, run_command):
         self.model, self.memory = GOLDEN / name, NAMES[name]
@@ -57,14 +58,14 @@ class Trained:
         assert "global batch 4 " in result.check().out
 
     def flags(self, output_dir: Path) -> str:
-        """Of every training: they follow the README's, and the last one counts."""
+        """The flags of every training; they follow those of the README's command, so they win."""
         return (
             f"--model_name_or_path {self.model} --dataset_path {self.directory}/tokens --lora_rank 4 --fp16 "
             f"--learning_rate 2e-3 --max_steps 4 --logging_steps 2 --output_dir {output_dir}"
         )
 
     def train(self, command: str) -> Path:
-        """By its launcher, but for plain DDP: torchrun starts ZeRO-3's processes in the same way."""
+        """Runs a training command, with its launcher except for plain DDP: torchrun starts ZeRO-3 the same way."""
         output_dir = self.directory / f"adapter{len(list(self.directory.iterdir()))}"
         if command == DDP:
             result = self.run_ranks(2, f"{command.removeprefix(TORCHRUN)} {self.flags(output_dir)}").check()

@@ -1,4 +1,4 @@
-"""The forms of a prompt, and how the one used in tokenising finds its way through training to inference."""
+"""The native and the alpaca template, and how inference takes the one that the rows were tokenised with."""
 
 import json
 
@@ -24,7 +24,7 @@ def tokenizer(request):
     return load_tokenizer(str(request.param))
 
 
-def test_alpaca_stands_between_the_generations_own_tokens(tokenizer):
+def test_alpaca_is_between_the_generations_own_tokens(tokenizer):
     native, alpaca = template_for(tokenizer), template_for(tokenizer, "alpaca")
     text = ALPACA + "你好\n\n### Response:"
     assert alpaca.render(QUESTION) == text
@@ -54,8 +54,8 @@ def test_alpaca_survives_truncation(tokenizer):
 
 def test_fingerprints_tell_tokenizers_and_templates_apart():
     tokenizers = [load_tokenizer(str(path)) for path in MODELS]
-    found = {fingerprint(t, template_for(t, name)) for t in tokenizers for name in ("native", "alpaca")}
-    assert len(found) == 2 * len(MODELS)
+    hashes = {fingerprint(t, template_for(t, name)) for t in tokenizers for name in ("native", "alpaca")}
+    assert len(hashes) == 2 * len(MODELS)
 
 
 def test_inference_takes_the_template_of_training(run_script, tmp_path):
@@ -74,9 +74,9 @@ def test_inference_takes_the_template_of_training(run_script, tmp_path):
         f"chatglm_milti_gpu_inference.py --model_name_or_path {TINY} --input_path {tmp_path}/rows.jsonl "
         f"--output_path {tmp_path}/answers --max_new_tokens 2 --adapter_path {tmp_path}/adapter"
     )
-    for flags, said, start in (
+    for flags, line, start in (
         ("", "template alpaca (the adapter's)", ALPACA),
         ("--template native", "template native (flag)", "你好"),
     ):
-        assert said in run_script(f"{answer} {flags}").check().out
+        assert line in run_script(f"{answer} {flags}").check().out
         assert json.loads((tmp_path / "answers").read_text())["prompt"].startswith(start)
