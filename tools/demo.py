@@ -1,8 +1,9 @@
 """
 python tools/demo.py
 
-The whole pipeline on the embedded checkpoint, as a user types it: process, tokenise, LoRA training with ZeRO-3 on two
-processes, batch inference with and without the adapter. Prints exact match on held-out prompts before and after.
+Runs the whole pipeline on the embedded checkpoint, with the commands that a user types: process, tokenise, LoRA
+training with ZeRO-3 on two processes, batch inference with and without the adapter. Prints exact match on held-out
+prompts before and after.
 """
 
 import argparse
@@ -25,11 +26,11 @@ ROOT = Path(__file__).resolve().parent.parent
 MODEL = "data/chatglm-tiny"
 HELD_OUT = "data/sample.heldout.json"
 DEFAULT_DIR = ROOT / "data" / "demo"
-MARK = ".demo"  # the file of a directory that is the demo's own
+MARK = ".demo"  # a file that marks a directory as the demo's own, which it may empty
 
 
 def commands(work: str, port: int | None) -> dict[str, str]:
-    """What runs, by the name of its row in the table; torchrun on that port or on its own."""
+    """Return the commands by name; `port` is torchrun's, None its default."""
     work = shlex.quote(work)
     listen = f" --master_port {port}" if port else ""
     answer = (
@@ -50,7 +51,7 @@ def commands(work: str, port: int | None) -> dict[str, str]:
 
 
 def exact_match(answers_path: Path) -> float:
-    """Share of the held-out rows answered exactly, compared after NFKC, which the tokenizer applies to all text."""
+    """Return the share of held-out rows answered exactly, after the tokenizer's NFKC."""
     targets = [json.loads(line)["output"] for line in (ROOT / HELD_OUT).read_bytes().splitlines()]
     answers = [json.loads(line)["answer"] for line in answers_path.read_bytes().splitlines()]
     pairs = zip(answers, targets, strict=True)
@@ -60,13 +61,15 @@ def exact_match(answers_path: Path) -> float:
 
 def empty_directory(directory: Path) -> None:
     """
+    Make `directory`, or empties it if it is the demo's own.
+
     Raises:
-        UsageError: what lies there is not the demo's, or the directory cannot be made.
+        UsageError: it holds other files, or cannot be made.
     """
     try:
         if directory.is_dir():
-            own = directory == DEFAULT_DIR or (directory / MARK).is_file() or not any(directory.iterdir())
-            if not own:
+            may_empty = directory == DEFAULT_DIR or (directory / MARK).is_file() or not any(directory.iterdir())
+            if not may_empty:
                 raise UsageError(f"--work_dir {directory} holds other files: name a directory that is empty or new")
             shutil.rmtree(directory)
         directory.mkdir(parents=True)
@@ -77,8 +80,8 @@ def empty_directory(directory: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work_dir", type=Path, default=DEFAULT_DIR, help="emptied first (%(default)s)")
-    parser.add_argument("--master_port", type=int, help="of torchrun, where another run has its own")
+    parser.add_argument("--work_dir", type=Path, default=DEFAULT_DIR, help="emptied first (default: %(default)s)")
+    parser.add_argument("--master_port", type=int, help="torchrun's port, if another run uses the default")
     args = parser.parse_args()
     work = args.work_dir.resolve()
     empty_directory(work)

@@ -2,18 +2,17 @@
 python tools/evaluate.py --input_path data/sample.heldout.json --adapter_path output
 
 Answers held-out rows with the base model and with each adapter, compares the answers with the rows' targets, and
-writes --output_dir/report.md, report.html (one file, figures in it), scores.json and answers.jsonl. Needs
-pip install -r tools/requirements.txt. The last line is JSON.
+writes report.md, report.html (one file, figures included), scores.json and answers.jsonl to --output_dir. Needs
+pip install -r tools/requirements.txt. The last line printed is JSON.
 """
 
-import argparse
 import base64
 import html
 import io
 import json
 import re
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,24 +21,21 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from utils.common.script import run
 
-from utils.checkpoint.directory import add_model_flags, choose_generation
 from utils.checkpoint.model import Checkpoint
-from utils.checkpoint.tokenizer import load_tokenizer
 from utils.common.errors import Faults, RowError, RunError, UsageError
 from utils.common.files import atomic_writer, check_output_path
 from utils.common.terminal import escape_controls
 from utils.data.json_lines import dump_row
 from utils.data.row_parser import check_columns, parse_row, read_rows
-from utils.data.row_schema import COLUMNS_HELP, NO_RENAMES, ColumnMap
-from utils.inference.arguments import adapter_names, resolve_dtype
+from utils.data.row_schema import COLUMNS_HELP, ColumnMap
+from utils.inference.arguments import ModelFlags, adapter_names, check_minimums, flag, parse_flags, resolve_dtype
 from utils.inference.batch_generator import AnswerSettings, BatchGenerator, PromptCodec
-from utils.inference.job import check_adapters, resolve_template
+from utils.inference.job import check_adapters, open_checkpoint, resolve_template
 from utils.inference.placement import dispatch, input_device, prepare_for_decoding
-from utils.inference.prompt_reader import BASE, PromptRow
-from utils.layers.quantization import BITS
+from utils.inference.prompt_reader import BASE_NAME, PromptRow
 from utils.lora.multi_lora import add_adapters
 from utils.models.conversation import Conversation
-from utils.models.templates import TEMPLATES, encode_prompt
+from utils.models.templates import encode_prompt
 
 SHOWN = {
     "exact_match": "exact match %",
@@ -58,133 +54,157 @@ NOTE = (
     "Mean or corpus score over the rows, in brackets its 95% interval by bootstrap over rows (1000 resamples). BLEU-4 "
     "(zh) and chrF: sacrebleu, of the corpus. ROUGE: rouge_score on jieba's words, F1."
 )
-# What Markdown, or a program that shows it, makes markup or a link of in the middle of a line
+# Characters inside a line that Markdown, or a program that shows it, turns into markup or a link
 MARKUP = re.compile(r"[\\`*_\[\]{}<>&@|~$^]|:(?=//)|(?<=/)/|\.(?=[^\W\d])")
 HTML_POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    model = parser.add_argument_group("model")
-    add_model_flags(model)
-    model.add_argument("--adapter_path", nargs="+", default=[], metavar="ADAPTER", help="adapters to compare (none)")
-    model.add_argument("--any_base", action="store_true", help="take adapters that were trained on other weights")
-    model.add_argument("--lora_alpha", type=int, help="of a chatglm-lora.pt, which does not record it (32)")
-    model.add_argument("--quantize", choices=BITS, help="hold the weights in 8 or 4 bits")
-    model.add_argument("--fp16", action="store_true", help="float16 weights: the default on a GPU")
-    model.add_argument("--bf16", action="store_true", help="bfloat16 weights")
-    model.add_argument("--fp32", action="store_true", help="float32 weights: the default without a GPU")
-    rows = parser.add_argument_group("rows")
-    rows.add_argument("--input_path", required=True, help="rows with targets, in any form that training reads")
-    rows.add_argument("--columns", type=ColumnMap.parse, default=NO_RENAMES, help=COLUMNS_HELP)
-    rows.add_argument("--max_rows", type=int, default=0, help="the first so many rows (0: all)")
-    rows.add_argument("--template", choices=TEMPLATES, help="form of the prompts (the adapters', else native)")
-    answers = parser.add_argument_group("answers")
-    answers.add_argument("--batch_size", type=int, default=0, help="rows at once (0: as many as fit)")
-    answers.add_argument("--max_new_tokens", type=int, default=512, help="tokens of an answer, at most (%(default)s)")
-    report = parser.add_argument_group("report")
-    report.add_argument("--output_dir", default="output/evaluation", help="(%(default)s)")
-    report.add_argument("--samples", type=int, default=20, help="rows shown side by side (%(default)s)")
-    report.add_argument("--seed", type=int, default=0, help="of the resamples (%(default)s)")
-    args = parser.parse_args()
-    choose_generation(args.model_name_or_path, args.generation)
-    return args
+@dataclass(kw_only=True)
+class EvaluationModelFlags(ModelFlags):
+    """ModelFlags of an evaluation, whose adapters are compared."""
+
+    _argument_group_name = "model"
+
+    adapter_path: list[str] = flag("adapters to compare with the base model", [], metavar="ADAPTER")
 
 
-def check_arguments(args: argparse.Namespace) -> None:
-    """
-    Raises:
-        UsageError: with every fault.
-    """
-    faults = Faults()
-    for name, least in (("max_rows", 0), ("batch_size", 0), ("max_new_tokens", 1), ("samples", 0)):
-        if getattr(args, name) < least:
-            faults.add(f"--{name} {getattr(args, name)} must be at least {least}")
-    names = [BASE, *adapter_names(args.adapter_path)]
-    if len(set(names)) < len(names):
-        faults.add(f"--adapter_path: the names {', '.join(names)} must differ: rename a directory")
-    for name in OUTPUTS:
+@dataclass(kw_only=True)
+class TargetRowFlags:
+    """Which rows are answered."""
+
+    _argument_group_name = "rows"
+
+    input_path: str = field(metadata={"help": "rows with targets, in any form that training reads (required)"})
+    columns: str | None = flag(COLUMNS_HELP, metavar="ROLE=COLUMN,...")
+    max_rows: int = flag("evaluate only the first rows; 0: all", 0)
+
+
+@dataclass(kw_only=True)
+class GreedyAnswerFlags:
+    """How they are answered: greedily."""
+
+    _argument_group_name = "answers"
+
+    batch_size: int = flag("sequences decoded together; 0: as many as memory holds", 0)
+    max_new_tokens: int = flag("most tokens of an answer", 512)
+
+
+@dataclass(kw_only=True)
+class ReportFlags:
+    """What the report shows, and where it goes."""
+
+    _argument_group_name = "report"
+
+    output_dir: str = flag("directory of the report", "output/evaluation")
+    samples: int = flag("rows shown side by side", 20)
+    seed: int = flag("seed of the bootstrap resamples", 0)
+
+
+@dataclass(kw_only=True)
+class EvaluationArguments(EvaluationModelFlags, TargetRowFlags, GreedyAnswerFlags, ReportFlags):
+    """All flags of this tool."""
+
+    def collect_faults(self) -> Faults:
+        """Return every mistake in the flags."""
+        faults = Faults()
+        check_minimums(self, faults, max_rows=0, batch_size=0, max_new_tokens=1, samples=0)
+        names = [BASE_NAME, *adapter_names(self.adapter_path)]
+        if len(set(names)) < len(names):
+            faults.add(f"--adapter_path: the names {', '.join(names)} must differ: rename a directory")
         with faults.collect():
-            check_output_path(Path(args.output_dir) / name, [args.input_path], "--output_dir: its")
-    faults.report()
-    check_adapters(args)
+            ColumnMap.parse(self.columns)
+        for name in OUTPUTS:
+            with faults.collect():
+                check_output_path(Path(self.output_dir) / name, [self.input_path], "--output_dir: its")
+        return faults
 
 
-def read_targets(path: str, columns: ColumnMap, most: int) -> list[Conversation]:
+def read_targets(path: str, columns: ColumnMap, max_rows: int) -> list[Conversation]:
     """
+    Return the conversations of the first `max_rows` rows of a file; 0: all.
+
     Raises:
         UsageError: no such file, or a row without a prompt or a target.
     """
     check_columns(columns, [path])
-    found = []
+    conversations = []
     for _, number, row in read_rows(path, partial(parse_row, columns=columns)):
         if isinstance(row, RowError):
             raise UsageError(f"--input_path {path}:{number}: {row}; every row needs a prompt and a target")
-        found.append(row)
-        if len(found) == most:
+        conversations.append(row)
+        if len(conversations) == max_rows:
             break
-    if not found:
+    if not conversations:
         raise UsageError(f"--input_path {path} has no rows")
-    return found
+    return conversations
 
 
-def answer_all(args: argparse.Namespace, rows: list[Conversation]) -> dict[str, list[dict[str, Any]]]:
-    """Name of base or adapter -> answers in the order of `rows`; all in one pass, side by side in the batches."""
-    tokenizer = load_tokenizer(args.model_name_or_path)
+def answer_all(
+    args: EvaluationArguments, checkpoint: Checkpoint, rows: list[Conversation]
+) -> dict[str, list[dict[str, Any]]]:
+    """
+    Answer all rows with base and adapters, together in one pass.
+
+    Returns:
+        Name of base or adapter -> its answers in the order of `rows`, as `BatchGenerator.run` yields them.
+    """
+    tokenizer = checkpoint.load_tokenizer()
     template = resolve_template(args, tokenizer)
-    checkpoint = Checkpoint.open(args.model_name_or_path, quantize=args.quantize)
-    model = dispatch(checkpoint, resolve_dtype(args))
+    model = dispatch(checkpoint, resolve_dtype(args), quantize=args.quantize)
     names = adapter_names(args.adapter_path)
     if names:
         add_adapters(model, dict(zip(names, args.adapter_path, strict=True)), args.lora_alpha)
     prepare_for_decoding(model)
-    systems = [BASE, *names]
-    requests = []
-    for number, row in enumerate(rows):
+    systems = [BASE_NAME, *names]
+    prompts = []
+    for row in rows:
         input_ids, text = encode_prompt(tokenizer, row.prompt, template), template.render(row.prompt)
-        for place, name in enumerate(systems):
-            requests.append(PromptRow(number * len(systems) + place, text, input_ids, None, name if names else None))
+        for name in systems:
+            prompts.append(PromptRow(len(prompts), text, input_ids, adapter=name if names else None))
     settings = AnswerSettings(args.max_new_tokens, adapters=tuple(names))
+    answers: list[dict[str, Any]] = []
     generator = BatchGenerator(model, PromptCodec(tokenizer, template), settings, input_device(model))
-    found = {}
-    for answer in generator.run(requests, args.batch_size):
-        found[answer["index"]] = answer
-        if len(found) % 100 == 0:
-            print(f"{len(found)}/{len(requests)} answers", flush=True)
-    return {
-        name: [found[number * len(systems) + place] for number in range(len(rows))]
-        for place, name in enumerate(systems)
-    }
+    for answer in generator.run(prompts, args.batch_size):
+        answers.append(answer)
+        if len(answers) % 100 == 0:
+            print(f"{len(answers)}/{len(prompts)} answers", flush=True)
+    answers.sort(key=lambda answer: answer["index"])
+    return {name: answers[i :: len(systems)] for i, name in enumerate(systems)}
 
 
 def check_failures(answers: dict[str, list[dict[str, Any]]]) -> None:
     """
     Raises:
-        RunError: of base or an adapter, more than half of the rows have no answer.
+        RunError: more than half of the rows have no answer of the base or of an adapter.
     """
-    for name, of in answers.items():
-        failed = [answer["error"] for answer in of if answer["finish_reason"] == "error"]
-        if 2 * len(failed) > len(of):
-            raise RunError(f"{len(failed)} of {len(of)} rows have no answer of {name}, the first: {failed[0]}")
+    for name, system_answers in answers.items():
+        errors = [answer["error"] for answer in system_answers if answer["finish_reason"] == "error"]
+        if 2 * len(errors) > len(system_answers):
+            raise RunError(
+                f"{len(errors)} of {len(system_answers)} rows have no answer of {name}, the first: {errors[0]}"
+            )
 
 
 def table(scores: dict[str, dict[str, Any]]) -> list[list[str]]:
-    return [["", *scores]] + [[label, *(str(of[key]) for of in scores.values())] for key, label in SHOWN.items()]
+    """Return the cells of the table of scores: a head, then a row for each of SHOWN."""
+    rows = [[label, *(str(values[key]) for values in scores.values())] for key, label in SHOWN.items()]
+    return [["", *scores], *rows]
 
 
 def plot(scores: dict[str, dict[str, Any]], answers: dict[str, list[dict[str, Any]]]) -> bytes:
-    """Scores with their intervals, and how long answers are; a PNG."""
+    """Return a PNG of the scores with their intervals, and of the answers' lengths."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
     keys = list(SHOWN)[:7]
     width = 0.8 / len(scores)
-    for place, (name, of) in enumerate(scores.items()):
+    for index, (name, values) in enumerate(scores.items()):
         label = f" {escape_controls(name)}".replace("$", r"\$")  # "_a" would have no legend, "$a$" would be a formula
-        values = [of[key].value for key in keys]
-        errors = [[max(of[k].value - of[k].low, 0) for k in keys], [max(of[k].high - of[k].value, 0) for k in keys]]
-        left.bar([i + place * width for i in range(len(keys))], values, width, yerr=errors, capsize=2, label=label)
+        means = [values[key] for key in keys]
+        below, above = [max(s.value - s.low, 0) for s in means], [max(s.high - s.value, 0) for s in means]
+        x = [i + index * width for i in range(len(keys))]
+        left.bar(x, [s.value for s in means], width, yerr=[below, above], capsize=2, label=label)
         right.hist([a.get("answer_tokens", 0) for a in answers[name]], bins=30, histtype="step", label=label)
     left.set_xticks([i + 0.4 - width / 2 for i in range(len(keys))], [SHOWN[key] for key in keys], rotation=30)
     left.legend()
@@ -197,17 +217,19 @@ def plot(scores: dict[str, dict[str, Any]], answers: dict[str, list[dict[str, An
 
 
 def plain(text: str) -> str:
-    """`text` as Markdown that shows it in a line or a table's cell, without markup, links or pictures of its own."""
+    """Escape `text` so that Markdown shows it as it is, in a line or a cell."""
     shown = escape_controls(text.replace("\r\n", "\n"))
-    return MARKUP.sub(lambda found: f"&#{ord(found[0])};", shown).replace("\n", "<br>")
+    return MARKUP.sub(lambda match: f"&#{ord(match[0])};", shown).replace("\n", "<br>")
 
 
 def markdown(head: str, scores, samples: list[list[str]], figure_name: str) -> str:
+    """Return report.md; `samples` are rows of cells, the first one their head."""
+
     def rows(cells: list[list[str]]) -> str:
         lines = [f"| {' | '.join(row)} |" for row in cells]
         return "\n".join([lines[0], "|" + " --- |" * len(cells[0]), *lines[1:]])
 
-    numbers = rows(table({plain(name): of for name, of in scores.items()}))
+    numbers = rows(table({plain(name): values for name, values in scores.items()}))
     texts = rows([[plain(text) for text in row] for row in samples])
     return f"# Evaluation\n\n{plain(head)}\n\n{numbers}\n\n{NOTE}\n\n![scores and lengths]({figure_name})\n\n" + (
         f"## Side by side\n\n{texts}\n" if len(samples) > 1 else ""
@@ -215,6 +237,8 @@ def markdown(head: str, scores, samples: list[list[str]], figure_name: str) -> s
 
 
 def page(head: str, scores, samples: list[list[str]], figure: bytes) -> str:
+    """Return report.html, with the figure in it and without scripts; see `markdown`."""
+
     def rows(cells: list[list[str]]) -> str:
         kinds = ["th"] + ["td"] * (len(cells) - 1)
         return "\n".join(
@@ -236,20 +260,13 @@ def page(head: str, scores, samples: list[list[str]], figure: bytes) -> str:
     )
 
 
-def main() -> None:
-    args = parse_arguments()
-    from tools.scores import score_answers  # says so before a model loads where a package is missing
-
-    check_arguments(args)
-    rows = read_targets(args.input_path, args.columns, args.max_rows)
-    answers = answer_all(args, rows)
-    targets = [row.target for row in rows]
-    scores = {name: score_answers(of, targets, args.seed) for name, of in answers.items()}
-    head = f"{len(rows)} rows of {args.input_path}, {args.model_name_or_path}"
-    samples = [["prompt", "target", *answers]] + [
-        [answers[BASE][i]["prompt"], targets[i], *(of[i]["answer"] or "" for of in answers.values())]
-        for i in range(min(args.samples, len(rows)))
-    ]
+def write_report(args: EvaluationArguments, targets: list[str], answers: dict[str, list[dict]], scores: dict) -> None:
+    """Write OUTPUTS; `answers` and `scores` are by the name of base or adapter."""
+    head = f"{len(targets)} rows of {args.input_path}, {args.model_name_or_path}"
+    samples = [["prompt", "target", *answers]]
+    for i, target in enumerate(targets[: args.samples]):
+        prompt, texts = answers[BASE_NAME][i]["prompt"], [each[i]["answer"] or "" for each in answers.values()]
+        samples.append([prompt, target, *texts])
     figure = plot(scores, answers)
     output = Path(args.output_dir)
     with atomic_writer(output / "report.md") as file:
@@ -259,13 +276,29 @@ def main() -> None:
         file.write(page(head, scores, samples, figure))
     with atomic_writer(output / "answers.jsonl") as file:
         for i, target in enumerate(targets):
-            file.writelines(
-                dump_row({"row": i, "system": name, "target": target} | of[i]) for name, of in answers.items()
-            )
-    values = {name: {key: asdict(score) for key, score in of.items()} for name, of in scores.items()}
+            for name, system_answers in answers.items():
+                file.write(dump_row({"row": i, "system": name, "target": target} | system_answers[i]))
     with atomic_writer(output / "scores.json") as file:
-        json.dump(values, file, indent=1)
-    summary = {name: {key: round(score.value, 2) for key, score in of.items()} for name, of in scores.items()}
+        json.dump(
+            {name: {key: asdict(score) for key, score in each.items()} for name, each in scores.items()},
+            file,
+            indent=1,
+        )
+
+
+def main() -> None:
+    args = parse_flags(EvaluationArguments, __doc__, "%(prog)s --input_path FILE [--FLAG VALUE ...]")
+    from tools.scores import score_answers  # fails here, before a model loads, if a package is missing
+
+    args.collect_faults().report()
+    rows = read_targets(args.input_path, ColumnMap.parse(args.columns), args.max_rows)
+    checkpoint = open_checkpoint(args)
+    check_adapters(args, checkpoint)
+    answers = answer_all(args, checkpoint, rows)
+    targets = [row.target for row in rows]
+    scores = {name: score_answers(each, targets, args.seed) for name, each in answers.items()}
+    write_report(args, targets, answers, scores)
+    summary = {name: {key: round(score.value, 2) for key, score in each.items()} for name, each in scores.items()}
     print(json.dumps({"output_dir": args.output_dir, "rows": len(rows), "scores": summary}))
     check_failures(answers)
 

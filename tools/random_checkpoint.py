@@ -1,10 +1,10 @@
 """
 python tools/random_checkpoint.py --shape chatglm3-6b --output_dir /tmp/chatglm3-6b-random
 
-Writes a checkpoint of a real model's shape with random weights (float16, safetensors in shards, the released names)
-and a small tokenizer: to measure speed and memory where the real weights are not at hand. Greedy answers are made of
-the tokenizer's tokens, so that they have texts to compare; but ChatGLM-6B's head is its embedding, and random weights
-then repeat one token. Uses a GPU where there is one.
+Writes a checkpoint of a real model's shape with random weights (float16, sharded safetensors, the released names) and
+a small tokenizer, to measure speed and memory without the real weights. Its greedy answers have texts that can be
+compared, for they contain only tokens of the tokenizer; ChatGLM-6B's repeat one token, because its head is its
+embedding. Uses a GPU if there is one.
 """
 
 import argparse
@@ -61,14 +61,11 @@ GLM = {
         "layernorm_epsilon": 1.5625e-07,
         "seq_length": 131072,
         "rope_ratio": 500,
-        "eos_token_id": [
-            256,
-            263,
-            265,
-        ],  # of the 256 bytes and specials of `write_tokenizer`
+        # Ids in the vocabulary of `write_tokenizer`: 256 bytes, then the special tokens.
+        "eos_token_id": [256, 263, 265],
         "pad_token_id": 256,
     },
-    "chatglm3-1b": CHATGLM3  # no release: small enough to train all of it
+    "chatglm3-1b": CHATGLM3  # not a released shape: small enough for full fine-tuning
     | {
         "padded_vocab_size": 1024,
         "hidden_size": 2048,
@@ -89,8 +86,11 @@ SHAPES = (*CHATGLM, *GLM)
 
 
 def random_model(shape: str, device: str, dtype: torch.dtype, seed: int = 0) -> PreTrainedModel:
-    """A model of one of SHAPES with normal weights on `device`, in train mode; its special tokens are the tokenizer's
-    that `main` writes beside it."""
+    """
+    Return a randomly initialised model of one of SHAPES on `device`, in train mode.
+
+    Its special token ids are those of the tokenizer that `write_tokenizer` writes.
+    """
     if shape in CHATGLM:
         tokenizer = load_tokenizer(str(TOKENIZER))
         names = {field.name for field in dataclasses.fields(ChatGLMConfig) if field.name.endswith("_token_id")}
@@ -108,12 +108,12 @@ def random_model(shape: str, device: str, dtype: torch.dtype, seed: int = 0) -> 
 
 
 def write_tokenizer(shape: str, directory: Path) -> None:
-    """One that the generation reads: the embedded SentencePiece model, or for GLM-4 the 256 bytes."""
+    """Write the embedded SentencePiece model, or for GLM-4 a vocabulary of 256 bytes."""
     if shape in CHATGLM:
         for name in ("ice_text.model", "tokenizer_config.json"):
             shutil.copyfile(TOKENIZER / name, directory / name)
         return
-    name = shape if "glm-4" in shape or "chatglm" in shape else f"chatglm3-{shape}"  # which tells the generation
+    name = shape if "glm-4" in shape or "chatglm" in shape else f"chatglm3-{shape}"  # identifies the generation
     (directory / "tokenizer_config.json").write_text(json.dumps({"name_or_path": name}) + "\n", encoding="utf-8")
     if shape == "glm-4-9b":
         ranks = (f"{base64.b64encode(bytes([byte])).decode()} {byte}\n" for byte in range(256))
@@ -123,14 +123,14 @@ def write_tokenizer(shape: str, directory: Path) -> None:
 
 
 def silence_unused_ids(shape: str, model: PreTrainedModel) -> None:
-    """Gives ids that `write_tokenizer`'s vocabulary lacks the logit 0, which the largest of the others exceeds."""
+    """Give ids without a token the logit 0, which greedy decoding never chooses."""
     size = 256 if shape == "glm-4-9b" else len(load_tokenizer(str(TOKENIZER)))
     with torch.no_grad():
         model.get_output_embeddings().weight[size:] = 0
 
 
 def save_checkpoint(shape: str, model: PreTrainedModel, directory: Path) -> None:
-    """Writes a model of one of SHAPES, and a tokenizer."""
+    """Write a model of one of SHAPES under the released names, and a tokenizer."""
     directory.mkdir(parents=True, exist_ok=True)
     if shape in CHATGLM:
         model.save_pretrained(directory, max_shard_size="2GB")
@@ -142,7 +142,7 @@ def save_checkpoint(shape: str, model: PreTrainedModel, directory: Path) -> None
 
 
 def write_checkpoint(shape: str, directory: Path, device: str, seed: int = 0) -> int:
-    """Writes the files of one of SHAPES; returns its number of parameters."""
+    """Write a random checkpoint of one of SHAPES; return its number of parameters."""
     model = random_model(shape, device, torch.float16, seed)
     silence_unused_ids(shape, model)
     save_checkpoint(shape, model, directory)
@@ -151,9 +151,9 @@ def write_checkpoint(shape: str, directory: Path, device: str, seed: int = 0) ->
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", choices=SHAPES, default="chatglm-6b", help="(%(default)s)")
-    parser.add_argument("--output_dir", type=Path, required=True, help="written anew")
-    parser.add_argument("--seed", type=int, default=0, help="of the weights (%(default)s)")
+    parser.add_argument("--shape", choices=SHAPES, default="chatglm-6b", help="(default: %(default)s)")
+    parser.add_argument("--output_dir", type=Path, required=True, help="directory of the checkpoint")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the weights (default: %(default)s)")
     args = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     parameters = write_checkpoint(args.shape, args.output_dir, device, args.seed)

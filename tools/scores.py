@@ -1,4 +1,9 @@
-"""How answers compare with references: exact match, BLEU-4, chrF, ROUGE, lengths; each with a confidence interval."""
+"""
+Score answers against references, each score with a confidence interval.
+
+Exact match, BLEU-4, chrF, ROUGE, lengths. Called by tools/evaluate.py. BLEU and chrF are sacrebleu's, ROUGE is
+rouge_score's on jieba's words; only the bootstrap is ours, for neither library resamples rows for all of them.
+"""
 
 import logging
 from collections.abc import Sequence
@@ -18,24 +23,26 @@ except ImportError as error:
     raise UsageError(f"{error.name} is not installed: pip install -r tools/requirements.txt") from None
 
 jieba.setLogLevel(logging.WARNING)
-jieba.dt.tmp_dir = str(user_cache("jieba"))  # its words, as Python objects; by default in /tmp, whoever put them there
+jieba.dt.tmp_dir = str(user_cache("jieba"))  # of its parsed dictionary; the default, /tmp, anybody can write to
 ROUGE = ("rouge1", "rouge2", "rougeL")
-CONFIDENCE = (2.5, 97.5)  # percent
+PERCENTILES = (2.5, 97.5)  # ends of the 95% interval
 RESAMPLES = 1000
-PERCENT = ("exact_match", "bleu4", "chrf", *ROUGE, "stopped")
 
 
 class JiebaWords:
-    """The tokenizer that rouge_score asks for: the words that jieba cuts, blanks left out."""
+    """The tokenizer for rouge_score, whose own keeps only Latin letters and digits."""
 
     def tokenize(self, text: str) -> list[str]:
+        """Return jieba's words, without blanks."""
         return [word for word in jieba.lcut(text) if word.strip()]
 
 
 @dataclass(frozen=True)
 class Score:
+    """A score and the ends of its 95% interval, by bootstrap over rows."""
+
     value: float
-    low: float  # of the 95% interval, by bootstrap over rows
+    low: float
     high: float
 
     def __str__(self) -> str:
@@ -44,13 +51,13 @@ class Score:
 
 def score_answers(answers: Sequence[dict[str, Any]], references: Sequence[str], seed: int = 0) -> dict[str, Score]:
     """
-    Scores in percent, except `answer_tokens` and `reference_characters`, `answer_characters`, which are means.
+    Return scores by name: in percent, except the means `answer_tokens`, `answer_characters`, `reference_characters`.
+
+    BLEU-4 (zh tokenisation) and chrF are those of the corpus; ROUGE-1/2/L is the mean F1.
 
     Args:
-        answers: as `generate_answers` yields them, in the order of `references`; one that failed counts as empty.
-
-    BLEU-4 (zh tokenisation) and chrF are sacrebleu's of the corpus; ROUGE-1/2/L is the mean F1 of rouge_score on
-    jieba's words.
+        answers: lines of an answer file, in the order of `references`; one with an error counts as empty.
+        seed: of the bootstrap.
     """
     texts = [answer["answer"] or "" for answer in answers]
     scorer = RougeScorer(list(ROUGE), tokenizer=JiebaWords())
@@ -72,13 +79,13 @@ def score_answers(answers: Sequence[dict[str, Any]], references: Sequence[str], 
 
 
 def _mean(values: np.ndarray, draws: np.ndarray) -> Score:
-    low, high = np.percentile(values[draws].mean(1), CONFIDENCE)
+    low, high = np.percentile(values[draws].mean(1), PERCENTILES)
     return Score(float(values.mean()), float(low), float(high))
 
 
 def _corpus(metric, texts: Sequence[str], references: Sequence[str], draws: np.ndarray) -> Score:
-    """A corpus score adds up counts of rows; a resample adds up those of its rows."""
+    """Resample a corpus score by the counts of its rows, which add up to it."""
     counts = np.array(metric._extract_corpus_statistics(texts, [references]))  # (rows, counts)
     resampled = [metric._compute_score_from_stats(counts[draw].sum(0).tolist()).score for draw in draws]
-    low, high = np.percentile(resampled, CONFIDENCE)
+    low, high = np.percentile(resampled, PERCENTILES)
     return Score(metric.corpus_score(texts, [references]).score, float(low), float(high))

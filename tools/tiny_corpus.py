@@ -1,10 +1,9 @@
 """
 python tools/tiny_corpus.py
 
-The text behind `data/chatglm-tiny`: what its base model is trained on, and the task that only an adapter learns.
-
-All of it is made here: sentences of four parts (who, when, where, what) and instructions that rearrange them.
-Run as a script it writes the sample rows in `data/`.
+Generates the text behind `data/chatglm-tiny`: what its base model is trained on, and the task that only an adapter
+learns. Sentences have a person, a time, a place and an action; instructions rearrange them. Run as a script it writes
+the sample rows in `data/`; tools/train_tiny_checkpoint.py and the benchmarks import it.
 """
 
 import json
@@ -14,6 +13,7 @@ from pathlib import Path
 
 
 def words(text: str) -> list[str]:
+    """Return the words of a text that blanks separate."""
     return text.split()
 
 
@@ -28,6 +28,8 @@ ACTIONS = words(
 
 @dataclass(frozen=True)
 class Sentence:
+    """Who does what, when and where."""
+
     person: str
     time: str
     place: str
@@ -35,10 +37,12 @@ class Sentence:
 
     @property
     def text(self) -> str:
+        """The sentence, written out."""
         return f"{self.person}{self.time}在{self.place}{self.action}"
 
 
-# Instruction -> answer, over the parts of one sentence. Two wordings each: the base learns to read instructions.
+# Two wordings of an instruction -> the answer, a format string over one sentence. With two the base has to understand
+# instructions, not to memorise them.
 BASE_TASKS = {
     ("请重复下面的句子:", "照原样再说一遍:"): "{text}",
     ("句子里的人是谁?", "谁在做这件事?"): "{person}",
@@ -76,21 +80,23 @@ CHAT = {
     "谢谢": "不客气!",
     "再见": "再见,祝你天天开心!",
 }
-# The adapter's task: an instruction and an arrangement that the base never saw.
+# The adapter's task, which the base has not seen.
 ADAPTER_INSTRUCTION = "把下面的句子写成日记:"
 ADAPTER_ANSWER = "日记:{time}的{place},我和{person}一起{action},真开心!"
 
 
 def sentence(rng: random.Random) -> Sentence:
+    """Return a random sentence."""
     return Sentence(rng.choice(PEOPLE), rng.choice(TIMES), rng.choice(PLACES), rng.choice(ACTIONS))
 
 
 def fill(answer: str, s: Sentence) -> str:
+    """Return the format string `answer` filled with the words of a sentence."""
     return answer.format(person=s.person, time=s.time, place=s.place, action=s.action, text=s.text)
 
 
 def base_row(rng: random.Random) -> tuple[str, str]:
-    """One (prompt, answer) of the base model's training text."""
+    """Return one (prompt, answer) of the base model's training text."""
     if rng.random() < 0.02:
         return rng.choice(sorted(CHAT.items()))
     instructions, answer = rng.choice(list(BASE_TASKS.items()))
@@ -99,7 +105,7 @@ def base_row(rng: random.Random) -> tuple[str, str]:
 
 
 def adapter_rows(count: int, seed: int) -> list[dict[str, str]]:
-    """`count` rows of the adapter's task in BELLE's format, no sentence twice."""
+    """Return `count` rows of the adapter's task in BELLE's format, no sentence twice."""
     rng = random.Random(seed)
     sentences: dict[Sentence, None] = {}
     while len(sentences) < count:
@@ -110,7 +116,7 @@ def adapter_rows(count: int, seed: int) -> list[dict[str, str]]:
 
 
 def instruction_rows(count: int, seed: int) -> list[dict[str, str]]:
-    """`count` rows of the base's own tasks in Alpaca's format."""
+    """Return `count` rows of the base's own tasks in Alpaca's format."""
     rng = random.Random(seed)
     rows = []
     for _ in range(count):
@@ -121,7 +127,7 @@ def instruction_rows(count: int, seed: int) -> list[dict[str, str]]:
 
 
 def sample_files() -> dict[str, list[dict[str, str]]]:
-    """The sample rows shipped in `data/`, by file name."""
+    """Return the sample rows shipped in `data/`, by file name."""
     rows = adapter_rows(400, seed=1)
     return {
         "sample.train.json": rows[:300],

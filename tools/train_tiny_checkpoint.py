@@ -1,9 +1,9 @@
 """
 python tools/train_tiny_checkpoint.py --output_dir data/chatglm-tiny
 
-Trains the embedded checkpoint: a ChatGLM-6B architecture of a few million parameters with a SentencePiece model of
-its own, on the text of `tools/tiny_corpus.py`. Runs on a GPU or on the CPU; writes the released layout of files, with
-float16 weights in safetensors. The one in `data/` took 8000 steps, 319 s on one H100.
+Trains the checkpoint in `data/chatglm-tiny`: ChatGLM-6B's architecture with a few million parameters and a
+SentencePiece model of its own, on the text of `tools/tiny_corpus.py`. Runs on a GPU or on the CPU; writes the released
+file layout, with float16 weights in safetensors. The one in `data/` took 8000 steps, 319 s on one H100.
 """
 
 import argparse
@@ -27,7 +27,7 @@ SPECIAL_PIECES = ["[MASK]", "[gMASK]", "[sMASK]", "<unused_0>", "<sop>", "<eop>"
 
 
 def train_sentencepiece(texts: list[str], vocab_size: int, directory: Path) -> ChatGLMTokenizer:
-    """Trains `ice_text.model` with the special pieces of the released one and loads it as a tokenizer."""
+    """Train `ice_text.model`, with the released special pieces, and load it."""
     blanks = [f"<|blank_{n}|>" for n in range(2, LONGEST_BLANK + 1)]
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(texts),
@@ -70,7 +70,7 @@ def train_sentencepiece(texts: list[str], vocab_size: int, directory: Path) -> C
 
 
 def make_batch(tokenizer, rng: random.Random, batch_size: int, device: str) -> dict[str, torch.Tensor]:
-    """Right-padded rows: input_ids, attention_mask and labels, each (B, T) int64; the loss is on answers alone."""
+    """Return right-padded input_ids, attention_mask and labels, each (B, T) int64; only answers have labels."""
     rows = []
     for _ in range(batch_size):
         prompt, answer = base_row(rng)
@@ -88,8 +88,8 @@ def make_batch(tokenizer, rng: random.Random, batch_size: int, device: str) -> d
 
 
 @torch.no_grad()
-def exact_match(model, tokenizer, count: int, device: str) -> float:
-    """Share of `count` unseen base rows that greedy decoding answers exactly."""
+def exact_share(model, tokenizer, count: int, device: str) -> float:
+    """Return the share of `count` unseen base rows that greedy decoding answers exactly."""
     rng = random.Random(10**9)
     rows = [base_row(rng) for _ in range(count)]
     tokenizer.padding_side = "left"
@@ -102,11 +102,11 @@ def exact_match(model, tokenizer, count: int, device: str) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=8000, help="of the optimizer (%(default)s)")
-    parser.add_argument("--batch_size", type=int, default=96, help="rows a step (%(default)s)")
-    parser.add_argument("--learning_rate", type=float, default=1e-3, help="at its height (%(default)s)")
-    parser.add_argument("--vocab_size", type=int, default=900, help="pieces of the SentencePiece model (%(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of text and weights (%(default)s)")
+    parser.add_argument("--steps", type=int, default=8000, help="optimizer steps (default: %(default)s)")
+    parser.add_argument("--batch_size", type=int, default=96, help="rows a step (default: %(default)s)")
+    parser.add_argument("--learning_rate", type=float, default=1e-3, help="peak learning rate (default: %(default)s)")
+    parser.add_argument("--vocab_size", type=int, default=900, help="SentencePiece pieces (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of text and weights (default: %(default)s)")
     args = parser.parse_args()
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -152,7 +152,7 @@ def main() -> None:
     trained = ChatGLMForConditionalGeneration.from_pretrained(args.output_dir, dtype=torch.float32).to(device).eval()
     summary = {
         "parameters": sum(p.numel() for p in trained.parameters()),
-        "exact_match": exact_match(trained, tokenizer, 500, device),
+        "exact_match": exact_share(trained, tokenizer, 500, device),
         "seconds": round(time.time() - started),
         "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
     }

@@ -10,6 +10,7 @@ import pytest
 from conftest import ROOT, TINY
 
 from tools.demo import MARK, empty_directory
+from utils.checkpoint.model import Checkpoint
 from utils.checkpoint.tokenizer import load_tokenizer
 from utils.common.errors import UsageError
 from utils.common.files import atomic_writer
@@ -19,7 +20,7 @@ from utils.data.json_lines import dump_row
 from utils.data.raw_reader import input_paths
 from utils.data.rejections import Rejections
 from utils.data.shards import shards_directory
-from utils.inference.merge_export import merge_and_save
+from utils.inference.merge_export import MergeSource, merge_and_save
 from utils.training.run_log import keep_log
 
 UNDECODABLE = os.fsdecode(b"gb\xb0\xa1")  # a file name in GBK: Linux does not say in which encoding
@@ -106,7 +107,8 @@ def test_weights_under_undecodable_names_are_refused(run_script, tmp_path, token
     result = run_script(f"multi_gpu_fintune_belle.py {flags}")
     assert result.code == 2 and bad in result.err and result.err.count("\n") == 1, result.err
     with pytest.raises(UsageError, match="--merge_and_save .*: the name is not UTF-8"):
-        merge_and_save(str(TINY), "adapter", tmp_path / UNDECODABLE / "merged", None)
+        source = MergeSource(Checkpoint.open(str(TINY)), load_tokenizer(str(TINY)), "adapter")
+        merge_and_save(source, tmp_path / UNDECODABLE / "merged", None)
 
 
 def test_an_existing_name_is_not_a_pattern(tmp_path, monkeypatch):

@@ -171,7 +171,7 @@ def test_a_system_message_as_the_released_code_has_it(tokenizer):
     if template.has_system_role:
         token = tokenizer.convert_tokens_to_ids
         newline, system, user = (tokenizer.encode(text, add_special_tokens=False) for text in ("\n", "说短些", "你好"))
-        prefix = token(list(template.prefix))
+        prefix = token(list(template.opening_tokens))
         turns = [token("<|system|>"), *newline, *system, token("<|user|>"), *newline, *user, token("<|assistant|>")]
         assert ids == [*prefix, *turns]
     else:

@@ -1,4 +1,4 @@
-"""Answers that are kept: what of a journal and of a finished output counts, and what is never lost or overwritten."""
+"""Journals and finished outputs: which old answers count, and what is never lost or overwritten."""
 
 import json
 import os
@@ -10,12 +10,12 @@ from safetensors.torch import load_file, save_file
 from test_answers import SCRIPT, make_adapter
 
 from utils.common.errors import RunError, UsageError
-from utils.inference import answer_writer
+from utils.inference.answer_journal import RECORD_PREFIX, hash_of
 from utils.inference.answer_writer import AnswerFile
 from utils.inference.prompt_reader import PromptRow
 
 SETTINGS = {"model": "m", "max_new_tokens": 16}
-REQUESTS = [PromptRow(index, f"问题{index}\n", [5, index]) for index in range(3)]
+PROMPTS = [PromptRow(index, f"问题{index}\n", [5, index]) for index in range(3)]
 ANSWERS = [
     {
         "index": 0,
@@ -44,10 +44,10 @@ ANSWERS = [
 ]
 
 
-def keep(path, settings=SETTINGS, requests=REQUESTS, answers=ANSWERS, finish=False, **options) -> AnswerFile:
-    """What a command does, as if killed before its end or with `finish`."""
+def keep(path, settings=SETTINGS, prompts=PROMPTS, answers=ANSWERS, finish=False, **options) -> AnswerFile:
+    """Write answers as a command does: to its end with `finish`, otherwise as if killed before."""
     file = AnswerFile(path, settings, **options)
-    file.begin(requests)
+    file.begin(prompts)
     file.open()
     for answer in answers:
         file.add(answer)
@@ -58,39 +58,40 @@ def keep(path, settings=SETTINGS, requests=REQUESTS, answers=ANSWERS, finish=Fal
     return file
 
 
-def known(path, settings=SETTINGS, requests=REQUESTS) -> dict:
-    return AnswerFile(path, settings).known(requests)
+def known(path, settings=SETTINGS, prompts=PROMPTS) -> dict:
+    return AnswerFile(path, settings).known(prompts)
 
 
 def flips(path):
-    """A bit of every byte of a file flipped, all eight of a newline, one at a time; and where."""
+    """Flip one bit of every byte of a file, of a newline each of its eight, one at a time; yields the position."""
     data = path.read_bytes()
-    for place, byte in enumerate(data):
-        for bit in range(8) if byte in b"\n" else [place % 8]:
-            path.write_bytes(data[:place] + bytes([data[place] ^ 1 << bit]) + data[place + 1 :])
-            yield place
+    for position, byte in enumerate(data):
+        for bit in range(8) if byte in b"\n" else [position % 8]:
+            path.write_bytes(data[:position] + bytes([byte ^ 1 << bit]) + data[position + 1 :])
+            yield position
     path.write_bytes(data)
 
 
 def test_a_flipped_bit_loses_its_record_alone(tmp_path):
-    """Wherever it is: in an answer, a checksum, a newline, the line of the settings."""
+    """In an answer, a checksum, a newline or the record of the settings."""
     keep(tmp_path / "o.jsonl")
     journal = tmp_path / "o.jsonl.partial-0"
     first = journal.read_bytes().index(b"\n")
-    for place in flips(journal):
-        found = known(tmp_path / "o.jsonl")
-        assert len(found) >= (3 if place <= first else 2) and all(found[i] == ANSWERS[i] for i in found), place
+    for position in flips(journal):
+        answers = known(tmp_path / "o.jsonl")
+        least = 3 if position <= first else 2
+        assert len(answers) >= least and all(answers[i] == ANSWERS[i] for i in answers), position
     assert len(known(tmp_path / "o.jsonl")) == 3
 
 
 @pytest.mark.parametrize("name, least", [("o.jsonl", 2), ("o.csv", 0)])
 def test_a_flipped_bit_in_the_output(tmp_path, name, least):
-    """It is answered again; of a table a damaged quote can cost the rows behind it. The damaged file is kept."""
+    """The row is answered again; a damaged quote of a table can cost the rows after it. The damaged file is kept."""
     keep(tmp_path / name, finish=True)
     assert known(tmp_path / name) == dict(enumerate(ANSWERS))
-    for place in flips(tmp_path / name):
-        found = known(tmp_path / name)
-        assert least <= len(found) <= 3 and all(found[i] == ANSWERS[i] for i in found), place
+    for position in flips(tmp_path / name):
+        answers = known(tmp_path / name)
+        assert least <= len(answers) <= 3 and all(answers[i] == ANSWERS[i] for i in answers), position
     changed = (tmp_path / name).read_bytes().replace("答案".encode(), "咎案".encode())
     (tmp_path / name).write_bytes(changed)
     assert sorted(known(tmp_path / name)) == [1, 2]
@@ -110,7 +111,7 @@ def test_an_output_without_its_marker_is_no_answer(tmp_path):
     assert len(known(tmp_path / "o.jsonl")) == 3
 
 
-def test_a_journal_that_ends_in_a_record_goes_on(tmp_path):
+def test_a_journal_cut_in_a_record_is_continued(tmp_path):
     keep(tmp_path / "o.jsonl", answers=ANSWERS[:2])
     journal = tmp_path / "o.jsonl.partial-0"
     whole = journal.read_bytes()
@@ -129,13 +130,12 @@ def test_records_of_any_depth_and_kind(tmp_path):
     keep(tmp_path / "o.jsonl")
     with (tmp_path / "o.jsonl.partial-0").open("ab") as journal:
         for body in (b'"a": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", b'"settings": 1', b"}", b'"version": {}}'):
-            checksum = answer_writer.hash_of(body).encode()
-            journal.write(answer_writer.RECORD + checksum + b'", ' + body + b"\n")
+            journal.write(RECORD_PREFIX + hash_of(body).encode() + b'", ' + body + b"\n")
     assert known(tmp_path / "o.jsonl") == dict(enumerate(ANSWERS))
 
 
 def test_what_earlier_versions_wrote_is_answered_again(tmp_path, capsys):
-    """And neither refused nor removed: nothing in it says which weights and which tokens it was made from."""
+    """It is neither refused nor removed, but does not say which weights and tokens its answers come from."""
     rows = "".join(json.dumps(answer) + "\n" for answer in ANSWERS)
     (tmp_path / "o.jsonl").write_text(rows)
     (tmp_path / ".o.jsonl.settings.json").write_text(json.dumps(SETTINGS))
@@ -158,8 +158,8 @@ def test_another_result_is_kept_aside(tmp_path, capsys):
     keep(output, other, answers=[answer | {"answer": "别的"} for answer in ANSWERS], finish=True)
     assert (tmp_path / "o.jsonl.previous-1").read_bytes() == first
     assert "kept as o.jsonl.previous-1" in capsys.readouterr().out
-    keep(output, SETTINGS, REQUESTS[:1], ANSWERS[:1], finish=True)  # other rows, as of another input
-    keep(output, SETTINGS, finish=True)  # has all that stood there
+    keep(output, SETTINGS, PROMPTS[:1], ANSWERS[:1], finish=True)  # other rows, as of another input
+    keep(output, SETTINGS, finish=True)  # has all answers of the output that it replaces
     assert sorted(path.name for path in tmp_path.glob("*previous*")) == ["o.jsonl.previous-1", "o.jsonl.previous-2"]
     keep(output, other, finish=True, overwrite=True)
     assert len(list(tmp_path.glob("*previous*"))) == 2 and not list(tmp_path.glob("*partial*"))
@@ -184,7 +184,7 @@ def test_overwrite_forgets_every_journal(tmp_path):
 
 
 def test_an_output_in_use_is_refused(tmp_path):
-    """With any settings, and with --overwrite too; not once the command has ended, or died."""
+    """With any settings, and with --overwrite too; no longer once the command has ended or died."""
     running = keep(tmp_path / "o.jsonl")
     for options in ({}, {"overwrite": True}, {"settings": {}}):
         with pytest.raises(UsageError, match="in use by a command that has not ended"):
@@ -194,7 +194,7 @@ def test_an_output_in_use_is_refused(tmp_path):
     keep(tmp_path / "o.jsonl", finish=True)
 
 
-# From here on by the script.
+# The tests below run the script.
 
 
 @pytest.fixture
@@ -249,25 +249,25 @@ def test_a_model_changed_in_place_answers_again(answer, tmp_path):
     }
     for name, change in changes.items():
         change()
-        found, summary = answer()
+        changed, summary = answer()
         assert summary["answered_before"] == 0, name
-        assert found == answer("--overwrite", output="p.jsonl")[0], name
+        assert changed == answer("--overwrite", output="p.jsonl")[0], name
         assert answer()[1]["answered_before"] == 2, name
-    assert found != before
+    assert changed != before
 
 
 def test_an_adapter_changed_in_place_answers_again(answer, tmp_path):
-    """And one whose directory has the answers too, as with the default paths, is the same when they are there."""
+    """The answers in the adapter's directory, where the default paths put them, are no part of the adapter."""
     make_adapter(tmp_path / "output", 1, rank=2)
     flags, output = f"--adapter_path {tmp_path}/output", "output/answers.jsonl"
     before, _ = answer(flags, output=output)
     assert answer(flags, output=output)[1]["answered_before"] == 2
     make_adapter(tmp_path / "output", 2, rank=2)
-    found, summary = answer(flags, output=output)
-    assert summary["answered_before"] == 0 and found != before
+    changed, summary = answer(flags, output=output)
+    assert summary["answered_before"] == 0 and changed != before
 
 
-def test_an_unfinished_command_goes_on_in_the_adapters_directory(answer, tmp_path, monkeypatch):
+def test_an_unfinished_command_resumes_in_the_adapters_directory(answer, tmp_path, monkeypatch):
     def fail(self, answers):
         raise RunError("killed")
 
@@ -292,7 +292,7 @@ def test_an_output_that_would_destroy_something(answer, tmp_path, output):
 
 
 def test_most_rows_failing_is_a_failure(answer, tmp_path):
-    """Of the exit code; the output is complete, and the same command has the same outcome."""
+    """The exit code is 1 although the output is complete; the same command has the same outcome."""
     (tmp_path / "rows.jsonl").write_text('{"prompt": "你好"}\n{"wrong": "columns"}\n{"wrong": "columns"}\n')
     for _ in range(2):
         assert "2 of 3 rows could not be answered" in answer(code=1)

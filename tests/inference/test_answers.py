@@ -15,7 +15,7 @@ from utils.inference.answer_writer import AnswerFile
 from utils.inference.batch_generator import AnswerSettings, BatchGenerator, PromptCodec
 from utils.inference.engine.model_runner import ModelRunner
 from utils.inference.placement import prepare_for_decoding
-from utils.inference.prompt_reader import PromptRow, read_requests
+from utils.inference.prompt_reader import PromptRow, read_prompt_rows
 from utils.lora.adapter import AdapterOrigin, LoraSettings, attach_adapter, save_adapter
 from utils.models.templates import template_for
 
@@ -206,7 +206,7 @@ def generate(rows):
         model, tokenizer = load_model(str(TINY)), load_tokenizer(str(TINY))
         prepare_for_decoding(model)
         codec = PromptCodec(tokenizer, template_for(tokenizer))
-        prompts = read_requests(str(rows), tokenizer, codec.template)
+        prompts = read_prompt_rows(str(rows), tokenizer, codec.template)
         generator = BatchGenerator(model, codec, settings, torch.device("cpu"))
         generator.backend.runner_type = runner_type
         return prompts, sorted(generator.run(prompts, batch_size=5), key=lambda answer: answer["index"])
@@ -281,7 +281,7 @@ print(json.dumps({"answered_before": before}))
         ("writes its journal at the end", "a kill would lose the others"),
         ("does not read its journal", "answered again|taken over"),
         ("begins its journal anew", "answers are lost"),
-        ("answers otherwise after a kill", "not that of a run that nobody killed"),
+        ("answers otherwise after a kill", "not that of a run without a kill"),
     ],
 )
 def test_the_harness_finds_a_program_that_loses_answers(tmp_path, fault, words):

@@ -13,7 +13,7 @@ from utils.checkpoint.tokenizer import load_tokenizer
 from utils.common.errors import UsageError
 from utils.inference.batch_generator import AnswerSettings, BatchGenerator, PromptCodec
 from utils.inference.placement import prepare_for_decoding
-from utils.inference.prompt_reader import read_requests
+from utils.inference.prompt_reader import read_prompt_rows
 from utils.inference.stop_strings import decode
 from utils.inference.tensor_parallel import check_heads
 from utils.lora.adapter import AdapterOrigin, LoraSettings, attach_adapter, save_adapter
@@ -249,7 +249,7 @@ def test_prompts_of_similar_length_share_batches(workspace):
     model, tokenizer = load_model(str(TINY)), load_tokenizer(str(TINY))
     prepare_for_decoding(model)
     codec = PromptCodec(tokenizer, template_for(tokenizer))
-    rows = read_requests(f"{workspace}/rows.jsonl", tokenizer, codec.template)
+    rows = read_prompt_rows(f"{workspace}/rows.jsonl", tokenizer, codec.template)
     generator = BatchGenerator(model, codec, AnswerSettings(max_new_tokens=4), torch.device("cpu"))
     done = list(generator.run(rows, batch_size=2))
     lengths = [row["prompt_tokens"] for row in done if "prompt_tokens" in row]

@@ -1,4 +1,4 @@
-"""--merge_and_save: what is written, who can open it, and that it answers as before."""
+"""--merge_and_save: what it writes, who can open it, and that the answers are those of base and adapter."""
 
 import json
 import re
@@ -46,6 +46,12 @@ def make_adapter(directory, name="glm-4-9b-chat-tiny", template="native"):
             torch.nn.init.normal_(parameter, std=0.1)
     save_adapter(model, directory, AdapterOrigin(template, Checkpoint.open(base).fingerprint(), base, "made"))
     return directory
+
+
+def merge(base, adapter, directory) -> None:
+    """Write a merged checkpoint in float32."""
+    source = merge_export.MergeSource(Checkpoint.open(str(base)), load_tokenizer(str(base)), adapter)
+    merge_export.merge_and_save(source, directory, torch.float32)
 
 
 class Merged:
@@ -137,7 +143,7 @@ def test_rotary_base_survives(tmp_path):
     make_adapter(tmp_path / "adapter")
     base, frequencies = GOLDEN / "glm-4-9b-chat-tiny", []
     for name in ("once", "twice"):
-        merge_export.merge_and_save(str(base), tmp_path / "adapter", tmp_path / name, torch.float32)
+        merge(base, tmp_path / "adapter", tmp_path / name)
         base = tmp_path / name
         config = json.loads((base / "config.json").read_text())
         assert config["rope_theta"] == config["rope_parameters"]["rope_theta"] == 5000000
@@ -155,7 +161,7 @@ def test_interpolated_positions_survive(tmp_path):
     base = shutil.copytree(GOLDEN / "chatglm2-6b-tiny", tmp_path / "base")
     change(base / "config.json", rope_ratio=16)
     make_adapter(tmp_path / "adapter", "chatglm2-6b-tiny")
-    merge_export.merge_and_save(str(base), tmp_path / "adapter", tmp_path / "merged", torch.float32)
+    merge(base, tmp_path / "adapter", tmp_path / "merged")
     config = json.loads((tmp_path / "merged" / "config.json").read_text())
     assert config["rope_scaling"] == {"rope_type": "linear", "factor": 16.0} and config["rope_theta"] == 10000
     before = AutoConfig.from_pretrained(tmp_path / "merged").rope_parameters
@@ -182,14 +188,14 @@ SETTINGS = [
 
 @pytest.mark.parametrize("name", ("chatglm-6b-tiny", "chatglm3-6b-tiny"))
 def test_settings_for_generation_are_kept(tmp_path, capsys, name):
-    """Whatever they are, the proof is greedy; what has no effect, and cannot be written, is left out by name."""
+    """The check is greedy whatever they are; one line names those without effect, which cannot be written."""
     base = shutil.copytree(GOLDEN / name, tmp_path / "base")
     tokenizer = load_tokenizer(str(base))
     stops = template_for(tokenizer).stop_ids(tokenizer)
     for number, (settings, kept) in enumerate(SETTINGS):
         (base / "generation_config.json").write_text(json.dumps(settings))
         merged = tmp_path / str(number)
-        merge_export.merge_and_save(str(base), BASES[name], merged, torch.float32)
+        merge(base, BASES[name], merged)
         written = json.loads((merged / "generation_config.json").read_text())
         expected = settings if kept is None else kept
         assert {key: written.get(key) for key in expected} == expected
@@ -201,7 +207,7 @@ def test_settings_for_generation_are_kept(tmp_path, capsys, name):
     for content, words in (("[]", "not a JSON object"), ('{"watermarking_config": {"a": 1}}', "cannot be used")):
         (base / "generation_config.json").write_text(content)
         with pytest.raises(UsageError, match=f"generation_config.json .*{words}"):
-            merge_export.merge_and_save(str(base), BASES[name], tmp_path / "new", torch.float32)
+            merge(base, BASES[name], tmp_path / "new")
 
 
 def test_files_that_are_links_and_code_are_not_copied(tmp_path):
@@ -213,7 +219,7 @@ def test_files_that_are_links_and_code_are_not_copied(tmp_path):
     (base / "other.json").symlink_to(secret)
     (base / "special_tokens_map.json").symlink_to("also.json")  # within the directory
     (base / "also.json").write_text("{}")
-    merge_export.merge_and_save(str(base), adapter, tmp_path / "merged", torch.float32)
+    merge(base, adapter, tmp_path / "merged")
     names = {path.name for path in (tmp_path / "merged").iterdir()}
     assert not names & {"modeling_chatglm.py", "notes.txt", "other.json"} and "special_tokens_map.json" in names
     secret.write_text("{}")
@@ -226,7 +232,7 @@ def test_files_that_are_links_and_code_are_not_copied(tmp_path):
         (base / name).parent.mkdir(exist_ok=True)
         (base / name).symlink_to(secret)
         with pytest.raises(UsageError, match=f"{name} is a link to {secret}, which a merge does not copy"):
-            merge_export.merge_and_save(str(base), adapter, tmp_path / "new", torch.float32)
+            merge(base, adapter, tmp_path / "new")
         (base / name).unlink()
 
 
@@ -239,20 +245,20 @@ def test_a_hub_cache_of_links_is_merged(tmp_path):
         shutil.copy(file, blobs / str(number))
         (snapshot / file.name).symlink_to(f"../../blobs/{number}")
     adapter = BASES["chatglm3-6b-tiny"]
-    merge_export.merge_and_save(str(snapshot), adapter, tmp_path / "merged", torch.float32)
+    merge(snapshot, adapter, tmp_path / "merged")
     (tmp_path / "models--y").mkdir()
     shutil.move(blobs / "0", tmp_path / "models--y" / "0")
     (snapshot / "config.json").unlink()
     (snapshot / "config.json").symlink_to(tmp_path / "models--y" / "0")
     with pytest.raises(UsageError, match="is a link to .*models--y"):
-        merge_export.merge_and_save(str(snapshot), adapter, tmp_path / "new", torch.float32)
+        merge(snapshot, adapter, tmp_path / "new")
 
 
 def test_merging_what_was_merged(tmp_path):
     make_adapter(tmp_path / "adapter", "chatglm3-6b-tiny")
     base = str(GOLDEN / "chatglm3-6b-tiny")
-    merge_export.merge_and_save(base, tmp_path / "adapter", tmp_path / "once", torch.float32)
-    merge_export.merge_and_save(str(tmp_path / "once"), tmp_path / "adapter", tmp_path / "twice", torch.float32)
+    merge(base, tmp_path / "adapter", tmp_path / "once")
+    merge(tmp_path / "once", tmp_path / "adapter", tmp_path / "twice")
     assert type(AutoConfig.from_pretrained(tmp_path / "twice")) is GlmConfig
     assert type(AutoModelForCausalLM.from_pretrained(tmp_path / "twice")) is GlmForCausalLM
     assert AutoTokenizer.from_pretrained(tmp_path / "twice").encode("你好") == load_tokenizer(base).encode("你好")
@@ -275,7 +281,7 @@ def test_a_merge_that_changes_answers_is_not_written(tmp_path, monkeypatch):
     base = str(GOLDEN / "glm-4-9b-chat-tiny")
     monkeypatch.setattr(merge_export, "load_model", lambda path, dtype: load_model(base))  # never what was written
     with pytest.raises(RuntimeError, match="is not written"):
-        merge_export.merge_and_save(base, tmp_path / "adapter", tmp_path / "merged", torch.float32)
+        merge(base, tmp_path / "adapter", tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
 
 

@@ -8,7 +8,7 @@ from conftest import TINY
 from utils.checkpoint.tokenizer import load_tokenizer
 from utils.common.errors import UsageError
 from utils.data.row_schema import ColumnMap
-from utils.inference.prompt_reader import PromptForm, read_requests
+from utils.inference.prompt_reader import PromptForm, read_prompt_rows
 from utils.models.templates import template_for
 
 
@@ -16,7 +16,7 @@ from utils.models.templates import template_for
 def read():
     """read(file, form) -> its rows."""
     tokenizer = load_tokenizer(str(TINY))
-    return lambda file, *form: read_requests(str(file), tokenizer, template_for(tokenizer), *form)
+    return lambda file, *form: read_prompt_rows(str(file), tokenizer, template_for(tokenizer), *form)
 
 
 def test_a_line_of_text_ends_at_its_newline_alone(read, tmp_path):

@@ -1,15 +1,14 @@
-"""The chat templates of merged checkpoints: what another program serves has the tokens of training."""
+"""The chat templates of merged checkpoints: chats that another program serves have the tokens of training."""
 
 import pytest
-import torch
 from conftest import GOLDEN
 from jinja2 import TemplateError
-from test_merge_export import make_adapter
+from test_merge_export import make_adapter, merge
 from transformers import AutoTokenizer
 
 from utils.checkpoint.tokenizer import load_tokenizer
 from utils.common.errors import UsageError
-from utils.inference.merge_export import merge_and_save, read_template
+from utils.inference.merge_export import read_template
 from utils.models.conversation import Message
 from utils.models.convert_tokenizer import fast_tokenizer
 from utils.models.templates import TEMPLATES, AlpacaTemplate, encode_prompt, template_for
@@ -27,7 +26,7 @@ TEXTS = (
 
 
 def chats():
-    """Conversations with each of TEXTS in each place, with and without a system message."""
+    """Yield conversations with each of TEXTS in each role, with and without a system message."""
     for text in TEXTS:
         system, user = Message("system", text), Message("user", text)
         yield [user]
@@ -113,11 +112,11 @@ def test_tools_are_rendered_as_the_base_does_or_refused():
 
 
 def test_the_template_of_what_was_merged_before(tmp_path):
-    """It stays where the second adapter records none; a file of another shape is one line."""
+    """It stays if the second adapter records none; a template.json of another form is an error of one line."""
     base = str(GOLDEN / "chatglm2-6b-tiny")
     make_adapter(tmp_path / "adapter", "chatglm2-6b-tiny", "alpaca")
-    merge_and_save(base, tmp_path / "adapter", tmp_path / "once", torch.float32)
-    merge_and_save(str(tmp_path / "once"), GOLDEN / "adapters" / "v2" / "all", tmp_path / "twice", torch.float32)
+    merge(base, tmp_path / "adapter", tmp_path / "once")
+    merge(tmp_path / "once", GOLDEN / "adapters" / "v2" / "all", tmp_path / "twice")
     assert read_template(tmp_path / "twice") == "alpaca"
     tokenizer, chat = load_tokenizer(base), [Message("system", "s"), Message("user", "hello")]
     expected = encode_prompt(tokenizer, chat, template_for(tokenizer, "alpaca"))
@@ -135,13 +134,13 @@ def test_the_template_of_what_was_merged_before(tmp_path):
 
 
 def test_merging_into_hf(tmp_path):
-    """A -hf base with a chat template of its own: chats as in training, tools as its own has them."""
+    """A -hf base with a chat template of its own: chats as in training, tools as its own template renders them."""
     make_adapter(tmp_path / "adapter")
-    merge_and_save(str(GOLDEN / "glm-4-9b-chat-tiny"), tmp_path / "adapter", tmp_path / "hf", torch.float32)
+    merge(GOLDEN / "glm-4-9b-chat-tiny", tmp_path / "adapter", tmp_path / "hf")
     (tmp_path / "hf" / "template.json").unlink()
     (tmp_path / "hf" / "chat_template.jinja").write_text(WITH_TOOLS)
     for before, after in (("hf", "merged"), ("merged", "again")):
-        merge_and_save(str(tmp_path / before), tmp_path / "adapter", tmp_path / after, torch.float32)
+        merge(tmp_path / before, tmp_path / "adapter", tmp_path / after)
         served, tokenizer = AutoTokenizer.from_pretrained(tmp_path / after), load_tokenizer(str(tmp_path / "hf"))
         for chat in chats():
             ids = served.apply_chat_template(turns_of(chat), add_generation_prompt=True, return_dict=False)

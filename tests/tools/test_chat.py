@@ -29,7 +29,7 @@ from utils.lora.adapter import LoraSettings, attach_adapter, load_adapter, save_
 from utils.models.conversation import Message
 from utils.models.templates import encode_prompt, template_for
 
-BASE = TINY  # it has been trained, so what it says can be read
+BASE = TINY  # trained, so its answers are text
 QUESTIONS = ("把下面的句子写成日记:老李今天在家里拍照", "老王昨天在家里喝茶")
 PAGE, JSON = "http://127.0.0.1:7860", {"content-type": "application/json"}
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -37,7 +37,7 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 
 @pytest.fixture(scope="module")
 def adapter(tmp_path_factory):
-    """One that changes what the base says."""
+    """An adapter that changes the base's answers."""
     model = attach_adapter(load_model(str(BASE)), LoraSettings(4, 32, 0.0, ["query_key_value"]), seed=0)
     torch.manual_seed(1)
     for name, parameter in model.named_parameters():
@@ -54,50 +54,52 @@ def flags(adapter):
 
 
 def expected_answers(adapter):
-    """What the engine answers to the questions, one after the other, each with the history before it."""
+    """Return the engine's answers to the questions, one after another, each with its history."""
     model, tokenizer = load_model(str(BASE)), load_tokenizer(str(BASE))
     if adapter:
         model = load_adapter(model, adapter).merge_and_unload()
     prepare_for_decoding(model)
-    template, messages, found = template_for(tokenizer, "native"), [], []
-    generator = BatchGenerator(model, PromptCodec(tokenizer, template), AnswerSettings(8), torch.device("cpu"))
+    template, messages, answers = template_for(tokenizer, "native"), [], []
+    settings, device = AnswerSettings(max_new_tokens=8), torch.device("cpu")
+    generator = BatchGenerator(model, PromptCodec(tokenizer, template), settings, device)
     for question in QUESTIONS:
         messages.append(Message("user", question))
         request = PromptRow(0, "", encode_prompt(tokenizer, messages, template))
-        (answer,) = generator.run([request], batch_size=1)
-        found.append(answer["answer"])
+        (answer,) = generator.run([request])
+        answers.append(answer["answer"])
         messages.append(Message("assistant", answer["answer"]))
-    return found
+    return answers
 
 
 @pytest.fixture(scope="module")
 def expected(adapter):
-    found = {"adapter": expected_answers(adapter), "base": expected_answers(None)}
-    assert all(answer.strip() for answers in found.values() for answer in answers)
-    assert all(a != b for a, b in zip(*found.values(), strict=True)), found
-    return found
+    answers = {"adapter": expected_answers(adapter), "base": expected_answers(None)}
+    assert all(answer.strip() for side in answers.values() for answer in side)
+    assert all(a != b for a, b in zip(*answers.values(), strict=True)), answers
+    return answers
 
 
 def test_terminal(run_script, monkeypatch, flags, expected):
     typed = [*QUESTIONS, "/clear", "/base", *QUESTIONS, "/quit"]
     monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(typed) + "\n"))
     out = run_script(f"tools/chat.py {flags}").check().out
-    place = 0
+    end = 0
     for answer in (*expected["adapter"], "the base answers", *expected["base"]):
-        place = out.index(answer, place) + len(answer)
+        end = out.index(answer, end) + len(answer)
 
 
 @pytest.fixture(scope="module")
 def chat(adapter):
-    from tools.chat import Chat
+    from tools.chat_model import Chat
 
     tokenizer = load_tokenizer(str(BASE))
     return Chat(load_adapter(load_model(str(BASE)), adapter), tokenizer, template_for(tokenizer, "native"), True)
 
 
 def test_control_characters_do_not_reach_the_terminal(chat, monkeypatch, capsys):
-    """Of a reader that types what the terminal's encoding lacks, and of an answer."""
-    from tools.chat import Choices, talk
+    """Neither those of an answer, nor from a line that is not in the terminal's encoding."""
+    from tools.chat import talk
+    from tools.chat_model import ChatSettings
 
     typed = iter([UnicodeDecodeError("gbk", b"x", 0, 1, ""), "你好", "/quit"])
 
@@ -109,18 +111,18 @@ def test_control_characters_do_not_reach_the_terminal(chat, monkeypatch, capsys)
 
     monkeypatch.setattr("builtins.input", type_line)
     monkeypatch.setattr(chat.template, "clean", lambda text: f"\x1b]0;own\x07{text}\x9b2J")
-    talk(chat, Choices(8))
+    talk(chat, ChatSettings(8))
     out = capsys.readouterr().out
     assert "the line is not gbk" in out and "\\x1b]0;own\\x07" in out and not set("\x1b\x07\x9b") & set(out)
 
 
 def test_answers_grow(chat, expected, monkeypatch):
-    from tools.chat import Choices
+    from tools.chat_model import ChatSettings
 
-    texts = list(chat.answer([Message("user", QUESTIONS[0])], Choices(8)))
+    texts = list(chat.answer([Message("user", QUESTIONS[0])], ChatSettings(8)))
     assert len(texts) > 4 and texts[-1] == expected["adapter"][0]
     assert [len(text) for text in texts] == sorted(len(text) for text in texts)
-    sampled = [list(chat.answer([Message("user", "你好")], Choices(8, 1.5)))[-1] for _ in range(3)]
+    sampled = [list(chat.answer([Message("user", "你好")], ChatSettings(8, 1.5)))[-1] for _ in range(3)]
     assert len(set(sampled)) > 1
 
     def broken(**kwargs):
@@ -128,34 +130,35 @@ def test_answers_grow(chat, expected, monkeypatch):
 
     monkeypatch.setattr(chat.model, "generate", broken)
     with pytest.raises(RuntimeError, match="no memory"):
-        list(chat.answer([Message("user", "你好")], Choices(8)))
+        list(chat.answer([Message("user", "你好")], ChatSettings(8)))
 
 
 def test_an_abandoned_answer_changes_no_other(chat, expected):
-    """The base's is given up after its first token; the adapter's next answer is the adapter's."""
-    from tools.chat import Choices
+    """The base's answer is abandoned after its first token; the adapter's next answer is the adapter's."""
+    from tools.chat_model import ChatSettings
 
     message = [Message("user", QUESTIONS[0])]
     before = threading.active_count()
-    abandoned = chat.answer(message, Choices(5000, repetition_penalty=1.5, temperature=1.0), use_adapter=False)
+    abandoned = chat.answer(message, ChatSettings(5000, repetition_penalty=1.5, temperature=1.0), use_adapter=False)
     next(abandoned)
     abandoned.close()
-    assert list(chat.answer(message, Choices(8)))[-1] == expected["adapter"][0]
+    assert list(chat.answer(message, ChatSettings(8)))[-1] == expected["adapter"][0]
     assert threading.active_count() == before
 
 
 @pytest.fixture(scope="module")
 def reader(chat):
     """A client of the page, in this process."""
-    from tools.chat import Choices, make_app
-    from tools.page_doors import Doors, own_names
+    from tools.chat_model import ChatSettings
+    from tools.chat_page import make_app
+    from tools.request_filter import RequestFilter, own_names
 
-    with TestClient(Doors(make_app(chat, Choices(8)), own_names("127.0.0.1")), base_url=PAGE) as client:
+    with TestClient(RequestFilter(make_app(chat, ChatSettings(8)), own_names("127.0.0.1")), base_url=PAGE) as client:
         yield client
 
 
 def ask(reader, session, *data):
-    """The last message about an event of the page with these values, in JSON as Python writes it, NaN too."""
+    """Return the last message about an event of the page with these values; the JSON may have NaN, as Python's."""
     config = json.loads(re.search(r"window\.gradio_config = (.*?);</script>", reader.get("/").text)[1])
     function = next(event["id"] for event in config["dependencies"] if event["inputs"])
     body = json.dumps({"data": data, "fn_index": function, "session_hash": session})
@@ -233,7 +236,7 @@ OWN, EVIL = "127.0.0.1:7860", "http://evil.example"
         ("PUT", "/", {}, 404),
     ],
 )
-def test_the_page_lets_in_what_it_needs(reader, method, path, headers, status):
+def test_only_the_pages_own_requests_pass(reader, method, path, headers, status):
     response = reader.request(method, path, headers=headers)
     assert response.status_code in ((status, 403) if path.startswith(("/static", "/assets")) else (status,))
     assert "access-control-allow-origin" not in response.headers or headers.get("origin") != EVIL
@@ -258,11 +261,11 @@ def test_no_websocket(reader):
 
 
 def test_a_page_for_the_network():
-    """It answers to addresses and to the machine's name, not to names that anybody may point at it."""
-    from tools.page_doors import Doors, own_names
+    """It answers to IP addresses and to the machine's name, not to names that anybody may point at it."""
+    from tools.request_filter import RequestFilter, own_names
 
     def is_own(listens_on, host):
-        return Doors(None, own_names(listens_on)).is_own(host)
+        return RequestFilter(None, own_names(listens_on)).is_own(host)
 
     assert is_own("0.0.0.0", "192.168.1.7:7860") and is_own("::", "[fe80::1]:7860")
     assert is_own("0.0.0.0", f"{socket.gethostname()}:7860") and not is_own("0.0.0.0", "evil.example")

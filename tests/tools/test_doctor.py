@@ -1,4 +1,4 @@
-"""tools/doctor.py says what is wrong with a model directory, and how it is mended."""
+"""tools/doctor.py says what is wrong with a model directory, and the fix."""
 
 import json
 import shutil
@@ -39,7 +39,7 @@ def test_a_cut_checkpoint(run_script, tmp_path, name, file, spoil, words):
 
 
 def test_a_whole_one(run_script, tmp_path):
-    """Whatever total its index speaks of: that of a release counts weights that its files share, or lack."""
+    """Also if the total size in its index is another: releases count weights that files share, or lack."""
     directory = shutil.copytree(GOLDEN / "chatglm3-6b-tiny", tmp_path / "checkpoint")
     index = directory / "model.safetensors.index.json"
     content = json.loads(index.read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""tools/evaluate.py: its numbers are the libraries' own, and its reports hold them."""
+"""tools/evaluate.py: its scores are those of the libraries, and its reports show them."""
 
 import json
 import re
@@ -35,7 +35,7 @@ def test_scores_are_the_libraries_own():
         each = [scorer.score(b, a)[name].fmeasure for a, b in zip(ANSWERS, REFERENCES, strict=True)]
         assert scores[name].value == pytest.approx(100 * sum(each) / 4)
     ours, theirs = set(jieba.lcut(ANSWERS[2])), set(jieba.lcut(REFERENCES[2]))
-    f1 = 2 * len(ours & theirs) / (len(ours) + len(theirs))  # no word stands twice in either
+    f1 = 2 * len(ours & theirs) / (len(ours) + len(theirs))  # no word occurs twice in either
     assert scorer.score(REFERENCES[2], ANSWERS[2])["rouge1"].fmeasure == pytest.approx(f1)
     assert scores["exact_match"].value == 25 and scores["stopped"].value == 75
     for score in scores.values():
@@ -92,7 +92,7 @@ HOSTILE = (
 
 
 def test_a_report_shows_texts_and_runs_none():
-    """In a parser's eyes answers, names and paths are text and line breaks."""
+    """A Markdown parser sees only text and line breaks in answers, names and paths."""
     parser = MarkdownIt("commonmark", {"html": True}).enable(["table", "strikethrough"])
     for text in HOSTILE:
         tokens = [token for token in parser.parseInline(plain(text))[0].children if token.content != "<br>"]
@@ -105,7 +105,7 @@ def test_a_report_shows_texts_and_runs_none():
 
 
 def test_hostile_reports():
-    """The whole of report.md, report.html and the figure, with such names of adapters and files."""
+    """Whole reports and figures whose adapters and files have HOSTILE names."""
     names = ["base", *HOSTILE, "_hidden"]
     answers = {name: as_answers(REFERENCES) for name in names}
     scores = {name: score_answers(as_answers(ANSWERS), REFERENCES) for name in names}

@@ -1,97 +1,94 @@
 """
-Answers on their way to a file: each in a journal as soon as it is known, all of them in the output, in the rows'
-order, when the last is. A command that was killed goes on where its journals end.
+Write the answers of batch inference: first to journals, at the end to the output.
 
-A journal's line is a record: a checksum of the bytes behind it, then the answer with hashes of the command's settings
-and of the row's tokens. So every record stands for itself: what is damaged is lost alone, and an answer counts where
-its settings and its row are those of now. The finished output has no place for such hashes; they are in a marker
-beside it, `.NAME.settings.json`. What earlier versions wrote has neither: its rows are answered again, for nothing
-there says which weights and tokens an answer was made from.
+In: answers as they come, in any order, from several processes. Out: --output_path, in row order, all at once; until
+then a journal a process beside it (utils/inference/answer_journal.py), from which a killed command resumes. An old
+answer counts if it was made with the settings and for the row of now: each record has hashes of both. The output has
+no place for hashes; they are in a marker beside it, `.NAME.settings.json`. Results of other settings, edited files and
+journals without checksums are never overwritten: they are kept as NAME.previous-N.
+
+A finished output is read back too, also a CSV or TSV table: the same command, run again, tries only the rows with
+errors, and with a changed input answers only the rows that changed. Resuming from journals alone would lose that.
+Called by utils/inference/job.py and utils/inference/generate.py.
 """
 
 import contextlib
-import csv
 import fcntl
 import glob
-import hashlib
-import io
 import json
 import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from utils.common.errors import UsageError
-from utils.common.files import UNENCODABLE, atomic_writer
+from utils.common.files import atomic_writer
 from utils.common.json_files import read_json_object
 from utils.common.processes import is_main_process, print_once
 from utils.data.json_lines import dump_row
 from utils.distributed.process_group import on_all_processes
+from utils.inference.answer_journal import (
+    JOURNAL_VERSION,
+    JournalContent,
+    encode_record,
+    hash_of,
+    parse_json,
+    read_journal,
+    split_objects,
+)
+from utils.inference.answer_tables import answer_table_lines, read_answer_table
 from utils.inference.prompt_reader import SEPARATORS, PromptRow
 
-Answer = dict[str, Any]
-VERSION = 2  # of journals and markers; the first had no number
-COLUMNS = ("index", "prompt", "answer", "finish_reason", "prompt_tokens", "answer_tokens")
-NUMBERS = ("index", "prompt_tokens", "answer_tokens")
-SYNC_SECONDS = 5.0
-RECORD = b'{"checksum": "'  # begins each; inside a JSON string its quotes would be escaped
-OUTPUT_ROW = b'{"index": '
-DIGITS = 16  # of a checksum or hash, hexadecimal
+Answer = dict[str, Any]  # as `generate_answers` yields it: a line of the output
+SYNC_SECONDS = 5.0  # a machine that dies loses at most the answers of this time
+ANSWER_PREFIX = b'{"index": '  # begins each line of a JSON Lines output
 
 
-def hash_of(*parts: bytes) -> str:
-    return hashlib.blake2b(b"".join(parts), digest_size=DIGITS // 2).hexdigest()
-
-
-def row_hash(request: PromptRow) -> str:
-    """Of what decides a row's answer: its tokens and the adapter that it names; and of its text, which is written."""
-    names = json.dumps([request.prompt, request.adapter]).encode()
-    return hash_of(names, np.asarray(request.input_ids, dtype=np.int64).tobytes())
+def row_hash(prompt: PromptRow) -> str:
+    """Hash the tokens and the adapter of a row, which decide its answer, and its text."""
+    names = json.dumps([prompt.prompt, prompt.adapter]).encode()
+    return hash_of(names, np.asarray(prompt.input_ids, dtype=np.int64).tobytes())
 
 
 def answer_hash(row: str, answer: Answer) -> str:
-    """Of an answer in the output and the row that it belongs to."""
+    """Hash an answer of the output together with the hash of its row."""
     return hash_of(row.encode(), json.dumps(answer, sort_keys=True).encode())
-
-
-@dataclass
-class JournalContent:
-    settings: dict[str, Any] | None = None  # None where that line is damaged
-    records: list[Answer] = field(default_factory=list)  # with "settings" and "row", their hashes
-    damaged: int = 0
-    usable: bool = True  # whether it is a journal of this version: it begins as one, or has a record
 
 
 class AnswerFile:
     """
+    The output of a command, and the journal of this process.
+
+    Call `begin`, `open`, then `add` for each answer, `close`, on the main process `finish`, and `end`.
+
     Args:
-        path: the output, JSON Lines, or a table where it ends in .csv or .tsv.
-        settings: what decides the answers beside the rows themselves; as JSON has it.
+        path: the output: JSON Lines, or a table if it ends in .csv or .tsv.
+        settings: what decides the answers beside the rows themselves; JSON values.
         process: number of this process; each has a journal of its own.
-        overwrite: forget what an earlier command left.
+        overwrite: ignore what an earlier command left.
     """
 
     def __init__(self, path: str | os.PathLike, settings: dict[str, Any], process: int = 0, overwrite: bool = False):
         self.path = Path(path)
         self.settings = json.loads(json.dumps(settings))
-        self.settings_hash = hash_of(json.dumps([VERSION, self.settings], sort_keys=True).encode())
+        self.settings_hash = hash_of(json.dumps([JOURNAL_VERSION, self.settings], sort_keys=True).encode())
         self.journal_path = self.path.with_name(f"{self.path.name}.partial-{process}")
         self.marker = self.path.with_name(f".{self.path.name}.settings.json")
         self.journal = self.lock = None
         self.synced = time.monotonic()
         self.overwrite = overwrite
         self.row_hashes: dict[int, str] = {}
-        self.unusable: list[Path] = []  # journals
-        self.replaceable: str | None = None  # hash of an output all of whose answers are known
+        self.unusable: list[Path] = []  # journals without a single whole record
+        self.replaceable: str | None = None  # hash of the output if all its answers are taken over
 
-    def begin(self, requests: Sequence[PromptRow]) -> dict[int, Answer]:
+    def begin(self, prompts: Sequence[PromptRow]) -> dict[int, Answer]:
         """
-        Claims the output until this process ends, and returns the answers, by index, that are known. Every process
-        must call it, and gets the same.
+        Claim the output until this process ends; return the known answers by index.
+
+        Every process must call it; all get the same answers.
 
         Raises:
             UsageError: on every process: the output is in use or cannot be written to; or see `known`.
@@ -100,8 +97,8 @@ class AnswerFile:
         if self.overwrite:
             on_all_processes(self.remove_journals)
         known: dict[int, Answer] = {}
-        for others in on_all_processes(lambda: self.known(requests)):  # other machines may have other disks
-            known |= others
+        for answers in on_all_processes(lambda: self.known(prompts)):  # other machines may have other disks
+            known |= answers
         on_all_processes(self._keep_unusable_journals)
         return known
 
@@ -123,20 +120,19 @@ class AnswerFile:
         except OSError as error:
             print(f"{self.path.parent} has no locks ({error.strerror}): start no second command with this output")
 
-    def known(self, requests: Sequence[PromptRow]) -> dict[int, Answer]:
+    def known(self, prompts: Sequence[PromptRow]) -> dict[int, Answer]:
         """
-        The answers, by index, that an earlier run of the command left in its journals or in its complete output, to
-        rows that are still the same.
+        Return by index the answers of an earlier run to rows that have not changed.
 
         Raises:
             UsageError: an unfinished command with other settings left answers there.
         """
-        self.row_hashes = {request.index: row_hash(request) for request in requests if not request.error}
+        self.row_hashes = {prompt.index: row_hash(prompt) for prompt in prompts if not prompt.error}
         if self.overwrite:
             return {}
         known = self._read_output()
         for path in self._journals():
-            journal = _read_journal(path)
+            journal = read_journal(path)
             if not journal.usable:
                 self.unusable.append(path)
             elif journal.damaged:
@@ -150,15 +146,17 @@ class AnswerFile:
         return known
 
     def _keep_unusable_journals(self) -> None:
-        """Those without a record that is whole, such as an earlier version's: the main process, on its disk."""
-        for path in self.unusable if is_main_process() else ():
+        """Keep, under another name, files in a journal's place that it cannot continue."""
+        if not is_main_process():
+            return
+        for path in self.unusable:
             name = self._keep(path)
             print(
                 f"{path} has no answers with checksums: rows are answered again, and it is kept as {name}", flush=True
             )
 
     def _keep(self, path: Path) -> str:
-        """Gives a file beside the output a name that no other has, and returns it."""
+        """Rename a file to the next free NAME.previous-N, and return that name."""
         number = 1
         while (kept := self.path.with_name(f"{self.path.name}.previous-{number}")).exists():
             number += 1
@@ -169,78 +167,84 @@ class AnswerFile:
         differing = [name for name in self.settings if settings and settings.get(name) != self.settings[name]]
         return (
             f"--output_path {self.path} has unfinished answers of another command, in {path.name}: "
-            f"{', '.join(differing) or 'its settings'} differ; run that one to its end, or give --overwrite"
+            f"{', '.join(differing) or 'its settings'} differ; run that command to its end, or give --overwrite"
         )
 
     def open(self) -> None:
-        """Begins this process's journal, or goes on with it behind its last record."""
+        """Begin this process's journal, or continues it after its last record."""
         try:
-            content = _read_journal(self.journal_path) if self.journal_path.exists() else JournalContent()
-            if not content.usable:  # on another disk than the main process's
+            content = read_journal(self.journal_path) if self.journal_path.exists() else JournalContent()
+            if not content.usable:  # `begin` kept those on the main process's disk; this is another disk
                 self._keep(self.journal_path)
-            self.journal = self.journal_path.open("ab", buffering=0)  # what a full disk refused is not tried again
+            self.journal = self.journal_path.open("ab", buffering=0)  # `close` must not retry what a full disk refused
             if content.records:
-                self.journal.write(b"\n")  # a record may have been cut off
+                self.journal.write(b"\n")  # the last record may have been cut off
             else:
                 self.journal.truncate(0)
-                self._append({"version": VERSION, "settings": self.settings})
+                self._append({"version": JOURNAL_VERSION, "settings": self.settings})
         except OSError as error:
             raise UsageError(f"--output_path {self.path} cannot be written: {error.strerror}") from None
 
     def add(self, answer: Answer) -> None:
-        """Keeps an answer: from here on a killed process does not lose it, and a dead machine not what is older."""
+        """Append an answer to the journal, which a killed process does not lose."""
         self._append({"settings": self.settings_hash, "row": self.row_hashes[answer["index"]]} | answer)
         if time.monotonic() - self.synced > SYNC_SECONDS:
             os.fsync(self.journal.fileno())
             self.synced = time.monotonic()
 
     def _append(self, row: dict[str, Any]) -> None:
-        body = dump_row(row)[1:-1].encode("utf-8", UNENCODABLE)
-        data = RECORD + f'{hash_of(body)}", '.encode() + body + b"\n"
-        while data:  # a disk that is nearly full takes a part of it
+        data = encode_record(row)
+        while data:  # a disk that is nearly full takes only some of the bytes
             data = data[self.journal.write(data) :]
 
     def close(self) -> None:
+        """Close the journal; no more answers can be added."""
         if self.journal is not None:
             self.journal.close()
 
     def finish(self, answers: Iterable[Answer]) -> None:
         """
-        Writes the output, which appears whole. A file in its place that holds something else than answers that are
-        taken over, such as a result of other settings or a hand's changes, is kept beside it.
+        Write the output, which appears whole.
+
+        A file in its place stays beside it as NAME.previous-N, unless all its answers are in the new output.
+
+        Args:
+            answers: of all rows, in their order.
         """
         answers = list(answers)
         with atomic_writer(self.path) as output:
             if separator := SEPARATORS.get(self.path.suffix.lower()):
-                output.writelines(_table_lines(answers, separator))
+                output.writelines(answer_table_lines(answers, separator))
             else:
                 output.writelines(dump_row(answer) for answer in answers)
             output.flush()
-            self._write_marker(answers, _hash_file(Path(output.name)))  # first: an output without one is not known
+            # The marker first: without it the answers of the output would not be known.
+            self._write_marker(answers, _hash_file(Path(output.name)))
             self._set_aside(_hash_file(Path(output.name)))
 
-    def _write_marker(self, answers: list[Answer], output: str) -> None:
+    def _write_marker(self, answers: list[Answer], output_hash: str) -> None:
         hashes: list[str | None] = [None] * (answers[-1]["index"] + 1 if answers else 0)
         for answer in answers:
             if answer["finish_reason"] != "error":
                 hashes[answer["index"]] = answer_hash(self.row_hashes[answer["index"]], answer)
         with atomic_writer(self.marker) as marker:
-            content = {"version": VERSION, "settings": self.settings, "output": output, "rows": hashes}
+            content = {"version": JOURNAL_VERSION, "settings": self.settings, "output": output_hash, "rows": hashes}
             json.dump(content, marker, ensure_ascii=False)
 
-    def _set_aside(self, new: str) -> None:
-        if self.overwrite or not self.path.exists() or _hash_file(self.path) in (new, self.replaceable):
+    def _set_aside(self, new_hash: str) -> None:
+        """Keep, under another name, an old output whose answers are not all in the new one."""
+        if self.overwrite or not self.path.exists() or _hash_file(self.path) in (new_hash, self.replaceable):
             return
         name = self._keep(self.path)
         print(f"{self.path} was no earlier result of this command: it is kept as {name}", flush=True)
 
     def remove_journals(self) -> None:
-        """On the disk of this process."""
+        """Remove the journals of all processes from this process's disk."""
         for journal in self._journals():
             journal.unlink(missing_ok=True)
 
     def end(self) -> None:
-        """Once the output is there: removes what was needed on the way to it, and lets others have it."""
+        """Remove the journals and releases the output, once `finish` has written it."""
         self.remove_journals()
         if self.lock is not None:
             self.lock.close()
@@ -250,115 +254,36 @@ class AnswerFile:
         return sorted(path for path in self.path.parent.glob(pattern) if path.is_file())
 
     def _read_output(self) -> dict[int, Answer]:
-        """The answers of a complete output that are as they were written, to rows that are still the same."""
+        """Return the unedited answers of a finished output to rows that have not changed."""
         try:
             types = {"version": int, "settings": dict, "output": str, "rows": list}
             marker = read_json_object(self.marker, types) if self.marker.exists() else {}
         except UsageError as error:
             print_once(f"{error}: rows are answered again")
             marker = {}
-        if marker.get("version") != VERSION or marker["settings"] != self.settings or not self.path.is_file():
+        if marker.get("version") != JOURNAL_VERSION or marker["settings"] != self.settings or not self.path.is_file():
             return {}
         data = self.path.read_bytes()
-        separator = SEPARATORS.get(self.path.suffix.lower())
         hashes = dict(enumerate(marker["rows"]))
         known = {}
-        for answer in _rows_of_table(data, separator) if separator else map(_parse, _split(data, OUTPUT_ROW)):
+        for answer in self._answers_in(data):
             index = answer.get("index") if isinstance(answer, dict) else None
             if type(index) is not int or index not in self.row_hashes or hashes.get(index) is None:
                 continue
-            with contextlib.suppress(RecursionError):  # no answer is as deep
+            with contextlib.suppress(RecursionError):  # nested more deeply than any answer
                 if hashes[index] == answer_hash(self.row_hashes[index], answer):
                     known[index] = answer
-        if hash_of(data) == marker["output"] and len(known) == sum(each is not None for each in marker["rows"]):
+        answered = sum(row is not None for row in marker["rows"])
+        if hash_of(data) == marker["output"] and len(known) == answered:
             self.replaceable = marker["output"]
         return known
+
+    def _answers_in(self, data: bytes) -> Iterator[Any]:
+        """Yield the values of an output's lines: anything, if someone edited them."""
+        if separator := SEPARATORS.get(self.path.suffix.lower()):
+            return read_answer_table(data, separator)
+        return map(parse_json, split_objects(data, ANSWER_PREFIX))
 
 
 def _hash_file(path: Path) -> str:
     return hash_of(path.read_bytes())
-
-
-def _split(data: bytes, beginning: bytes) -> Iterator[bytes]:
-    """
-    The objects that stand one a line. Each begins with `beginning`, so that two are told apart where the newline
-    between them is damaged.
-    """
-    for line in data.split(b"\n"):
-        first, *others = line.split(beginning)
-        if first.strip():
-            yield first
-        for other in others:
-            yield beginning + other[: other.rfind(b"}") + 1]
-
-
-def _parse(data: bytes) -> Any:
-    """The JSON value in `data`; None where it holds none."""
-    try:
-        return json.loads(data)
-    except (ValueError, RecursionError):
-        return None
-
-
-def _read_journal(path: Path) -> JournalContent:
-    content, data = JournalContent(), path.read_bytes()
-    start = len(RECORD) + DIGITS + len(b'", ')
-    for line in _split(data, RECORD):
-        body = line[start:]
-        row = None
-        if line.startswith(RECORD) and line[len(RECORD) :][:DIGITS] == hash_of(body).encode():
-            row = _parse(b"{" + body)
-        if not isinstance(row, dict):
-            content.damaged += 1
-        elif isinstance(row.get("settings"), dict):
-            content.settings = row["settings"]
-        elif isinstance(row.get("settings"), str) and type(row.get("index")) is int:
-            content.records.append(row)
-        else:
-            content.damaged += 1
-    content.usable = bool(content.records) or data[: len(RECORD)] == RECORD[: len(data)]
-    return content
-
-
-def _rows_of_table(data: bytes, separator: str) -> Iterator[Answer]:
-    csv.field_size_limit(1 << 30)
-    rows = csv.DictReader(io.StringIO(data.decode(errors="replace"), newline=""), delimiter=separator)
-    while True:
-        try:
-            yield _of_cells(next(rows))
-        except StopIteration:
-            return
-        except (csv.Error, ValueError, TypeError, RecursionError):  # no row that was written
-            continue
-
-
-def _table_lines(answers: list[Answer], separator: str) -> Iterator[str]:
-    more = {name for answer in answers for name in answer} - set(COLUMNS)
-    line = io.StringIO(newline="")
-    # `csv` puts a cell in quotes for a character of the line's end: a text's CR would end its row.
-    table = csv.DictWriter(line, [*COLUMNS, *sorted(more)], delimiter=separator, lineterminator="\r\n")
-    for cells in ({name: name for name in table.fieldnames}, *map(_as_cells, answers)):
-        table.writerow(cells)
-        yield line.getvalue()[:-2] + "\n"
-        line.seek(line.truncate(0))
-
-
-def _as_cells(answer: Answer) -> dict[str, Any]:
-    return {
-        name: json.dumps(value, ensure_ascii=False) if isinstance(value, (list, dict)) else value
-        for name, value in answer.items()
-    }
-
-
-def _of_cells(cells: dict[str | None, str]) -> Answer:
-    if None in cells:
-        raise ValueError("more cells than columns")
-    answer: Answer = {}
-    for name, cell in cells.items():
-        if name in NUMBERS:
-            answer[name] = int(cell) if cell else None
-        elif name == "answers":
-            answer[name] = json.loads(cell) if cell else None
-        else:
-            answer[name] = cell
-    return {name: value for name, value in answer.items() if value is not None and (value != "" or name in COLUMNS)}

@@ -20,10 +20,10 @@ from utils.inference.engine import can_serve
 from utils.inference.engine.scheduler import StopRule, TokenSequence
 from utils.inference.engine_generate import EngineGenerator, EngineStats
 from utils.inference.hf_generate import HfGenerator
-from utils.inference.prompt_reader import BASE, PromptRow
+from utils.inference.prompt_reader import BASE_NAME, PromptRow
 from utils.inference.sampling import GREEDY, Sampling
 from utils.inference.stop_strings import StopStrings, decode
-from utils.inference.work_queue import SINGLE_REPLICA, Replica, share_of_rows
+from utils.inference.work_queue import SINGLE_REPLICA, Replica, fetch_share
 from utils.models.templates import ChatTemplate
 
 
@@ -135,13 +135,13 @@ class BatchGenerator:
         budget = MemoryBudget.of(self.model, self.device, self.replica)
         tried = [row for row in rows if not budget.skips or budget.batch_size_for(row[0])]
         for group in group_rows(tried, budget, batch_size, self.replica.replicas):
-            yield from self.backend.run(chain.from_iterable(share_of_rows(group.rows, self.replica)), group)
-        yield from chain.from_iterable(share_of_rows(rows[len(tried) :], self.replica))  # sorted, so the longest
+            yield from self.backend.run(chain.from_iterable(fetch_share(group.rows, self.replica)), group)
+        yield from chain.from_iterable(fetch_share(rows[len(tried) :], self.replica))  # sorted, so the longest
 
     def _sequences_of(self, row: PromptRow) -> list[TokenSequence]:
         """One sequence per answer of the row; they stay together, so one replica makes all its answers."""
         settings = self.settings
-        adapter = settings.adapters.index(row.adapter) + 1 if row.adapter not in (None, BASE) else 0
+        adapter = settings.adapters.index(row.adapter) + 1 if row.adapter not in (None, BASE_NAME) else 0
         first_id = row.index * settings.sequences
         return [
             TokenSequence(first_id + number, row.input_ids, settings.max_new_tokens, adapter)

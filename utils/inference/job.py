@@ -1,8 +1,15 @@
-"""The flags that both inference scripts share, and what follows from them."""
+"""
+Run batch inference: flags -> a file of answers, or a merged checkpoint.
 
-import argparse
+Both inference scripts call `run_inference` with their dataclass of flags and a `load` that places the model.
+tools/chat.py and tools/evaluate.py share how adapters are checked and attached and how the template is chosen.
+"""
+
 import json
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Protocol
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -11,16 +18,24 @@ from utils.checkpoint.model import Checkpoint
 from utils.common.errors import UsageError
 from utils.common.file_hashes import hash_files
 from utils.common.processes import is_main_process, print_once, process_rank
+from utils.data.row_schema import ColumnMap
 from utils.distributed.process_group import check_port, init_process_group, on_all_processes
 from utils.inference.answer_writer import AnswerFile
-from utils.inference.arguments import DEFAULT_PROMPTS, adapter_names
+from utils.inference.arguments import (
+    DEFAULT_PROMPTS,
+    InferenceArguments,
+    ModelFlags,
+    adapter_names,
+    parse_flags,
+    resolve_dtype,
+)
 from utils.inference.engine import can_serve
 from utils.inference.generate import AnswerSettings, Job, answer_rows, settings_of
-from utils.inference.merge_export import merge_and_save, read_template
+from utils.inference.merge_export import MergeSource, merge_and_save, read_template
 from utils.inference.placement import input_device
-from utils.inference.prompt_reader import BASE, PromptForm, read_requests
+from utils.inference.prompt_reader import BASE_NAME, PromptForm, PromptRow, read_prompt_rows
 from utils.inference.sampling import Sampling
-from utils.inference.work_queue import SINGLE_REPLICA, Replica
+from utils.inference.work_queue import Replica
 from utils.layers.quantization import stored_bits
 from utils.lora.adapter import check_base, load_adapter, merge_adapter, read_origin, warn_of_old_ids
 from utils.lora.formats import files_of_adapter
@@ -28,115 +43,180 @@ from utils.lora.multi_lora import add_adapters
 from utils.models.templates import ChatTemplate, template_for
 
 
-def check_adapters(args: argparse.Namespace) -> None:
+class AttachAdapters(Protocol):
+    """`attach_adapters` for the flags of a command."""
+
+    def __call__(self, model: PreTrainedModel, shards: bool = False) -> PreTrainedModel: ...
+
+
+# (flags, checkpoint, dtype of the weights, attach) -> the model with its adapters, and this process's replica of it.
+Load = Callable[[Any, Checkpoint, torch.dtype, AttachAdapters], tuple[PreTrainedModel, Replica]]
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """The rows of --input_path as prompts, and the tokenizer and template that made them."""
+
+    tokenizer: PreTrainedTokenizerBase
+    template: ChatTemplate
+    rows: list[PromptRow]
+
+
+def run_inference(kind: type[InferenceArguments], load: Load, description: str) -> None:
     """
+    Answer the rows that sys.argv names; with --merge_and_save, merge first.
+
+    Args:
+        kind: the script's dataclass of flags.
+        load: places the model, once rows and checkpoint are known to be good.
+        description: the text of --help.
+
     Raises:
-        UsageError: see `check_base`.
+        UsageError: a flag, the rows, the checkpoint or an adapter is wrong.
+        RunError: more than half of the rows have no answer; the output is complete.
     """
-    if not args.adapter_path:
-        return
-    checkpoint = Checkpoint.open(args.model_name_or_path, quantize=stored_bits(args.quantize))
-    for path in args.adapter_path:
-        if not args.any_base:
-            check_base(path, checkpoint)
-        if warning := warn_of_old_ids(path, checkpoint):
-            print_once(warning)
-
-
-def export_or_answer(args: argparse.Namespace, dtype: torch.dtype) -> bool:
-    """Writes the merged checkpoint if `args` ask for it, and says whether there are rows to answer."""
-    if not args.merge_and_save:
-        return True
-    if is_main_process():
-        merge_and_save(args.model_name_or_path, args.adapter_path[0], args.merge_and_save, dtype, args.lora_alpha)
+    args = parse_flags(kind, description)
+    args.collect_faults().report()
+    checkpoint = open_checkpoint(args)
+    tokenizer = checkpoint.load_tokenizer()
+    dtype = resolve_dtype(args)
+    prompts = read_prompts(args, tokenizer) if args.answers_rows else None
+    check_adapters(args, checkpoint)
+    if args.merge_and_save and is_main_process():
+        source = MergeSource(checkpoint, tokenizer, args.adapter_path[0], args.lora_alpha)
+        merge_and_save(source, args.merge_and_save, dtype)
         print(json.dumps({"merged_checkpoint": args.merge_and_save}), flush=True)
-    return args.input_path is not None
+    if prompts is None:
+        return
+    job = open_job(args, prompts, checkpoint, dtype)
+    model, replica = load(args, checkpoint, dtype, partial(attach_adapters, args=args))
+    answer_rows(job, model, tokenizer, input_device(model), replica)
 
 
-def put_adapters(model: PreTrainedModel, args: argparse.Namespace, shards: bool = False) -> PreTrainedModel:
+def open_checkpoint(args: ModelFlags) -> Checkpoint:
+    """Open the checkpoint of --model_name_or_path, quantised as --quantize says; raises as `Checkpoint.open`."""
+    return Checkpoint.open(args.model_name_or_path, quantize=stored_bits(args.quantize))
+
+
+def read_prompts(args: InferenceArguments, tokenizer: PreTrainedTokenizerBase) -> Prompts:
     """
-    The model with the adapters of `args`: one in its weights where that is exact, in float32 on a model that is not
-    offloaded, or where it `shards`; otherwise beside them, and so are several, for each row to choose.
+    Read --input_path with the template and the columns that the flags name.
 
     Raises:
-        UsageError: see `load_adapter` and `add_adapters`; or several cannot be sharded.
-    """
-    if len(args.adapter_path) > 1:
-        if shards:
-            raise UsageError("several adapters on a sharded model are not supported: give one, or --tp_size 1")
-        add_adapters(
-            model, dict(zip(adapter_names(args.adapter_path), args.adapter_path, strict=True)), args.lora_alpha
-        )
-        return model
-    for path in args.adapter_path:
-        merge = shards or (model.dtype == torch.float32 and can_serve(model))
-        return (merge_adapter if merge else load_adapter)(model, path, args.lora_alpha)
-    return model
-
-
-def resolve_template(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> ChatTemplate:
-    """
-    The flag decides; without it, what the adapter was trained with; without an adapter, the model's own.
-
-    Raises:
-        UsageError: several adapters were trained with different ones.
-    """
-    name, why = args.template, "flag"
-    if name is None:
-        origins = [origin for path in args.adapter_path if (origin := read_origin(path))]
-        trained = {origin.template for origin in origins}
-        if len(trained) > 1:
-            raise UsageError(
-                f"the adapters were trained with the templates {', '.join(sorted(trained))}: one --template"
-            )
-        name, why = (trained.pop(), "the adapter's") if trained else ("native", "default")
-        merged = read_template(args.model_name_or_path)
-        if merged and not origins:
-            name, why = merged, "the merged adapter's"
-    print_once(f"template {name} ({why})")
-    return template_for(tokenizer, name)
-
-
-def open_job(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype) -> Job:
-    """
-    Reads the rows and what is known of their answers, before the model takes its time to load. Every process must
-    call it; they are a group from here on.
-
-    Raises:
-        UsageError: see `check_port`, `read_requests` and `AnswerFile.begin`.
+        UsageError: see `resolve_template` and `read_prompt_rows`.
     """
     template = resolve_template(args, tokenizer)
-    names = tuple(adapter_names(args.adapter_path)) if len(args.adapter_path) > 1 else ()
-    form = PromptForm(args.prompt_column, args.prompt_template, (*names, BASE) if names else (), args.columns)
-    requests = read_requests(args.input_path or DEFAULT_PROMPTS, tokenizer, template, form)
+    names = _names_to_choose_from(args)
+    choices = (*names, BASE_NAME) if names else ()
+    form = PromptForm(args.prompt_column, args.prompt_template, choices, ColumnMap.parse(args.columns))
+    rows = read_prompt_rows(args.input_path or DEFAULT_PROMPTS, tokenizer, template, form)
+    return Prompts(tokenizer, template, rows)
+
+
+def _names_to_choose_from(args: ModelFlags) -> tuple[str, ...]:
+    """Names of the adapters, if there are several and each row chooses one."""
+    return tuple(adapter_names(args.adapter_path)) if len(args.adapter_path) > 1 else ()
+
+
+def open_job(args: InferenceArguments, prompts: Prompts, checkpoint: Checkpoint, dtype: torch.dtype) -> Job:
+    """
+    Join the processes, claims --output_path and finds the answers that an earlier run left.
+
+    Every process must call it, before the model takes its time to load.
+
+    Raises:
+        UsageError: see `check_port` and `AnswerFile.begin`.
+    """
     sampling = Sampling(args.temperature, args.top_k, args.top_p, args.repetition_penalty, args.seed)
-    settings = AnswerSettings(args.max_new_tokens, sampling, args.num_return_sequences, tuple(args.stop), names)
-    checkpoint = Checkpoint.open(args.model_name_or_path, quantize=stored_bits(args.quantize))
-    recorded = settings_of(
+    names = _names_to_choose_from(args)
+    settings = AnswerSettings(
+        args.max_new_tokens, sampling, args.num_return_sequences, tuple(args.stop_strings), names
+    )
+    recorded = settings_of(  # keys of journals: never renamed
         settings,
         generation=checkpoint.generation.name,
         lora_alpha=args.lora_alpha,
-        template=template.name,
-        stop_ids=template.stop_ids(tokenizer),
+        template=prompts.template.name,
+        stop_ids=prompts.template.stop_ids(prompts.tokenizer),
         dtype=str(dtype),
         quantize=args.quantize,
     )
     check_port()
     init_process_group(use_deepspeed=False)
-    recorded |= on_all_processes(lambda: _hash_files_read(args, checkpoint))[0]
+    recorded |= on_all_processes(lambda: _hash_inputs(args, checkpoint))[0]
     output = AnswerFile(args.output_path, recorded, process_rank(), args.overwrite)
-    return Job(template, requests, settings, output, output.begin(requests), args.batch_size)
+    return Job(prompts.template, prompts.rows, settings, output, output.begin(prompts.rows), args.batch_size)
 
 
-def _hash_files_read(args: argparse.Namespace, checkpoint: Checkpoint) -> dict[str, Any]:
-    """Of model and adapters; on the main process, whose files stand for all."""
-    if not is_main_process():
+def _hash_inputs(args: ModelFlags, checkpoint: Checkpoint) -> dict[str, Any]:
+    """Hash every byte of model and adapters, to notice weights changed in place."""
+    if not is_main_process():  # its files count for all processes
         return {}
     adapters = [hash_files(files_of_adapter(path)) for path in args.adapter_path]
     return {**checkpoint.content_hashes(), "adapter_files": adapters}
 
 
-def answer(
-    job: Job, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, replica: Replica = SINGLE_REPLICA
-) -> None:
-    answer_rows(job, model, tokenizer, input_device(model), replica)
+def check_adapters(args: ModelFlags, checkpoint: Checkpoint) -> None:
+    """
+    Check that each adapter was trained on the checkpoint's weights.
+
+    With --allow_base_mismatch nothing is checked.
+
+    Raises:
+        UsageError: see `check_base`.
+    """
+    for path in args.adapter_path:
+        if not args.allow_base_mismatch:
+            check_base(path, checkpoint)
+        if warning := warn_of_old_ids(path, checkpoint):
+            print_once(warning)
+
+
+def attach_adapters(model: PreTrainedModel, args: ModelFlags, shards: bool = False) -> PreTrainedModel:
+    """
+    Return the model with the adapters of --adapter_path.
+
+    One adapter is merged into the weights where that is exact (float32, not offloaded) or where the model is about to
+    be sharded; in 16 bits it stays beside them. Several stay beside them, for each row to choose.
+
+    Raises:
+        UsageError: see `load_adapter` and `add_adapters`; or several adapters on a model that `shards`.
+    """
+    paths = args.adapter_path
+    if not paths:
+        return model
+    if len(paths) > 1:
+        if shards:
+            raise UsageError("several adapters on a sharded model are not supported: give one, or --tp_size 1")
+        add_adapters(model, dict(zip(adapter_names(paths), paths, strict=True)), args.lora_alpha)
+        return model
+    if shards or (model.dtype == torch.float32 and can_serve(model)):
+        return merge_adapter(model, paths[0], args.lora_alpha)
+    return load_adapter(model, paths[0], args.lora_alpha)
+
+
+def resolve_template(args: ModelFlags, tokenizer: PreTrainedTokenizerBase) -> ChatTemplate:
+    """
+    Return the template of --template, else the adapter's, else native; print which.
+
+    The template of an adapter merged into the checkpoint counts where no adapter on the command line records one.
+
+    Raises:
+        UsageError: several adapters were trained with different templates.
+    """
+    name, why = args.template, "flag"
+    if name is None:
+        origins = [origin for path in args.adapter_path if (origin := read_origin(path))]
+        trained = {origin.template for origin in origins}
+        merged = None if origins else read_template(args.model_name_or_path)
+        if len(trained) > 1:
+            names = ", ".join(sorted(trained))
+            raise UsageError(f"the adapters were trained with the templates {names}: choose one with --template")
+        if trained:
+            name, why = trained.pop(), "the adapter's"
+        elif merged:
+            name, why = merged, "the merged adapter's"
+        else:
+            name, why = "native", "default"
+    print_once(f"template {name} ({why})")
+    return template_for(tokenizer, name)

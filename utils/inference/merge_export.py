@@ -1,10 +1,21 @@
-"""A base model with an adapter in its weights, written as a checkpoint of its own."""
+"""
+Write base and adapter as one merged checkpoint (--merge_and_save).
+
+In: an opened checkpoint, its tokenizer, an adapter. Out: a directory that other programs open without code of this
+repository (ChatGLM-6B: the released layout). Called by utils/inference/job.py.
+
+`merge_and_unload` and `save_pretrained` alone would not do: what was written is read again, must answer fixed prompts
+as base and adapter do, and its chat template must give the tokens of training. In one text a tokenizer finds special
+tokens wherever they are spelled, and joins a newline with the white space after it. Two of Unicode's noncharacters,
+which the chat template inserts and the exported tokenizer drops, prevent both.
+"""
 
 import itertools
 import json
 import re
 import shutil
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,87 +38,107 @@ from utils.models.templates import TEMPLATES, AlpacaTemplate, ChatTemplate, enco
 
 TEMPLATE_FILE = "template.json"
 GENERATION_FILE = "generation_config.json"
-PROOF = ("你好", "请写一句祝福的话。", "1+1=?", "Translate into Chinese: The weather is fine today.")
-PROOF_TOKENS = 16
+CHECK_PROMPTS = ("你好", "请写一句祝福的话。", "1+1=?", "Translate into Chinese: The weather is fine today.")
+CHECK_TOKENS = 16  # answer tokens that are compared for each prompt
 USER, ASSISTANT = Message("user", " 你好\n"), Message("assistant", "\n<|user|> sop")
-PROOF_CHATS = ([USER], [Message("system", "你是客服。"), USER, ASSISTANT, USER])
-# Of a released ChatGLM-6B, beside its weights; never its code.
-KEPT = ("config.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", CHATGLM_6B.vocab_file)
-# Files of a base whose content reaches what is written.
-READ = (
-    *(*KEPT, "tokenizer.model", "tokenizer.json", GENERATION_FILE, TEMPLATE_FILE),
-    *("chat_template.jinja", "chat_template.json", "additional_chat_templates"),
+CHECK_CHATS = ([USER], [Message("system", "你是客服。"), USER, ASSISTANT, USER])
+# Files of a released ChatGLM-6B that are copied beside the merged weights; never its code.
+RELEASED_FILES = (
+    "config.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    CHATGLM_6B.vocab_file,
+)
+# Files of a base whose content gets into the merged checkpoint.
+COPIED_FILES = (
+    *RELEASED_FILES,
+    "tokenizer.model",
+    "tokenizer.json",
+    GENERATION_FILE,
+    TEMPLATE_FILE,
+    "chat_template.jinja",
+    "chat_template.json",
+    "additional_chat_templates",
 )
 
 
-def merge_and_save(
-    path_or_id: str,
-    adapter_path: str,
-    directory: str | Path,
-    dtype: torch.dtype,
-    lora_alpha: int | None = None,
-) -> None:
+@dataclass(frozen=True)
+class MergeSource:
+    """What a merged checkpoint is made of."""
+
+    checkpoint: Checkpoint
+    tokenizer: PreTrainedTokenizerBase
+    adapter_path: str | Path
+    lora_alpha: int | None = None  # of an adapter that does not record it
+
+
+def merge_and_save(source: MergeSource, directory: str | Path, dtype: torch.dtype) -> None:
     """
-    Writes the checkpoint in `path_or_id` with an adapter added into its weights, in `dtype`, to `directory`, which
-    appears complete or not at all.
+    Write base and adapter, merged in `dtype`, to `directory`: all of it or nothing.
 
     ChatGLM-6B keeps its released layout. The others become what transformers saves of `GlmForCausalLM`, with a
-    `tokenizer.json`, a chat template and the stop tokens in `generation_config.json`, to open with no code of this
-    repository. What was written is read again: it must answer fixed prompts, greedily, as the base with the adapter
-    beside its weights does, and its chat template must give fixed chats the tokens of training.
+    `tokenizer.json`, a chat template and the stop tokens in `generation_config.json`.
 
     Raises:
         UsageError: the base is quantised, a file of it is a link to elsewhere, `directory` holds something already,
             or see `load_adapter`.
-        RuntimeError: in float32, the greedy tokens differ; or those of a chat do.
+        RuntimeError: what was written answers fixed prompts with other greedy tokens (checked in float32), or its
+            chat template gives other tokens than training.
     """
-    checkpoint = Checkpoint.open(path_or_id)
+    checkpoint, tokenizer = source.checkpoint, source.tokenizer
     target = Path(directory)
-    if checkpoint.quantization:
-        raise UsageError(f"{path_or_id} is quantised and cannot take an adapter: merge into the checkpoint in full")
-    check_name("--merge_and_save", target)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise UsageError(f"--merge_and_save {target} exists and is not empty: choose another directory")
-    for name in READ:
-        _refuse_link(checkpoint.directory, name)
-    origin = read_origin(adapter_path)
-    recorded = origin.template if origin else read_template(checkpoint.directory)
-    tokenizer = load_tokenizer(path_or_id)
-    settings = _generation_config(checkpoint, tokenizer)
-    model = load_model(path_or_id, dtype=dtype)
-    adapted = load_adapter(model, adapter_path, lora_alpha)
-    before = _greedy(model, tokenizer)
+    _check_mergeable(checkpoint, target)
+    origin = read_origin(source.adapter_path)
+    template = origin.template if origin else read_template(checkpoint.directory)
+    generation_config = _generation_config(checkpoint, tokenizer)
+    model = checkpoint.empty_model(dtype)
+    checkpoint.fill(model, {"": "cpu"})
+    adapted = load_adapter(model, source.adapter_path, source.lora_alpha)
+    before = _greedy_tokens(model, tokenizer)
     merged = adapted.merge_and_unload()
-    merged.generation_config = settings
+    merged.generation_config = generation_config
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as temporary:
         complete = Path(temporary) / "checkpoint"
         complete.mkdir()
         if checkpoint.generation.name in MERGED:
-            _save_glm(merged, tokenizer, checkpoint, complete, recorded == AlpacaTemplate.name)
+            _save_glm(merged, source, complete, alpaca=template == AlpacaTemplate.name)
         else:
             _save_released_layout(merged, checkpoint, complete)
-        if recorded:
-            (complete / TEMPLATE_FILE).write_text(json.dumps({"template": recorded}))
+        if template:
+            (complete / TEMPLATE_FILE).write_text(json.dumps({"template": template}))
         del model, adapted, merged
-        after = _greedy(load_model(str(complete), dtype=dtype), load_tokenizer(str(complete)))
+        after = _greedy_tokens(load_model(str(complete), dtype=dtype), load_tokenizer(str(complete)))
         equal = int((before == after).sum())
         print_once(f"greedy tokens before and after merging: {equal} of {before.numel()} equal")
         if equal < before.numel() and dtype == torch.float32:
             raise RuntimeError(f"{target} is not written: it does not answer as the base with the adapter does")
         if (complete / "tokenizer.json").is_file():
-            _prove_chats(complete, tokenizer, template_for(tokenizer, recorded or ChatTemplate.name))
+            _check_chats(complete, tokenizer, template_for(tokenizer, template or ChatTemplate.name))
         if target.exists():
             target.rmdir()
         complete.rename(target)
 
 
+def _check_mergeable(checkpoint: Checkpoint, target: Path) -> None:
+    if checkpoint.quantization:
+        raise UsageError(
+            f"{checkpoint.directory} is quantised and cannot take an adapter: merge into the checkpoint in full"
+        )
+    check_name("--merge_and_save", target)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise UsageError(f"--merge_and_save {target} exists and is not empty: choose another directory")
+    for name in COPIED_FILES:
+        _refuse_link(checkpoint.directory, name)
+
+
 def read_template(path_or_id: str | Path) -> str | None:
     """
-    The template of the adapter that a merged checkpoint took; None for any other checkpoint.
+    Return the template of a merged checkpoint; None for any other.
 
     Raises:
-        UsageError: the file that says it is not what `merge_and_save` writes.
+        UsageError: the checkpoint's template.json is not what `merge_and_save` writes.
     """
     file = Path(path_or_id) / TEMPLATE_FILE
     if not file.exists():
@@ -120,22 +151,26 @@ def read_template(path_or_id: str | Path) -> str | None:
 
 def _refuse_link(directory: Path, name: str) -> None:
     """
-    A link may lead to another file of the directory, or to where a hub cache keeps the files of this repository.
+    Refuse a link out of the directory: it would publish a private file.
+
+    In a hub cache a link may lead to the blobs of this repository.
 
     Raises:
-        UsageError: `name`, or a file below it, is a link to elsewhere: private files would come into what is shared.
+        UsageError: `name`, or a file below it, is such a link.
     """
     root = directory.resolve()
     allowed = [root, root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [root]
     for file in itertools.chain([directory / name], (directory / name).glob("**/*")):
-        if file.exists() and not any(file.resolve().is_relative_to(place) for place in allowed):
+        if file.exists() and not any(file.resolve().is_relative_to(root) for root in allowed):
             raise UsageError(f"{file} is a link to {file.resolve()}, which a merge does not copy: put the file there")
 
 
 def _generation_config(checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
     """
-    A base's settings for `generate`, with the stop tokens of its chats, in a form that transformers can write: it
-    refuses to write settings that have no effect beside the others, such as a temperature beside do_sample false.
+    Return the base's settings for `generate` with the stop tokens of its chats.
+
+    transformers refuses to write settings without effect, for example a temperature beside do_sample false: those are
+    dropped, and one line names them.
 
     Raises:
         UsageError: transformers cannot read the file.
@@ -163,17 +198,17 @@ def _generation_config(checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerBas
 
 
 @torch.inference_mode()
-def _greedy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
-    """(prompts, PROOF_TOKENS) int64, whatever the model's own settings for `generate` are; no token ends an answer."""
+def _greedy_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
+    """Return greedy answers to CHECK_PROMPTS without stopping: (prompts, CHECK_TOKENS) int64."""
     model.generation_config = GenerationConfig()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model.to(device)
-    prompts = [encode_prompt(tokenizer, [Message("user", text)]) for text in PROOF]
+    prompts = [encode_prompt(tokenizer, [Message("user", text)]) for text in CHECK_PROMPTS]
     inputs = {name: tensor.to(device) for name, tensor in left_pad(prompts, tokenizer.pad_token_id).items()}
     output = model.generate(
         **inputs,
-        max_new_tokens=PROOF_TOKENS,
-        min_new_tokens=PROOF_TOKENS,
+        max_new_tokens=CHECK_TOKENS,
+        min_new_tokens=CHECK_TOKENS,
         do_sample=False,
         eos_token_id=None,
         pad_token_id=tokenizer.pad_token_id,
@@ -182,55 +217,54 @@ def _greedy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> torch
     return output[:, inputs["input_ids"].shape[1] :].cpu()
 
 
-def _prove_chats(directory: Path, tokenizer: PreTrainedTokenizerBase, template: ChatTemplate) -> None:
+def _check_chats(directory: Path, tokenizer: PreTrainedTokenizerBase, template: ChatTemplate) -> None:
     """
     Raises:
-        RuntimeError: what was written renders a chat otherwise than rows are made.
+        RuntimeError: the chat template in `directory` gives other tokens than `template`, with which rows are encoded.
     """
     served = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
-    for chat in PROOF_CHATS:
+    for chat in CHECK_CHATS:
         messages = [{"role": message.role, "content": message.content} for message in chat]
-        made = served.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-        if list(made) != encode_prompt(tokenizer, chat, template):
-            raise RuntimeError(f"{directory} is not written: its chat template makes other tokens than training does")
+        ids = served.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        if list(ids) != encode_prompt(tokenizer, chat, template):
+            raise RuntimeError(f"{directory} is not written: its chat template gives other tokens than training does")
 
 
 def _save_released_layout(model: PreTrainedModel, checkpoint: Checkpoint, directory: Path) -> None:
-    """The weights under their released names, and the other files of the base as they are."""
+    """Write the weights under their released names, and copy RELEASED_FILES."""
     state = model.state_dict()
     for target in model.all_tied_weights_keys:  # the release holds both; transformers would drop the copy
         state[target] = state[target].clone()
     model.save_pretrained(directory, state_dict=state)
-    for name in KEPT:
+    for name in RELEASED_FILES:
         if (checkpoint.directory / name).is_file():
             shutil.copyfile(checkpoint.directory / name, directory / name)
     _edit(directory / "config.json", torch_dtype=str(model.dtype).removeprefix("torch."))
 
 
-def _save_glm(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, checkpoint: Checkpoint, directory: Path, alpaca: bool
-) -> None:
-    settings = model.generation_config
+def _save_glm(model: PreTrainedModel, source: MergeSource, directory: Path, alpaca: bool) -> None:
+    """Write transformers' layout of `GlmForCausalLM`: weights, configuration, tokenizer and chat template."""
+    tokenizer, settings = source.tokenizer, model.generation_config
     model.config.eos_token_id, model.config.pad_token_id = settings.eos_token_id, settings.pad_token_id
     model.save_pretrained(directory)
-    rope = model.config.rope_parameters  # under the names of older readers too
+    rope = model.config.rope_parameters  # older programs know them by other names: write both
     older = {key: rope[key] for key in ("rope_theta", "partial_rotary_factor")}
     if rope["rope_type"] != "default":
         older["rope_scaling"] = {key: rope[key] for key in ("rope_type", "factor")}
     _edit(directory / "config.json", **older)
     opening = AlpacaTemplate.instruction if alpaca else None
-    if checkpoint.generation.tokenizer_class is None:  # the base has a tokenizer.json
+    if source.checkpoint.generation.tokenizer_class is None:  # the base has a tokenizer.json already
         keep_apart(tokenizer.backend_tokenizer)
         tokenizer.chat_template = chat_template(tokenizer, special_tokens(tokenizer.backend_tokenizer), opening)
         tokenizer.save_pretrained(directory)
         return
-    _edit(directory / "config.json", **{MERGED_FROM: checkpoint.generation.name})
+    _edit(directory / "config.json", **{MERGED_FROM: source.checkpoint.generation.name})
     try:
         fast_tokenizer(tokenizer, opening).save_pretrained(directory)
-        _edit(directory / "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast")  # in every version
+        _edit(directory / "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast")  # any version knows it
     except ValueError as error:
-        print_once(f"without tokenizer.json, which other programs need: {error}")
-    if MERGED[checkpoint.generation.name].tokenizer_class:  # the scripts here read the release's own file
+        print_once(f"tokenizer.json is not written, and other programs need it: {error}")
+    if MERGED[source.checkpoint.generation.name].tokenizer_class:  # our scripts read the release's own file
         tokenizer.save_vocabulary(str(directory))
         _edit(directory / "tokenizer_config.json", pad_with_unk=tokenizer.pad_with_unk)
 

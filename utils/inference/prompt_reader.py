@@ -1,10 +1,17 @@
-"""A file of prompts -> requests: JSON Lines, JSON, CSV or text, single prompts and chats."""
+"""
+Read a file of rows and encode each row's prompt.
+
+In: --input_path (JSON Lines, JSON, CSV, TSV or text; single prompts or chats), a tokenizer, a template, and a
+`PromptForm` that says which columns are the prompt. Out: one `PromptRow` a row; a row that cannot be used has an
+error, so that numbers and counts agree with the file. Called by utils/inference/job.py. Tables are read by csv in
+strict mode, not by pandas, which would guess types and encodings.
+"""
 
 import csv
 import io
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,25 +28,28 @@ from utils.models.conversation import Message
 from utils.models.templates import ChatTemplate, encode_prompt
 
 SEPARATORS = {".csv": ",", ".tsv": "\t"}
-TEXT = ".txt"  # a prompt a line
-ADAPTER = "adapter"  # the column that names one of several
-BASE = "base"  # its value for none
-_LINE_END = re.compile(r"\r\n|\n|\r")
-_PLACE = re.compile(r"\{([^{}]+)\}")
+TEXT_SUFFIX = ".txt"  # a prompt a line
+ADAPTER_COLUMN = "adapter"  # names the adapter of a row, if there are several
+BASE_NAME = "base"  # its value for the base model without an adapter
+MAX_CELL = 1 << 30  # characters; the csv module's own limit, 131,072, is below a long chat
+_LINE_END = re.compile(r"\r\n|\n|\r")  # not str.splitlines, which also ends lines inside a prompt (U+2028, form feed)
+_PLACEHOLDER = re.compile(r"\{([^{}]+)\}")
 
 
 @dataclass(frozen=True)
 class PromptRow:
-    """One input row: its prompt as text and tokens, or why it has none."""
+    """A row's prompt as text and tokens, or its error."""
 
     index: int
     prompt: str | None
     input_ids: list[int]
     error: str | None = None
-    adapter: str | None = None  # the name of one of several
+    adapter: str | None = None  # name of the row's adapter, or BASE_NAME; None if rows have no choice
 
 
 class ParsedPrompt(NamedTuple):
+    """A row's prompt before it is encoded, and the adapter it names."""
+
     messages: tuple[Message, ...]
     adapter: str | None
 
@@ -47,15 +57,15 @@ class ParsedPrompt(NamedTuple):
 @dataclass(frozen=True)
 class PromptForm:
     """
-    What of a row is its prompt.
+    How a row becomes a prompt.
+
+    A row's system text and history come before the prompt, unless the template contains them.
 
     Args:
-        column: the column that is the prompt as it stands; None is what utils/data/row_parser.py finds.
-        template: a text with columns in braces, `把'{text}'改写...`, in the place of `column`.
-        adapters: the names that a row's column "adapter" may have; empty where rows have no choice.
-        columns: those that utils/data/row_parser.py takes in place of the ones it knows.
-
-    A row's system text and history stand before its prompt in every form, unless a template has them.
+        column: the column that is the whole prompt; None: utils/data/row_parser.py finds the prompt.
+        template: a text with column names in braces, `把'{text}'改写...`, instead of `column`.
+        adapters: the values that a row's ADAPTER_COLUMN may have; empty: rows have no choice.
+        columns: other columns for the roles that utils/data/row_parser.py knows.
     """
 
     column: str | None = None
@@ -65,22 +75,23 @@ class PromptForm:
 
     def parse(self, raw: Any) -> ParsedPrompt:
         """
+        Return the prompt of a row.
+
         Raises:
-            RowError: no prompt in it, a column of the template is missing, or no such adapter.
+            RowError: it has no prompt, lacks a column of the template, or names no known adapter.
         """
         adapter = None
         if self.adapters:
-            adapter = raw.get(ADAPTER) if isinstance(raw, dict) else None
+            adapter = raw.get(ADAPTER_COLUMN) if isinstance(raw, dict) else None
             if adapter not in self.adapters:
-                raise RowError(f'"{ADAPTER}" is {adapter!r}, not one of {", ".join(self.adapters)}')
+                raise RowError(f'"{ADAPTER_COLUMN}" is {adapter!r}, not one of {", ".join(self.adapters)}')
         if self.column is None and self.template is None:
             return ParsedPrompt(parse_prompt(raw, self.columns).messages, adapter)
         if not isinstance(raw, dict):
             raise RowError(f"a row must be an object, not {type(raw).__name__}")
-        text = _PLACE.sub(lambda place: _cell(raw, place[1]), self._text)
-        return ParsedPrompt(
-            parse_question(self.columns.rename(raw), text, _PLACE.findall(self._text)).messages, adapter
-        )
+        text = _PLACEHOLDER.sub(lambda match: _cell(raw, match[1]), self._text)
+        used_columns = _PLACEHOLDER.findall(self._text)
+        return ParsedPrompt(parse_question(self.columns.rename(raw), text, used_columns).messages, adapter)
 
     @property
     def _text(self) -> str:
@@ -88,26 +99,28 @@ class PromptForm:
 
     def check_columns(self, columns: Sequence[str], path: str) -> "PromptForm":
         """
-        The form for a table with these columns: of a table with one column that is the prompt, which is said.
+        Return the form for a table with these columns.
+
+        The only column of a table is its prompt, and a printed line says so.
 
         Raises:
-            UsageError: a column is not there, or none can be taken for the prompt.
+            UsageError: a column is missing, or no column is known as a prompt.
         """
         self.columns.check(columns, path)
-        names = [name for name in columns if name != ADAPTER]
+        names = [name for name in columns if name != ADAPTER_COLUMN]
         if self.template is None and self.column is None:
             try:
                 find_schema(tuple(self.columns.rename(dict.fromkeys(names))))
             except RowError:
                 if len(names) == 1:
-                    print_once(f"{path}: its one column, {names[0]}, is the prompt")
+                    print_once(f"{path}: its only column, {names[0]}, is the prompt")
                     return replace(self, column=names[0])
                 raise UsageError(
-                    f"--input_path {path} has the columns {', '.join(names)}: say which is the prompt with "
-                    "--prompt_column or --columns prompt=NAME, or how they make one with --prompt_template"
+                    f"--input_path {path} has the columns {', '.join(names)}: name the prompt with --prompt_column "
+                    "or --columns prompt=NAME, or build it from columns with --prompt_template"
                 ) from None
             return self
-        for name in _PLACE.findall(self._text):
+        for name in _PLACEHOLDER.findall(self._text):
             if name not in columns:
                 flag = "--prompt_template" if self.template else "--prompt_column"
                 raise UsageError(f"{flag}: {path} has no column {name}, but {', '.join(columns)}")
@@ -121,39 +134,41 @@ def _cell(raw: dict[str, Any], column: str) -> str:
     return value if isinstance(value, str) else "" if value is None else str(value)
 
 
-def read_requests(
+def read_prompt_rows(
     input_path: str,
     tokenizer: PreTrainedTokenizerBase,
     template: ChatTemplate,
     form: PromptForm = PromptForm(),
 ) -> list[PromptRow]:
     """
+    Read and encodes every row of a file, in its order.
+
     Raises:
-        UsageError: no such file, no rows in it, or a table without the columns that `form` asks for.
+        UsageError: no such file, no rows in it, or a table without the columns that `form` needs.
     """
-    requests = []
-    for index, (place, row) in enumerate(_rows(input_path, form)):
+    prompts = []
+    for index, (source, row) in enumerate(_rows(input_path, form)):
         if isinstance(row, RowError):
-            requests.append(PromptRow(index, None, [], error=f"{place}: {row}"))
+            prompts.append(PromptRow(index, None, [], error=f"{source}: {row}"))
         else:
             input_ids = encode_prompt(tokenizer, row.messages, template)
-            requests.append(PromptRow(index, template.render(row.messages), input_ids, adapter=row.adapter))
-    if not requests:
+            prompts.append(PromptRow(index, template.render(row.messages), input_ids, adapter=row.adapter))
+    if not prompts:
         raise UsageError(f"--input_path {input_path} has no rows")
-    return requests
+    return prompts
 
 
 def _rows(path: str, form: PromptForm) -> Iterator[tuple[str, ParsedPrompt | RowError]]:
-    """(file:line, row)."""
-    kind = Path(path).suffix.lower()
-    if kind in SEPARATORS:
-        yield from _table_rows(path, SEPARATORS[kind], form)
-    elif kind == TEXT:
+    """Yield ("file:line", prompt or the error that says why there is none)."""
+    suffix = Path(path).suffix.lower()
+    if suffix in SEPARATORS:
+        yield from _table_rows(path, SEPARATORS[suffix], form)
+    elif suffix == TEXT_SUFFIX:
         form.columns.check(["line"], path)
-        plain = replace(form, column="line") if form.template is None else form
-        for number, line in enumerate(_LINE_END.split(_read(path)), start=1):
+        line_form = replace(form, column="line") if form.template is None else form
+        for number, line in enumerate(_LINE_END.split(_read_text(path)), start=1):
             if line.strip():
-                yield f"{path}:{number}", _try(plain.parse, {"line": line.removeprefix("\ufeff")})
+                yield f"{path}:{number}", _parse(line_form, {"line": line.removeprefix("\ufeff")})
     else:
         check_columns(form.columns, [path])
         for _, number, row in read_rows(path, form.parse):
@@ -163,53 +178,53 @@ def _rows(path: str, form: PromptForm) -> Iterator[tuple[str, ParsedPrompt | Row
 def _table_rows(path: str, separator: str, form: PromptForm) -> Iterator[tuple[str, ParsedPrompt | RowError]]:
     """
     Raises:
-        UsageError: a quote is not closed or stands where none can, or the header is empty or names a column twice.
+        UsageError: a quote is not closed or in a wrong place, or the header is empty or names a column twice.
     """
-    lines = _records(path, separator)
-    _, header = next(lines, (1, []))
+    records = _records(path, separator)
+    _, header = next(records, (1, []))
     header = [name.strip(BLANKS) for name in header]
-    names = [name for name in header if name]  # pandas writes its index without one
+    names = [name for name in header if name]  # pandas writes its index as a column without a name
     if not names:
         raise UsageError(f"--input_path {path}: no names of columns in its first line")
     if repeated := [name for name, count in Counter(names).items() if count > 1]:
         raise UsageError(f"--input_path {path}: several columns are named {', '.join(repeated)}: rename them")
     form = form.check_columns(names, path)
-    for number, cells in lines:
+    for number, cells in records:
         if len(cells) != len(header):
             yield f"{path}:{number}", RowError(f"{len(cells)} cells, but {len(header)} columns")
         else:
             raw = {name: cell for name, cell in zip(header, cells, strict=True) if name}
-            yield f"{path}:{number}", _try(form.parse, raw)
+            yield f"{path}:{number}", _parse(form, raw)
 
 
 def _records(path: str, separator: str) -> Iterator[tuple[int, list[str]]]:
-    """(number of its first line, cells) of each record that is not blank."""
-    csv.field_size_limit(1 << 30)
-    reader = csv.reader(io.StringIO(_read(path), newline=""), delimiter=separator, strict=True)
+    """Yield (number of its first line, cells) of each record that is not blank."""
+    csv.field_size_limit(MAX_CELL)
+    reader = csv.reader(io.StringIO(_read_text(path), newline=""), delimiter=separator, strict=True)
     while True:
-        first = reader.line_num + 1
+        first_line = reader.line_num + 1
         try:
             cells = next(reader)
         except StopIteration:
             return
         except csv.Error as error:
-            closed = "" if "end of data" in str(error) else f" ({error}, in line {reader.line_num})"
+            detail = "" if "end of data" in str(error) else f" ({error}, in line {reader.line_num})"
             raise UsageError(
-                f'--input_path {path}:{first}: a quote (") that opens a cell in this row is not closed before a '
-                f"separator{closed}: close it, and write a quote inside a cell twice"
+                f'--input_path {path}:{first_line}: a quote (") that opens a cell in this row is not closed before a '
+                f"separator{detail}: close it, and write a quote inside a cell twice"
             ) from None
         if cells:
-            yield first, cells
+            yield first_line, cells
 
 
-def _try(parse: Callable[[Any], ParsedPrompt], raw: Any) -> ParsedPrompt | RowError:
+def _parse(form: PromptForm, raw: dict[str, Any]) -> ParsedPrompt | RowError:
     try:
-        return parse(raw)
+        return form.parse(raw)
     except RowError as error:
         return error
 
 
-def _read(path: str) -> str:
+def _read_text(path: str) -> str:
     try:
         return decode_text(Path(path).read_bytes(), path)
     except OSError as error:

@@ -1,4 +1,10 @@
-"""The text of generated tokens, and where it ends."""
+"""
+Stop strings, and the text of generated tokens.
+
+In: token ids of an answer. Out: after how many of them a stop string is complete, and the text before it. Called by
+the generators of utils/inference and by tools/chat_model.py. transformers' StopStringCriteria works inside `generate`
+alone.
+"""
 
 from collections.abc import Sequence
 
@@ -6,30 +12,35 @@ from transformers import PreTrainedTokenizerBase
 
 
 class StopStrings:
-    """Finds the first of some texts in an answer."""
+    """Finds the first stop string in an answer, which ends before it."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]):
         self.tokenizer, self.texts = tokenizer, texts
 
     def find(self, answer_ids: Sequence[int]) -> int | None:
-        """How many tokens there are up to and with the one that completes a text; None where none has come."""
-        if not self.texts or not self._holds(answer_ids):
+        """Return the number of tokens up to the end of a stop string, or None."""
+        if not self.texts or not self._has_stop_string(answer_ids):
             return None
-        low, high = 1, len(answer_ids)
+        low, high = 1, len(answer_ids)  # binary search: once there, a stop string stays
         while low < high:
             middle = (low + high) // 2
-            low, high = (low, middle) if self._holds(answer_ids[:middle]) else (middle + 1, high)
+            if self._has_stop_string(answer_ids[:middle]):
+                high = middle
+            else:
+                low = middle + 1
         return low
 
-    def _holds(self, answer_ids: Sequence[int]) -> bool:
+    def _has_stop_string(self, answer_ids: Sequence[int]) -> bool:
         answer = decode(self.tokenizer, answer_ids)
         return any(text in answer for text in self.texts)
 
     def cut(self, answer: str) -> str:
+        """Return the answer up to its first stop string."""
         ends = [answer.find(text) for text in self.texts if text in answer]
         return answer[: min(ends)] if ends else answer
 
 
 def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
-    """The text of generated tokens. The embedding has rows that the tokenizer does not use; they have no text."""
+    """Return the text of generated tokens, without special and unknown ones."""
+    # The embedding has more rows than the tokenizer has tokens: a model can generate an id without a text.
     return tokenizer.decode([i for i in ids if i < len(tokenizer)], skip_special_tokens=True)

@@ -1,4 +1,10 @@
-"""Rows shared out over the replicas of a model: each takes the next few from one queue when it has room."""
+"""
+Share rows out over replicas: each fetches the next few when it is free.
+
+In: the same rows on every process. Out: this replica's share, while it works. Called by batch inference. The queue is
+a counter in the launcher's store. Replicas share nothing else: a slow one takes fewer rows, and no process serves the
+others. A replica is one process, unless tensor parallelism shards the model over several, which then fetch together.
+"""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -8,59 +14,60 @@ from typing import TypeVar
 import torch
 from torch.distributed.distributed_c10d import _get_default_store
 
-MOST_AT_ONCE = 16  # rows
-SHARES = 16  # so often at least a replica comes back for more
-_queues = count()
+MAX_FETCH = 16  # rows: the most that one replica has left when the queue is empty
+MIN_FETCHES = 16  # per replica, so that the tail stays balanced
+_key_numbers = count()  # every process makes its queues and counters in the same order: the number names them
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Replica:
-    """The model that this process holds, whole or a part of it, among the others of its kind."""
+    """This process's data-parallel replica: how many there are, its leader, its tensor-parallel group."""
 
     replicas: int = 1
-    first: bool = True  # whether this process speaks for its replica
-    leader: int = 0  # the rank of the one that does
-    group: torch.distributed.ProcessGroup | None = None  # the replica's processes, over gloo, where it has several
+    first: bool = True  # whether this process is the leader, which fetches rows and writes answers
+    leader: int = 0  # its rank
+    group: torch.distributed.ProcessGroup | None = None  # the replica's processes, over gloo; None for a single one
 
     @property
     def processes(self) -> int:
-        """Those that share it."""
+        """Number of processes that share this replica."""
         return 1 if self.group is None else torch.distributed.get_world_size(self.group)
 
 
 SINGLE_REPLICA = Replica()
 
 
-def share_of_rows(rows: Sequence[T], replica: Replica) -> Iterator[T]:
+def fetch_share(rows: Sequence[T], replica: Replica) -> Iterator[T]:
     """
-    This replica's part of `rows`, which must be the same everywhere: each row goes to one replica, in order. A lone
-    replica has them all. Every process must call it, and those of one replica ask for rows together.
+    Yield this replica's share of `rows`, in order; each row goes to one replica.
+
+    Every process must call it with the same rows. Those of one replica must iterate together.
     """
-    number = next(_queues)
+    number = next(_key_numbers)
     if replica.replicas == 1:
         yield from rows
         return
     store = _get_default_store()
-    step = min(max(len(rows) // (SHARES * replica.replicas), 1), MOST_AT_ONCE)
+    fetch_size = min(max(len(rows) // (MIN_FETCHES * replica.replicas), 1), MAX_FETCH)
     while True:
-        begin = torch.tensor(store.add(f"rows.{number}", step) - step if replica.first else 0)
+        start = torch.tensor(store.add(f"rows.{number}", fetch_size) - fetch_size if replica.first else 0)
         if replica.group is not None:
-            torch.distributed.broadcast(begin, replica.leader, group=replica.group)
-        if begin >= len(rows):
+            torch.distributed.broadcast(start, replica.leader, group=replica.group)
+        if start >= len(rows):
             return
-        yield from rows[int(begin) : int(begin) + step]
+        yield from rows[int(start) : int(start) + fetch_size]
 
 
 class SharedCount:
-    """Counts what all replicas have done."""
+    """A counter that all replicas add to."""
 
     def __init__(self, name: str, replica: Replica):
-        self.name, self.shared, self.value = f"{name}.{next(_queues)}", replica.replicas > 1, 0
+        self.key, self.shared, self.value = f"{name}.{next(_key_numbers)}", replica.replicas > 1, 0
 
     def add(self, amount: int) -> int:
-        """The sum of all that was added, by every process."""
+        """Add `amount`, and return the sum over all processes."""
         if self.shared:
-            return _get_default_store().add(self.name, amount)
+            return _get_default_store().add(self.key, amount)
         self.value += amount
         return self.value
