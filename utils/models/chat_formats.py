@@ -33,20 +33,20 @@ from utils.models.tokenization_glm4 import ChatGLM4Tokenizer
 
 class ChatTemplate(ABC):
     """
-    The form of a conversation. A training row is `encoded prompt` + `encoded target`.
+    The form of a conversation; a training row is the encoded prompt and the encoded target.
 
-    `tokenizer` is one of the template's own generation in every method.
+    In every method `tokenizer` is one of the template's own generation.
     """
 
     name = "native"  # the other template is "alpaca", see below
     ids_version = 1  # raised when the same texts get other ids: datasets of the version before are then refused
     has_system_role = False  # whether a system message has a role token; else its text precedes the first question
     opening_tokens: tuple[str, ...] = ()  # special tokens that open every conversation
-    prompt_ending = ""  # how `render` ends for every prompt; "" if the end is special tokens
+    prompt_ending = ""  # of `render`, which truncation must keep; "" if special tokens end a prompt
 
     @abstractmethod
     def render(self, messages: Sequence[Message]) -> str:
-        """The prompt as text, to show it to a person."""
+        """The prompt's text: what a one-text template encodes, and what answer files show."""
 
     @abstractmethod
     def unencoded_prompt(

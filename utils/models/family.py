@@ -76,8 +76,10 @@ def is_chatglm2(files: CheckpointFiles) -> bool:
 
 def is_chatglm3(files: CheckpointFiles) -> bool:
     """The tokenizer's configuration or the release's code has role tokens, which ChatGLM2-6B has not."""
+    if not files.is_released_glm:
+        return False
     texts = (json.dumps(files.tokenizer_config), *files.code)
-    return files.is_released_glm and any(role in text for text in texts for role in ROLE_TOKENS)
+    return any(role in text for text in texts for role in ROLE_TOKENS)
 
 
 def is_glm4(files: CheckpointFiles) -> bool:
