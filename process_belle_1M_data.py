@@ -105,7 +105,11 @@ def prompt_of(conversation: Conversation) -> str:
 def read_conversations(
     paths: list[str], columns: ColumnMap, counts: Counter, rejections: Rejections
 ) -> Iterator[Conversation]:
-    """Yield the usable rows; add the number of rows read to `counts` and the others to `rejections`."""
+    """
+    Yield the usable rows.
+
+    The number of rows read goes to `counts`, the others to `rejections`.
+    """
     for path, line, row in read_rows(paths, partial(parse_row, columns=columns)):
         counts["read"] += 1
         if isinstance(row, RowError):

@@ -139,7 +139,11 @@ def show_preview(
 
 
 def load_report(target: Path, key: str, rejections: Rejections) -> TokenReport | None:
-    """The report of the dataset at `target` if it is up to date: complete, and made from what `key` hashes."""
+    """
+    The report of the dataset at `target` if it is up to date.
+
+    It is if it is complete and was made from what `key` hashes.
+    """
     path = target / REPORT_FILE
     if not (is_dataset(target) and path.is_file()):
         return None

@@ -136,7 +136,7 @@ def trained_rows(dataset: datasets.Dataset) -> np.ndarray:
 
 
 def trained_tokens(dataset: datasets.Dataset) -> np.ndarray:
-    """Number of predicted labels of each row, without its first token, which nothing predicts: (rows,) int64."""
+    """Trained tokens of each row, but its first, which nothing predicts: (rows,) int64."""
     counts = []
     for batch in dataset.with_format("arrow").iter(COUNT_ROWS):
         for labels in batch["labels"].chunks:
@@ -149,9 +149,10 @@ def trained_tokens(dataset: datasets.Dataset) -> np.ndarray:
 
 def hold_out(dataset: datasets.Dataset, fraction: float) -> tuple[np.ndarray, np.ndarray]:
     """
-    Indices of the rows to train on and of those held out, about `fraction` of all.
+    Indices of the rows to train on and of those held out.
 
-    A hash of the prompt's tokens decides: rows of one prompt stay together, and stay where they are when data grows.
+    About `fraction` of all are held out. A hash of the prompt's tokens decides: rows of one prompt stay together, and
+    stay where they are when data grows.
     """
     held_out = []
     for batch in dataset.with_format("arrow").iter(COUNT_ROWS):
@@ -194,7 +195,11 @@ def fingerprint_rows(dataset: datasets.Dataset) -> dict[str, Any]:
 
 
 def _iterate_arrays(dataset: datasets.Dataset) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Yield `input_ids` and `labels` of HASH_ROWS rows, each (tokens,), and the rows' offsets, (rows + 1,)."""
+    """
+    Yield `input_ids` and `labels` of HASH_ROWS rows, and their offsets.
+
+    Shapes: (tokens,), (tokens,) and (rows + 1,).
+    """
     for batch in dataset.with_format("arrow").iter(HASH_ROWS):
         columns = [batch[name].combine_chunks() for name in FEATURES]
         offsets = columns[0].offsets.to_numpy()
@@ -227,7 +232,7 @@ def _hash(digests: np.ndarray) -> str:
 
 
 def old_fingerprint_rows(dataset: datasets.Dataset) -> str:
-    """The fingerprint of earlier versions: a hash of every row's length and of some rows, spread over all."""
+    """The fingerprint of earlier versions: of every row's length and of some rows."""
     digest = hashlib.sha256(json.dumps(row_lengths(dataset)).encode())
     for index in range(0, len(dataset), max(1, len(dataset) // 64)):
         digest.update(json.dumps(dataset[index]).encode())
@@ -236,7 +241,7 @@ def old_fingerprint_rows(dataset: datasets.Dataset) -> str:
 
 def describe_row_change(then: Any, now: dict[str, Any]) -> str | None:
     """
-    Describe the rows of an earlier run for a message; None if they are those of now.
+    Describe the rows of an earlier run, or None if unchanged.
 
     Args:
         then: the `fingerprint_rows` in a checkpoint, or the `old_fingerprint_rows` in one of an earlier version.
@@ -309,7 +314,7 @@ def _is_pair_of(tokenizer: PreTrainedTokenizerBase, row: dict[str, Any]) -> bool
 
 def split_off(dataset: datasets.Dataset, fraction: float) -> tuple[datasets.Dataset, datasets.Dataset]:
     """
-    Split a dataset into the rows to train on and those held out for evaluation.
+    Split a dataset into rows to train on and rows held out.
 
     Raises:
         UsageError: one of the two is empty.

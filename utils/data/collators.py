@@ -18,7 +18,7 @@ from utils.models.token_spans import IGNORE_INDEX
 
 def find_targets(labels: torch.Tensor) -> dict[str, torch.Tensor]:
     """
-    Positions in a flattened batch whose hidden states predict a trained token, and those tokens.
+    Positions that predict a trained token, and those tokens.
 
     Args:
         labels: (B, T) int64, IGNORE_INDEX where there is no loss.
@@ -141,7 +141,9 @@ class PackingCollator:
 
 class RowsByLength(LengthGroupedSampler):
     """
-    Samples rows in a random order in which those of a global batch have similar lengths, so that padding is small.
+    Samples rows of similar lengths for each global batch.
+
+    The order is random otherwise, and padding is small.
 
     The order of an epoch depends only on lengths, global batch, seed and epoch. transformers' own sampler draws it
     from torch's global state, which a run that resumes in the middle of an epoch does not have.

@@ -45,7 +45,9 @@ class Turn(NamedTuple):
 
 def parse_chat(raw: Any, column: str) -> list[Turn]:
     """
-    Parse a list of {"role", "content"} or {"from", "value"}, or such a list as the text of a table's cell.
+    Parse a list of {"role", "content"} or {"from", "value"}.
+
+    The list may also be the text of a table's cell.
 
     Raises:
         RowError: a message cannot be used.
@@ -58,7 +60,9 @@ def parse_chat(raw: Any, column: str) -> list[Turn]:
 
 def parse_history(raw: Any, column: str) -> list[Turn]:
     """
-    Parse earlier turns: a list of [question, answer] pairs or of messages, or such a list as the text of a cell.
+    Parse a list of [question, answer] pairs or of messages.
+
+    The list may also be the text of a table's cell.
 
     Raises:
         RowError: a pair or a message cannot be used.
@@ -154,7 +158,9 @@ def _either(item: dict[str, Any], *keys: str) -> str | None:
 
 def parse_list(value: Any, column: str) -> list[Any]:
     """
-    The list that a value is, or that its text holds: JSON, or what Python prints, as in a table's cell.
+    The list that a value is, or that its text holds.
+
+    A table's cell holds one in JSON, or as Python prints it.
 
     Raises:
         RowError: there is no list.

@@ -37,7 +37,11 @@ class Vocabulary:
 
 @dataclass(frozen=True)
 class ListColumn:
-    """A column of lists: `values` of all rows, (tokens,), and `offsets` at which rows begin, (rows + 1,) from 0."""
+    """
+    A column of lists.
+
+    `values` of all rows are (tokens,); `offsets`, at which rows begin, are (rows + 1,) from 0.
+    """
 
     values: np.ndarray
     offsets: np.ndarray
@@ -52,7 +56,11 @@ class ListColumn:
         return np.arange(len(self.values)) - np.repeat(self.offsets[:-1], self.lengths)
 
     def first_row(self, wrong: np.ndarray) -> tuple[int, int] | None:
-        """Row and value of the first entry where `wrong`, (tokens,) bool, is set; None if none is."""
+        """
+        Row and value of the first entry that is wrong, or None.
+
+        `wrong` is (tokens,) bool.
+        """
         if not wrong.any():
             return None
         index = int(wrong.argmax())
@@ -74,7 +82,9 @@ class _RowProblem(Exception):
 
 def to_examples(table: pa.Table, vocabulary: Vocabulary | None) -> pa.Table:
     """
-    Convert the columns of any tool to `input_ids` and `labels`, lists of signed integers of equal length in a row.
+    Convert the columns of any tool to `input_ids` and `labels`.
+
+    Both are lists of signed integers, of equal length in each row.
 
     Tokens whose `attention_mask` is 0 are removed, so that a row trains as if it had never been padded. Tokens whose
     loss mask (`LOSS_MASKS`) is 0 have no loss. Without `labels` every other token has, but the first `seq_len`.

@@ -55,7 +55,7 @@ class TokenReport:
         return {name: value for name, value in asdict(self).items() if name != "lengths"}
 
     def length_for(self, share: float) -> int:
-        """Smallest number of tokens that `share` of the rows do not exceed; 0 without rows."""
+        """Smallest limit that keeps `share` of the rows; 0 without rows."""
         total, seen = sum(self.lengths.values()), 0
         for length in sorted(self.lengths):
             seen += self.lengths[length]
@@ -69,7 +69,7 @@ class TokenReport:
         return within / max(sum(self.lengths.values()), 1)
 
     def advice(self, max_seq_length: int) -> str:
-        """How many rows the limit keeps whole, and a better limit if there is one."""
+        """The share of rows that the limit keeps, and a better limit."""
         kept, needed = self.share_within(max_seq_length), self.length_for(KEPT_SHARE)
         fits = f"--max_seq_length {max_seq_length} keeps {kept:.1%} of the rows whole"
         if kept < KEPT_SHARE:
@@ -79,7 +79,11 @@ class TokenReport:
         return fits
 
     def describe_overlength(self, max_seq_length: int) -> str:
-        """How many rows the limit leaves out or cuts, and a limit that would affect few; "" if no row is too long."""
+        """
+        The number of rows that the limit affects, and a better limit.
+
+        "" if no row is too long.
+        """
         longer = self.skipped_overlength + self.cut
         if not longer:
             return ""
@@ -131,7 +135,7 @@ class TokenReport:
         self.draw(directory / FIGURE_FILE, max_seq_length)
 
     def draw(self, path: Path, max_seq_length: int) -> None:
-        """Draw a histogram of the rows' lengths with the limit, and the counts above it."""
+        """Draw a histogram of the rows' lengths, the limit and the counts."""
         Figure, FigureCanvasAgg = import_matplotlib()
         figure = Figure(figsize=(9, 5), layout="constrained")
         FigureCanvasAgg(figure)

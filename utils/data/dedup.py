@@ -85,7 +85,11 @@ class Deduplicator:
                     yield line, int(keys[number, 0])
 
     def _store(self, rows: Iterable[tuple[str, str]]) -> int:
-        """Write lines, keys (rows, 1 or 2 + BANDS) uint64 and last questions; return the number of rows."""
+        """
+        Write lines, keys and last questions; return the number of rows.
+
+        Keys are (rows, 1 or 2 + BANDS) uint64.
+        """
         count, rows = 0, iter(rows)
         with (
             open(self.directory / "lines", "w", encoding="utf-8", newline="\n") as line_file,
@@ -110,7 +114,7 @@ class Deduplicator:
         return count
 
     def _drop_near(self, keys: np.ndarray, dropped: np.ndarray) -> None:
-        """Set `dropped`, (rows,) uint8, where a question is nearly that of an earlier row of the same band."""
+        """Set `dropped`, (rows,) uint8, for near-duplicates of an earlier row."""
         ends = np.memmap(self.directory / "question_ends", np.int64, "r", shape=(len(dropped),))
         with open(self.directory / "questions", "rb") as file:
 
@@ -137,7 +141,7 @@ def find_repeats(
     keys: np.ndarray, skip: np.ndarray, sort_rows: int = SORT_ROWS
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """
-    Yield (rows whose key an earlier row has, the first row with that key), each (n,) int64.
+    Yield (repeated rows, first row with the same key), each (n,) int64.
 
     Keys are divided into partitions by their remainder; one partition's distinct keys are in memory at a time.
 

@@ -27,7 +27,11 @@ MIN_TEXT = 2  # tokens of text, one of the prompt and one of the target, below w
 
 @dataclass(frozen=True)
 class Example:
-    """A training row as tokens: `labels` is IGNORE_INDEX on the prompt and equals `input_ids` on the target."""
+    """
+    A training row as tokens.
+
+    `labels` is IGNORE_INDEX on the prompt and equals `input_ids` on the target.
+    """
 
     input_ids: list[int]
     labels: list[int]
@@ -114,7 +118,9 @@ def encode_rows(
     loss_on: str = "last",
 ) -> list[EncodedRow | RowError]:
     """
-    Encode rows in order; a RowError in place of a row for which `max_seq_length` leaves no room.
+    Encode rows in order.
+
+    A RowError is in place of a row for which `max_seq_length` leaves no room.
 
     Args:
         max_seq_length: tokens of a row at most, template included; see `truncate`.
@@ -238,7 +244,11 @@ def _encode_single_turns(
 
 
 class TruncatedTexts(NamedTuple):
-    """Texts of R rows as tokens, (T,) int32 each, and what truncation did; see `TokenBatch` for the others."""
+    """
+    Texts of R rows as tokens, (T,) int32 each, after truncation.
+
+    `TokenBatch` describes the other fields.
+    """
 
     prompts: list[np.ndarray]
     targets: list[np.ndarray]
@@ -254,7 +264,9 @@ def truncate(
     max_seq_length: int | None,
 ) -> TruncatedTexts:
     """
-    Cut texts at their ends so that no row exceeds `max_seq_length` tokens (None: any length).
+    Cut texts so that no row exceeds `max_seq_length` tokens.
+
+    Texts lose their ends. None allows any length.
 
     The template's tokens, (R,) int64 for each row, stay whole. The longer text is cut first, and neither to less than
     half of the room unless it is shorter than that. A row with room for fewer than MIN_TEXT tokens is an error.
@@ -286,7 +298,11 @@ def _sizes(contents: Sequence[np.ndarray]) -> np.ndarray:
 def _concatenate(
     contents: Sequence[np.ndarray], sizes: np.ndarray, trained: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Join spans to input_ids and labels, (tokens,) int32; no loss where `trained`, (spans,) bool, is not set."""
+    """
+    Join spans to input_ids and labels, each (tokens,) int32.
+
+    Spans have no loss unless `trained`, (spans,) bool, is set.
+    """
     input_ids = np.concatenate(contents) if contents else np.empty(0, np.int32)
     return input_ids, np.where(np.repeat(trained, sizes), input_ids, np.int32(IGNORE_INDEX))
 
@@ -307,7 +323,7 @@ PROBES = (
 
 def fingerprint(tokenizer: PreTrainedTokenizerBase, template: ChatTemplate) -> str:
     """
-    A hash of the tokens that tokenizer and template make of fixed conversations, 16 hexadecimal digits.
+    A hash of what tokenizer and template make of fixed conversations.
 
     Equal if rows tokenised with the one serve the other, whatever files the tokenizers were loaded from.
     """

@@ -83,7 +83,9 @@ def _level(codec: str, first: int, last: int, trails: range) -> set[str]:
 @functools.cache
 def _points(codec: str) -> dict[str, int]:
     """
-    Points of each character: 3 for the language's most frequent, 1 for the first level of its standard.
+    Points of each character: 3 for the most frequent, 1 for common.
+
+    Common characters are the first level of the language's standard.
 
     That level holds the characters in daily use, in the order of readings or strokes. Others have no points.
     """
@@ -107,7 +109,9 @@ def _points(codec: str) -> dict[str, int]:
 
 def likely_encoding(data: bytes) -> str | None:
     """
-    The codec, one of NAMES, in which bytes that are not UTF-8 give the most points; None if all give few.
+    The codec, one of NAMES, in which bytes give the most points.
+
+    None if all give few. The bytes are not UTF-8.
 
     A character gives 3, 1 or no points (`_points`), undecodable bytes cost 3. For Windows-1252 an accented letter
     between letters without accents gives 3, and a non-ASCII byte next to another costs 3. Right text has about 2
@@ -131,7 +135,11 @@ def likely_encoding(data: bytes) -> str | None:
 
 
 def wide_encoding(data: bytes) -> str | None:
-    """UTF-16, UTF-32 or ISO-2022-JP, as a codec of NAMES, by byte order mark, zeros or escapes; else None."""
+    """
+    UTF-16, UTF-32 or ISO-2022-JP as a codec of NAMES, else None.
+
+    They have a byte order mark, zeros or escapes.
+    """
     for mark, codec in _BOMS:
         if data.startswith(mark):
             return codec
@@ -197,7 +205,9 @@ def _is_whole(data: bytes) -> bool:
 
 def decode_line(line: bytes, encoding: str, path: str) -> str | RowError:
     """
-    Decode a line in its file's encoding, or in the other one if all of it points there: `cat` joins files of both.
+    Decode a line in its file's encoding, or in the other one.
+
+    The other one is tried because `cat` joins files of both, and taken if all of the line points there.
 
     A UTF-8 line that lost bytes would often decode as GB18030 to other characters; but most of it is still UTF-8.
 
@@ -223,7 +233,9 @@ def decode_line(line: bytes, encoding: str, path: str) -> str | RowError:
 
 def decode_text(data: bytes, path: str) -> str:
     """
-    Decode a whole file: UTF-8 with or without a BOM, or GB18030, about which a line goes to stderr.
+    Decode a whole file, UTF-8 (with or without a BOM) or GB18030.
+
+    A line about GB18030 goes to stderr.
 
     Raises:
         UsageError: another encoding, or a zero byte.

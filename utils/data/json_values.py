@@ -54,7 +54,11 @@ def detect_layout(head: bytes, encoding: str, more: bool) -> Layout:
 
 
 def _wrapped_start(text: str, start: int) -> int:
-    """Position of the array's first element in the `{..., "data": [...]}` at `start`; 0 if there is no such array."""
+    """
+    Position of the first element in an object's array of rows.
+
+    `start` is that of the object, `{..., "data": [...]}`; 0 if it has no array of rows.
+    """
     position = start + 1
     try:
         while True:
@@ -77,7 +81,11 @@ def _wrapped_start(text: str, start: int) -> int:
 
 
 def _is_spread(text: str, start: int, more: bool) -> bool:
-    """Whether the object at `start` continues in the next line, rather than being a line that breaks off."""
+    """
+    Whether the object at `start` continues in the next line.
+
+    Otherwise it is a line that breaks off.
+    """
     newline = text.find("\n", start)
     if newline < 0:
         return False
@@ -99,7 +107,7 @@ class Stream(Protocol):
 
 class ValueReader:
     """
-    Reads the elements of a JSON array after its opening bracket, or values that follow one another.
+    Reads the elements of a JSON array, or consecutive values.
 
     After a value that cannot be read it resumes at the next object whose first key is that of the first object:
     `{"instruction":` cannot occur in a JSON string.
@@ -132,7 +140,11 @@ class ValueReader:
             yield elements
 
     def _fill(self) -> bool:
-        """Drop the text before the position and read at least as much as remains; False at the end of the file."""
+        """
+        Drop the text before the position and read more.
+
+        It reads at least as much as remains; False at the end of the file.
+        """
         self._count()
         data = self.stream.read(max(self.block_bytes, len(self.text) - self.position))
         self.text = self.text[self.position :] + self.decoder.decode(data, final=not data)
@@ -146,7 +158,11 @@ class ValueReader:
         return self.line
 
     def _next_character(self) -> str:
-        """Move to the next character that is not blank and return it; "" at the end of the file."""
+        """
+        Move to the next nonblank character and return it.
+
+        "" at the end of the file.
+        """
         while True:
             while self.position < len(self.text) and (c := self.text[self.position]) in BLANKS:
                 self.position += 1
@@ -156,7 +172,11 @@ class ValueReader:
                 return ""
 
     def _elements(self) -> Iterator[tuple[int, Any | RowError, int]]:
-        """Yield (line number, value, its length in characters); return the text after the last to the stream."""
+        """
+        Yield (line number, value, its length in characters).
+
+        The text after the last one goes back to the stream.
+        """
         while character := self._next_character():
             if self.layout == VALUES:
                 if character == "[":  # an array follows them
@@ -185,7 +205,11 @@ class ValueReader:
         self.stream.unread(rest + self.decoder.getstate()[0])
 
     def _rest_of_wrapper(self) -> Iterator[tuple[int, RowError, int]]:
-        """Read to the end of the object round the array; a second list of objects in it is skipped with an error."""
+        """
+        Read to the end of the object round the array.
+
+        A second list of objects in it is skipped with an error.
+        """
         while (character := self._next_character()) and character != "}":
             key, length = self._scan()
             self.position += length or 1
@@ -203,7 +227,11 @@ class ValueReader:
         self.position += 1
 
     def _scan(self) -> tuple[Any | RowError, int]:
-        """The element at the position and its length, 0 if unknown; reads text until the element is whole."""
+        """
+        The element at the position and its length, 0 if unknown.
+
+        Reads text until the element is whole.
+        """
         while True:
             try:
                 value, end = scan_value(self.text, self.position)

@@ -45,7 +45,7 @@ def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
 
 
 def pack_rows(lengths: Sequence[int], capacity: int, seed: int) -> list[list[int]]:
-    """Packs of a whole dataset in a random order, the same for the same lengths, capacity and seed."""
+    """Packs of a whole dataset, decided by lengths, capacity and seed."""
     order = list(range(len(lengths)))
     random.Random(seed).shuffle(order)
     packs = []
@@ -82,7 +82,11 @@ class PackShape:
 def pack_shape(
     lengths: Sequence[int], packs: Sequence[Sequence[int]], pack_tokens: int, packs_per_batch: int
 ) -> PackShape:
-    """The shape of any batch of up to `packs_per_batch` packs, with padding rows no longer than the longest row."""
+    """
+    The shape that any batch of up to `packs_per_batch` packs fits.
+
+    Padding rows are no longer than the longest row.
+    """
     longest = max(lengths)
     rows = max(len(pack) + ceil_div(pack_tokens - sum(lengths[i] for i in pack), longest) for pack in packs)
     return PackShape(pack_tokens * packs_per_batch, rows * packs_per_batch, longest)

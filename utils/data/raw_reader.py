@@ -39,7 +39,11 @@ class Block:
     elements: Sequence[tuple[int, Any | RowError]] = ()
 
     def values(self) -> Iterator[tuple[int, Any | RowError]]:
-        """Yield (line number from 1, value or the RowError of what cannot be read); blank lines are skipped."""
+        """
+        Yield (line number from 1, value); blank lines are skipped.
+
+        A RowError is in place of a value that cannot be read.
+        """
         yield from self.elements
         for number, line in enumerate(self._decoded_lines(), start=self.first_line):
             if isinstance(line, RowError):
@@ -59,7 +63,9 @@ class Block:
 
 def input_paths(patterns: Sequence[str]) -> list[str]:
     """
-    Expand file names and patterns such as "data/*.json"; each pattern's files are in the order of their names.
+    Expand file names and patterns such as "data/*.json".
+
+    Each pattern's files are in the order of their names.
 
     Raises:
         UsageError: a name is not a file, a pattern matches none, or a file begins in an unsupported encoding.
@@ -79,7 +85,11 @@ def input_paths(patterns: Sequence[str]) -> list[str]:
 
 
 def _expand(pattern: str) -> list[str]:
-    """The names that match; a directory that exists under its literal name is no pattern."""
+    """
+    The names that match a pattern.
+
+    A directory that exists under its literal name is no pattern.
+    """
     directory = Path(pattern)
     while not directory.is_dir():
         directory = directory.parent
@@ -91,7 +101,9 @@ def _expand(pattern: str) -> list[str]:
 
 def read_json_rows(path: str | Path, block_bytes: int = BLOCK_BYTES) -> Iterator[tuple[int, Any | RowError]]:
     """
-    Yield (line number from 1, value) of each row of a file; a RowError in place of a value that cannot be read.
+    Yield (line number from 1, value) of each row of a file.
+
+    A RowError is in place of a value that cannot be read.
 
     The file holds JSON Lines, JSON objects that spread over lines, a JSON array, an array in an object
     (`{"data": [...]}`), or these with Python dicts in place of JSON objects. It may be gzip. It is UTF-8 with or
@@ -106,7 +118,9 @@ def read_json_rows(path: str | Path, block_bytes: int = BLOCK_BYTES) -> Iterator
 
 def read_blocks(path: str, block_bytes: int = BLOCK_BYTES, longest_line: int = LONGEST_LINE) -> Iterator[Block]:
     """
-    Yield the blocks of a file, the same at each call; `read_json_rows` says which files.
+    Yield the blocks of a file, the same at each call.
+
+    `read_json_rows` says which files.
 
     Args:
         block_bytes: size of a block, which its last row may exceed.
@@ -143,7 +157,11 @@ def read_blocks(path: str, block_bytes: int = BLOCK_BYTES, longest_line: int = L
 
 
 class _Stream:
-    """Reads bytes of a file, plain or gzip; a broken gzip file ends where it breaks, and `error` says why."""
+    """
+    Reads bytes of a file, plain or gzip.
+
+    A broken gzip file ends where it breaks, and `error` says why.
+    """
 
     def __init__(self, file):
         self.file = file
@@ -182,7 +200,11 @@ class _LineReader:
     longest_line: int
 
     def blocks(self, line: int) -> Iterator[Block]:
-        """Yield the blocks up to the end of the file; `line` is the number of the next line."""
+        """
+        Yield the blocks up to the end of the file.
+
+        `line` is the number of the next line.
+        """
         pieces, size = [], 0  # of the line in which the last read ended
         while True:
             data = self.stream.read(self.block_bytes)

@@ -18,7 +18,7 @@ from utils.common.terminal import one_line
 
 def check_share(failed: int, total: int, kept: str) -> None:
     """
-    Fail a job at its end, when the usable rows are written, if most rows were not usable.
+    Fail a job at its end if most rows were not usable.
 
     Args:
         failed: rows that were rejected or could not be answered.
@@ -88,7 +88,11 @@ class Rejections:
             raise RunError(f"--strict: {rejection}")
 
     def report(self) -> None:
-        """Close the list and show its first lines on stderr; without rows, remove the list of an earlier run."""
+        """
+        Close the list and show its first lines on stderr.
+
+        Without rows, the list of an earlier run is removed.
+        """
         if self._file is None:
             self.path.unlink(missing_ok=True)
             return

@@ -131,7 +131,11 @@ def _conversation(raw: dict[str, Any], schema: Schema) -> Conversation:
 
 
 def _in_context(raw: dict[str, Any], context: Sequence[str], column: str, turns: list[Turn]) -> Conversation:
-    """The turns of `column` after the row's system text and history, which are among the columns `context`."""
+    """
+    The turns of `column` after the row's system text and history.
+
+    Those are among the columns `context`.
+    """
     check_refused(raw, [name for name in context if name not in PREFERENCE_COLUMNS])
     systems = texts_of(raw, [name for name in SYSTEM_COLUMNS if name in context])
     systems = {name: text for name, text in systems.items() if not text.isspace()}
@@ -142,7 +146,7 @@ def _in_context(raw: dict[str, Any], context: Sequence[str], column: str, turns:
 
 
 def _prompt(raw: dict[str, Any], columns: Sequence[str]) -> str:
-    """The text of the first of the columns, and that of a second one if the two make one prompt."""
+    """The prompt's text, from one column or from two."""
     texts = texts_of(raw, columns)
     if len(texts) == 2 and _is_one_prompt(*texts):
         prompt = "\n".join(texts.values())
@@ -182,7 +186,7 @@ def _target(raw: dict[str, Any], schema: Schema) -> str:
 
 
 def _parse_tagged(text: str) -> list[Turn] | None:
-    """The turns of a text in BELLE's multi-turn form; None if it does not start and end like one."""
+    """The turns of a text in BELLE's multi-turn form, or None."""
     tags = list(_TURN.finditer(text))
     if not tags or tags[0][1] != "Human" or text[: tags[0].start()].strip():
         return None
@@ -208,7 +212,7 @@ class NumberedRow(NamedTuple):
 
 
 def rows_in_block(block: Block, parse: Callable[[Any], Conversation]) -> Iterator[NumberedRow]:
-    """Yield the rows of a block of a raw file; a row that cannot be used as its error."""
+    """Yield the rows of a block, unusable ones as their error."""
     path = block.path
     for line, raw in block.values():
         if isinstance(raw, RowError):
@@ -239,7 +243,7 @@ def _parse_instances(raw: dict[str, Any], parse: Callable[[Any], Conversation]) 
 
 def read_rows(paths: str | Iterable[str], parse: Callable[[Any], Conversation]) -> Iterator[NumberedRow]:
     """
-    Yield every row of one or several raw files in order; a row that cannot be used as its error.
+    Yield the rows of raw files in order, unusable ones as their error.
 
     Memory does not grow with the files.
 
@@ -253,7 +257,9 @@ def read_rows(paths: str | Iterable[str], parse: Callable[[Any], Conversation]) 
 
 def check_columns(columns: ColumnMap, paths: Iterable[str]) -> None:
     """
-    Check that the mapped columns occur in the first block (1 MiB) of one of the files.
+    Check that the mapped columns occur in one of the files.
+
+    It reads the first block (1 MiB) of each.
 
     Raises:
         UsageError: a mapped column is in none of them.

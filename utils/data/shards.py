@@ -54,7 +54,11 @@ LOCK_FILE = "lock"
 
 @dataclass(frozen=True)
 class TokenizeOptions:
-    """What decides the tokens besides the tokenizer and the rows; its field names are hashed in `cache_key`."""
+    """
+    What decides the tokens besides the tokenizer and the rows.
+
+    The field names are hashed in `cache_key`.
+    """
 
     template: str
     max_seq_length: int
@@ -75,7 +79,9 @@ class TokenizeOptions:
 @dataclass(frozen=True)
 class Shard:
     """
-    A finished Arrow file, None if no row was written, and what became of its raw rows.
+    A finished Arrow file and what became of its raw rows.
+
+    The file is None if no row was written.
 
     Format: reports/NUMBER.json has these field names as its keys.
     """
@@ -86,7 +92,11 @@ class Shard:
     rejections: list[Rejection]
 
     def save(self, directory: Path) -> "Shard":
-        """Record in `directory` that the shard is finished, once its Arrow file is on the disk; return the shard."""
+        """
+        Record that the shard is finished, and return it.
+
+        Its Arrow file is on the disk first.
+        """
         if self.arrow_file:
             with open(directory / self.arrow_file, "rb") as file:
                 os.fsync(file.fileno())
@@ -111,7 +121,11 @@ class Shard:
 
 @dataclass(frozen=True)
 class ShardTokenizer:
-    """Tokenises the blocks of one shard into an Arrow file in `directory`; each worker process has one."""
+    """
+    Tokenises the blocks of a shard into an Arrow file.
+
+    The file is in `directory`. Each worker process has a ShardTokenizer.
+    """
 
     tokenizer: PreTrainedTokenizerBase
     template: ChatTemplate
@@ -185,7 +199,11 @@ def no_garbage_collection() -> Iterator[None]:
 def cache_key(
     tokenizer: PreTrainedTokenizerBase, template: ChatTemplate, options: TokenizeOptions, paths: Sequence[str]
 ) -> str:
-    """A hash of all that decides a dataset: the tokenizer, the template, the options, and every byte of the input."""
+    """
+    A hash of all that decides a dataset.
+
+    That is the tokenizer, the template, the options, and every byte of the input.
+    """
     digest = hashlib.sha256()
     if isinstance(tokenizer, VocabFileTokenizer):
         digest.update(Path(tokenizer.vocab_file).read_bytes())
@@ -201,7 +219,9 @@ def cache_key(
 @contextlib.contextmanager
 def shards_directory(target: Path, key: str) -> Iterator[Path]:
     """
-    Make and lock the directory beside `target` that collects the shards of the dataset `key`.
+    Make and lock the directory that collects a dataset's shards.
+
+    It is beside `target`, with `key` in its name.
 
     It keeps the shards of an earlier run with the same key, and stays if the run fails. Those of other keys are
     removed. `publish_dataset` or `discard_shards` ends it.
@@ -226,7 +246,11 @@ def shards_directory(target: Path, key: str) -> Iterator[Path]:
 
 
 def _lock(file) -> bool:
-    """Lock a file for this process until it ends or closes the file; child processes do not hold the lock."""
+    """
+    Lock a file for this process; False if another holds it.
+
+    The lock ends with the process or with the file; child processes do not hold it.
+    """
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
@@ -240,7 +264,11 @@ def count_finished(directory: Path) -> int:
 
 
 def publish_dataset(directory: Path, target: Path) -> None:
-    """Move a complete dataset from its shards directory to `target`, and remove what only the shards needed."""
+    """
+    Move a complete dataset from its shards directory to `target`.
+
+    The lock and the shards' reports are removed.
+    """
     replace_dataset(directory, target)
     (target / LOCK_FILE).unlink()
     shutil.rmtree(target / REPORTS_DIRECTORY)
@@ -255,7 +283,9 @@ def make_shards(
     shard_tokenizer: ShardTokenizer, paths: Sequence[str], num_proc: int, meanwhile: Callable[[], None] = lambda: None
 ) -> Iterator[Shard]:
     """
-    Yield the shards of the files in order; one that an earlier run finished is loaded.
+    Yield the shards of the files in order.
+
+    A shard that an earlier run finished is loaded.
 
     Args:
         meanwhile: called once if there are worker processes, when they have the last shards and some are idle.

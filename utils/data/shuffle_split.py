@@ -19,7 +19,9 @@ SPLITS = ("train", "valid", "test")
 
 def shuffle_lines(lines: Iterable[str], directory: Path, seed: int, bucket_bytes: int = BUCKET_BYTES) -> Iterator[str]:
     """
-    Yield the lines in a uniformly random order, the same for the same lines and seed.
+    Yield the lines in a random order.
+
+    The order is uniform, and the same for the same lines and seed.
 
     Lines fall at random into BUCKETS files in `directory`, which it makes; each file is shuffled in memory, one after
     another, and one above `bucket_bytes` is distributed over further files first.
@@ -61,7 +63,9 @@ def parse_split(text: str) -> list[float]:
 
 def split_of(prompt_hash: int, bounds: Sequence[float]) -> int:
     """
-    Index into SPLITS of a prompt, by its 64-bit hash alone: it stays there when other rows are added or removed.
+    Index into SPLITS of a prompt.
+
+    Its 64-bit hash alone decides: it stays there when other rows are added or removed.
 
     Args:
         bounds: what `parse_split` returns.
