@@ -23,7 +23,7 @@ MLPS = {
     "GLM": lambda: GlmMLP(GlmConfig(hidden_size=512, intermediate_size=1200, hidden_act="silu")),
     "ChatGLM-6B": lambda: ChatGLMMLP(ChatGLMConfig(hidden_size=512, inner_hidden_size=2048)),
 }
-fp8_on_a_gpu = pytest.mark.skipif(not ON_GPU, reason="torch multiplies FP8 matrices on a GPU alone")
+fp8_on_a_gpu = pytest.mark.skipif(not ON_GPU, reason="needs a GPU: torch multiplies FP8 matrices only there")
 
 
 @pytest.mark.parametrize("is_fp8", [False, pytest.param(True, marks=fp8_on_a_gpu)])

@@ -23,7 +23,7 @@ from utils.layers.quantization import (
 from utils.lora.adapter import LoraSettings, attach_adapter
 
 RELEASED = ("chatglm-6b-int4-tiny", "chatglm-6b-int8-tiny", "chatglm-6b-int4-qe-tiny", "chatglm2-6b-int4-tiny")
-FULL = {"int4": "chatglm-6b-int4-tiny", "int8": "chatglm-6b-int8-tiny"}  # both made of chatglm-6b-tiny
+FULL = {"int4": "chatglm-6b-int4-tiny", "int8": "chatglm-6b-int8-tiny"}  # of chatglm-6b-tiny
 TRAIN = f"multi_gpu_fintune_belle.py --model_name_or_path {TINY} --lora_rank 4 --learning_rate 2e-3 --max_steps 4"
 
 
@@ -221,15 +221,15 @@ def test_every_placement_gives_the_same_answers(run_ranks, workspace):
     plain, _ = answers("chatglm_milti_gpu_inference.py")
     assert len(plain.splitlines()) == 8
     limits = f"--max_memory cpu=2MiB --offload_folder {workspace}/offload"
-    offloaded, said = answers(f"chatglm_milti_gpu_inference.py {limits}")
-    assert "on disk" in said and offloaded == plain
-    replicated, said = answers("chatglm_deepspeed_inference.py", processes=2)
-    assert said.count("int4 weights are not sharded") == 1 and replicated == plain
+    offloaded, output = answers(f"chatglm_milti_gpu_inference.py {limits}")
+    assert "on disk" in output and offloaded == plain
+    replicated, output = answers("chatglm_deepspeed_inference.py", processes=2)
+    assert output.count("int4 weights are not sharded") == 1 and replicated == plain
 
 
 @pytest.mark.parametrize("name", ("chatglm2-6b-tiny", "chatglm3-6b-tiny", "glm-4-9b-chat-tiny", *RELEASED))
 def test_every_generation_trains_and_answers(run_script, tmp_path, name):
-    """Released integers are found; full weights are quantised on load."""
+    """Released integers are recognised; full weights are quantised on load."""
     flags = f"--model_name_or_path {GOLDEN / name}" + (" --quantize int8" if name not in RELEASED else "")
     run_script(
         f"tokenize_dataset_rows_belle.py --jsonl_path data/sample.train.json --save_path {tmp_path}/tokens "

@@ -1,5 +1,5 @@
 """
-Attention over packed sequences, each of which sees itself alone, without a mask: torch's varlen kernel.
+Attention within each of several packed sequences, without a mask: torch's varlen kernel.
 
 In: one packed row of query, key and value, and where each sequence begins. Out: the attention's output. Registered in
 transformers' attention interface as `VARLEN`, which utils/training/optimize.py selects; transformers then builds no

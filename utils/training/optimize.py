@@ -25,7 +25,7 @@ from utils.models.family import Generation
 
 @dataclass(frozen=True)
 class Optimizations:
-    """What a run asked for, or the default of its flags."""
+    """What a run asks for by its flags or their defaults."""
 
     fp8: bool  # --quantize fp8
     packing: bool  # --packing
@@ -59,25 +59,31 @@ def optimize_for_training(
     """
     Replace the stock layers of `model`, adapter attached, by faster ones, in place.
 
-    The steps depend on each other, each on those before it.
+    Args:
+        generation: names the linear layers of a block.
+        args: tells whether the run is on a CPU, and whether ZeRO-3 shards the weights.
+        wanted: what the run's flags ask for.
     """
     on_gpu_in_16_bits = model.dtype in (torch.float16, torch.bfloat16) and not args.use_cpu
     sharded = partitions_weights(args)
 
+    # 1. Attention without a mask. In any order: the layers below look the function up when they are called.
     if wanted.packing and on_gpu_in_16_bits:
         model.get_base_model().set_attn_implementation(VARLEN)
+    # 2. Marks the stock blocks, which step 6 replaces together with the mark.
     if sharded:
         gather_by_block(model)
-    # Before FP8, which then quantises one fused weight. Outside compiled layers a sharded GEMM would run twice.
+    # 3. One layer for q, k and v, before FP8 quantises it. A sharded one runs twice where it is not compiled.
     if wanted.compile_layers or not sharded:
         fuse_lora_qkv(model, sharded)
+    # 4. FP8 of all that is a plain linear layer by now.
     if wanted.fp8:
         convert_to_fp8(model, {*generation.linear_layers, QKV_PROJ}, trains=True)
-    # After both: the kernels take the place of what is between the GEMMs, in 16 bits or FP8.
+    # 5. Kernels for what is left between the GEMMs, around linear layers of any kind.
     if on_gpu_in_16_bits:
         fuse_mlps(model)
         use_qkv_kernel(model)
-    # Last: what is compiled is the blocks with all of their new layers.
+    # 6. Last, since a block is compiled with the layers that it has.
     if wanted.compile_layers:
         compile_blocks(model)
 
@@ -86,8 +92,7 @@ def gather_by_block(model: PeftModel) -> None:
     """
     Let DeepSpeed gather a block's weights together when the block is called.
 
-    Inside a block there are then no hooks, of which each linear layer would have four, and compiled code finds every
-    weight.
+    Inside a block there are then no hooks, otherwise four for each linear layer, and compiled code finds every weight.
     """
     from deepspeed.utils import set_z3_leaf_modules
 
