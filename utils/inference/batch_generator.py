@@ -87,6 +87,7 @@ class BatchGenerator:
 
     @property
     def stats(self) -> EngineStats:
+        """Where the time went so far, and the batch sizes."""
         return self.backend.stats
 
     @torch.inference_mode()

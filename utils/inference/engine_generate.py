@@ -45,6 +45,7 @@ class SequenceQueue:
         return self.returned[0] if self.returned else None
 
     def put_back(self, sequences: Iterable[TokenSequence]) -> None:
+        """Returns taken sequences to the front, shortest prompts first."""
         self.returned.extendleft(sorted(sequences, key=lambda sequence: -len(sequence.input_ids)))
 
     def up_to(self, max_seq_len: int) -> Iterator[TokenSequence]:

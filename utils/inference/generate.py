@@ -58,6 +58,7 @@ class Progress:
         self.bar = tqdm(total=rows, unit="row", dynamic_ncols=True) if has_bar else None
 
     def add(self, answer: Answer) -> None:
+        """Counts one more answer, and prints the progress if it is time."""
         done, tokens = self.done.add(1), self.tokens.add(answer.get("answer_tokens", 0))
         now = time.perf_counter()
         seconds = now - self.started
@@ -73,6 +74,7 @@ class Progress:
             )
 
     def close(self) -> None:
+        """Leaves the bar as it stands."""
         if self.bar is not None:
             self.bar.close()
 

@@ -306,9 +306,7 @@ def apply_qkv_rope_lora(
         layout: also says which elements of a head turn together, 2 i and 2 i + 1 where it is interleaved.
     """
     cos, sin = position_embeddings
-    if len(cos) < len(
-        qkv
-    ):  # GLM computes one row of positions for a padded batch; the kernel loads one for each token
+    if len(cos) < len(qkv):  # GLM computes one row of factors for a padded batch; the kernel loads one for each token
         cos, sin = (factor.expand(len(qkv), *factor.shape[1:]) for factor in (cos, sin))
     size = cos.shape[-1]
     query, key, value = _QKVRopeLora.apply(

@@ -34,4 +34,5 @@ class CudaGraphs:
         return time.perf_counter() - started
 
     def replay(self, key: Hashable) -> None:
+        """Launches the graph captured under `key`."""
         self.graphs[key].replay()

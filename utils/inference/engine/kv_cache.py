@@ -48,6 +48,7 @@ class PromptRecorder:
     values: torch.Tensor | None = None
 
     def update(self, key: torch.Tensor, value: torch.Tensor, layer_idx: int, **kwargs):
+        """Keeps and returns keys and values; attention calls it as a cache."""
         self.keys, self.values = key, value
         return key, value
 

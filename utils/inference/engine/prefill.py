@@ -84,6 +84,7 @@ class PrefillBatch:
 
     @property
     def tokens(self) -> int:
+        """N, the number of packed tokens."""
         return len(self.token_ids)
 
     def mask(self) -> torch.Tensor:

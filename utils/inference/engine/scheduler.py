@@ -108,6 +108,7 @@ class DecodePlan:
 
     @property
     def batch_size(self) -> int:
+        """Slots that the step computes."""
         return len(self.sequences)
 
 
@@ -133,6 +134,7 @@ class Scheduler:
 
     @property
     def has_running(self) -> bool:
+        """Whether any slot has a sequence."""
         return any(self.running)
 
     def prefills(self, source: Iterator[TokenSequence]) -> Iterator[PrefillPlan]:
