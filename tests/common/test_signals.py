@@ -63,7 +63,7 @@ def test_training_saves_a_checkpoint_at_a_signal(train, send, tmp_path, numbers,
     before = [signal.getsignal(number) for number in numbers]
     send(2, *numbers)
     result = train(tmp_path, flags)
-    assert result.code == 0 and f"stopped by {numbers[0].name} after step 2: go on with" in result.out, result.err
+    assert result.code == 0 and f"stopped by {numbers[0].name} after step 2: resume with" in result.out, result.err
     assert "Traceback" not in result.err and not (tmp_path / "adapter_model.safetensors").exists()
     newest = list_checkpoints(tmp_path)[-1]
     assert newest.name == "checkpoint-2" and not find_damage(newest)

@@ -10,7 +10,7 @@ from transformers.utils.generic import find_labels
 
 from utils.checkpoint.model import load_model
 from utils.layers.quantization import QuantizedLinear
-from utils.lora.adapter import attach_adapter
+from utils.lora.adapter import LoraSettings, attach_adapter
 from utils.training.loss import (
     WITH_TARGET_LOSS,
     FrozenHeadCrossEntropy,
@@ -27,7 +27,7 @@ MODELS = {
 
 
 def adapted(name):
-    return attach_adapter(load_model(str(GOLDEN / name)), 4, 8, 0.0, MODELS[name], seed=0)
+    return attach_adapter(load_model(str(GOLDEN / name)), LoraSettings(4, 8, 0.0, MODELS[name]), seed=0)
 
 
 def input_ids(config):
