@@ -126,7 +126,7 @@ def main() -> None:
         return Engine(model, EngineConfig(max_batch_size, max_seq_len, StopRule(frozenset({-1}))))
 
     def one_round(engine: Engine, lengths: list[tuple[list[int], int]]) -> tuple[float, list[TokenSequence]]:
-        """Answers prompts with so many tokens each; returns the seconds and the sequences in their order."""
+        """Answers prompts with that number of tokens each; returns the seconds and the sequences in their order."""
         sequences = [TokenSequence(number, prompt, answer) for number, (prompt, answer) in enumerate(lengths)]
         done: list[TokenSequence] = []
         seconds = timed(lambda: done.extend(engine.answer(sequences)))

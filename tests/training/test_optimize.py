@@ -177,7 +177,7 @@ def test_compiled_layers_train_the_same_adapter(run_script, run_ranks, packed_ru
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="on a CPU they are right either way")
 def test_gradients_of_zero3_on_a_gpu(run_command, packed_run, tmp_path):
-    """Where DeepSpeed's product is in compiled layers they are a sixth too small."""
+    """If DeepSpeed's linear function is inside compiled layers, gradients are a sixth too small."""
     norms = {}
     for name, zero3 in (("plain", ""), ("zero3", "--deepspeed ds_config_zero3.json")):
         output = f"--output_dir {tmp_path}/{name}"
@@ -230,7 +230,7 @@ def test_throughput_counts_since_the_first_step(monkeypatch):
     assert throughput.first_step_seconds == 5.0 and throughput.seconds_left(3) is None
     throughput.count(30, 40, 20)
     throughput.end_step()
-    found = throughput.measure()
-    assert found["tokens_per_second"] == 15.0 and found["padding"] == 0.25
+    measured = throughput.measure()
+    assert measured["tokens_per_second"] == 15.0 and measured["padding"] == 0.25
     assert throughput.seconds_left(3) == 12
     assert throughput.measure() == {}

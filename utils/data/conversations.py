@@ -14,7 +14,7 @@ from utils.common.errors import RowError
 from utils.data.row_schema import MEDIA_COLUMNS, TOOL_COLUMNS, check_refused, is_empty
 from utils.models.conversation import Conversation, Message
 
-ROLES = {
+ROLE_ALIASES = {
     **dict.fromkeys(("user", "human"), "user"),
     **dict.fromkeys(("assistant", "gpt", "chatgpt", "chatglm", "bot", "ai", "model"), "assistant"),
     **dict.fromkeys(("system", "developer"), "system"),
@@ -115,15 +115,15 @@ def _parse_message(item: Any, column: str) -> Turn:
     name = (role or "").strip().removeprefix("<|").removesuffix("|>").lower()
     if name.replace("-", "_") in TOOL_ROLES:
         raise RowError(f'a turn of the role "{role}" in "{column}": tools cannot be used yet')
-    if name not in ROLES:
+    if name not in ROLE_ALIASES:
         raise RowError(f'each message needs a "role" (or "from") of "user" or "assistant", not {role!r}')
     _check_fields(item, column)
     content = _either(item, "content", "value")
-    if ROLES[name] == "system" and is_empty(content):
+    if ROLE_ALIASES[name] == "system" and is_empty(content):
         return Turn("system", "")
     if not isinstance(content, str) or not content.strip():
         raise RowError('each message needs a "content" (or "value") that holds text')
-    return Turn(ROLES[name], content, _is_trained(item, column))
+    return Turn(ROLE_ALIASES[name], content, _is_trained(item, column))
 
 
 def _check_fields(item: dict[str, Any], column: str) -> None:

@@ -19,7 +19,7 @@ from utils.models.token_spans import IGNORE_INDEX
 
 ROUND_LENGTHS = (256, 384, 512, 768, *(1024 * n for n in range(1, 129)))  # limits to suggest
 SUGGESTED_LOSS = 0.05  # largest share of rows that may exceed a suggested limit
-REPORT_FILE, FIGURE_FILE = "report.json", "report.png"
+REPORT_FILE, LENGTHS_FIGURE_FILE = "report.json", "report.png"
 KEPT_SHARE = 0.99  # of the rows, which the advised --max_seq_length keeps whole
 TRAINED_MARKS = ("⟦", "⟧")  # around trained tokens in a preview; no ordinary text has them
 
@@ -132,7 +132,7 @@ class TokenReport:
         """Write report.json, with the `cache_key` of the dataset, and report.png."""
         content = {"key": key, **self.dump(max_seq_length)}
         (directory / REPORT_FILE).write_text(json.dumps(content), encoding="utf-8")
-        self.draw(directory / FIGURE_FILE, max_seq_length)
+        self.draw(directory / LENGTHS_FIGURE_FILE, max_seq_length)
 
     def draw(self, path: Path, max_seq_length: int) -> None:
         """Draw a histogram of the rows' lengths, the limit and the counts."""

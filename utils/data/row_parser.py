@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from utils.common.errors import RowError
-from utils.data.conversations import ROLES, Turn, join_turns, parse_chat, parse_history
+from utils.data.conversations import ROLE_ALIASES, Turn, join_turns, parse_chat, parse_history
 from utils.data.raw_reader import Block, read_blocks
 from utils.data.row_schema import (
     ANSWER_COLUMNS,
@@ -194,7 +194,7 @@ def _parse_tagged(text: str) -> list[Turn] | None:
     turns = [(tag[1], text[tag.end() : end].strip()) for tag, end in zip(tags, ends, strict=True)]
     if turns[-1] != ("Assistant", ""):
         return None
-    parsed = [Turn(ROLES[role.lower()], content) for role, content in turns[:-1]]
+    parsed = [Turn(ROLE_ALIASES[role.lower()], content) for role, content in turns[:-1]]
     for number, turn in enumerate(parsed):
         if turn.role != ("user", "assistant")[number % 2] or not turn.content:
             raise RowError("the Human: and Assistant: turns of the instruction do not alternate, or one is blank")

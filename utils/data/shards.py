@@ -47,9 +47,9 @@ from utils.models.token_spans import IGNORE_INDEX
 from utils.models.tokenization_base import VocabFileTokenizer
 
 SHARD_BLOCKS = 8  # blocks of an Arrow file, 8 MiB of raw rows: a few seconds of work, which a kill may cost
-VERSION = 2  # of the tokens that a row becomes; a new one tokenises every dataset again
+SHARDS_VERSION = 2  # of the tokens that a row becomes; a new one tokenises every dataset again
 REPORTS_DIRECTORY = "reports"  # reports of the finished shards
-LOCK_FILE = "lock"
+SHARDS_LOCK_FILE = "lock"
 
 
 @dataclass(frozen=True)
@@ -209,7 +209,9 @@ def cache_key(
         digest.update(Path(tokenizer.vocab_file).read_bytes())
     else:
         digest.update(tokenizer.backend_tokenizer.to_str().encode())
-    digest.update(json.dumps([VERSION, fingerprint(tokenizer, template), asdict(options), list(paths)]).encode())
+    digest.update(
+        json.dumps([SHARDS_VERSION, fingerprint(tokenizer, template), asdict(options), list(paths)]).encode()
+    )
     for path in paths:
         with open(path, "rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
@@ -234,12 +236,12 @@ def shards_directory(target: Path, key: str) -> Iterator[Path]:
         (directory / REPORTS_DIRECTORY).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UsageError(f"--save_path {target} cannot be written: {error.strerror}") from None
-    with open(directory / LOCK_FILE, "w") as lock:
+    with open(directory / SHARDS_LOCK_FILE, "w") as lock:
         if not _lock(lock):
             raise UsageError(f"another run is writing --save_path {target} now: wait for it or choose another path")
         for other in target.parent.glob(f".{glob.escape(target.name)}.*.parts"):
-            if other != directory and (other / LOCK_FILE).is_file():
-                with open(other / LOCK_FILE, "w") as other_lock:
+            if other != directory and (other / SHARDS_LOCK_FILE).is_file():
+                with open(other / SHARDS_LOCK_FILE, "w") as other_lock:
                     if _lock(other_lock):
                         shutil.rmtree(other)
         yield directory
@@ -270,7 +272,7 @@ def publish_dataset(directory: Path, target: Path) -> None:
     The lock and the shards' reports are removed.
     """
     replace_dataset(directory, target)
-    (target / LOCK_FILE).unlink()
+    (target / SHARDS_LOCK_FILE).unlink()
     shutil.rmtree(target / REPORTS_DIRECTORY)
 
 

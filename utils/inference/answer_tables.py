@@ -14,16 +14,16 @@ from typing import Any
 
 from utils.inference.prompt_reader import MAX_CELL
 
-ANSWER_COLUMNS = ("index", "prompt", "answer", "finish_reason", "prompt_tokens", "answer_tokens")
+TABLE_COLUMNS = ("index", "prompt", "answer", "finish_reason", "prompt_tokens", "answer_tokens")
 NUMBER_COLUMNS = ("index", "prompt_tokens", "answer_tokens")
 
 
 def answer_table_lines(answers: list[dict[str, Any]], separator: str) -> Iterator[str]:
     """Yield the header and one line an answer; lists and objects become JSON."""
-    other_columns = {name for answer in answers for name in answer} - set(ANSWER_COLUMNS)
+    other_columns = {name for answer in answers for name in answer} - set(TABLE_COLUMNS)
     line = io.StringIO(newline="")
     # `csv` quotes a cell that has a character of the line's end: with "\n" alone, a text's CR would end its row.
-    table = csv.DictWriter(line, [*ANSWER_COLUMNS, *sorted(other_columns)], delimiter=separator, lineterminator="\r\n")
+    table = csv.DictWriter(line, [*TABLE_COLUMNS, *sorted(other_columns)], delimiter=separator, lineterminator="\r\n")
     header = {name: name for name in table.fieldnames}
     for cells in (header, *map(_cells_of_answer, answers)):
         table.writerow(cells)
@@ -64,5 +64,5 @@ def _answer_of_cells(cells: dict[str | None, str]) -> dict[str, Any]:
             answer[name] = cell
     # An empty cell of another column is a value that this answer does not have.
     return {
-        name: value for name, value in answer.items() if value is not None and (value != "" or name in ANSWER_COLUMNS)
+        name: value for name, value in answer.items() if value is not None and (value != "" or name in TABLE_COLUMNS)
     }

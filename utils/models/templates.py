@@ -36,7 +36,7 @@ def encode_prompt(
     return (template or template_for(tokenizer)).encoded_prompt(tokenizer, messages).ids()
 
 
-ROLES = ("system", "user", "assistant")
+CHAT_ROLES = ("system", "user", "assistant")
 UNSUPPORTED_KEYS = ("tools", "tool_calls", "metadata")  # of a message: released templates make tokens of them
 
 
@@ -90,8 +90,8 @@ def _checked_message(number: int, message: Mapping[str, Any]) -> Message:
         if key not in message:
             raise ValueError(f"message {number}: it has no {key!r}: a message is a dict of role and content")
     role, content = message["role"], message["content"]
-    if role not in ROLES:
-        raise ValueError(f"message {number}: the role is {role!r:.60}, not one of {', '.join(ROLES)}")
+    if role not in CHAT_ROLES:
+        raise ValueError(f"message {number}: the role is {role!r:.60}, not one of {', '.join(CHAT_ROLES)}")
     if not isinstance(content, str):
         raise ValueError(f"message {number}: the content is a {type(content).__name__}, not a text")
     for key in UNSUPPORTED_KEYS:

@@ -21,7 +21,7 @@ from transformers import AddedToken
 
 from utils.models.tokenization_base import VocabFileTokenizer
 
-SPECIAL_TOKENS = ("[MASK]", "[gMASK]", "[sMASK]", "sop", "eop")
+CHATGLM2_SPECIAL_TOKENS = ("[MASK]", "[gMASK]", "[sMASK]", "sop", "eop")
 ROLE_TOKENS = ("<|system|>", "<|user|>", "<|assistant|>", "<|observation|>")
 EOS_ID = 2  # </s>
 
@@ -39,7 +39,7 @@ class ChatGLM2Tokenizer(VocabFileTokenizer):
     """
 
     vocab_files_names = {"vocab_file": "tokenizer.model"}
-    special_pieces: tuple[str, ...] = SPECIAL_TOKENS
+    special_pieces: tuple[str, ...] = CHATGLM2_SPECIAL_TOKENS
     opening_tokens = ("[gMASK]", "sop")
 
     @staticmethod
@@ -149,7 +149,7 @@ class ChatGLM3Tokenizer(ChatGLM2Tokenizer):
         encode_special_tokens: whether to find role tokens in a text; off in the release.
     """
 
-    special_pieces = SPECIAL_TOKENS + ROLE_TOKENS
+    special_pieces = CHATGLM2_SPECIAL_TOKENS + ROLE_TOKENS
 
     def __init__(self, vocab_file: str, encode_special_tokens: bool = False, **kwargs):
         self.encode_special_tokens = encode_special_tokens

@@ -29,7 +29,7 @@ PATTERN = (
     r"\s+(?!\S)|\s+"
 )
 # They follow the vocabulary in this order; a checkpoint's `added_tokens_decoder` may have others under these ids.
-SPECIAL_TOKENS = (
+GLM4_SPECIAL_TOKENS = (
     "<|endoftext|> [MASK] [gMASK] [sMASK] <sop> <eop> <|system|> <|user|> <|assistant|> <|observation|> "
     "<|begin_of_image|> <|end_of_image|> <|begin_of_video|> <|end_of_video|>"
 )
@@ -111,7 +111,7 @@ class ChatGLM4Tokenizer(VocabFileTokenizer):
         )
         released = {
             len(ranks) + i: AddedToken(token, normalized=False, special=True)
-            for i, token in enumerate(SPECIAL_TOKENS.split())
+            for i, token in enumerate(GLM4_SPECIAL_TOKENS.split())
         }
         added = released | {int(index): token for index, token in kwargs.get("added_tokens_decoder", {}).items()}
         kwargs["added_tokens_decoder"] = self.own_tokens(added, {})

@@ -99,7 +99,7 @@ class StepTimer(TrainerCallback):
 
 
 METRICS_FILE = "metrics.jsonl"
-FIGURE_FILE = "loss.png"
+LOSS_FIGURE_FILE = "loss.png"
 
 
 class ProgressBar(ProgressCallback):
@@ -142,12 +142,12 @@ class LossCurves(TrainerCallback):
         with atomic_writer(directory / METRICS_FILE) as file:
             file.writelines(dump_row({"step": row["step"]} | _finite(row)) for row in state.log_history)
         if "train_runtime" in state.log_history[-1]:  # the summary, after the last step
-            draw_curves(state.log_history, directory / FIGURE_FILE)
+            draw_curves(state.log_history, directory / LOSS_FIGURE_FILE)
 
     def on_save(self, args, state, control, **kwargs) -> None:
         """Write loss.png."""
         if state.is_world_process_zero:
-            draw_curves(state.log_history, Path(args.output_dir) / FIGURE_FILE)
+            draw_curves(state.log_history, Path(args.output_dir) / LOSS_FIGURE_FILE)
 
 
 def _finite(row: dict[str, Any]) -> dict[str, Any]:

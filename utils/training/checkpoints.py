@@ -32,7 +32,7 @@ from utils.training.resume_key import KEY_FILE, VERSION_1_FILE, ResumeKey
 MANIFEST_FILE = "complete.json"  # path -> size and sha256 of every other file; written last
 STAGING = ".writing"  # directory in --output_dir for what is not whole yet
 UNFINISHED = ".unfinished"  # suffix of a file of the final adapter that is not in its place yet
-LOCK_FILE = ".lock"
+RUN_LOCK_FILE = ".lock"
 NAME = re.compile("checkpoint-(0|[1-9][0-9]*)")
 ASIDE = re.compile("previous-([0-9]+)")  # directories that `set_aside` makes
 STATE_TYPES = {"global_step": int, "log_history": list}
@@ -208,7 +208,7 @@ def claim(output_dir: str) -> Iterator[None]:
         yield
         return
     Path(output_dir).mkdir(parents=True, exist_ok=True)
-    with (Path(output_dir) / LOCK_FILE).open("w") as lock:
+    with (Path(output_dir) / RUN_LOCK_FILE).open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -26,7 +26,7 @@ from utils.distributed.collectives import gather_from_all
 from utils.training.argument_checks import count_steps
 from utils.training.arguments import BY_LENGTH
 from utils.training.callbacks import LossCurves, ProgressBar
-from utils.training.memory import GIB, USABLE_SHARE, MemoryModel, free_gib
+from utils.training.memory import GIB, USABLE_GPU_SHARE, MemoryModel, free_gib
 from utils.training.run_config import RunConfig, data_seed, global_batch
 from utils.training.trainer import make_trainer
 
@@ -52,7 +52,7 @@ def plan(config: RunConfig) -> None:
     tokens = sum(lengths) / items * steps * global_batch(args)
     print_once(describe_plan(config, memory, items))
     free = min(gather_from_all(free_gib(on_cpu=args.use_cpu)))
-    usable = USABLE_SHARE * free
+    usable = USABLE_GPU_SHARE * free
     if memory.gib() > usable:  # `resolve_checkpointing` has printed the flag that makes it fit
         print_once(f"speed not measured: {memory.gib():.1f} GiB estimated do not fit in {free:.1f} GiB free")
     else:

@@ -39,7 +39,7 @@ UNCOMPILED_FACTOR_LAYERNORM, UNCOMPILED_FACTOR_RMSNORM = 1.44, 1.83
 BYTES_PER_LOGIT = 14
 ZERO3_LIVE_PARAMETERS = 10**9  # gathered at once: DeepSpeed's stage3_max_live_parameters
 FSDP2_LIVE_BLOCKS = 2  # gathered at once: the one that computes and the next
-USABLE_SHARE = 0.95  # of the free memory; the rest is lost to fragmentation
+USABLE_GPU_SHARE = 0.95  # of the free memory; the rest is lost to fragmentation
 
 
 def bytes_of(tensors: list[torch.Tensor]) -> int:
@@ -281,7 +281,7 @@ def decide_checkpointing(memory: MemoryModel, requested: bool | None, free: floa
         requested: what the flag says; None without one.
         free: GiB of the fullest GPU.
     """
-    usable = USABLE_SHARE * free
+    usable = USABLE_GPU_SHARE * free
     checkpointing = memory.gib() > usable if requested is None else requested
     memory = replace(memory, checkpointing=checkpointing)
     decided = "decided from that" if requested is None else "by the flag"

@@ -25,7 +25,7 @@ from utils.common.processes import launched_by_accelerate_with_fsdp
 from utils.data.arrow_reader import describe_row_change, fingerprint_rows
 
 KEY_FILE = "resume_key.json"
-VERSION = 2
+RESUME_KEY_VERSION = 2
 # Version 1, written by earlier releases: the file's name is that of the run's own record in --output_dir.
 VERSION_1_FILE = "run.json"
 VERSION_1_NAMES = {"identity": "trains", "schedule": "steps"}
@@ -97,7 +97,7 @@ class ResumeKey:
 
     def write(self, checkpoint: Path) -> None:
         """Write the key into a checkpoint's directory."""
-        values = {"version": VERSION, IDENTITY: self.identity, SCHEDULE: self.schedule}
+        values = {"version": RESUME_KEY_VERSION, IDENTITY: self.identity, SCHEDULE: self.schedule}
         (checkpoint / KEY_FILE).write_text(json.dumps(values, indent=1), encoding="utf-8")
 
     @classmethod
@@ -113,10 +113,10 @@ class ResumeKey:
             values = read_json_object(checkpoint / VERSION_1_FILE, dict.fromkeys(names.values(), dict))
             return cls(**{name: values[old] for name, old in names.items()})
         values = read_json_object(checkpoint / KEY_FILE, {"version": int, IDENTITY: dict, SCHEDULE: dict})
-        if values["version"] != VERSION:
+        if values["version"] != RESUME_KEY_VERSION:
             raise UsageError(
-                f"{checkpoint / KEY_FILE} has version {values['version']}, and this release reads {VERSION}: resume "
-                "with the release that wrote it"
+                f"{checkpoint / KEY_FILE} has version {values['version']}, not {RESUME_KEY_VERSION}: resume with the "
+                "release that wrote it"
             )
         return cls(values[IDENTITY], values[SCHEDULE])
 
