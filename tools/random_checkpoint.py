@@ -25,7 +25,7 @@ from transformers import GlmForCausalLM, PreTrainedModel
 
 from utils.checkpoint.tokenizer import load_tokenizer
 from utils.models import ChatGLMConfig, ChatGLMForConditionalGeneration
-from utils.models.convert_checkpoint import REQUIRED, glm_config, release
+from utils.models.convert_checkpoint import REQUIRED, glm_config, to_released_layout
 
 TOKENIZER = Path(__file__).resolve().parent.parent / "data" / "chatglm-tiny"
 CHATGLM = {
@@ -135,7 +135,7 @@ def save_checkpoint(shape: str, model: PreTrainedModel, directory: Path) -> None
     if shape in CHATGLM:
         model.save_pretrained(directory, max_shard_size="2GB")
     else:
-        save_torch_state_dict(release(model.state_dict()), directory, max_shard_size="2GB")
+        save_torch_state_dict(to_released_layout(model.state_dict()), directory, max_shard_size="2GB")
         released = {"model_type": "chatglm", **GLM[shape], **REQUIRED}
         (directory / "config.json").write_text(json.dumps(released, indent=2) + "\n", encoding="utf-8")
     write_tokenizer(shape, directory)

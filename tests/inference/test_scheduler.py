@@ -76,14 +76,14 @@ class KnownDevice:
         """The loop of `Engine.answer`."""
         source, results, done = iter(sequences), deque(), []
         while True:
-            for plan in self.scheduler.prefills(source):
+            for plan in self.scheduler.plan_prefills(source):
                 self.prefill(plan)
             if not self.scheduler.has_running:
                 return done
             decodes = self.scheduler.needs_decoding()
             if decodes:
                 results.append(self.decode())
-            if self.scheduler.must_finish() or not decodes:
+            if self.scheduler.must_finish_oldest() or not decodes:
                 done += self.scheduler.finish(results.popleft())
 
 
@@ -162,7 +162,7 @@ def test_it_looks_behind_only_with_several_steps():
     for steps, plans in ((1, 1), (4, 2)):
         scheduler = running_scheduler(SchedulerLimits(2, 100, decode_steps=steps), {0: 20, 1: 20})
         started = 0
-        while not scheduler.must_finish():
+        while not scheduler.must_finish_oldest():
             scheduler.plan_decode()
             started += 1
         assert started == plans
@@ -184,7 +184,7 @@ def test_steps_in_flight_for_a_slots_former_sequence_are_dropped():
     scheduler.plan_decode()
     scheduler.plan_decode()
     assert [sequence.answer_ids for sequence in scheduler.finish([[7, STOP]])] == [[7, STOP]]
-    (plan,) = scheduler.prefills(iter([TokenSequence(1, [1], 20)]))
+    (plan,) = scheduler.plan_prefills(iter([TokenSequence(1, [1], 20)]))
     assert plan.slots == [0]
     assert not scheduler.finish([[8, 9]])  # of the sequence before
     assert plan.sequences[0].answer_ids == []
@@ -194,16 +194,16 @@ def test_prefill_waits_for_enough_free_slots():
     """32 slots wait for two, so that prefills, which stall all sequences, are few."""
     scheduler = running_scheduler(SchedulerLimits(32, 100), dict.fromkeys(range(31), 20))
     source = iter([TokenSequence(number, [1, 2], 20) for number in range(5)])
-    assert not list(scheduler.prefills(source))
+    assert not list(scheduler.plan_prefills(source))
     scheduler.running[3] = None
-    (plan,) = scheduler.prefills(source)
+    (plan,) = scheduler.plan_prefills(source)
     assert plan.slots == [3, 31] and [sequence.sequence_id for sequence in plan.sequences] == [0, 1]
 
 
 def test_long_prompts_are_prefilled_alone():
     scheduler = Scheduler(SchedulerLimits(16, 10), StopRule(frozenset()))
     sequences = [TokenSequence(number, range(tokens), 5) for number, tokens in enumerate((5, 5, 4, 40, 2, 30))]
-    plans = list(scheduler.prefills(iter(sequences)))
+    plans = list(scheduler.plan_prefills(iter(sequences)))
     assert [[sequence.sequence_id for sequence in plan.sequences] for plan in plans] == [[0, 1], [2], [3], [4], [5]]
     assert [slot for plan in plans for slot in plan.slots] == list(range(6))
 
@@ -220,7 +220,7 @@ def test_after_a_failed_prefill_nothing_is_lost():
     """`unfinished` returns sequences in a failed prefill, those that decode and those that wait."""
     scheduler = running_scheduler(SchedulerLimits(8, 4), {0: 20})
     scheduler.running[0].answer_ids.append(7)
-    prefills = scheduler.prefills(iter([TokenSequence(number, [1, 2, 3, 4], 5) for number in range(1, 4)]))
+    prefills = scheduler.plan_prefills(iter([TokenSequence(number, [1, 2, 3, 4], 5) for number in range(1, 4)]))
     next(prefills)  # fails on the device
     unfinished = scheduler.unfinished()
     assert [sequence.sequence_id for sequence in unfinished] == [0, 1, 2, 3]

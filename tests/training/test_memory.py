@@ -79,7 +79,7 @@ def test_checkpointing_is_decided_from_it():
     decided, (line,) = decide_checkpointing(memory, True, 79.0)
     assert decided and line.endswith("checkpointing on, by the flag")
     decided, (_, warning) = decide_checkpointing(memory, False, 24.0)
-    assert not decided and warning.endswith("leave --gradient_checkpointing False out")
+    assert not decided and warning.endswith("remove --gradient_checkpointing False")
 
 
 @pytest.mark.parametrize("flag", (None, False, True))

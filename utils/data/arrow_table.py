@@ -22,7 +22,7 @@ def read_table(files: Sequence[Path], columns: Collection[str]) -> tuple[pa.Tabl
     Map Arrow stream files of one schema into memory.
 
     Args:
-        columns: the columns to take, some of which the files may lack. The others are not checked.
+        columns: the columns to take; the files may lack some of them. The others are not checked.
 
     Returns:
         The table, and the names of the other columns.

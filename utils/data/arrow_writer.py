@@ -1,8 +1,8 @@
 """
-Writes the Arrow dataset of token ids that training reads: record batches, side files, and the move into place.
+The format of the Arrow dataset that training reads: schema, record batches, side files, the move into place.
 
-utils/data/shards.py and tokenize_dataset_rows_belle.py call it. The format is that of the datasets library, which is
-not used here because worker processes would pay for its import.
+utils/data/shards.py, which writes the Arrow files, and tokenize_dataset_rows_belle.py call it. The format is that of
+the datasets library, which is not used here because worker processes would pay for its import.
 """
 
 import json

@@ -85,9 +85,8 @@ def _points(codec: str) -> dict[str, int]:
     """
     Points of each character: 3 for the most frequent, 1 for common.
 
-    Common characters are the first level of the language's standard.
-
-    That level holds the characters in daily use, in the order of readings or strokes. Others have no points.
+    Common characters are the first level of the language's standard: those in daily use, in the order of readings or
+    strokes. Others have no points.
     """
     high = range(0xA1, 0xFF)
     chinese = (

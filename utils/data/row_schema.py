@@ -15,7 +15,7 @@ from utils.common.errors import RowError, UsageError
 CHAT_COLUMNS = ("messages", "conversations", "conversation")
 # The first of these that a row has is its prompt; a column of PROMPT_MORE is joined to it.
 PROMPT_COLUMNS = ("instruction", "prompt", "question", "problem", "query", "input", "context")
-DOCUMENT_COLUMNS = ("content", "document", "article", "dialogue")  # the text of which a summary is the answer
+DOCUMENT_COLUMNS = ("content", "document", "article", "dialogue")  # a text whose summary is the answer
 PROMPT_MORE = ("input", "query", "context")
 ANSWER_COLUMNS = ("output", "target", "completion", "response", "answer", "solution", "summary")
 SYSTEM_COLUMNS = ("system", "system_prompt", "system_message", "meta_instruction")

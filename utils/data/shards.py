@@ -95,7 +95,7 @@ class Shard:
         """
         Record that the shard is finished, and return it.
 
-        Its Arrow file is on the disk first.
+        Syncs the Arrow file to the disk before it writes the report.
         """
         if self.arrow_file:
             with open(directory / self.arrow_file, "rb") as file:
@@ -122,9 +122,9 @@ class Shard:
 @dataclass(frozen=True)
 class ShardTokenizer:
     """
-    Tokenises the blocks of a shard into an Arrow file.
+    Tokenises the blocks of a shard into an Arrow file in `directory`.
 
-    The file is in `directory`. Each worker process has a ShardTokenizer.
+    Each worker process has a ShardTokenizer.
     """
 
     tokenizer: PreTrainedTokenizerBase

@@ -36,8 +36,8 @@ class AwakeClock:
     """
     Counts the seconds for which this process ran.
 
-    A suspension (SIGSTOP, Ctrl-Z, a paused container) does not count:
-    all processes of a run are suspended together, and none can give a sign of life.
+    A suspension (SIGSTOP, Ctrl-Z, a paused container) does not count: all processes of a run are suspended together,
+    and none can give a sign of life.
 
     Threads ask it every `BEAT` seconds; if none asked for more than `MISSED_BEATS` of them, the process was suspended.
     """

@@ -1,5 +1,5 @@
 """
-How many sequences of which lengths share a batch in the free memory: sequences in, groups of them out.
+How many sequences, and of what lengths, share a batch in the free memory: sequences in, groups of them out.
 
 Every sequence of a batch takes a KV-cache slot as long as the longest one needs. A long sequence would thus leave
 memory for few others, so it gets a group of its own, but only then: a group is an engine of its own, with layers to

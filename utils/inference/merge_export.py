@@ -83,8 +83,8 @@ def merge_and_save(source: MergeSource, directory: str | Path, dtype: torch.dtyp
     Raises:
         UsageError: the base is quantised, a file of it is a link to elsewhere, `directory` holds something already,
             or see `load_adapter`.
-        RuntimeError: what was written answers fixed prompts with other greedy tokens (checked in float32), or its
-            chat template gives other tokens than training.
+        RuntimeError: in float32, what was written answers fixed prompts with other greedy tokens (in 16 bits only
+            their number is printed); or its chat template gives other tokens than training.
     """
     checkpoint, tokenizer = source.checkpoint, source.tokenizer
     target = Path(directory)
@@ -124,7 +124,7 @@ def merge_and_save(source: MergeSource, directory: str | Path, dtype: torch.dtyp
 def _check_mergeable(checkpoint: Checkpoint, target: Path) -> None:
     if checkpoint.quantization:
         raise UsageError(
-            f"{checkpoint.directory} is quantised and cannot take an adapter: merge into the checkpoint in full"
+            f"{checkpoint.directory} is quantised and cannot take an adapter: merge into the unquantised checkpoint"
         )
     check_name("--merge_and_save", target)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):

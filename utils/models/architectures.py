@@ -28,7 +28,7 @@ from transformers import (
 from transformers.models.glm.modeling_glm import GlmDecoderLayer
 
 from utils.models.configuration_chatglm import ChatGLMConfig
-from utils.models.convert_checkpoint import convert, glm_config
+from utils.models.convert_checkpoint import glm_config, to_glm
 from utils.models.family import Generation
 from utils.models.modeling_chatglm import ChatGLMBlock, ChatGLMForConditionalGeneration
 from utils.models.tokenization_chatglm import ChatGLMTokenizer
@@ -84,9 +84,9 @@ GLM_PLAN = TensorParallelPlan(
 ARCHITECTURES = {
     "chatglm": Architecture(ChatGLMForConditionalGeneration, chatglm_config, CHATGLM_PLAN, has_prefix=True),
     "released_chatglm2": Architecture(
-        GlmForCausalLM, partial(glm_config, positions_interpolated=True), GLM_PLAN, convert
+        GlmForCausalLM, partial(glm_config, positions_interpolated=True), GLM_PLAN, to_glm
     ),
-    "released_glm": Architecture(GlmForCausalLM, partial(glm_config, positions_interpolated=False), GLM_PLAN, convert),
+    "released_glm": Architecture(GlmForCausalLM, partial(glm_config, positions_interpolated=False), GLM_PLAN, to_glm),
     "glm": Architecture(GlmForCausalLM, GlmConfig.from_dict, GLM_PLAN),
 }
 

@@ -39,7 +39,7 @@ class ChatTemplate(ABC):
     """
 
     name = "native"  # the other template is "alpaca", see below
-    ids_version = 1  # raised when the same texts get other ids: datasets of the version before are then refused
+    ids_version = 1  # increment when the same texts get other ids: older datasets are then refused
     has_system_role = False  # whether a system message has a role token; else its text precedes the first question
     opening_tokens: tuple[str, ...] = ()  # special tokens that open every conversation
     prompt_ending = ""  # of `render`, which truncation must keep; "" if special tokens end a prompt

@@ -118,7 +118,7 @@ def released_modules(layers: int) -> list[str]:
     return modules
 
 
-def convert(key: str, tensor: torch.Tensor, config: GlmConfig) -> dict[str, torch.Tensor]:
+def to_glm(key: str, tensor: torch.Tensor, config: GlmConfig) -> dict[str, torch.Tensor]:
     """
     A released weight under its names in `GlmForCausalLM`, as views of it.
 
@@ -131,8 +131,8 @@ def convert(key: str, tensor: torch.Tensor, config: GlmConfig) -> dict[str, torc
     return dict(zip(targets, tensors, strict=True))
 
 
-def release(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The weights of a whole `GlmForCausalLM` under their released names: the inverse of `convert`."""
+def to_released_layout(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The weights of a whole `GlmForCausalLM` under their released names: the inverse of `to_glm`."""
     layers = {key.split(".")[2] for key in weights if key.startswith("model.layers.")}
     released = {}
     for pattern, targets in KEY_MAP:

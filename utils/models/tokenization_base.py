@@ -36,7 +36,9 @@ class VocabFileTokenizer(PreTrainedTokenizer, ABC):
         """The constructor's arguments that only a checkpoint's `config.json` tells."""
         return {}
 
-    def own_tokens(self, added: Mapping[int, AddedToken] | None, released: Mapping[str, int]) -> dict[int, AddedToken]:
+    def tokens_beyond_release(
+        self, added: Mapping[int, AddedToken] | None, released: Mapping[str, int]
+    ) -> dict[int, AddedToken]:
         """
         The tokens in `added` beyond the release's, by id.
 

@@ -120,7 +120,7 @@ class ChatGLMTokenizer(VocabFileTokenizer):
             str(token): self._convert_token_to_id(str(token))
             for token in (bos_token, eos_token, unk_token, pad_token, mask_token)
         }
-        own = self.own_tokens(kwargs.get("added_tokens_decoder"), specials)
+        own = self.tokens_beyond_release(kwargs.get("added_tokens_decoder"), specials)
         kwargs["added_tokens_decoder"] = own | {
             index: AddedToken(token, lstrip=True, rstrip=True, normalized=False, special=True)
             for token, index in specials.items()

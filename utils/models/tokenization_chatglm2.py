@@ -61,7 +61,9 @@ class ChatGLM2Tokenizer(VocabFileTokenizer):
             if self.sp_model.piece_to_id(piece) != self.sp_model.unk_id()
         }
         self._special_by_id = {index: piece for piece, index in self.special_ids.items()}
-        kwargs["added_tokens_decoder"] = self.own_tokens(kwargs.get("added_tokens_decoder"), self.special_ids)
+        kwargs["added_tokens_decoder"] = self.tokens_beyond_release(
+            kwargs.get("added_tokens_decoder"), self.special_ids
+        )
         # None of these is a special token to transformers: nothing in a text is ever split off as one.
         for name in ("bos_token", "eos_token", "pad_token", "unk_token", "extra_special_tokens"):
             kwargs.pop(name, None)

@@ -114,7 +114,7 @@ class ChatGLM4Tokenizer(VocabFileTokenizer):
             for i, token in enumerate(GLM4_SPECIAL_TOKENS.split())
         }
         added = released | {int(index): token for index, token in kwargs.get("added_tokens_decoder", {}).items()}
-        kwargs["added_tokens_decoder"] = self.own_tokens(added, {})
+        kwargs["added_tokens_decoder"] = self.tokens_beyond_release(added, {})
         specials = [token.content for token in kwargs["added_tokens_decoder"].values() if token.special]
         kwargs.pop("additional_special_tokens", None)
         kwargs["extra_special_tokens"] = specials

@@ -123,10 +123,10 @@ class LossCurves(TrainerCallback):
     """
     Writes metrics.jsonl at every log, and loss.png with every checkpoint.
 
-    loss.png is drawn at the end of the run too; metrics.jsonl has one line a log.
-    Both show the run's state, which a checkpoint carries: a resumed run continues them from the checkpoint, without
-    what was logged after it. Drawing takes some tenths of a second, less than writing a checkpoint, so no step waits
-    for it more often than for those; `--report_to tensorboard` shows the curves live.
+    loss.png is drawn at the end of the run too; metrics.jsonl has one line a log. Both show the run's state, which a
+    checkpoint carries: a resumed run continues them from the checkpoint, without what was logged after it. Drawing
+    takes some tenths of a second, less than writing a checkpoint, so no step waits for it more often than for those;
+    `--report_to tensorboard` shows the curves live.
     """
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:

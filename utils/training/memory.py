@@ -2,8 +2,7 @@
 Estimates the GPU memory of a training run, share by share, from the model's configuration and the run's flags.
 
 In: a `RunConfig`. Out: a `MemoryModel`, which decides gradient checkpointing here and advises in dry_run.py. No
-library
-does this: DeepSpeed's estimators count weights and optimizer, not activations.
+library does this: DeepSpeed's estimators count weights and optimizer, not activations.
 
 Bytes of weights, adapter and optimizer follow from their shapes. What a block saves for the backward pass is counted
 from the tensors that autograd saves there: the inputs of both norms, the input of the adapter's layers, query, key,
@@ -259,7 +258,7 @@ def resolve_checkpointing(config: RunConfig) -> bool:
     Return whether activations are recomputed in the backward pass.
 
     The flag decides; without one, whether they fit in GPU memory. Without a GPU they are not recomputed by default.
-    Lines say why. Every process must call it.
+    Prints why. Every process must call it.
     """
     if config.training_args.use_cpu:
         return bool(config.checkpointing)
@@ -301,6 +300,6 @@ def decide_checkpointing(memory: MemoryModel, requested: bool | None, free: floa
 def _fix(memory: MemoryModel, usable: float) -> str:
     """Return what makes a run fit in `usable` GiB."""
     if not memory.checkpointing and replace(memory, checkpointing=True).gib() <= usable:
-        return "leave --gradient_checkpointing False out"
+        return "remove --gradient_checkpointing False"
     fitting = (flags for flags, smaller in memory.smaller() if smaller.gib() <= usable)
     return f"give {next(fitting, '--config_file accelerate_ds_zero3_cpu_offload_config.yaml to accelerate launch')}"

@@ -74,9 +74,9 @@ class GuardedTrainer(Trainer):
     """
     Stops at losses and gradients that are wrong, before the optimizer uses them.
 
-    Wrong are a loss or gradients that are not finite, and gradients that are all zero.
-    torch's fused AdamW skips the step on the device, and the host checks it in the next step, or before anything is
-    logged, evaluated or saved; with any other optimizer the host waits for the device.
+    Wrong are a loss or gradients that are not finite, and gradients that are all zero. torch's fused AdamW skips the
+    step on the device, and the host checks it in the next step, or before anything is logged, evaluated or saved; with
+    any other optimizer the host waits for the device.
 
     Args:
         rows: the dataset whose rows are in the batches.

@@ -122,9 +122,9 @@ class ResumeKey:
 
     def differences(self, now: "ResumeKey", identity_only: bool = False) -> str:
         """
-        Return what differs `now`, as "name then (now value), ...".
+        Return how `now` differs from this key: "name then (now value), ...", or "".
 
-        Without a difference it is "". A setting that this key lacks, because an earlier release wrote it, is not
+        A setting that this key lacks, because an earlier release wrote it, is not
         compared.
         """
         pairs = [(self.identity, now.identity)]

@@ -168,8 +168,7 @@ def resolve_precision(values: Namespace) -> tuple[torch.dtype, str]:
 
     Sets `values.fp16` and `.bf16`, and the environment that accelerate and DeepSpeed read, to match: flag,
     accelerate's ACCELERATE_MIXED_PRECISION and DeepSpeed's "auto" then agree. The flags decide; without one,
-    accelerate's config
-    file does. float16 needs a GPU: without one it becomes float32, and a line says so.
+    accelerate's config file does. float16 needs a GPU: without one it becomes float32, and a line says so.
     """
     source = "flag"
     if not values.fp16 and not values.bf16:

@@ -67,7 +67,7 @@ class Engine:
         source = iter(sequences)
         results: deque[DecodeResult] = deque()
         while True:
-            for prefill in self.scheduler.prefills(source):
+            for prefill in self.scheduler.plan_prefills(source):
                 self.runner.prefill(prefill)
             if not self.scheduler.has_running:
                 self.scheduler.in_flight.clear()  # steps started for sequences that had ended
@@ -75,5 +75,5 @@ class Engine:
             decodes = self.scheduler.needs_decoding()
             if decodes:
                 results.append(self.runner.decode(self.scheduler.plan_decode()))
-            if self.scheduler.must_finish() or not decodes:
+            if self.scheduler.must_finish_oldest() or not decodes:
                 yield from self.scheduler.finish(self.runner.wait(results.popleft()))

@@ -137,7 +137,7 @@ class Scheduler:
         """Whether any slot has a sequence."""
         return any(self.running)
 
-    def prefills(self, source: Iterator[TokenSequence]) -> Iterator[PrefillPlan]:
+    def plan_prefills(self, source: Iterator[TokenSequence]) -> Iterator[PrefillPlan]:
         """
         Takes sequences for the free slots out of `source`, in its order, and yields which to prefill together.
 
@@ -172,7 +172,7 @@ class Scheduler:
             if sequence
         )
 
-    def must_finish(self) -> bool:
+    def must_finish_oldest(self) -> bool:
         """Whether the oldest plan is to be finished before the next one starts."""
         return len(self.in_flight) > int(self.limits.decode_steps > 1)
 
