@@ -88,5 +88,5 @@ def test_the_file_and_that_of_earlier_versions(tmp_path):
     written = json.loads((tmp_path / "resume_key.json").read_text())
     assert written == {"version": 2, "identity": {"lora_rank": 4}, "schedule": {"seed": 1}}
     (tmp_path / "resume_key.json").write_text(json.dumps(written | {"version": 3}))
-    with pytest.raises(UsageError, match="has version 3, and this release reads 2"):
+    with pytest.raises(UsageError, match="has version 3, not 2: resume with the release"):
         ResumeKey.read(tmp_path)
