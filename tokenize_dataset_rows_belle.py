@@ -20,9 +20,10 @@ from typing import Literal
 
 from utils.common.script import run
 
-from transformers import HfArgumentParser, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from utils.checkpoint.directory import DEFAULT_MODEL, GENERATION_FLAGS, GENERATION_HELP, choose_generation
+from utils.checkpoint.flag_parser import FlagParser
 from utils.checkpoint.tokenizer import load_tokenizer
 from utils.common.errors import RowError, RunError, UsageError
 from utils.common.files import check_output_path
@@ -111,7 +112,7 @@ def parse_arguments() -> tuple[TokenizeArguments, TokenizeOptions]:
     Raises:
         UsageError: a value that cannot be.
     """
-    parser = HfArgumentParser(TokenizeArguments, description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    parser = FlagParser(TokenizeArguments, description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     # parse_args_into_dataclasses would answer an unknown flag with a traceback
     args = TokenizeArguments(**vars(parser.parse_args()))
     options = args.options()

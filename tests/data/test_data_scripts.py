@@ -267,3 +267,9 @@ def test_tokenize_does_not_replace_what_is_no_dataset(run_script, tmp_path):
         f"--model_name_or_path {TINY}"
     )
     assert result.code == 2 and (tmp_path / "precious").read_text() == "mine"
+
+
+def test_flags_may_be_abbreviated(run_script, tmp_path):
+    """As argparse allows, although transformers' parser gives every flag a second spelling."""
+    flags = f"--jsonl data/sample.train.json --save {tmp_path}/tokens --model {TINY} --max 64"
+    run_script(f"tokenize_dataset_rows_belle.py {flags}").check()

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import torch
-from transformers import HfArgumentParser
 
 from utils.checkpoint.directory import DEFAULT_MODEL, GENERATION_FLAGS, GENERATION_HELP, choose_generation
+from utils.checkpoint.flag_parser import FlagParser
 from utils.checkpoint.weight_files import WEIGHT_FILES, model_files
 from utils.common.errors import Faults, UsageError
 from utils.common.files import check_output_path
@@ -285,7 +285,7 @@ def parse_flags(kind: type[T], description: str, usage: str = "%(prog)s [--FLAG 
         kind: a dataclass whose bases with an `_argument_group_name` are the groups of --help.
         description: the text of --help, usually the script's docstring.
     """
-    parser = _FlagParser(_groups(kind), usage=usage, description=description, formatter_class=_HelpFormatter)
+    parser = FlagParser(_groups(kind), usage=usage, description=description, formatter_class=_HelpFormatter)
     args = kind(**vars(parser.parse_args()))
     choose_generation(args.model_name_or_path, args.generation)
     return args
@@ -295,13 +295,6 @@ def _groups(kind: type) -> list[type]:
     if "_argument_group_name" in vars(kind):
         return [kind]
     return [group for base in kind.__bases__ for group in _groups(base)]
-
-
-class _FlagParser(HfArgumentParser):
-    def _get_option_tuples(self, option_string: str) -> list:
-        """Accept `--model` for --model_name_or_path although it has a second spelling, with dashes."""
-        matches = super()._get_option_tuples(option_string)
-        return matches[:1] if all(match[0] is matches[0][0] for match in matches) else matches
 
 
 class _HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
