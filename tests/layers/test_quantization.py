@@ -132,7 +132,7 @@ def choose_kernels(monkeypatch):
     forget()
 
 
-on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="kernels of GPUs")
+on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 SIXTEEN_BITS = [(name, dtype) for name in ("triton", "cpm_kernels") for dtype in quantization.SIXTEEN_BITS]
 
 

@@ -83,14 +83,14 @@ class OpenedDirectory(NamedTuple):
 
 
 def add_model_flags(group: argparse._ActionsContainer, what: str = "checkpoint directory or hub id") -> None:
-    """Adds `--model_name_or_path` and `--generation`; pass both values on to `choose_generation`."""
+    """Add `--model_name_or_path` and `--generation`; pass both values on to `choose_generation`."""
     group.add_argument("--model_name_or_path", default=DEFAULT_MODEL, help=f"{what} (default: %(default)s)")
     group.add_argument("--generation", choices=GENERATION_FLAGS, help=GENERATION_HELP)
 
 
 def choose_generation(path_or_id: str, flag: str | None) -> None:
     """
-    Sets the generation of `path_or_id` for every later opening in this process.
+    Set the generation of `path_or_id` for every later opening in this process.
 
     Args:
         flag: one of `GENERATION_FLAGS`; None leaves it to the files.
@@ -102,7 +102,7 @@ def choose_generation(path_or_id: str, flag: str | None) -> None:
 
 def open_directory(path_or_id: str, weights: bool) -> OpenedDirectory:
     """
-    Finds or downloads a checkpoint and identifies its generation.
+    Find or download a checkpoint and identify its generation.
 
     Prints one line if the generation is a guess, because the files fit both ChatGLM2-6B and ChatGLM3-6B.
 
@@ -145,7 +145,7 @@ def open_directory(path_or_id: str, weights: bool) -> OpenedDirectory:
 
 @functools.cache
 def print_first_time(message: str) -> None:
-    """Prints a line on rank 0, once: several callers open one checkpoint."""
+    """Print a line on rank 0, once: several callers open one checkpoint."""
     print_once(message)
 
 
@@ -210,7 +210,7 @@ def local_directory(path_or_id: str, weights: bool = True) -> Path:
 
 def check_name(flag: str, path: str | Path) -> None:
     """
-    Checks a path that weights or vocabularies are read from or written to.
+    Check a path that weights or vocabularies are read from or written to.
 
     Raises:
         UsageError: the name is not UTF-8, which the libraries that read and write those files need.
@@ -234,7 +234,7 @@ def _hub_answers() -> bool:
 
 def refuse_pointer(file: Path) -> None:
     """
-    Checks that `file` is the file itself.
+    Check that `file` is the file itself.
 
     Raises:
         UsageError: it is the pointer that Git LFS leaves if the real file was not downloaded.

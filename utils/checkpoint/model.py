@@ -45,7 +45,7 @@ class Checkpoint:
     @classmethod
     def open(cls, path_or_id: str, weights: bool = True, quantize: str | None = None) -> "Checkpoint":
         """
-        Opens a directory, or downloads a hub repository, without reading weights.
+        Open a directory, or download a hub repository, without reading weights.
 
         Args:
             weights: whether the weights are needed, or only the tokenizer.
@@ -187,7 +187,7 @@ class Checkpoint:
 
     def fill(self, model: PreTrainedModel, device_map: dict, offload_folder: str | None = None) -> None:
         """
-        Moves each weight from its file to its device or offload file.
+        Move each weight from its file to its device or offload file.
 
         It is made of the parts of `accelerate.load_checkpoint_and_dispatch`, which reads no checkpoint whose weights
         have other names than the model's, and does not say when one is missing.
@@ -259,7 +259,7 @@ class ExpectedWeights:
 
     def check_complete(self) -> None:
         """
-        Checks that every weight has come.
+        Check that every weight has come.
 
         Raises:
             UsageError: some have not.

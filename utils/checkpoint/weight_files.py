@@ -157,7 +157,7 @@ def _read_pickle(file: Path) -> Iterator[tuple[str, torch.Tensor]]:
 
 def _check_calls(file: Path, zipped: bool) -> None:
     """
-    Checks a pickle without running it.
+    Check a pickle without running it.
 
     Raises:
         ValueError: it calls something that plain tensors do not need, or is compressed, and would grow when read.

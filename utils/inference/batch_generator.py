@@ -93,7 +93,7 @@ class BatchGenerator:
     @torch.inference_mode()
     def run(self, rows: Sequence[PromptRow], batch_size: int = 0) -> Iterator[Answer]:
         """
-        Yields the answers of this replica's share of the rows, short prompts first.
+        Yield the answers of this replica's share of the rows, short prompts first.
 
         Out of memory lowers the batch size from there on; a row that has no memory even alone becomes an error row.
         Every process must call it.
@@ -132,7 +132,7 @@ class BatchGenerator:
                 yield self._answer_of(row, sequences)
 
     def _serve(self, rows: list[list[TokenSequence]], batch_size: int) -> Iterator[TokenSequence]:
-        """Yields the sequences of this replica's share, those that were too long to try last and without an answer."""
+        """Yield the sequences of this replica's share, those that were too long to try last and without an answer."""
         budget = MemoryBudget.of(self.model, self.device, self.replica)
         tried = [row for row in rows if not budget.skips or budget.batch_size_for(row[0])]
         for group in group_rows(tried, budget, batch_size, self.replica.replicas):
@@ -178,7 +178,7 @@ class BatchGenerator:
 
 
 def error_answer(row: PromptRow, error: str) -> Answer:
-    """Returns the answer of a row that cannot be answered."""
+    """Return the answer of a row that cannot be answered."""
     return {
         "index": row.index,
         "prompt": row.prompt,

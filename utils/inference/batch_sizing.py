@@ -118,7 +118,7 @@ class MemoryBudget:
 
     @classmethod
     def of(cls, model: PreTrainedModel, device: torch.device, replica: Replica) -> "MemoryBudget":
-        """Returns the smallest budget of all processes, so that all form the same groups; every process must call."""
+        """Return the smallest budget of all processes, so that all form the same groups; every process must call."""
         config, has_kernels = model.config, has_decode_kernels(device, model.dtype)
         on_gpu = model.get_input_embeddings().weight.device.type == "cuda"
         intermediate_size = getattr(config, "intermediate_size", 4 * config.hidden_size)
@@ -134,7 +134,7 @@ class MemoryBudget:
         )
 
     def batch_size_for(self, longest: TokenSequence) -> int:
-        """Returns how many sequences fit if `longest` is the longest; 0 if it does not fit itself."""
+        """Return how many sequences fit if `longest` is the longest; 0 if it does not fit itself."""
         tokens, cache = len(longest.input_ids), self.token_bytes * slot_tokens(longest)
         if self.pads:
             return self.free // (2 * cache + tokens * self.prefill_bytes + MASK_BYTES * tokens**2)
@@ -160,7 +160,7 @@ def group_rows(
     rows: Sequence[list[TokenSequence]], budget: MemoryBudget, batch_size: int, replicas: int
 ) -> list[BatchGroup]:
     """
-    Splits prompts into groups wherever one group would halve the batch size that the shortest prompts could have.
+    Split prompts into groups wherever one group would halve the batch size that the shortest prompts could have.
 
     Args:
         rows: a list for each prompt with its sequences, sorted by length.

@@ -39,17 +39,17 @@ class SequenceQueue:
         self.sequences, self.returned = iter(sequences), deque()
 
     def first(self) -> TokenSequence | None:
-        """Returns the next sequence without taking it; None at the end."""
+        """Return the next sequence without taking it; None at the end."""
         if not self.returned:
             self.returned.extend(islice(self.sequences, 1))
         return self.returned[0] if self.returned else None
 
     def put_back(self, sequences: Iterable[TokenSequence]) -> None:
-        """Returns taken sequences to the front, shortest prompts first."""
+        """Return taken sequences to the front, shortest prompts first."""
         self.returned.extendleft(sorted(sequences, key=lambda sequence: -len(sequence.input_ids)))
 
     def up_to(self, max_seq_len: int) -> Iterator[TokenSequence]:
-        """Takes sequences while they fit into a slot of `max_seq_len` tokens."""
+        """Take sequences while they fit into a slot of `max_seq_len` tokens."""
         while (sequence := self.first()) is not None and slot_tokens(sequence) <= max_seq_len:
             yield self.returned.popleft()
 
@@ -78,7 +78,7 @@ class EngineGenerator:
 
     def run(self, sequences: Iterable[TokenSequence], group: BatchGroup) -> Iterator[TokenSequence]:
         """
-        Yields each sequence when it is answered; one that has no memory even alone comes without an answer.
+        Yield each sequence when it is answered; one that has no memory even alone comes without an answer.
 
         Out of memory halves the tokens of KV cache from there on, in slots no longer than the next sequences need.
 

@@ -43,7 +43,7 @@ class Job:
 
 
 def settings_of(settings: AnswerSettings, **others: Any) -> dict[str, Any]:
-    """Returns the settings as `AnswerFile` records them in journals, with what else decides an answer."""
+    """Return the settings as `AnswerFile` records them in journals, with what else decides an answer."""
     return asdict(settings) | others
 
 
@@ -58,7 +58,7 @@ class Progress:
         self.bar = tqdm(total=rows, unit="row", dynamic_ncols=True) if has_bar else None
 
     def add(self, answer: Answer) -> None:
-        """Counts one more answer, and prints the progress if it is time."""
+        """Count one more answer, and print the progress if it is time."""
         done, tokens = self.done.add(1), self.tokens.add(answer.get("answer_tokens", 0))
         now = time.perf_counter()
         seconds = now - self.started
@@ -74,7 +74,7 @@ class Progress:
             )
 
     def close(self) -> None:
-        """Leaves the bar as it stands."""
+        """Leave the bar as it stands."""
         if self.bar is not None:
             self.bar.close()
 
@@ -87,7 +87,7 @@ def answer_rows(
     replica: Replica = SINGLE_REPLICA,
 ) -> None:
     """
-    Answers the rows that an earlier run of the same command has not, and prints a summary whose last line is JSON.
+    Answer the rows that an earlier run of the same command has not, and print a summary whose last line is JSON.
 
     Every process must call it.
 
@@ -136,7 +136,7 @@ def answer_rows(
 
 def summarise(job: Job, answers: list[Answer], stats: list[EngineStats], seconds: float) -> dict[str, Any]:
     """
-    Returns the summary of a run.
+    Return the summary of a run.
 
     Args:
         answers: of this run alone.

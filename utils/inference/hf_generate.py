@@ -42,7 +42,7 @@ class HfGenerator:
 
     def run(self, sequences: Iterable[TokenSequence], group: BatchGroup) -> Iterator[TokenSequence]:
         """
-        Yields each sequence when it is answered; one that has no memory even alone comes without an answer.
+        Yield each sequence when it is answered; one that has no memory even alone comes without an answer.
 
         Out of memory halves the batch size from there on.
         """
@@ -69,7 +69,7 @@ class HfGenerator:
             yield from batch
 
     def generate_batch(self, batch: list[TokenSequence]) -> None:
-        """Fills the sequences' `answer_ids`."""
+        """Fill the sequences' `answer_ids`."""
         inputs = left_pad([sequence.input_ids for sequence in batch], self.pad_token_id)
         inputs = {name: tensor.to(self.device) for name, tensor in inputs.items()}
         width = inputs["input_ids"].shape[1]

@@ -46,7 +46,7 @@ RECOMPILE_LIMIT = 64  # torch.compile gives up at 8 by default; each batch size 
 
 def prepare_for_decoding(model: PreTrainedModel | PeftModel) -> None:
     """
-    Changes a loaded model's layers for the engine, in place. Calling it again changes nothing.
+    Change a loaded model's layers for the engine, in place. Calling it again changes nothing.
 
     Query, key and value become one projection, attention uses the engine's KV cache, and on a GPU that gains by it the
     GEMMs of a decode step use our skinny kernel. Adapters must be attached before, for they go by the names of the
@@ -73,7 +73,7 @@ def load_on_processes(
     tp_size: int | None = None,
 ) -> tuple[PreTrainedModel, Replica]:
     """
-    Loads a checkpoint for all processes of the group, prepared for decoding, each process's share on its device.
+    Load a checkpoint for all processes of the group, prepared for decoding, each process's share on its device.
 
     Every process is a replica that answers its share of the rows, or `tp_size` processes are one replica, by
     DeepSpeed's tensor parallelism.
@@ -108,14 +108,14 @@ def load_on_processes(
 
 
 def load_whole(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
-    """Returns the model on one device. Its weights go there one by one, so the host holds no copy."""
+    """Return the model on one device. Its weights go there one by one, so the host holds no copy."""
     model = checkpoint.empty_model(dtype)
     checkpoint.fill(model, {"": device})
     return model.to(device)
 
 
 def quantize_to_fp8(model: PreTrainedModel, checkpoint: Checkpoint, quantize: str | None) -> PreTrainedModel:
-    """Returns `model`, its blocks' GEMMs in FP8 if `quantize` is "fp8". Adapters must be attached before."""
+    """Return `model`, its blocks' GEMMs in FP8 if `quantize` is "fp8". Adapters must be attached before."""
     if quantize == FP8:
         fuse_qkv(model)
         convert_to_fp8(model, {*checkpoint.generation.linear_layers, QKV_PROJ}, trains=False)
@@ -126,7 +126,7 @@ def resolve_tp_size(
     checkpoint: Checkpoint, dtype: torch.dtype, quantize: str | None, tp_size: int | None
 ) -> tuple[int, str]:
     """
-    Returns over how many processes to shard the model, and why. Every process must call it.
+    Return over how many processes to shard the model, and why. Every process must call it.
 
     Raises:
         UsageError: quantised weights with `tp_size` above 1, or see `check_heads`.
@@ -144,7 +144,7 @@ def resolve_tp_size(
 
 def fitting_tp_size(checkpoint: Checkpoint, dtype: torch.dtype) -> tuple[int, str]:
     """
-    Returns the fewest processes whose memory holds the model, by the process with least free memory, and why.
+    Return the fewest processes whose memory holds the model, by the process with least free memory, and why.
 
     Every process must call it.
     """
@@ -170,7 +170,7 @@ def _weight_bytes(model: PreTrainedModel) -> int:
 
 
 def input_device(model: PreTrainedModel) -> torch.device:
-    """Returns where inputs go: for a dispatched model the first device that computes, as weights may be offloaded."""
+    """Return where inputs go: for a dispatched model the first device that computes, as weights may be offloaded."""
     if not hasattr(model, "hf_device_map"):
         return model.device
     computing = [device for device in model.hf_device_map.values() if device not in ("cpu", "disk")]
@@ -185,7 +185,7 @@ def dispatch(
     quantize: str | None = None,
 ) -> PreTrainedModel:
     """
-    Loads a checkpoint onto the visible cards, then CPU memory, then files in `offload_folder`, layer by layer.
+    Load a checkpoint onto the visible cards, then CPU memory, then files in `offload_folder`, layer by layer.
 
     Args:
         checkpoint: opened with `quantize=stored_bits(quantize)`.
@@ -226,7 +226,7 @@ def dispatch(
 
 
 def card_for_all(model: PreTrainedModel) -> int | None:
-    """Returns the card with most free memory if the whole model and its activations fit there, else None."""
+    """Return the card with most free memory if the whole model and its activations fit there, else None."""
     if not torch.cuda.is_available():
         return None
     free = {card: torch.cuda.mem_get_info(card)[0] for card in range(torch.cuda.device_count())}

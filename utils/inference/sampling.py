@@ -42,7 +42,7 @@ class Sampling:
         answer_lengths: torch.Tensor,
     ) -> torch.Tensor:
         """
-        Chooses one token per sequence.
+        Choose one token per sequence.
 
         Args:
             logits: (B, V).
@@ -63,7 +63,7 @@ class Sampling:
         return (logits + gumbel_noise(self.seed, sequence_ids, answer_lengths, logits.shape[-1])).argmax(-1)
 
     def _mask_tail(self, logits: torch.Tensor) -> torch.Tensor:
-        """Sets logits (B, V) outside `top_k` and `top_p` to -inf."""
+        """Set logits (B, V) outside `top_k` and `top_p` to -inf."""
         if 0 < self.top_k < logits.shape[-1]:
             least = logits.topk(self.top_k).values[:, -1:]
             logits = logits.masked_fill(logits < least, -torch.inf)
@@ -78,7 +78,7 @@ class Sampling:
 
 def gumbel_noise(seed: int, sequence_ids: torch.Tensor, answer_lengths: torch.Tensor, vocabulary: int) -> torch.Tensor:
     """
-    Returns (B, V) float32 noise; logits plus it are largest at a sample of their softmax (the Gumbel-max trick).
+    Return (B, V) float32 noise; logits plus it are largest at a sample of their softmax (the Gumbel-max trick).
 
     It is a hash of seed, sequence, step and token, so it depends neither on the batch nor on a generator's state.
     """

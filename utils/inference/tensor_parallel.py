@@ -21,7 +21,7 @@ from utils.models.family import Generation
 
 def tensor_parallel_groups(tp_size: int) -> tuple[Any, Any, int]:
     """
-    Returns the group of the `tp_size` processes of this replica, the same over gloo, and its first process's rank.
+    Return the group of the `tp_size` processes of this replica, the same over gloo, and its first process's rank.
 
     Every process must call it.
     """
@@ -36,7 +36,7 @@ def tensor_parallel_groups(tp_size: int) -> tuple[Any, Any, int]:
 
 def check_heads(config: PretrainedConfig, processes: int) -> None:
     """
-    Checks that the attention heads split evenly over the processes.
+    Check that the attention heads split evenly over the processes.
 
     Raises:
         UsageError: they do not.
@@ -53,7 +53,7 @@ def shard_with_deepspeed(
     model: PreTrainedModel, generation: Generation, dtype: torch.dtype, group: torch.distributed.ProcessGroup
 ) -> PreTrainedModel:
     """
-    Splits attention heads and MLPs over the processes of `group`, and moves this process's shard to its device.
+    Split attention heads and MLPs over the processes of `group`, and move this process's shard to its device.
 
     All processes of the group must then give the same inputs; they get the same logits.
 
@@ -108,7 +108,7 @@ def shard_with_deepspeed(
 
 def repeat_key_value_heads(model: PreTrainedModel, processes: int) -> None:
     """
-    Repeats key/value heads, in place, if there are fewer than processes, so that every process holds one.
+    Repeat key/value heads, in place, if there are fewer than processes, so that every process holds one.
 
     The repeated heads serve fewer query heads each, so attention computes the same.
 

@@ -41,7 +41,7 @@ class LoraSettings:
 
 def attach_adapter(model: PreTrainedModel, settings: LoraSettings, seed: int) -> PeftModel:
     """
-    Freezes `model` and adds a LoRA adapter that trains.
+    Freeze `model` and add a LoRA adapter that trains.
 
     The adapter's initial weights depend only on `seed`, not on earlier random numbers, so that every launcher starts
     from the same ones.
@@ -60,7 +60,7 @@ def attach_adapter(model: PreTrainedModel, settings: LoraSettings, seed: int) ->
 
 def scale_losses_under_zero3(model: PeftModel) -> None:
     """
-    Makes the trained weights float16, so that DeepSpeed's ZeRO-3 scales losses in float16 training.
+    Make the trained weights float16, so that DeepSpeed's ZeRO-3 scales losses in float16 training.
 
     It scales only if they are; PEFT makes them float32, and the gradients, which pass through float16, would
     underflow. The optimizer keeps float32 copies of its own.
@@ -148,7 +148,7 @@ def read_origin(path: str | Path) -> AdapterOrigin | None:
 
 def check_base(path: str | Path, checkpoint: Checkpoint) -> None:
     """
-    Checks that an adapter was trained on these weights, if its origin is recorded.
+    Check that an adapter was trained on these weights, if its origin is recorded.
 
     Raises:
         UsageError: the adapter was trained on other weights than the checkpoint's.
@@ -187,7 +187,7 @@ def save_adapter(
     trained: bool = False,
 ) -> None:
     """
-    Writes the adapter and its origin as a PEFT directory, and reads it back.
+    Write the adapter and its origin as a PEFT directory, and read it back.
 
     Every rank must call it; the main process writes.
 
@@ -219,7 +219,7 @@ def save_adapter(
 
 def load_adapter(model: PreTrainedModel, path: str | Path, lora_alpha: int | None = None) -> PeftModel:
     """
-    Puts a frozen adapter on a model.
+    Put a frozen adapter on a model.
 
     The model may be quantised, dispatched over devices, or offloaded by accelerate.
 
@@ -241,7 +241,7 @@ def load_adapter(model: PreTrainedModel, path: str | Path, lora_alpha: int | Non
 
 
 def _materialize(model: PeftModel) -> None:
-    """Moves adapters that PEFT left on meta, of offloaded layers, to the computing device."""
+    """Move adapters that PEFT left on meta, of offloaded layers, to the computing device."""
     for layer in model.modules():
         if not isinstance(layer, LoraLayer):
             continue

@@ -171,7 +171,7 @@ def _ends_with(name: str, ends: frozenset[str]) -> bool:
 
 def read_adapter_config(file: Path) -> AdapterConfig:
     """
-    Reads an `adapter_config.json`.
+    Read an `adapter_config.json`.
 
     Raises:
         UsageError: see `read_json_object`; it is not LoRA's; a bad value; or a key that is not computed here.

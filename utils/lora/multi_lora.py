@@ -79,7 +79,7 @@ def add_adapters(
     model: PreTrainedModel, paths: Mapping[str, str | Path], lora_alpha: int | None = None
 ) -> AdapterChoice:
     """
-    Puts adapters on `model`, which may be quantised, or dispatched by accelerate.
+    Put adapters on `model`, which may be quantised, or dispatched by accelerate.
 
     Args:
         paths: name -> any adapter that `read_adapter` can read; their order numbers them from 1.

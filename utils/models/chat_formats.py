@@ -278,7 +278,7 @@ class ChatGLM3Template(ChatTemplate):
         return self.encoded_prompt(tokenizer, messages)._replace(closing=NO_TOKENS).ids()
 
     def check_roles(self, messages: Sequence[Message], add_generation_prompt: bool) -> None:
-        """Accepts every order, as the released template does."""
+        """Accept every order, as the released template does."""
 
     def clean(self, answer: str) -> str:
         return answer.strip()  # the model writes the newline after <|assistant|>

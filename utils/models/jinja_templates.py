@@ -156,7 +156,7 @@ def _tools_branch(template: Any) -> str | None:
 
 
 def keep_apart(tokenizer: Tokenizer) -> None:
-    """Makes `tokenizer` drop NO_TOKEN and APART, in place."""
+    """Make `tokenizer` drop NO_TOKEN and APART, in place."""
     if NO_TOKEN in tokenizer.to_str():
         return
     drop = normalizers.Replace(NO_TOKEN, "")

@@ -120,7 +120,7 @@ class ChatGLMRotaryEmbedding(nn.Module):
 
 
 def rotate_half_2d(x: torch.Tensor) -> torch.Tensor:
-    """Rotates by 90 degrees the pairs, D/4 apart, in each half of (..., D)."""
+    """Rotate by 90 degrees the pairs, D/4 apart, in each half of (..., D)."""
     x1, x2, x3, x4 = x.chunk(4, dim=-1)
     return torch.cat((-x2, x1, -x4, x3), dim=-1)
 
@@ -346,5 +346,5 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
 
     @staticmethod
     def create_masks_for_generate(attention_mask=None, **kwargs):
-        """Leaves the mask to `forward`, which knows the prefix."""
+        """Leave the mask to `forward`, which knows the prefix."""
         return attention_mask

@@ -117,7 +117,7 @@ def token_span(tokenizer: PreTrainedTokenizerBase, *tokens: str) -> TokenSpan:
 
 
 def encode_many(tokenizer: PreTrainedTokenizerBase, unencoded: Sequence[UnencodedText]) -> list[EncodedText]:
-    """Encodes prompts and targets, all their texts in one call of the tokenizer."""
+    """Encode prompts and targets, all their texts in one call of the tokenizer."""
     texts = []
     for opening, text, _, _ in unencoded:
         if opening:
@@ -139,7 +139,7 @@ def encode_many(tokenizer: PreTrainedTokenizerBase, unencoded: Sequence[Unencode
 
 
 def split_ending(ids: np.ndarray, ending: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Splits off the end that `ids` shares with `ending`, maybe not all of it."""
+    """Split off the end that `ids` shares with `ending`, maybe not all of it."""
     common = 0
     while common < min(len(ids), len(ending)) and ids[-1 - common] == ending[-1 - common]:
         common += 1

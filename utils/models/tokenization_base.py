@@ -77,7 +77,7 @@ class VocabFileTokenizer(PreTrainedTokenizer, ABC):
         return dict(self.added_tokens_decoder)
 
     def save_vocabulary(self, save_directory: str, filename_prefix: str | None = None) -> tuple[str]:
-        """Copies the vocabulary file into `save_directory`; returns its path."""
+        """Copy the vocabulary file into `save_directory`; return its path."""
         name = (f"{filename_prefix}-" if filename_prefix else "") + self.vocab_files_names["vocab_file"]
         target = Path(save_directory) / name
         if Path(self.vocab_file).resolve() != target.resolve():

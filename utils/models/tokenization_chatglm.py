@@ -31,7 +31,7 @@ _BLANK_PIECE = re.compile(r"<\|blank_([1-9]\d?)\|>")
 
 
 def encode_whitespace(text: str) -> str:
-    """Replaces newlines, tabs and runs of 2 to 80 spaces by their pieces."""
+    """Replace newlines, tabs and runs of 2 to 80 spaces by their pieces."""
     text = text.replace("\n", NEWLINE_PIECE).replace("\t", TAB_PIECE)
     # The longest run first, each length in one pass of C: `text` may be the joined text of many rows.
     for run in sorted(set(_BLANKS.findall(text)), key=len, reverse=True):

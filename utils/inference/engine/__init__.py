@@ -60,7 +60,7 @@ class Engine:
     @torch.inference_mode()
     def answer(self, sequences: Iterable[TokenSequence]) -> Iterator[TokenSequence]:
         """
-        Yields each sequence when its answer is complete.
+        Yield each sequence when its answer is complete.
 
         Sequences are taken in their order as slots become free; sorted by prompt length they prefill fastest.
         """

@@ -89,7 +89,7 @@ def slot_attention_forward(
     **kwargs,
 ) -> tuple[torch.Tensor, None]:
     """
-    Dispatches on what the layer was called with, see the top of this file. The signature is transformers'.
+    Dispatch on what the layer was called with, see the top of this file. The signature is transformers'.
 
     Args:
         cache_lengths: of a decode step with kernels, see `decode_attention`.

@@ -16,7 +16,7 @@ class CudaGraphs:
         return key in self.graphs
 
     def capture(self, key: Hashable, call: Callable[[], None]) -> float:
-        """Runs `call` once, which compiles it, then captures it; returns the seconds that took."""
+        """Run `call` once, which compiles it, then captures it; return the seconds that took."""
         torch.cuda.synchronize()
         started = time.perf_counter()
         stream = torch.cuda.Stream()
@@ -34,5 +34,5 @@ class CudaGraphs:
         return time.perf_counter() - started
 
     def replay(self, key: Hashable) -> None:
-        """Launches the graph captured under `key`."""
+        """Launch the graph captured under `key`."""
         self.graphs[key].replay()

@@ -33,7 +33,7 @@ class LayerKVCache:
     next_index: torch.Tensor  # (B,) int64: where the next token of each of the first B slots goes
 
     def update(self, key: torch.Tensor, value: torch.Tensor, layer_idx: int, **kwargs):
-        """Writes one token per sequence, (B, K, 1, D), into the first B slots; returns the keys and values of all."""
+        """Write one token per sequence, (B, K, 1, D), into the first B slots; return the keys and values of all."""
         slots = torch.arange(key.shape[0], device=key.device)
         self.keys[slots, :, self.next_index] = key[:, :, 0]
         self.values[slots, :, self.next_index] = value[:, :, 0]
@@ -48,7 +48,7 @@ class PromptRecorder:
     values: torch.Tensor | None = None
 
     def update(self, key: torch.Tensor, value: torch.Tensor, layer_idx: int, **kwargs):
-        """Keeps and returns keys and values; attention calls it as a cache."""
+        """Keep and return keys and values; attention calls it as a cache."""
         self.keys, self.values = key, value
         return key, value
 
@@ -104,7 +104,7 @@ class DecodeState:
         self.position_step = torch.tensor([0, 1] if shape.coordinates == 2 else [1], device=device)
 
     def per_slot(self) -> list[torch.Tensor]:
-        """Returns every tensor whose first dimension is the slot."""
+        """Return every tensor whose first dimension is the slot."""
         state = [
             self.next_token,
             self.cache_length,
@@ -117,7 +117,7 @@ class DecodeState:
         return state if self.seen is None else [*state, self.seen]
 
     def place(self, batch: PrefillBatch) -> None:
-        """Puts the sequences of a prefill into their slots."""
+        """Put the sequences of a prefill into their slots."""
         for tensor, values in (
             (self.next_token, batch.next_token),
             (self.cache_length, batch.cache_length),
@@ -135,7 +135,7 @@ class DecodeState:
             self.seen.index_put_((batch.slot, batch.next_token), true)
 
     def advance(self, chosen: torch.Tensor) -> None:
-        """Appends `chosen` (B,), the tokens of the first B slots; sequences that have ended keep their state."""
+        """Append `chosen` (B,), the tokens of the first B slots; sequences that have ended keep their state."""
         size = len(chosen)
         running = (self.tokens_left[:size] > 0).long()
         if self.seen is not None:

@@ -34,7 +34,7 @@ EventPair = tuple[torch.cuda.Event, torch.cuda.Event]
 
 
 def round_to_slot(tokens: int) -> int:
-    """Returns the tokens of a slot that holds `tokens`."""
+    """Return the tokens of a slot that holds `tokens`."""
     return ceil_div(tokens, SEQ_LEN_MULTIPLE) * SEQ_LEN_MULTIPLE
 
 
@@ -118,7 +118,7 @@ class ModelRunner:
         return SchedulerLimits(self.max_batch_size, prefill_tokens, self.decode_steps, few_batch_sizes=self.on_gpu)
 
     def prefill(self, plan: PrefillPlan) -> None:
-        """Puts the keys and values of prompts into their slots, all but the last token's, and sets decode state."""
+        """Put the keys and values of prompts into their slots, all but the last token's, and set decode state."""
         if not self.on_gpu:
             started = time.perf_counter()
             self._prefill(plan)
@@ -160,7 +160,7 @@ class ModelRunner:
 
     def compute_prefill(self, batch: PrefillBatch, mask: torch.Tensor | None = None) -> None:
         """
-        Computes packed prompts, and writes their keys and values into the cache and their sequences into the state.
+        Compute packed prompts, and write their keys and values into the cache and their sequences into the state.
 
         Args:
             batch: on the device.
@@ -190,7 +190,7 @@ class ModelRunner:
             cache.values[batch.token_slot, :, batch.token_index] = values[0].transpose(0, 1)
 
     def _new_cache(self, keys: torch.Tensor) -> LayerKVCache:
-        """Returns a layer's empty cache, its heads as those of `keys` (1, K, N, D)."""
+        """Return a layer's empty cache, its heads as those of `keys` (1, K, N, D)."""
         _, K, _, D = keys.shape
         shape = (self.max_batch_size, K, self.max_seq_len, D)
         return LayerKVCache(
@@ -200,7 +200,7 @@ class ModelRunner:
         )
 
     def decode(self, plan: DecodePlan) -> DecodeResult:
-        """Starts the plan's decode steps; on a GPU it returns before they are done, see `wait`."""
+        """Start the plan's decode steps; on a GPU it returns before they are done, see `wait`."""
         if plan.moves:
             self._move_slots(plan.moves)
         width = self.max_seq_len if self.has_kernels else min(round_to_slot(plan.longest), self.max_seq_len)
@@ -215,7 +215,7 @@ class ModelRunner:
         return result
 
     def wait(self, result: DecodeResult) -> list[list[int]]:
-        """Returns the tokens of started decode steps, (batch size, steps), once the device has chosen them."""
+        """Return the tokens of started decode steps, (batch size, steps), once the device has chosen them."""
         if result.ready:
             result.ready.synchronize()
         self.prefill_seconds += sum(begin.elapsed_time(end) for begin, end in result.prefills) / 1e3

@@ -18,7 +18,7 @@ MAX_MASKED_PREFILL_TOKENS = 1024  # where a mask of tokens x tokens separates th
 
 
 def padded_prefill_length(tokens: int) -> int:
-    """Rounds a prefill length up to the next bucket (2^k or 1.5 * 2^k)."""
+    """Round a prefill length up to the next bucket (2^k or 1.5 * 2^k)."""
     size = MIN_PREFILL_TOKENS
     while size < tokens:
         size = size * 3 // 2 if size & (size - 1) == 0 else size * 4 // 3
@@ -55,7 +55,7 @@ class PrefillBatch:
         cls, buffers: tuple[torch.Tensor, torch.Tensor, torch.Tensor], bidirectional_prefix: bool, needs_mask: bool
     ) -> "PrefillBatch":
         """
-        Returns a batch whose tensors are views of `buffers`.
+        Return a batch whose tensors are views of `buffers`.
 
         Args:
             buffers: (6 + C, R) int64, (4 + C, N) int64 and (R + 1,) int32: the tensors above in their order.
@@ -98,7 +98,7 @@ class PrefillBatch:
 
     def padded(self, sequences: int, token_index: int) -> "PrefillBatch":
         """
-        Returns the batch with `sequences` sequences and a bucket's number of tokens.
+        Return the batch with `sequences` sequences and a bucket's number of tokens.
 
         The first sequence is repeated without its tokens. Padding tokens belong to no sequence; their keys and values
         go to `token_index` of the first sequence's slot, which no answer may reach.
@@ -116,12 +116,12 @@ class PrefillBatch:
         return PrefillBatch.from_buffers(buffers, self.bidirectional_prefix, self.needs_mask)
 
     def to(self, device: torch.device) -> "PrefillBatch":
-        """Returns a copy on `device`."""
+        """Return a copy on `device`."""
         buffers = tuple(buffer.to(device) for buffer in self.buffers)
         return PrefillBatch.from_buffers(buffers, self.bidirectional_prefix, self.needs_mask)
 
     def copy_from(self, batch: "PrefillBatch") -> None:
-        """Overwrites the tensors of this batch, on the device, with those of another of the same shape on the host."""
+        """Overwrite the tensors of this batch, on the device, with those of another of the same shape on the host."""
         for target, source in zip(self.buffers, batch.buffers, strict=True):
             target.copy_(source.pin_memory() if target.is_cuda else source, non_blocking=True)
 
@@ -133,7 +133,7 @@ def pack_prompts(
     bidirectional_prefix: bool,
 ) -> PrefillBatch:
     """
-    Returns prompts as a batch on the host, not padded.
+    Return prompts as a batch on the host, not padded.
 
     Args:
         slots: of each sequence.

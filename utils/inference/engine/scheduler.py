@@ -51,7 +51,7 @@ class StopRule:
     find_end: Callable[[Sequence[int]], int | None] | None = None
 
     def apply(self, sequence: TokenSequence, new_ids: Sequence[int]) -> bool:
-        """Appends tokens up to the end of the answer, and returns whether it has ended."""
+        """Append tokens up to the end of the answer, and return whether it has ended."""
         ended = False
         for token in new_ids:
             sequence.answer_ids.append(token)
@@ -113,7 +113,7 @@ class DecodePlan:
 
 
 def decode_batch_size(limits: SchedulerLimits, running: int) -> int:
-    """Returns the smallest allowed batch size >= `running`."""
+    """Return the smallest allowed batch size >= `running`."""
     if not limits.few_batch_sizes:
         return running
     size = limits.max_batch_size
@@ -139,7 +139,7 @@ class Scheduler:
 
     def plan_prefills(self, source: Iterator[TokenSequence]) -> Iterator[PrefillPlan]:
         """
-        Takes sequences for the free slots out of `source`, in its order, and yields which to prefill together.
+        Take sequences for the free slots out of `source`, in its order, and yield which to prefill together.
 
         Nothing is taken while only a few slots are free. The sequences of a plan are running once it is yielded.
         """
@@ -177,7 +177,7 @@ class Scheduler:
         return len(self.in_flight) > int(self.limits.decode_steps > 1)
 
     def plan_decode(self) -> DecodePlan:
-        """Plans the next decode steps, which are in flight from now on. At least one sequence must run."""
+        """Plan the next decode steps, which are in flight from now on. At least one sequence must run."""
         size, moves = self._compact()
         longest = max(len(sequence.input_ids) + len(sequence.answer_ids) for sequence in self.running if sequence)
         longest += self.limits.decode_steps * (1 + len(self.in_flight))
@@ -186,7 +186,7 @@ class Scheduler:
         return plan
 
     def _compact(self) -> tuple[int, list[tuple[int, int]]]:
-        """Moves running sequences into the first slots if the batch size shrinks by it; returns it and the moves."""
+        """Move running sequences into the first slots if the batch size shrinks by it; return it and the moves."""
         busy = [slot for slot, sequence in enumerate(self.running) if sequence]
         size = decode_batch_size(self.limits, len(busy))
         moving = [slot for slot in busy if slot >= size]
@@ -198,7 +198,7 @@ class Scheduler:
 
     def finish(self, token_ids: Sequence[Sequence[int]]) -> list[TokenSequence]:
         """
-        Adds the tokens of the oldest plan in flight to its sequences, and returns those that are complete.
+        Add the tokens of the oldest plan in flight to its sequences, and return those that are complete.
 
         Args:
             token_ids: (batch size, decode steps) of the plan.
@@ -214,7 +214,7 @@ class Scheduler:
         return complete
 
     def unfinished(self) -> list[TokenSequence]:
-        """Returns the sequences taken and not complete, their answers cleared, for a caller that retries them."""
+        """Return the sequences taken and not complete, their answers cleared, for a caller that retries them."""
         sequences = [sequence for sequence in self.running if sequence]
         for sequence in sequences:
             sequence.answer_ids.clear()
