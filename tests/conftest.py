@@ -203,6 +203,19 @@ def tokens(run_script, tmp_path_factory):
     return path
 
 
+@pytest.fixture(scope="session")
+def train_tiny(run_script, tokens):
+    """train_tiny(output_dir, "--flags"): trains the embedded checkpoint on `tokens`, in this process."""
+
+    def run(output_dir: Path, flags: str) -> Result:
+        return run_script(
+            f"multi_gpu_fintune_belle.py --dataset_path {tokens} --model_name_or_path {TINY} --lora_rank 4 "
+            f"--per_device_train_batch_size 2 --output_dir {output_dir} {flags}"
+        )
+
+    return run
+
+
 @pytest.fixture
 def small_disk(request, tmp_path):
     """A file system of 1 MiB, or of the size in the test's parameter, such as "4m"."""

@@ -13,7 +13,7 @@ from utils.common.script import run
 import numpy
 import pytest
 import torch
-from conftest import ROOT, TINY
+from conftest import ROOT
 from safetensors.torch import save_file
 from transformers import Trainer
 
@@ -23,14 +23,8 @@ from utils.training.checkpoints import find_damage, list_checkpoints
 
 
 @pytest.fixture
-def train(run_script, tokens):
-    def run(output_dir, flags=""):
-        return run_script(
-            f"multi_gpu_fintune_belle.py --dataset_path {tokens} --model_name_or_path {TINY} --lora_rank 4 "
-            f"--per_device_train_batch_size 2 --max_steps 8 --save_steps 1 --output_dir {output_dir} {flags}"
-        )
-
-    return run
+def train(train_tiny):
+    return lambda output_dir, flags="": train_tiny(output_dir, f"--max_steps 8 --save_steps 1 {flags}")
 
 
 @pytest.mark.parametrize("small_disk", ["600k"], indirect=True)  # a checkpoint takes 170k

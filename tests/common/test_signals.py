@@ -17,18 +17,12 @@ from transformers import Trainer
 from utils.common.files import atomic_writer
 from utils.training.checkpoints import find_damage, list_checkpoints
 
-FLAGS = "--lora_rank 4 --lr_scheduler_type constant --per_device_train_batch_size 2 --save_steps 100 --logging_steps 1"
+FLAGS = "--lr_scheduler_type constant --save_steps 100 --logging_steps 1"
 
 
 @pytest.fixture
-def train(run_script, tokens):
-    def run(output_dir, flags):
-        return run_script(
-            f"multi_gpu_fintune_belle.py --dataset_path {tokens} --model_name_or_path {TINY} {FLAGS} "
-            f"--max_steps 4 --output_dir {output_dir} {flags}"
-        )
-
-    return run
+def train(train_tiny):
+    return lambda output_dir, flags: train_tiny(output_dir, f"{FLAGS} --max_steps 4 {flags}")
 
 
 @pytest.fixture

@@ -238,7 +238,7 @@ def test_shards_of_another_run_are_not_used(workspace, monkeypatch):
 
 
 def test_a_killed_worker_is_reported(workspace, monkeypatch):
-    monkeypatch.setattr(ShardTokenizer, "_encode", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+    monkeypatch.setattr(ShardTokenizer, "encode_block", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
     result, _, _ = workspace("--num_proc 2", code=1)
     assert "a worker process was killed" in result.err and "Traceback" not in result.err
 

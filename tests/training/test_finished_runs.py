@@ -5,26 +5,19 @@ import shutil
 
 import datasets
 import pytest
-from conftest import TINY
 from safetensors.torch import load_file
 from transformers import Trainer
 
 from utils.training.checkpoints import list_checkpoints
 
-FLAGS = "--lora_rank 4 --lr_scheduler_type constant --per_device_train_batch_size 2 --save_steps 1 --logging_steps 1"
+FLAGS = "--lr_scheduler_type constant --save_steps 1 --logging_steps 1"
 BEST = "--eval_fraction 0.1 --load_best_model_at_end --save_total_limit 1 --learning_rate 0.5"
 ADAPTER = ("README.md", "adapter_config.json", "adapter_model.safetensors", "adapter_origin.json")
 
 
 @pytest.fixture(scope="module")
-def train(run_script, tokens):
-    def run(output_dir, flags):
-        return run_script(
-            f"multi_gpu_fintune_belle.py --dataset_path {tokens} --model_name_or_path {TINY} {FLAGS} "
-            f"--output_dir {output_dir} {flags}"
-        )
-
-    return run
+def train(train_tiny):
+    return lambda output_dir, flags: train_tiny(output_dir, f"{FLAGS} {flags}")
 
 
 @pytest.fixture

@@ -142,14 +142,14 @@ class ShardTokenizer:
             pa.ipc.new_stream(file, SCHEMA) as writer,
         ):
             for block in blocks:
-                batch = self._encode(block, report, rejections)
+                batch = self.encode_block(block, report, rejections)
                 if len(batch.lengths):
                     writer.write_batch(record_batch(batch))
         if not report.written:
             (self.directory / name).unlink()
         return Shard(number, name if report.written else None, report, rejections)
 
-    def _encode(self, block: Block, report: TokenReport, rejections: list[Rejection]) -> TokenBatch:
+    def encode_block(self, block: Block, report: TokenReport, rejections: list[Rejection]) -> TokenBatch:
         """The rows to write; adds what became of all rows to `report` and `rejections`."""
         usable: list[NumberedRow] = []
         for numbered in rows_in_block(block, self.options.parse):
