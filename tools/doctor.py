@@ -6,7 +6,6 @@ extensions, free memory and disk, whether every weight file is whole. Prints one
 wrong. Exit code 0 if nothing is wrong, else 1.
 """
 
-import argparse
 import json
 import os
 import platform
@@ -36,6 +35,7 @@ from utils.checkpoint.directory import (
 from utils.checkpoint.tokenizer import load_tokenizer
 from utils.checkpoint.weight_files import read_index, weight_files
 from utils.common.errors import UsageError
+from utils.common.flags import FlagParser
 
 ROOT = Path(__file__).resolve().parent.parent
 DEFAULT_PORT = 29500  # of torchrun
@@ -168,7 +168,7 @@ def find_fault(file: Path) -> str | None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = FlagParser(description=__doc__)
     parser.add_argument("--model_name_or_path", help="checkpoint directory or hub id to check")
     parser.add_argument("--generation", choices=GENERATION_FLAGS, help=GENERATION_HELP)
     parser.add_argument(
