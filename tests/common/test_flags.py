@@ -69,7 +69,8 @@ def test_values_name_the_right_one(faults, parser):
 
 def test_values_stay_usable_for_other_checks(parser):
     """A misspelt flag counts for the one that was meant, and a value that cannot be read for the default."""
-    values, faults = parser.parse_with_faults("--max_seq_lenght 7 --share x --loss_on no --foo 1 2 --strict".split())
+    flags = "--max_seq_lenght 7 --share x --loss_on no --foo 1 2 --strict"
+    values, faults = parser.parse_with_faults(flags.split())
     assert vars(values) == {"jsonl_path": None, "max_seq_length": 7, "share": 0.5, "loss_on": "last", "strict": True}
     assert len(faults.messages) == 5
 

@@ -46,7 +46,8 @@ DEEPSPEED = """{
 def test_all_faults_at_once(faults, tmp_path):
     (tmp_path / "ds.json").write_text(DEEPSPEED)
     lines = faults(
-        f"--dataset_path nowhere --lora_rnak 0 --warmup_ratio 0.1 --save_steps 1, --lora_dropout 1 --learning_rate -1 --fp16 --bf16 --report_to wandb "
+        f"--dataset_path nowhere --lora_rnak 0 --warmup_ratio 0.1 --save_steps 1, "
+        f"--lora_dropout 1 --learning_rate -1 --fp16 --bf16 --report_to wandb "
         f"--lora_target_modules q_proj dense --eval_strategy steps --eval_steps 1 --label_smoothing_factor 0.1 "
         f"--num_train_epochs 0 --deepspeed {tmp_path}/ds.json --output_dir {GOLDEN}/chatglm-6b-tiny"
     )
@@ -220,7 +221,16 @@ def test_a_directory_of_something_else(run_script, tokens, faults, tmp_path):
     assert "is a file" in faults(f"--output_dir {tmp_path}/file")[0]
     assert "holds a tokenised dataset" in faults(f"--output_dir {tokens}")[0]
     train = f"multi_gpu_fintune_belle.py --dataset_path {tokens} --model_name_or_path {TINY} --output_dir {tmp_path}/a"
-    run_script(f"{train} --max_steps 1 --save_strategy no").check()
+    surprising = "--logging_steps 9 --num_train_epochs 2 --per_device_train_batch_size 301 --warmup_steps 4"
+    notes = run_script(f"{train} --max_steps 2 --save_strategy no {surprising}").check().out
+    for note in (
+        "note: --logging_steps 9 of 2 steps: only the first and the last step are logged",
+        "note: --warmup_steps 4 of 2 steps: --learning_rate is never reached",
+        "note: --per_device_train_batch_size 301: a step has only the 300 rows that there are",
+        "note: --num_train_epochs 2 is not used: --max_steps 2 decides",
+    ):
+        assert f"{note}\n" in notes
+    assert notes.count("note: ") == 4
     before = (tmp_path / "a" / "adapter_model.safetensors").read_bytes()
     (line,) = faults(f"--output_dir {tmp_path}/a --lora_rank 2 --lora_target_modules dense")
     assert "lora_rank 8 (now 2), lora_target_modules ['query_key_value'] (now ['dense'])" in line
