@@ -112,13 +112,7 @@ def print_next(commands: Sequence[tuple[str, str]]) -> None:
 
 
 def _command_lines(command: str) -> list[str]:
-    """
-    Split a command that exceeds WIDTH before its flags, with a backslash at the end of each line but the last.
-
-    >>> for line in _command_lines(f"python tools/chat.py --model {'m' * 70} --web --seed 1"): print(line[-20:])
-    mmmmmmmmmmmmmmmmmm \\
-        --web --seed 1
-    """
+    """Return a command as lines, split before flags where it exceeds WIDTH; a backslash ends all but the last."""
     first, *flags = command.split(" --")
     lines = [first]
     for flag in flags:

@@ -6,6 +6,7 @@ Called by the training script and, for its trial steps, by dry_run.py. transform
 where an adapter is trained, write checkpoints in place, and find out that all steps are made one step too late.
 """
 
+import logging
 import math
 import shutil
 import time
@@ -26,6 +27,7 @@ from utils.common.processes import launched_by_accelerate_with_fsdp, local_rank,
 from utils.data.arrow_reader import row_lengths
 from utils.data.collators import RowsByLength
 from utils.distributed.collectives import barrier, gather_from_all
+from utils.distributed.deepspeed_setup import announce_build
 from utils.lora.adapter import save_adapter
 from utils.training.arguments import BY_LENGTH
 from utils.training.batches import Batches
@@ -47,9 +49,15 @@ from utils.training.prepare_model import prepare_model
 from utils.training.run_config import RunConfig, data_seed, global_batch
 from utils.training.throughput import Throughput
 
+# Trainer accumulates gradients itself and gives accelerate the number 1, which is then none of DeepSpeed's.
+logging.getLogger("accelerate.accelerator").addFilter(lambda record: "steps mismatch" not in record.getMessage())
+
 
 def make_trainer(config: RunConfig, batches: Batches, callbacks: list[TrainerCallback]) -> "AdapterTrainer":
     """Load the model to train on these batches."""
+    plugin = config.training_args.deepspeed_plugin
+    if plugin and plugin.hf_ds_config.get_value("zero_optimization.offload_optimizer.device", "none") != "none":
+        announce_build("cpu_adam")
     return AdapterTrainer(config, prepare_model(config), batches, callbacks)
 
 
