@@ -213,6 +213,7 @@ class Progress:
             yield
         finally:
             bar.remove_task(self._task)
+            bar.refresh()
             self._task = None
 
 
