@@ -129,9 +129,11 @@ def test_evaluation_is_that_of_all_target_tokens(whole, tokens):
 def test_resumed_curves_have_no_step_twice(train, whole, tmp_path):
     shutil.copytree(whole, tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "checkpoint-4")
-    train(
-        tmp_path / "run", "--max_steps 4 --eval_fraction 0.1 --eval_on_start --resume_from_checkpoint latest"
-    ).check()
+    flags = "--max_steps 4 --eval_fraction 0.1 --eval_on_start --resume_from_checkpoint latest"
+    result = train(tmp_path / "run", flags).check()
+    assert f"resuming from {tmp_path}/run/checkpoint-2" in result.words
+    assert curve(tmp_path / "run", "train_loss") == pytest.approx(curve(whole, "train_loss"))
+    assert curve(whole, "train_loss")[4] == pytest.approx(sum(curve(whole, "loss").values()) / 4)
     for name in ("loss", "learning_rate"):
         assert curve(tmp_path / "run", name) == pytest.approx(curve(whole, name))
         assert sum(name in row for row in metrics(tmp_path / "run")) == 4

@@ -55,6 +55,13 @@ def run_distribution(train, name, output_dir):
     ).check()
     summary = json.loads(next(line for line in reversed(result.out.splitlines()) if line.startswith('{"output_dir"')))
     assert summary["steps"] == 6
+    rows = [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if "loss" in row] == [
+        1,
+        4,
+        6,
+    ]  # the first and the last, whatever the flag says
+    assert {key: rows[-1][key] for key in ("train_loss", "total_flos")}.items() <= summary.items()
     (output_dir / "summary.json").write_text(json.dumps(summary))
     # Printed once, by the main process alone, or the processes did not join.
     assert result.words.count("needs a GPU and there is none") == (0 if torch.cuda.is_available() else 1)

@@ -153,7 +153,7 @@ def _describe_steps(config: RunConfig, items: int) -> str:
 
 
 def describe_result(
-    output_dir: str, state: TrainerState, metrics: dict[str, Any]
+    args: TrainingArguments, state: TrainerState, metrics: dict[str, Any]
 ) -> tuple[str, dict[str, str | None]]:
     """
     Return the summary of a run whose adapter is written: its title, and what lies where.
@@ -161,25 +161,26 @@ def describe_result(
     Args:
         metrics: of the run, as its last JSON has them.
     """
-    directory = Path(output_dir)
+    directory = Path(args.output_dir)
     title = f"done: {counted(state.global_step, 'step')}"
     if "train_runtime" in metrics:
         title += f" in {duration(metrics['train_runtime'])}"
     if "train_loss" in metrics:
         title += f", mean loss {metrics['train_loss']:.4f}"
-    checkpoints = list_checkpoints(directory)
-    best = Path(state.best_model_checkpoint) if state.best_model_checkpoint else None
-    size = (directory / SAFETENSORS_WEIGHTS_NAME).stat().st_size
-    files = {
-        "adapter": f"{directory} ({_file_size(size)})",
-        "curves": directory / LOSS_FIGURE_FILE,
-        "metrics": directory / METRICS_FILE,
-        "log": directory / LOG_FILE,
-        "settings": directory / RUN_FILE,
-        "checkpoints": ", ".join(path.name for path in checkpoints) or None,
-        "best": f"{best} (eval loss {state.best_metric:.4f})" if best else None,
+    checkpoints = ", ".join(path.name for path in list_checkpoints(directory))
+    adapter, best = f"{directory} ({_file_size((directory / SAFETENSORS_WEIGHTS_NAME).stat().st_size)})", None
+    if state.best_model_checkpoint:
+        best = f"{state.best_model_checkpoint} (eval loss {state.best_metric:.4f})"
+        adapter += ", that of the best checkpoint" if args.load_best_model_at_end else ", that of the last step"
+    return title, {
+        "adapter": adapter,
+        "best": best,
+        "checkpoints": checkpoints or None,
+        "curves": str(directory / LOSS_FIGURE_FILE),
+        "metrics": str(directory / METRICS_FILE),
+        "log": str(directory / LOG_FILE),
+        "settings": str(directory / RUN_FILE),
     }
-    return title, files
 
 
 def _file_size(size: int) -> str:
