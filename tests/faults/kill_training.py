@@ -108,7 +108,7 @@ def environment_of(pid: int) -> dict[str, str]:
 
 def has_logged_a_step(output: str) -> bool:
     """Whether a line of a step is in what training printed."""
-    return re.search(r"^ +\d+/\d+ ", output, re.MULTILINE) is not None
+    return re.search(r"^ +[\d,]+/[\d,]+ ", output, re.MULTILINE) is not None
 
 
 def wait_for_a_step(process: subprocess.Popen, log: Path) -> None:

@@ -48,9 +48,7 @@ class StopOnSignal(TrainerCallback):
         if not self.has_begun:
             raise Interrupted(number)
         if number == signal.SIGINT and not self.received and is_main_process():  # a person waits for an answer
-            print_to_stderr(
-                "Ctrl-C: saving after this step. Ctrl-C again changes nothing; Ctrl-\\ ends at once, without saving"
-            )
+            print_to_stderr("Ctrl-C: saving after this step; Ctrl-\\ ends at once, without saving")
         self.received = self.received or number
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:

@@ -111,7 +111,7 @@ def _cells(logs: dict[str, Any]) -> dict[str, str]:
     texts = {
         "loss": ("loss", "{:.4f}"),
         "learning rate": ("learning_rate", "{:.2e}"),
-        "grad norm": ("grad_norm", "{:.4g}"),
+        "grad norm": ("grad_norm", "{:#.4g}"),
         "tokens/s": ("tokens_per_second", "{:,.0f}"),
         "MFU": ("mfu", "{:.1%}"),
         "peak GiB": ("peak_gib", "{:.1f}"),
