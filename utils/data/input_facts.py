@@ -8,10 +8,11 @@ read, so a header costs milliseconds however large the files are.
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from utils.common.errors import RowError
 from utils.data.raw_reader import Block, read_blocks
-from utils.data.row_schema import NO_RENAMES, ColumnMap, find_schema
+from utils.data.row_schema import NO_RENAMES, ColumnMap, Schema, find_schema
 
 SHOWN_FILES = 4  # of many, so that a header stays short
 MIB = 1 << 20
@@ -68,9 +69,23 @@ def _is_gzip(path: str) -> bool:
         return file.read(2) == b"\x1f\x8b"
 
 
+def first_schema(path: str, columns: ColumnMap = NO_RENAMES) -> Schema | None:
+    """Return the schema of a file's first row; None if it has none that is known."""
+    block = next(read_blocks(path), None)
+    try:
+        return find_schema(tuple(columns.rename(_first_row(block)))) if block and _first_row(block) else None
+    except RowError:
+        return None
+
+
+def _first_row(block: Block) -> dict[str, Any] | None:
+    """Return the block's first row that can be read."""
+    return next((value for _, value in block.values() if isinstance(value, dict)), None)
+
+
 def _first_columns(block: Block, columns: ColumnMap) -> str:
-    """Return the columns of the block's first row that can be read, such as "instruction + input -> output"."""
-    row = next((value for _, value in block.values() if isinstance(value, dict)), None)
+    """Return the used columns of the block's first row, such as "instruction + input -> output"."""
+    row = _first_row(block)
     if row is None:
         return "no row that can be read"
     if "instances" in row:

@@ -262,6 +262,13 @@ def adapter_names(paths: Sequence[str]) -> list[str]:
 
 def resolve_dtype(args: ModelFlags) -> torch.dtype:
     """Return the dtype of the weights, and print it with the reason."""
+    dtype, words = choose_dtype(args)
+    print_once(f"weights {words}")
+    return dtype
+
+
+def choose_dtype(args: ModelFlags) -> tuple[torch.dtype, str]:
+    """Return the dtype of the weights, and its name with the reason."""
     gpu = torch.cuda.is_available()
     if args.fp32 or args.bf16:
         dtype, why = torch.float32 if args.fp32 else torch.bfloat16, "flag"
@@ -271,8 +278,7 @@ def resolve_dtype(args: ModelFlags) -> torch.dtype:
         dtype, why = torch.float16, "flag" if args.fp16 else "default on a GPU"
     else:
         dtype, why = torch.float32, "--fp16 needs a GPU and there is none" if args.fp16 else "default without a GPU"
-    print_once(f"weights {str(dtype).removeprefix('torch.')} ({why})")
-    return dtype
+    return dtype, f"{str(dtype).removeprefix('torch.')} ({why})"
 
 
 def parse_flags(kind: type[T], description: str, usage: str = "%(prog)s [--FLAG VALUE ...]") -> T:
