@@ -226,14 +226,14 @@ def tokenize_rows(
 
 def print_header(args: TokenizeArguments, paths: list[str], tokenizer: PreTrainedTokenizerBase) -> None:
     """Print what is read, and how it becomes tokens."""
-    longer = "skipped" if args.skip_overlength else "cut"
+    longer, cores = "skipped" if args.skip_overlength else "cut", len(os.sched_getaffinity(0))
     facts = {
         "rows": describe_inputs(paths, ColumnMap.parse(args.columns)),
         "tokenizer": f"{args.model_name_or_path} ({generation_of(tokenizer).name})",
         "template": f"{args.template} ({TEMPLATE_WORDS[args.template]})",
         "loss on": {"last": "the last answer of a row", "every": "every answer of a row"}[args.loss_on],
         "length": f"at most {args.max_seq_length:,} tokens; longer rows are {longer} (--max_seq_length)",
-        "processes": args.num_proc,
+        "processes": f"{args.num_proc:,}{f', on {cores} cores' if args.num_proc > cores else ''}",
         "dataset": f"{args.save_path}{', in place of the older one' if is_dataset(Path(args.save_path)) else ''}",
     }
     print_facts(Path(__file__).name, facts)

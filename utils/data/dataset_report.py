@@ -108,13 +108,16 @@ class TokenReport:
             f"+ skipped {self.skipped_overlength:,} (longer than {max_seq_length} tokens){cut}",
             "tokens": f"{self.tokens:,}, {self.trained_tokens:,} of them ({share:.1%}) trained on; "
             f"{self.tokens / max(self.written, 1):.1f} a row; longest row {max(self.lengths, default=0):,}",
-            "lengths": "\n".join(
-                sentence
-                for text in (self.advice(max_seq_length), self.describe_overlength(max_seq_length))
-                for sentence in text.split("; ")
-                if text
-            ),
+            "lengths": self.describe_lengths(max_seq_length).replace("; ", "\n"),
         }
+
+    def describe_lengths(self, max_seq_length: int) -> str:
+        """The rows that the limit affects, or the share that it keeps; and a better limit if there is one."""
+        overlength, advice = self.describe_overlength(max_seq_length), self.advice(max_seq_length)
+        if not overlength:
+            return advice
+        better = advice.partition("; ")[2]
+        return overlength if "; " in overlength or not better else f"{overlength}; {better}"
 
     def dump(self, max_seq_length: int) -> dict:
         """Content of report.json but its key; `lengths` as [tokens, rows] pairs."""

@@ -78,6 +78,8 @@ def input_paths(patterns: Sequence[str]) -> list[str]:
         else:
             matches = sorted(path for path in _expand(pattern) if Path(path).is_file())
         if not matches:
+            if Path(pattern).is_dir():
+                raise UsageError(f"{pattern} is a directory, not a file: name its files, such as '{pattern}/*.json'")
             raise UsageError(f"{pattern} is not a file" + (", and no file matches it" if "*" in pattern else ""))
         paths += matches
     for path in paths:

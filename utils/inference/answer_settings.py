@@ -55,7 +55,7 @@ def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _value(value: Any) -> str:
-    if value in (None, [], "", False):
+    if value is None or value == []:
         return "not given"
     if isinstance(value, list):
         return " ".join(map(str, value))

@@ -173,6 +173,9 @@ class InferenceArguments(InferenceModelFlags, RowFlags, AnswerFlags):
 
     def _check_adapters(self, faults: Faults) -> None:
         count = len(self.adapter_path)
+        for path in self.adapter_path:
+            if not os.path.exists(path):
+                faults.add(f"--adapter_path {path} does not exist: name the --output_dir of a training")
         if self.merge_and_save and count != 1:
             number = f"{count} were given" if count else "none was given"
             faults.add(

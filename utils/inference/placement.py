@@ -29,6 +29,7 @@ from utils.checkpoint.model import Checkpoint
 from utils.common.console import print_line
 from utils.common.errors import UsageError
 from utils.common.processes import local_rank, process_rank, world_size
+from utils.data.input_facts import describe_size
 from utils.distributed.collectives import gather_from_all
 from utils.distributed.deepspeed_setup import init_deepspeed
 from utils.inference.engine import can_serve
@@ -155,7 +156,7 @@ def fitting_tp_size(checkpoint: Checkpoint, dtype: torch.dtype) -> tuple[int, st
     heads = checkpoint.config.num_attention_heads
     sizes = [size for size in range(1, world_size() + 1) if world_size() % size == 0 and heads % size == 0]
     fitting = [size for size in sizes if MEMORY_FACTOR * weights / size < free]
-    why = f"weights {weights / 2**30:.1f} GiB, free to a process {free / 2**30:.1f} GiB"
+    why = f"weights {describe_size(weights)}, free to a process {describe_size(free)}"
     if fitting:
         return fitting[0], why
     if heads % world_size():

@@ -21,7 +21,7 @@ from utils.checkpoint.model import Checkpoint
 from utils.checkpoint.weight_files import weight_files
 from utils.common.console import print_facts, print_next
 from utils.common.processes import world_size
-from utils.data.input_facts import describe_input, describe_size, first_schema, size_of
+from utils.data.input_facts import count_of, describe_input, describe_size, first_schema, size_of
 from utils.data.row_schema import ColumnMap
 from utils.inference.arguments import DEFAULT_PROMPTS, InferenceArguments
 from utils.inference.engine import can_serve
@@ -65,7 +65,10 @@ def describe_rows(args: InferenceArguments, rows: Sequence[PromptRow]) -> str:
         describe_input(path, ColumnMap.parse(args.columns)) if is_json else f"{path} ({describe_size(size_of(path))})"
     )
     tokens = [len(row.input_ids) for row in rows if not row.error]
-    lines = [file, f"{len(rows):,} rows, {sum(tokens):,} tokens of prompts, the longest {max(tokens, default=0):,}"]
+    lines = [
+        file,
+        f"{count_of(len(rows), 'row')}, {sum(tokens):,} tokens of prompts, the longest {max(tokens, default=0):,}",
+    ]
     if errors := [row.error for row in rows if row.error]:
         lines += [f"{len(errors):,} of them cannot be used; the first:", errors[0]]
     return "\n".join(lines)
@@ -76,8 +79,11 @@ def describe_answers(args: InferenceArguments) -> str:
     if args.temperature == 0:
         chosen = "greedy"
     else:
-        flags = ("temperature", "top_k", "top_p", "seed", "num_return_sequences")
-        chosen = "sampled, " + ", ".join(f"{name} {getattr(args, name)}" for name in flags)
+        named = [(name, getattr(args, name)) for name in ("temperature", "top_k", "top_p", "seed")]
+        neutral = {("top_k", 0), ("top_p", 1.0)}
+        chosen = "sampled, " + ", ".join(f"{name} {value}" for name, value in named if (name, value) not in neutral)
+    if args.num_return_sequences > 1:
+        chosen += f", {args.num_return_sequences} answers a row"
     if args.repetition_penalty != 1:
         chosen += f", repetition_penalty {args.repetition_penalty}"
     stops = f", up to {' or '.join(map(repr, args.stop_strings))}" if args.stop_strings else ""
@@ -85,16 +91,20 @@ def describe_answers(args: InferenceArguments) -> str:
 
 
 def describe_lengths(args: InferenceArguments, rows: Sequence[PromptRow], positions: int) -> str | None:
-    """Return which prompts or answers pass the `positions` that the model was made for; None if none can."""
+    """
+    Return which prompts or answers pass the `positions` that the model was made for; None if none can.
+
+    Answers are not mentioned unless the user chose their limit: few are as long as the default allows.
+    """
     longer = sum(len(row.input_ids) > positions for row in rows)
     if longer:
         return f"{longer:,} prompts have more than the {positions:,} tokens that the model was made for"
     longest = max((len(row.input_ids) for row in rows), default=0)
-    if longest + args.max_new_tokens <= positions:
+    if longest + args.max_new_tokens <= positions or args.max_new_tokens == InferenceArguments.max_new_tokens:
         return None
     return (
-        f"the model was made for {positions:,} tokens; with --max_new_tokens {args.max_new_tokens:,}\n"
-        f"and prompts of up to {longest:,} long answers may pass that, and lose sense there"
+        f"the model was made for {positions:,} tokens, prompt and answer together: an answer that\n"
+        f"--max_new_tokens {args.max_new_tokens:,} lets grow beyond may lose its sense there"
     )
 
 
@@ -137,7 +147,7 @@ def describe_placement(model: PreTrainedModel, replica: Replica) -> str:
         return placed
     replicas = f"{replica.replicas} replica{'s' * (replica.replicas > 1)} of the model"
     each = f"{'each ' * (replica.replicas > 1)}on {replica.processes} process{'es' * (replica.processes > 1)}"
-    return f"{placed.partition(':')[0]}: {replicas}, {each} ({replica.reason})"
+    return f"{placed.partition(':')[0]}: {replicas}, {each}\n({replica.reason})"
 
 
 def print_summary(args: InferenceArguments, summary: dict[str, Any], seconds: float) -> None:
@@ -149,8 +159,8 @@ def print_summary(args: InferenceArguments, summary: dict[str, Any], seconds: fl
         "rows": f"{rows - errors:,} of {rows:,} have an answer"
         + (f" ({before:,} of them from before)" if before else "")
         + ('; the others say why in their "error"' if errors else ""),
-        "tokens": f"{sampled}; {summary['prompt_tokens']:,} of prompts" if rows > before else None,
-        "ended": f"{ends.get('stop', 0):,} answers by themselves, "
+        "tokens": f"{sampled}; {summary['prompt_tokens']:,} of prompts" if summary["new_tokens"] else None,
+        "ended": f"{ends.get('stop', 0):,} by themselves, "
         f"{ends['length']:,} at --max_new_tokens {args.max_new_tokens:,}"
         if ends.get("length")
         else None,
