@@ -33,10 +33,10 @@ def test_a_run_says_what_it_resolved_and_what_is_next(run_script, rows, tmp_path
     assert json.loads(lines[-1])["errors"] == 1
     assert not any(len(line) > 100 for line in lines[:-1] if "/" not in line)
 
-    again = run_script(f"{command} --temperature 0.5 --top_k 3 --fp16").check().out
-    assert f"{tmp_path}/o.jsonl has answers of another command (--max_new_tokens was 600 and is 512" in again
+    again = run_script(f"{command} --temperature 0.5 --top_k 3 --max_new_tokens 1").check().out
+    assert f"{tmp_path}/o.jsonl has answers of another command (--max_new_tokens was 600 and is 1" in again
     assert "--temperature was 0.0 and is 0.5, --top_k was 0 and is 3" in again
-    assert "sampled, temperature 0.5, top_k 3, seed 0; at most 512" in again and "note" not in again
+    assert "sampled, temperature 0.5, top_k 3, seed 0; at most 1" in again and "note" not in again
 
 
 @pytest.mark.parametrize(

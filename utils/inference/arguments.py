@@ -168,6 +168,8 @@ class InferenceArguments(InferenceModelFlags, RowFlags, AnswerFlags):
         inputs = [prompts, *weights, *model_files(model), *adapters]
         if self.answers_rows and not os.path.exists(prompts):  # known before a checkpoint is downloaded
             faults.add(f"--input_path {prompts} does not exist")
+        elif self.answers_rows and os.path.isdir(prompts):
+            faults.add(f"--input_path {prompts} is a directory: name a file of rows")
         with faults.collect():
             check_output_path(self.output_path, inputs, "--output_path")
 

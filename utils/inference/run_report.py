@@ -65,10 +65,8 @@ def describe_rows(args: InferenceArguments, rows: Sequence[PromptRow]) -> str:
         describe_input(path, ColumnMap.parse(args.columns)) if is_json else f"{path} ({describe_size(size_of(path))})"
     )
     tokens = [len(row.input_ids) for row in rows if not row.error]
-    lines = [
-        file,
-        f"{count_of(len(rows), 'row')}, {sum(tokens):,} tokens of prompts, the longest {max(tokens, default=0):,}",
-    ]
+    longest = max(tokens, default=0)
+    lines = [file, f"{count_of(len(rows), 'row')}, {sum(tokens):,} tokens of prompts, the longest {longest:,}"]
     if errors := [row.error for row in rows if row.error]:
         lines += [f"{len(errors):,} of them cannot be used; the first:", errors[0]]
     return "\n".join(lines)
@@ -200,4 +198,4 @@ def print_merged(args: InferenceArguments, seconds: float) -> None:
     print_facts(f"merged in {timedelta(seconds=round(seconds))}", facts)
     if not args.answers_rows:
         command = shlex.join(["python", "chatglm_milti_gpu_inference.py", "--model_name_or_path", target])
-        print_next([("answer rows with it (docs/serving.md: serve it)", command)])
+        print_next([("answer rows with it, or serve it (docs/serving.md)", command)])
