@@ -107,7 +107,8 @@ def talk(chat: Chat, settings: ChatSettings) -> None:
             print_line(f"there is no command {question}: /help lists them", DIM)
         elif question:
             messages.append(Message("user", question))
-            messages.append(Message("assistant", print_answer(chat, messages, settings, use_adapter)))
+            text = print_answer(chat, messages, settings, use_adapter)
+            messages[-1:] = [messages[-1], Message("assistant", text)] if text else []  # stopped before it began
 
 
 def read_question() -> str:
