@@ -126,7 +126,7 @@ def read_question() -> str:
         except KeyboardInterrupt as stop:
             if "SIGINT" not in str(stop):
                 raise
-            print_line(style("\n/quit or Ctrl-D ends", DIM))
+            print_line("\n/quit or Ctrl-D ends", DIM)
 
 
 def print_answer(chat: Chat, messages: list[Message], settings: ChatSettings, use_adapter: bool) -> str:

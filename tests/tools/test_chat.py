@@ -1,14 +1,18 @@
 """tools/chat.py: streaming, history and adapter in the terminal, and the page in a headless browser."""
 
+import fcntl
 import io
 import json
 import os
+import pty
 import re
+import select
 import shutil
 import signal
 import socket
 import subprocess
 import sys
+import termios
 import threading
 import time
 import urllib.request
@@ -80,12 +84,58 @@ def expected(adapter):
 
 
 def test_terminal(run_script, monkeypatch, flags, expected):
-    typed = [*QUESTIONS, "/clear", "/base", *QUESTIONS, "/quit"]
+    typed = [*QUESTIONS, "/clear", "/base", *QUESTIONS, "/help", "/nothing", "/quit"]
     monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(typed) + "\n"))
     out = run_script(f"tools/chat.py {flags}").check().out
+    for words in (f"model     {BASE} (ChatGLM-6B)", "device    cpu", "Ctrl-C stops an answer", "no command /nothing"):
+        assert words in out
+    assert set(re.findall(r"^  (/[a-z]+)  ", out, flags=re.MULTILINE)) == {
+        *("/help", "/clear", "/adapter", "/base", "/quit")
+    }
     end = 0
     for answer in (*expected["adapter"], "the base answers", *expected["base"]):
         end = out.index(answer, end) + len(answer)
+
+
+def test_ctrl_c_stops_the_answer_and_not_the_program():
+    """In a terminal; at the prompt it drops the line."""
+    master, slave = pty.openpty()
+    command = f"tools/chat.py --model_name_or_path {BASE} --max_new_tokens 450 --repetition_penalty 0.5"
+    process = subprocess.Popen(
+        [sys.executable, *command.split()],
+        cwd=ROOT,
+        stdin=slave,
+        stdout=slave,
+        stderr=slave,
+        start_new_session=True,
+        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    os.close(slave)
+    shown = ""
+
+    def wait_for(words):
+        nonlocal shown
+        while words not in shown:
+            assert select.select([master], [], [], 60)[0], shown
+            shown += os.read(master, 4096).decode(errors="replace")
+        shown = shown.split(words, 1)[1]
+
+    try:
+        wait_for("问> ")
+        os.write(master, "你好\r".encode())
+        wait_for("我是一个很小的模型")  # without a stop it would be said for 450 tokens
+        os.write(master, b"\x03")
+        wait_for("(stopped)")
+        wait_for("问> ")
+        time.sleep(1.1)  # one Ctrl-C counts once within a second
+        os.write(master, b"\x03")
+        wait_for("/quit or Ctrl-D ends")
+        os.write(master, b"\x04")
+        assert process.wait(timeout=30) == 0
+    finally:
+        process.kill()
+        os.close(master)
 
 
 @pytest.fixture(scope="module")
