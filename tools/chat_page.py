@@ -51,6 +51,7 @@ TEXTS = {  # key -> (English, Chinese); the texts of errors have values in brace
     ),
 }
 STYLE = """
+#heading, #heading * { padding: 0 !important }
 #heading h1 { font-size: 1.4rem; margin: 0; overflow-wrap: anywhere }
 #heading p { margin: 0; opacity: .75; overflow-wrap: anywhere }
 @media (max-width: 700px) {

@@ -39,26 +39,32 @@ CHROMIUM_FLAGS = (
 )
 
 
-def commands(work: Path, port: int) -> dict[str, str]:
-    """Return the commands by name; each uses what those before it made."""
-    adapter = work / "adapter"
+def commands(demo: Path, port: int) -> dict[str, str]:
+    """Return the commands by name, as typed; each uses what those before it made."""
     model = f"--model_name_or_path {MODEL}"
     return {
-        "demo": f"python tools/demo.py --work_dir {work}/demo --master_port {port}",
+        "demo": f"python tools/demo.py --work_dir {demo} --master_port {port}",
         "tokens": f"python tokenize_dataset_rows_belle.py {model} --jsonl_path data/sample.train.json "
-        f"--save_path {work}/tokens --max_seq_length 200 --skip_overlength",
-        "train": f"python multi_gpu_fintune_belle.py {model} --dataset_path {work}/tokens --lora_rank 8 "
+        f"--save_path output/tokens --max_seq_length 200 --skip_overlength",
+        "train": f"python multi_gpu_fintune_belle.py {model} --dataset_path output/tokens --lora_rank 8 "
         f"--per_device_train_batch_size 16 --num_train_epochs 8 --learning_rate 6e-3 --logging_steps 5 "
-        f"--eval_fraction 0.05 --eval_strategy steps --eval_steps 20 --save_steps 1000 --output_dir {adapter}",
-        "report": f"python tools/evaluate.py {model} --input_path data/sample.heldout.json --adapter_path {adapter} "
-        f"--max_new_tokens 64 --output_dir {work}/report",
-        "chat": f"python tools/chat.py {model} --adapter_path {adapter} --web --port {port}",
+        f"--eval_fraction 0.05 --eval_strategy steps --eval_steps 20 --save_steps 1000 --output_dir output",
+        "report": f"python tools/evaluate.py {model} --input_path data/sample.heldout.json --adapter_path output "
+        f"--max_new_tokens 64 --output_dir output/report",
+        "chat": f"python tools/chat.py {model} --adapter_path output --web --port {port}",
     }
 
 
-def record(command: str) -> bytes:
+def link_repository(work: Path) -> None:
+    """Link what is in this repository into `work`, so that commands there write to an output of their own."""
+    for path in ROOT.iterdir():
+        if path.name not in ("output", ".git"):
+            (work / path.name).symlink_to(path)
+
+
+def record(command: str, work: Path) -> bytes:
     """
-    Run a command in a terminal of its own and return what it prints there.
+    Run a command in `work`, in a terminal of its own, and return what it prints there.
 
     Raises:
         RunError: the command failed.
@@ -67,7 +73,7 @@ def record(command: str) -> bytes:
     master, slave = pty.openpty()
     size = {"COLUMNS": str(COLUMNS), "LINES": "50", "TERM": "xterm-256color"}
     process = subprocess.Popen(
-        shlex.split(command), cwd=ROOT, stdin=subprocess.DEVNULL, stdout=slave, stderr=slave, env=os.environ | size
+        shlex.split(command), cwd=work, stdin=subprocess.DEVNULL, stdout=slave, stderr=slave, env=os.environ | size
     )
     os.close(slave)
     output = b""
@@ -96,21 +102,23 @@ def last_state(line: str) -> str:
     return re.sub(r"\x1b\[[0-9;?]*[A-HJKSTfhlnsu]", "", kept[-1]) if kept else ""
 
 
-def draw_terminal(command: str, output: bytes, path: Path, work: Path) -> None:
-    """Write an SVG of a terminal in which `command` printed `output`, without the directory `work`."""
+def draw_terminal(command: str, output: bytes, path: Path, demo: Path) -> None:
+    """Write an SVG of a terminal in which `command` printed `output`; paths are those of this repository."""
     from rich.console import Console
     from rich.text import Text
 
-    text = output.decode(errors="replace").replace(str(work), "output")
+    text = output.decode(errors="replace").replace(str(demo), "data/demo").replace(f"{ROOT}/", "")
     lines = [last_state(line) for line in text.replace("\r\n", "\n").split("\n")]
     while lines and not lines[-1]:
         lines.pop()
     if len(lines) > LINES:
         lines = [*lines[: LINES // 2], f"\x1b[2m... {len(lines) - LINES} lines ...\x1b[0m", *lines[-LINES // 2 :]]
     console = Console(record=True, width=COLUMNS, file=open(os.devnull, "w"), force_terminal=True)  # noqa: SIM115
-    for line in [f"\x1b[1m$ {command.replace(str(work), 'output')}\x1b[0m", *lines]:
+    for line in [f"\x1b[1m$ {command}\x1b[0m", *lines]:
         console.print(Text.from_ansi(line), overflow="fold")
-    path.write_text(console.export_svg(title=command.split()[1]), encoding="utf-8")
+    picture = console.export_svg(title=command.split()[1], unique_id=path.stem)
+    picture = re.sub(r"@font-face \{.*?\}", "", picture, flags=re.DOTALL)  # fonts from the network
+    path.write_text(picture, encoding="utf-8")
 
 
 def find_browser() -> str:
@@ -135,6 +143,7 @@ def find_browser() -> str:
 
 def photograph(browser: str, address: str, path: Path, question: str | None = None) -> None:
     """Write a screenshot of a page in light colours; on the chat page a question is asked first."""
+    from PIL import Image
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
@@ -152,12 +161,14 @@ def photograph(browser: str, address: str, path: Path, question: str | None = No
             tab.locator(".figures").evaluate("figures => figures.remove()")  # scores and rows in one picture
         tab.screenshot(path=str(path))
         chromium.close()
+    with Image.open(path) as picture:  # a third of the bytes, and no difference to see
+        picture.convert("RGB").quantize(128).save(path, optimize=True)
 
 
-def photograph_chat(browser: str, command: str, port: int, path: Path) -> None:
-    """Write a screenshot of the page that `command` serves."""
+def photograph_chat(browser: str, command: str, port: int, work: Path) -> None:
+    """Write chat.png, of the page that `command` serves when it runs in `work`."""
     print_line(f"$ {command}")
-    process = subprocess.Popen(shlex.split(command), cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(shlex.split(command), cwd=work, stdout=subprocess.PIPE, text=True)
     try:
         for line in process.stdout:
             if f":{port}" in line:
@@ -171,7 +182,7 @@ def photograph_chat(browser: str, command: str, port: int, path: Path) -> None:
             except OSError:
                 if process.poll() is not None:
                     raise RunError(f"the command failed: {command}") from None
-        photograph(browser, address, path, "把下面的句子写成日记:\n老李今天在家里拍照")
+        photograph(browser, address, IMAGES / "chat.png", "把下面的句子写成日记:\n老李今天在家里拍照")
     finally:
         process.send_signal(signal.SIGTERM)
         process.wait(timeout=30)
@@ -188,24 +199,25 @@ def main() -> None:
     port = free_port()
     with tempfile.TemporaryDirectory() as directory:
         work = Path(directory)
-        lines = commands(work, port)
+        link_repository(work)
+        lines = commands(work / "demo", port)
         if "demo" in chosen:
-            draw_terminal("python tools/demo.py", record(lines["demo"]), IMAGES / "demo.svg", work)
+            draw_terminal("python tools/demo.py", record(lines["demo"], work), IMAGES / "demo.svg", work / "demo")
         if set(chosen) != {"demo"}:
-            record(lines["tokens"])
-            output = record(lines["train"])
+            record(lines["tokens"], work)
+            output = record(lines["train"], work)
             if "train" in chosen:
-                draw_terminal(lines["train"], output, IMAGES / "train.svg", work)
+                draw_terminal(lines["train"], output, IMAGES / "train.svg", work / "demo")
             if "loss" in chosen:
-                shutil.copyfile(work / "adapter" / "loss.png", IMAGES / "loss.png")
+                shutil.copyfile(work / "output" / "loss.png", IMAGES / "loss.png")
         if "report" in chosen:
-            record(lines["report"])
-            photograph(browser, (work / "report" / "report.html").as_uri(), IMAGES / "report.png")
+            record(lines["report"], work)
+            photograph(browser, (work / "output" / "report" / "report.html").as_uri(), IMAGES / "report.png")
         if "chat" in chosen:
-            photograph_chat(browser, lines["chat"], port, IMAGES / "chat.png")
+            photograph_chat(browser, lines["chat"], port, work)
     made = {path.name: f"{path.stat().st_size:,} bytes" for path in sorted(IMAGES.glob("*")) if path.stem in chosen}
     print_facts(f"done: {IMAGES.relative_to(ROOT)}", made)
-    large = [path.name for path in IMAGES.glob("*") if path.stat().st_size > MOST_BYTES]
+    large = [name for name in made if (IMAGES / name).stat().st_size > MOST_BYTES]
     if large:
         raise RunError(f"{', '.join(large)}: more than {MOST_BYTES:,} bytes, too large for a README")
 
