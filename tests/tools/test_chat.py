@@ -112,14 +112,14 @@ def test_ctrl_c_stops_the_answer_and_not_the_program():
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
     os.close(slave)
-    shown = ""
+    shown = b""
 
     def wait_for(words):
         nonlocal shown
-        while words not in shown:
-            assert select.select([master], [], [], 60)[0], shown
-            shown += os.read(master, 4096).decode(errors="replace")
-        shown = shown.split(words, 1)[1]
+        while words.encode() not in shown:
+            assert select.select([master], [], [], 60)[0], shown.decode(errors="replace")
+            shown += os.read(master, 4096)
+        shown = shown.split(words.encode(), 1)[1]
 
     try:
         wait_for("问> ")
