@@ -108,6 +108,7 @@ def draw_terminal(command: str, output: bytes, path: Path, demo: Path) -> None:
     from rich.text import Text
 
     text = output.decode(errors="replace").replace(str(demo), "data/demo").replace(f"{ROOT}/", "")
+    text = re.sub(r" --master_port \d+", "", text)  # a free port, so that no other run is in the way
     lines = [last_state(line) for line in text.replace("\r\n", "\n").split("\n")]
     while lines and not lines[-1]:
         lines.pop()
