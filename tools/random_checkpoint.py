@@ -24,6 +24,7 @@ from huggingface_hub import save_torch_state_dict
 from transformers import GlmForCausalLM, PreTrainedModel
 
 from utils.checkpoint.tokenizer import load_tokenizer
+from utils.common.files import apply_umask
 from utils.models import ChatGLMConfig, ChatGLMForConditionalGeneration
 from utils.models.convert_checkpoint import REQUIRED, glm_config, to_released_layout
 
@@ -139,6 +140,7 @@ def save_checkpoint(shape: str, model: PreTrainedModel, directory: Path) -> None
         released = {"model_type": "chatglm", **GLM[shape], **REQUIRED}
         (directory / "config.json").write_text(json.dumps(released, indent=2) + "\n", encoding="utf-8")
     write_tokenizer(shape, directory)
+    apply_umask(directory)
 
 
 def write_checkpoint(shape: str, directory: Path, device: str, seed: int = 0) -> int:
