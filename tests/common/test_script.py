@@ -76,7 +76,7 @@ def test_failure_callbacks_hear_of_errors_but_not_of_wrong_requests(end):
 @pytest.mark.parametrize("flags", (["--version"], ["--model_name_or_path", "x", "--version"]))
 def test_the_version_of_every_script(monkeypatch, capsys, flags):
     """It is that of the project's metadata and of the newest entry in CHANGELOG.md; `main` does not run."""
-    monkeypatch.setattr(sys, "argv", ["tools/script.py", *flags])
+    monkeypatch.setattr(sys, "argv", ["elsewhere/script.py", *flags])
     run(raising(RunError("it ran")))
     assert capsys.readouterr().out == f"script.py {__version__}\n"
     metadata = read_configuration(ROOT / "pyproject.toml")["project"]

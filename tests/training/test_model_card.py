@@ -1,5 +1,6 @@
 """The README.md beside an adapter: what it says, whether the hub reads it, whether its example opens the adapter."""
 
+import os
 import re
 from dataclasses import replace
 
@@ -26,7 +27,10 @@ from utils.training.run_config import RunConfig
 def test_the_card_of_a_run(train_tiny, tokens, tmp_path):
     """Its best step, which is not the last; each checkpoint has a card of its own."""
     flags = "--max_steps 2 --save_steps 1 --logging_steps 1 --eval_fraction 0.1 --load_best_model_at_end"
+    umask = os.umask(0o027)
     train_tiny(tmp_path, f"{flags} --learning_rate 0.5 --lr_scheduler_type constant").check()
+    os.umask(umask)
+    assert {oct(path.stat().st_mode & 0o666) for path in tmp_path.rglob("*")} == {"0o640"}  # of directories 750
     card = ModelCard.load(tmp_path / "README.md")
     assert (card.data.library_name, card.data.base_model, card.data.language) == ("peft", None, "zh")
     assert "{" not in card.text and "More Information" not in card.text and str(tokens.parent) not in card.text
