@@ -17,9 +17,9 @@ from utils.layers.quantization import Quantization
 from utils.lora.adapter import AdapterOrigin
 from utils.training import dry_run
 from utils.training.arguments import FinetuneArguments
-from utils.training.dry_run import advise
 from utils.training.memory import MemoryModel, ModelSizes, decide_checkpointing, resolve_checkpointing
 from utils.training.preflight import TrainingInputs
+from utils.training.recipes import advise
 from utils.training.resume_key import ResumeKey
 from utils.training.run_config import RunConfig
 
