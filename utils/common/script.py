@@ -9,6 +9,8 @@ import os
 import sys
 from collections.abc import Callable
 
+from utils import __version__
+from utils.common.console import print_line
 from utils.common.errors import EXIT_FAILED, EXIT_USAGE, RankError, RunError, UsageError
 from utils.common.launcher_report import print_lines, report_usage_error
 from utils.common.machine_faults import explain_machine_fault
@@ -28,12 +30,15 @@ def run(
     Exit code 0: done. 1: the run failed or a signal stopped it, with one line for a RunError, a signal, a full or
     failing disk or exhausted memory, and a traceback for anything else. 2: the request is wrong, with one line for
     each fault. `--traceback` shows the traceback in every case; so does a bare `--debug`. Under a launcher only the
-    first process of each machine prints the lines that all processes have.
+    first process of each machine prints the lines that all processes have. `--version` prints the version alone.
 
     Args:
         main: the script; it reads `sys.argv`.
         after_signal: what the user can do after a signal, for the message.
     """
+    if "--version" in sys.argv[1:]:
+        print_line(f"{os.path.basename(sys.argv[0])} {__version__}")
+        return
     show_traceback = take_traceback_flag(sys.argv)
     restore_default_handlers()
     try:

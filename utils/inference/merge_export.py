@@ -27,6 +27,7 @@ from utils.checkpoint.model import Checkpoint, load_model
 from utils.checkpoint.tokenizer import load_tokenizer
 from utils.common.console import Progress, print_line
 from utils.common.errors import UsageError
+from utils.common.files import apply_umask
 from utils.common.json_files import read_json_object
 from utils.data.collators import left_pad
 from utils.lora.adapter import load_adapter, read_origin
@@ -124,6 +125,7 @@ def merge_and_save(source: MergeSource, directory: str | Path, dtype: torch.dtyp
             raise RuntimeError(f"{target} is not written: it does not answer as the base with the adapter does")
         if (complete / "tokenizer.json").is_file():
             _check_chats(complete, tokenizer, template_for(tokenizer, template or ChatTemplate.name))
+        apply_umask(complete)
         if target.exists():
             target.rmdir()
         complete.rename(target)
