@@ -7,7 +7,6 @@ Every test process loads it before its tests; tests/kernels adds a conftest.py o
 import contextlib
 import io
 import os
-import re
 import runpy
 import shlex
 import signal
@@ -26,8 +25,9 @@ GOLDEN = ROOT / "tests" / "golden"
 collect_ignore = ["kernels"]
 # The slowest files, by name: they start first, so that several processes (`pytest -n`) end at about the same time.
 SLOWEST_FILES = (
-    *("test_readme", "test_family", "test_optimize", "test_configs", "test_demo", "test_resume", "test_answers"),
-    *("test_memory", "test_training", "test_watchdog", "test_inference", "test_merge_export", "test_data_faults"),
+    *("test_document_commands", "test_family", "test_optimize", "test_configs", "test_demo", "test_resume"),
+    *("test_answers", "test_memory", "test_training", "test_watchdog", "test_inference", "test_merge_export"),
+    "test_data_faults",
 )
 TEXTS = (
     "改成一个问题:\n小明今天在公园放风筝",
@@ -85,14 +85,6 @@ def varlen_attn_reference(query, key, value, starts, _, longest, __, scale, wind
             )
             output[start:end] = attended[0].transpose(0, 1)
     return output
-
-
-def readme_commands(name: str = "README.md") -> list[str]:
-    """Return the commands of a README's bash blocks, one line each, without comments."""
-    text = (ROOT / name).read_text(encoding="utf-8")
-    blocks = re.findall(r"^```bash\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)
-    lines = "".join(blocks).replace("\\\n", " ").splitlines()
-    return [" ".join(line.split("#")[0].split()) for line in lines if line.split("#")[0].strip()]
 
 
 def accelerate_variables(config_file: str) -> dict[str, str]:

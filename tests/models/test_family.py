@@ -9,7 +9,8 @@ import re
 from pathlib import Path
 
 import pytest
-from conftest import GOLDEN, readme_commands
+from conftest import GOLDEN
+from documents import readme_commands
 from safetensors.torch import load_file
 
 from utils.distributed.process_group import free_port
