@@ -13,12 +13,16 @@ import shutil
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, TINY, Result, accelerate_variables
-from documents import Code, blocks, commands, documents, readme_commands
+from conftest import ROOT, Result, accelerate_variables
+from documents import Code, blocks, commands, documents, on_a_free_port, readme_commands
 
 DATA_FILES = {  # the two downloads, with one row each
     "Belle.train.json": [{"input": "你好", "target": "你好!"}],
     "belle_open_source_1M.train.json": [{"instruction": "先说时间:", "input": "老王昨天在家里喝茶", "output": "昨天"}],
+}
+OWN_FILES = {  # files of a reader's own, by the names that documents give them
+    "my_rows.jsonl": '{"instruction": "先说时间:", "input": "老王昨天在家里喝茶", "output": "昨天"}\n' * 8,
+    "my_prompts.txt": "先说时间:老王昨天在家里喝茶\n你好\n",
 }
 SUITE = "this suite"
 # A part of a command or snippet -> why no test runs it, and when a person last ran it or what else does.
@@ -43,18 +47,18 @@ NOT_RUN = {
 }
 # Programs that a document may run beside the scripts: nothing here installs, downloads or leaves the workspace.
 SHELL_PROGRAMS = ("cd", "cat", "cp", "echo", "export", "head", "ls", "mkdir", "printf", "tail", "wc", "wget")
-# Script -> flags added, which win over the same flags before them. All: the embedded checkpoint in place of the
-# default, which the hub has, or of one's own; as few steps, rows and tokens as show that the command runs.
-MODEL = f"--model_name_or_path {TINY}"
+# Script -> flags added, which win over the same flags before them: as few steps, rows and tokens as show that the
+# command runs, and other settings than those of the answers that a command before it left.
 ADDED = {
-    "tokenize_dataset_rows_belle.py": MODEL,
-    "multi_gpu_fintune_belle.py": f"{MODEL} --max_steps 3",
-    "chatglm_deepspeed_inference.py": f"{MODEL} --max_new_tokens 8 --overwrite",  # a rerun has other settings
-    "chatglm_milti_gpu_inference.py": f"{MODEL} --max_new_tokens 8 --overwrite",
-    "tools/evaluate.py": f"{MODEL} --max_new_tokens 8 --max_rows 4",
-    "tools/chat.py": f"{MODEL} --max_new_tokens 8",
-    "tools/doctor.py": MODEL,
+    "multi_gpu_fintune_belle.py": "--max_steps 3",
+    "chatglm_deepspeed_inference.py": "--max_new_tokens 8 --overwrite",
+    "chatglm_milti_gpu_inference.py": "--max_new_tokens 8 --overwrite",
+    "tools/evaluate.py": "--max_new_tokens 8 --max_rows 4",
+    "tools/chat.py": "--max_new_tokens 8",
 }
+# In place of the default, which the hub has, or of a model of one's own.
+MODEL = "--model_name_or_path data/chatglm-tiny"
+TAKE_MODEL = (*ADDED, "tokenize_dataset_rows_belle.py", "tools/doctor.py")
 TYPED = "你好\n/quit\n"  # into a script that asks
 SCRIPT = re.compile(r"(?:^|\s)((?:tools/|benchmarks/|tests/faults/)?\w+\.py)(?=\s|$)")
 
@@ -65,14 +69,11 @@ def why_not_run(text: str) -> str | None:
 
 
 def with_added_flags(command: str) -> str:
-    """Return the command with the flags of its script added."""
-    script = SCRIPT.search(command)
-    return f"{command} {ADDED.get(script[1], '')}".strip() if script else command
-
-
-def is_repeated(code: Code) -> bool:
-    """Return whether the README's bash blocks have this command."""
-    return code.text in readme_commands()
+    """Return the command with the embedded checkpoint, if it has another or none, and with the flags of ADDED."""
+    if not (script := SCRIPT.search(command)):
+        return command
+    added = [MODEL] if script[1] in TAKE_MODEL and MODEL not in command else []
+    return " ".join([command, *added, *filter(None, [ADDED.get(script[1])])])
 
 
 def make_workspace(directory: Path) -> Path:
@@ -85,6 +86,8 @@ def make_workspace(directory: Path) -> Path:
     for name in ("utils", "tools", "configs", "benchmarks"):
         shutil.copytree(ROOT / name, clone / name)
     shutil.copytree(ROOT / "data", clone / "data", ignore=shutil.ignore_patterns("demo", "alpaca", "Belle*"))
+    for name, text in OWN_FILES.items():
+        (clone / name).write_text(text, encoding="utf-8")
     downloads, programs = directory / "downloads", directory / "bin"
     downloads.mkdir()
     programs.mkdir()
@@ -106,12 +109,12 @@ def run_in_shell(run_command, clone: Path, lines: list[str]) -> Result:
 
 def test_the_commands_of_the_readme_run_in_order(run_command, tmp_path):
     clone = make_workspace(tmp_path)
-    run = [with_added_flags(command) for command in readme_commands() if not why_not_run(command)]
+    run = [on_a_free_port(with_added_flags(command)) for command in readme_commands() if not why_not_run(command)]
     result = run_in_shell(run_command, clone, run).check()
     trained = [command for command in run if "multi_gpu_fintune" in command]
     assert result.out.count('"steps": 3') == len(trained) >= 3
     answering = [command for command in run if "_inference.py" in command and "--merge_and_save" not in command]
-    assert result.out.count('"rows": 8') == len(answering) >= 4
+    assert result.out.count('"rows": 8') == len(answering) >= 3
     assert (clone / "output" / "merged" / "ice_text.model").is_file()
     assert (clone / "output" / "evaluation" / "report.html").is_file()
     joined = (clone / "data" / "Belle_0_1.train.json").read_text(encoding="utf-8").splitlines()
@@ -119,8 +122,17 @@ def test_the_commands_of_the_readme_run_in_order(run_command, tmp_path):
     assert (clone / "output" / "adapter_model.safetensors").is_file()
 
 
+BEFORE = (
+    "cp ../downloads/Belle.train.json ../downloads/belle_open_source_1M.train.json data",
+    "python process_belle_1M_data.py",
+    "cat data/Belle.train.json data/Belle_1M.train.json > data/Belle_0_1.train.json",
+    "python tokenize_dataset_rows_belle.py --jsonl_path data/alpaca_data.jsonl --save_path data/alpaca",
+    "python multi_gpu_fintune_belle.py --dataset_path data/alpaca --output_dir output --save_strategy no",
+)
+
+
 class Runner:
-    """Runs a document's commands in one workspace, in which data is tokenised and an adapter trained."""
+    """Runs a document's commands in one workspace."""
 
     def __init__(self, directory: Path, run_script, run_ranks, run_command, monkeypatch):
         self.run_script, self.run_ranks, self.run_command = run_script, run_ranks, run_command
@@ -159,12 +171,10 @@ def remaining(name: str) -> list[Code]:
 
 @pytest.mark.parametrize("name", [name for name in NAMES if remaining(name)])
 def test_the_commands_of_each_document_run(name, tmp_path, run_script, run_ranks, run_command, monkeypatch):
+    """Where the README's were run before: data is there, and an adapter in output."""
     runner = Runner(tmp_path, run_script, run_ranks, run_command, monkeypatch)
-    for command in (
-        "python tokenize_dataset_rows_belle.py --jsonl_path data/alpaca_data.jsonl --save_path data/alpaca",
-        "python multi_gpu_fintune_belle.py --dataset_path data/alpaca --output_dir output",
-    ):
-        runner.run(with_added_flags(command)).check()
+    for before in BEFORE:
+        runner.run(with_added_flags(before)).check()
     for command in remaining(name):
         result = runner.run(with_added_flags(command.text))
         assert result.code == 0, f"{command.where}\n{result.out[-4000:]}\n{result.err[-4000:]}"

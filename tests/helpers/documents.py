@@ -13,11 +13,15 @@ from conftest import ROOT
 from markdown_it import MarkdownIt  # rich, which the libraries bring, requires it
 from markdown_it.token import Token
 
+from utils.distributed.process_group import free_port
+
 SHELL = ("bash", "console", "sh", "shell")
 QUOTED = r"'[^']*'|\"(?:\\.|[^\"\\])*\""
 COMMENT = re.compile(rf"({QUOTED})|(?:(?<=\s)|^)#[^\n]*", flags=re.MULTILINE)
 LOGICAL_LINE = re.compile(rf"(?:{QUOTED}|\\\n|[^\n'\"])+")
 HEREDOC = re.compile(r"<<-?\s*['\"]?(\w+)")
+
+PORT_FLAGS = {"torchrun": "--master_port", "accelerate launch": "--main_process_port", "deepspeed": "--master_port"}
 
 
 @dataclass(frozen=True)
@@ -121,6 +125,14 @@ def split_commands(text: str) -> list[str]:
 def readme_commands(name: str = "README.md") -> list[str]:
     """Return the commands of a README's bash blocks."""
     return [command.text for command in commands(ROOT / name, "bash")]
+
+
+def on_a_free_port(command: str) -> str:
+    """Return the command with a free port for its launcher, so that several can run side by side."""
+    for launcher, flag in PORT_FLAGS.items():
+        if command.startswith(f"{launcher} ") and flag not in command:
+            return command.replace(launcher, f"{launcher} {flag} {free_port()}", 1)
+    return command
 
 
 def _code(document: Path, token: Token, language: str) -> Code:
