@@ -104,7 +104,7 @@ def run_in_shell(run_command, clone: Path, lines: list[str]) -> Result:
     """Run the lines in one bash, which the first failure ends."""
     script = clone.parent / "commands.sh"
     script.write_text("\n".join(["set -e", *lines]), encoding="utf-8")
-    return run_command(f"sh -c 'PATH={clone.parent}/bin:$PATH exec bash {script}'", cwd=clone, timeout=600)
+    return run_command(f"sh -c 'PATH={clone.parent}/bin:$PATH exec bash {script}'", cwd=clone, timeout=1200)
 
 
 def test_the_commands_of_the_readme_run_in_order(run_command, tmp_path):
