@@ -6,6 +6,7 @@ import json
 import re
 from importlib.metadata import version
 from pathlib import Path
+from urllib.parse import unquote
 
 import pytest
 import yaml
@@ -16,12 +17,19 @@ PATHS = re.compile(
     r"\b((?:utils|tests|benchmarks|tools|configs|docs|data)/[\w./*-]*\w\.(?:py|md|jsonl|json|yaml|txt|svg|png))\b"
 )
 PLACEHOLDERS = ("utils/common/new.py", "utils/training/new.py", "utils/models/new.py", "utils/data/new.py")
-NOT_IN_THE_REPOSITORY = ("data/Belle", "data/belle", "data/rows.", "utils/models/tokenization_NAME.py", *PLACEHOLDERS)
+NEIGHBOURS = ("docs/source_en/", "tests/e2e/patched/", "tests/train/")  # folders of other projects
+NOT_IN_THE_REPOSITORY = (
+    *("data/Belle", "data/belle", "data/rows.", "utils/models/tokenization_NAME.py"),
+    *(*PLACEHOLDERS, *NEIGHBOURS),
+)
 WITHOUT_FLAGS = ("dequantize.py", "tiny_corpus.py")
 LAUNCHERS = ("torchrun", "accelerate", "deepspeed")
 EVERY_SCRIPT = {"traceback"}  # utils/common/script.py takes it before the script's parser
 # Flags of programs that are no part of the repository or its libraries, from their manuals.
 OTHERS = {
+    "pip": {"--no-index", "--find-links"},
+    "modelscope": {"--model", "--dataset", "--local_dir"},
+    "hf": {"--local-dir"},
     "docker": {"--gpus", "--ipc", "--rm", "--shm-size"},
     "pytest": {"--durations"},
     "vllm": {"--served-model-name", "--dtype", "--max-model-len", "--trust-remote-code"},
@@ -50,7 +58,7 @@ def test_links_lead_to_files_and_headings():
             if "://" in link:
                 continue
             checked += 1
-            name, _, anchor = link.partition("#")
+            name, _, anchor = unquote(link).partition("#")
             target = document.parent / name if name else document
             if not target.exists() or (anchor and anchor not in headings(target)):
                 broken.append(f"{document.relative_to(ROOT)}: {link}")
@@ -153,9 +161,9 @@ def test_both_readmes_have_the_same_commands_and_figures():
     assert english == chinese
 
 
-@pytest.mark.parametrize("name", ["README.md", "README_zh.md"])
-def test_readmes_are_short(name):
-    assert len((ROOT / name).read_text(encoding="utf-8").splitlines()) <= 200
+@pytest.mark.parametrize("name, lines", [("README.md", 200), ("README_zh.md", 210)])
+def test_readmes_are_short(name, lines):
+    assert len((ROOT / name).read_text(encoding="utf-8").splitlines()) <= lines
 
 
 def test_the_pinned_versions_are_installed():

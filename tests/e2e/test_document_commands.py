@@ -20,9 +20,15 @@ DATA_FILES = {  # the two downloads, with one row each
     "Belle.train.json": [{"input": "你好", "target": "你好!"}],
     "belle_open_source_1M.train.json": [{"instruction": "先说时间:", "input": "老王昨天在家里喝茶", "output": "昨天"}],
 }
+ROWS = '{"instruction": "先说时间:", "input": "老王昨天在家里喝茶", "output": "昨天"}\n' * 8
 OWN_FILES = {  # files of a reader's own, by the names that documents give them
-    "my_rows.jsonl": '{"instruction": "先说时间:", "input": "老王昨天在家里喝茶", "output": "昨天"}\n' * 8,
+    "my_rows.jsonl": ROWS,
+    "held_out.jsonl": ROWS,
+    "my_prompts.jsonl": ROWS,
     "my_prompts.txt": "先说时间:老王昨天在家里喝茶\n你好\n",
+    "my_prompts.csv": "id,question\n1,你好\n",
+    "faq.csv": "问题,答案\n可以开发票吗？,可以\n",
+    "data/belle_0.5M/Belle_open_source_0.5M.json": ROWS,
 }
 SUITE = "this suite"
 # A part of a command or snippet -> why no test runs it, and when a person last ran it or what else does.
@@ -32,8 +38,15 @@ NOT_RUN = {
     "make lint": ("makes an environment", SUITE),
     "pytest ": ("would run itself", SUITE),
     "pip install -r": ("makes the environment that this suite runs in", SUITE),
+    "pip install modelscope": ("a package index", "never"),
+    "pip wheel -r": ("a package index", "never"),
+    "pip install --no-index": ("the wheels of the command before", "never"),
+    "modelscope download": ("a hub", "never"),
+    "from modelscope import": ("a hub", "never"),
+    "hf download": ("a hub", "never"),
+    "ip -br addr": ("the machine's network cards", "2026-11-30"),
     "source .venv/bin/activate": ("changes the shell alone", SUITE),
-    "tools/chat.py --adapter_path output --web": ("serves until it is stopped", "tests/tools/test_chat.py"),
+    "--adapter_path output --web": ("serves until it is stopped", "tests/tools/test_chat.py"),
     "--quantize fp8": ("a Hopper GPU", "2026-11-30"),
     "benchmarks/inference_throughput.py --shape chatglm3-6b --job 2000": ("a GPU", "2026-11-30"),
     "benchmarks/data_throughput.py": ("an hour, 1,000,000 rows", "2026-11-27"),
@@ -59,6 +72,7 @@ ADDED = {
 # In place of the default, which the hub has, or of a model of one's own.
 MODEL = "--model_name_or_path data/chatglm-tiny"
 TAKE_MODEL = (*ADDED, "tokenize_dataset_rows_belle.py", "tools/doctor.py")
+TRAINING = "multi_gpu_fintune_belle.py"  # --save_strategy no: a directory with a run of other rows is refused
 TYPED = "你好\n/quit\n"  # into a script that asks
 SCRIPT = re.compile(r"(?:^|\s)((?:tools/|benchmarks/|tests/faults/)?\w+\.py)(?=\s|$)")
 
@@ -87,6 +101,7 @@ def make_workspace(directory: Path) -> Path:
         shutil.copytree(ROOT / name, clone / name)
     shutil.copytree(ROOT / "data", clone / "data", ignore=shutil.ignore_patterns("demo", "alpaca", "Belle*"))
     for name, text in OWN_FILES.items():
+        (clone / name).parent.mkdir(exist_ok=True)
         (clone / name).write_text(text, encoding="utf-8")
     downloads, programs = directory / "downloads", directory / "bin"
     downloads.mkdir()
@@ -127,7 +142,7 @@ BEFORE = (
     "python process_belle_1M_data.py",
     "cat data/Belle.train.json data/Belle_1M.train.json > data/Belle_0_1.train.json",
     "python tokenize_dataset_rows_belle.py --jsonl_path data/alpaca_data.jsonl --save_path data/alpaca",
-    "python multi_gpu_fintune_belle.py --dataset_path data/alpaca --output_dir output --save_strategy no",
+    "python multi_gpu_fintune_belle.py --dataset_path data/alpaca --output_dir output",
 )
 
 
@@ -140,12 +155,14 @@ class Runner:
 
     def run(self, command: str) -> Result:
         """Run a command as its launcher would, in processes that have imported the libraries."""
-        words = shlex.split(command)
-        launcher, script = words[0], next((word for word in words if word.endswith(".py")), None)
-        if set(words) & {"|", ">", "<<", "&&", ";"} or launcher in SHELL_PROGRAMS:
+        launcher = command.split()[0]
+        if launcher in SHELL_PROGRAMS or command.startswith("python -c"):
             return run_in_shell(self.run_command, self.clone, [command])
-        assert script, f"neither run nor listed in NOT_RUN: {command}"
+        words = shlex.split(command)
+        script = next((word for word in words if word.endswith(".py")), None)
+        assert script and not re.search(r"\s(\||>|<|&&|;)", command), f"neither run nor listed in NOT_RUN: {command}"
         before, flags = words[1 : words.index(script)], words[words.index(script) :]
+        flags += ["--save_strategy", "no"] if script == TRAINING else []
         if launcher == "python":
             self.monkeypatch.setattr("sys.stdin", io.StringIO(TYPED))
             return self.run_script(shlex.join(flags), cwd=self.clone)
