@@ -44,7 +44,6 @@ NOT_RUN = {
     "modelscope download": ("needs a hub", "never"),
     "from modelscope import": ("needs a hub", "never"),
     "hf download": ("needs a hub", "never"),
-    "ip -br addr": ("shows the network cards of a machine", "2026-11-30"),
     "source .venv/bin/activate": ("changes the shell alone", SUITE),
     "--adapter_path output --web": ("serves until it is stopped", "tests/tools/test_chat.py"),
     "--quantize fp8": ("needs a Hopper GPU", "2026-11-30"),
@@ -142,6 +141,7 @@ BEFORE = (
     "python process_belle_1M_data.py",
     "cat data/Belle.train.json data/Belle_1M.train.json > data/Belle_0_1.train.json",
     "python tokenize_dataset_rows_belle.py --jsonl_path data/alpaca_data.jsonl --save_path data/alpaca",
+    "python tokenize_dataset_rows_belle.py --jsonl_path my_rows.jsonl --save_path data/mine",
     "python multi_gpu_fintune_belle.py --dataset_path data/alpaca --output_dir output",
 )
 
