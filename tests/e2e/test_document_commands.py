@@ -23,11 +23,7 @@ DATA_FILES = {  # the two downloads, with one row each
 ROWS = '{"instruction": "先说时间:", "input": "老王昨天在家里喝茶", "output": "昨天"}\n' * 8
 OWN_FILES = {  # files of a reader's own, by the names that documents give them
     "my_rows.jsonl": ROWS,
-    "held_out.jsonl": ROWS,
-    "my_prompts.jsonl": ROWS,
     "my_prompts.txt": "先说时间:老王昨天在家里喝茶\n你好\n",
-    "my_prompts.csv": "id,question\n1,你好\n",
-    "faq.csv": "问题,答案\n可以开发票吗？,可以\n",
     "data/belle_0.5M/Belle_open_source_0.5M.json": ROWS,
 }
 SUITE = "this suite"
@@ -175,14 +171,20 @@ class Runner:
 NAMES = [str(document.relative_to(ROOT)) for document in documents()]
 
 
+def without_model(command: str) -> str:
+    """Return the command without its model, in which the documents of two languages differ."""
+    return re.sub(r" --model_name_or_path \S+", "", command)
+
+
 def remaining(name: str) -> list[Code]:
     """Return the commands of a document that no document before it has."""
-    seen = set(readme_commands())
+    seen = set(map(without_model, readme_commands()))
     for document in documents():
-        own = [command for command in commands(document) if command.text not in seen]
+        own = {without_model(command.text): command for command in commands(document)}
+        new = [command for text, command in own.items() if text not in seen]
         if document == ROOT / name:
-            return [command for command in dict.fromkeys(own) if not why_not_run(command.text)]
-        seen |= {command.text for command in own}
+            return [command for command in new if not why_not_run(command.text)]
+        seen |= own.keys()
     raise ValueError(name)
 
 
