@@ -20,7 +20,7 @@ DATA_FILES = {  # the two downloads, with one row each
     "Belle.train.json": [{"input": "你好", "target": "你好!"}],
     "belle_open_source_1M.train.json": [{"instruction": "先说时间:", "input": "老王昨天在家里喝茶", "output": "昨天"}],
 }
-ROWS = '{"instruction": "先说时间:", "input": "老王昨天在家里喝茶", "output": "昨天"}\n' * 8
+ROWS = (ROOT / "data" / "sample.train.json").read_text(encoding="utf-8")
 OWN_FILES = {  # files of a reader's own, by the names that documents give them
     "my_rows.jsonl": ROWS,
     "my_prompts.txt": "先说时间:老王昨天在家里喝茶\n你好\n",
