@@ -143,14 +143,14 @@ BEFORE = (
 
 
 class Runner:
-    """Runs a document's commands in one workspace."""
+    """Runs commands in a clone as their launchers would, in processes that have imported the libraries."""
 
-    def __init__(self, directory: Path, run_script, run_ranks, run_command, monkeypatch):
-        self.run_script, self.run_ranks, self.run_command = run_script, run_ranks, run_command
-        self.monkeypatch, self.clone = monkeypatch, make_workspace(directory)
+    def __init__(self, clone: Path, run_script, run_ranks, run_command):
+        self.clone, self.run_script, self.run_ranks, self.run_command = clone, run_script, run_ranks, run_command
 
     def run(self, command: str) -> Result:
-        """Run a command as its launcher would, in processes that have imported the libraries."""
+        """Run a command with what ADDED and MODEL say; fail where it is neither a script's nor a shell's."""
+        command = with_added_flags(command)
         launcher = command.split()[0]
         if launcher in SHELL_PROGRAMS or command.startswith("python -c"):
             return run_in_shell(self.run_command, self.clone, [command])
@@ -160,8 +160,9 @@ class Runner:
         before, flags = words[1 : words.index(script)], words[words.index(script) :]
         flags += ["--save_strategy", "no"] if script == TRAINING else []
         if launcher == "python":
-            self.monkeypatch.setattr("sys.stdin", io.StringIO(TYPED))
-            return self.run_script(shlex.join(flags), cwd=self.clone)
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr("sys.stdin", io.StringIO(TYPED))
+                return self.run_script(shlex.join(flags), cwd=self.clone)
         assert launcher in ("torchrun", "accelerate", "deepspeed"), f"neither run nor listed in NOT_RUN: {command}"
         files = before[before.index("--config_file") + 1] if "--config_file" in before else None
         variables = accelerate_variables(str(ROOT / files)) if files else {}
@@ -188,14 +189,26 @@ def remaining(name: str) -> list[Code]:
     raise ValueError(name)
 
 
+@pytest.fixture(scope="module")
+def runner_in(tmp_path_factory, run_script, run_ranks, run_command):
+    """Return runner_in(directory): a Runner where the README's commands were run: data is there, and an adapter."""
+    prepared = make_workspace(tmp_path_factory.mktemp("prepared"))
+    first = Runner(prepared, run_script, run_ranks, run_command)
+    for command in BEFORE:
+        first.run(command).check()
+
+    def runner(directory: Path) -> Runner:
+        shutil.copytree(prepared.parent, directory, dirs_exist_ok=True)
+        return Runner(directory / prepared.name, run_script, run_ranks, run_command)
+
+    return runner
+
+
 @pytest.mark.parametrize("name", [name for name in NAMES if remaining(name)])
-def test_the_commands_of_each_document_run(name, tmp_path, run_script, run_ranks, run_command, monkeypatch):
-    """Where the README's were run before: data is there, and an adapter in output."""
-    runner = Runner(tmp_path, run_script, run_ranks, run_command, monkeypatch)
-    for before in BEFORE:
-        runner.run(with_added_flags(before)).check()
+def test_the_commands_of_each_document_run(name, tmp_path, runner_in):
+    runner = runner_in(tmp_path)
     for command in remaining(name):
-        result = runner.run(with_added_flags(command.text))
+        result = runner.run(command.text)
         assert result.code == 0, f"{command.where}\n{result.out[-4000:]}\n{result.err[-4000:]}"
 
 
