@@ -51,6 +51,13 @@ from utils.models.templates import TEMPLATES, ChatTemplate, template_for
 class TokenizeArguments:
     """The flags of this script."""
 
+    _argument_groups = {
+        "files": ("jsonl_path", "save_path"),
+        "model": ("model_name_or_path", "generation"),
+        "rows": ("max_seq_length", "skip_overlength", "template", "loss_on", "columns", "strict"),
+        "run": ("num_proc", "preview"),
+    }
+
     jsonl_path: list[str] = field(
         metadata={"aliases": ["--input_path"], "help": "files of rows, or quoted patterns (required)"}
     )
