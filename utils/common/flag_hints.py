@@ -85,7 +85,7 @@ ADVICE: dict[str, str] = {
     "include_inputs_for_metrics": _UNUSED,
     "include_tokens_per_second": "tokens per second are always logged: leave it out",
     "jit_mode_eval": _UNUSED,
-    "logging_dir": "logs go to --output_dir: leave it out (TENSORBOARD_LOGGING_DIR names another directory)",
+    "logging_dir": "logs go to --output_dir: leave it out",
     "mp_parameters": _UNUSED,
     "overwrite_output_dir": "leave it out: a new run moves the checkpoints of an older one to previous-1/",
     "past_index": _UNUSED,

@@ -11,7 +11,7 @@ launchers leave, measured with 2 processes:
   exit code is 1, because the launcher raises an exception; nothing that a process does shortens that.
 - deepspeed: the fault is the last line of stderr, and the exit code is 2. The launcher's log, on stdout, ends with a
   line for each process that it ends, and one with the command and the exit code.
-- accelerate launch with one process: a traceback of 12 lines follows the fault, and the exit code is 1. It has no
+- accelerate launch with one process: a traceback of 11 lines follows the fault, and the exit code is 1. It has no
   error file.
 """
 
