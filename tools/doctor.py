@@ -3,10 +3,10 @@ python tools/doctor.py --model_name_or_path data/chatglm-tiny
 
 Checks this machine and a model directory before a run: versions, devices, back ends, the compiler of DeepSpeed's
 extensions, free memory and disk, whether every weight file is whole. Prints one line a check, and the fix for what is
-wrong. Exit code 0 if nothing is wrong, else 1.
+wrong. Then it says what the machine's cards can train, or other cards: --gpus 2 --gpu A100 --gpu_gib 80. Exit code 0
+if nothing is wrong, else 1.
 """
 
-import argparse
 import json
 import os
 import platform
@@ -14,11 +14,11 @@ import shutil
 import socket
 import struct
 import sys
+from argparse import Namespace
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
-from itertools import chain
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -26,6 +26,7 @@ from utils.common.script import run
 
 import torch
 
+from tools.trainable import LORA_RANK, ROW_TOKENS, ROWS, Cards, plans
 from utils.checkpoint.directory import (
     GENERATION_FLAGS,
     GENERATION_HELP,
@@ -35,9 +36,12 @@ from utils.checkpoint.directory import (
 )
 from utils.checkpoint.tokenizer import load_tokenizer
 from utils.checkpoint.weight_files import read_index, weight_files
+from utils.common.console import BOLD, DIM, ERROR, print_facts, print_line
 from utils.common.errors import UsageError
+from utils.common.flags import FlagParser
 
 ROOT = Path(__file__).resolve().parent.parent
+DEMO_MINUTES = 2
 DEFAULT_PORT = 29500  # of torchrun
 ZIP_END_BYTES = 65558  # the end record of a zip file, which a .bin is, and its longest comment
 MIN_FREE_BYTES = 1 << 30  # on the disk, for a checkpoint; in /dev/shm, for NCCL and workers
@@ -168,13 +172,17 @@ def find_fault(file: Path) -> str | None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = FlagParser(description=__doc__)
     parser.add_argument("--model_name_or_path", help="checkpoint directory or hub id to check")
     parser.add_argument("--generation", choices=GENERATION_FLAGS, help=GENERATION_HELP)
     parser.add_argument(
         "--output_dir", type=Path, default=Path("output"), help="where runs will write (default: %(default)s)"
     )
+    parser.add_argument("--gpu", metavar="NAME", help="say what such a card can train, as A100, with --gpu_gib")
+    parser.add_argument("--gpu_gib", type=float, metavar="GIB", help="memory of the card to ask for, as 80")
+    parser.add_argument("--gpus", type=int, metavar="N", help="how many of them (default: 1)")
     args = parser.parse_args()
+    cards = asked_cards(args)
     if args.model_name_or_path:
         choose_generation(args.model_name_or_path, args.generation)
     areas = [
@@ -187,13 +195,60 @@ def main() -> None:
     if args.model_name_or_path:
         areas.append(check_model(args.model_name_or_path))
     wrong = 0
-    for check in chain.from_iterable(areas):
-        print(f"{'BAD' if check.fix else 'ok '} {check.name:14} {check.state}", flush=True)
-        if check.fix:
-            print(f"    -> {check.fix}", flush=True)
-            wrong += 1
-    print(json.dumps({"wrong": wrong}))
+    print_line("doctor.py", BOLD)
+    for checks in map(list, areas):
+        width = max(14, *(len(check.name) for check in checks))
+        for check in checks:
+            color = ERROR if check.fix else None
+            print_line(f"  {'BAD' if check.fix else 'ok '} {check.name:{width}}  {check.state}", color)
+            if check.fix:
+                print_line(f"      -> {check.fix}")
+                wrong += 1
+    print(json.dumps({"wrong": wrong, "trains": print_trainable(cards or Cards.here())}))
     sys.exit(1 if wrong else 0)
+
+
+def asked_cards(args: Namespace) -> Cards | None:
+    """
+    Return the cards that the flags ask for; None without such flags.
+
+    Raises:
+        UsageError: the memory is missing, or a number cannot be.
+    """
+    if args.gpu_gib is None:
+        if args.gpu or args.gpus:
+            raise UsageError("--gpu and --gpus need the memory of a card: add --gpu_gib, such as --gpu_gib 80")
+        return None
+    if not 1 <= args.gpu_gib <= 1024 or (args.gpus is not None and args.gpus < 1):
+        raise UsageError("--gpu_gib must be from 1 to 1024, and --gpus at least 1")
+    return Cards.asked_for(args.gpus or 1, args.gpu or "card", args.gpu_gib)
+
+
+def print_trainable(cards: Cards | None) -> dict[str, dict[str, Any]]:
+    """Print what the cards can train; return memory and time of each model that fits."""
+    if cards is None:
+        print_facts(
+            "what this machine can train",
+            {
+                "GPU": "none: the models of the family need one",
+                "tiny model": f"make demo trains it on the CPU in some {DEMO_MINUTES} minutes",
+                "other cards": "python tools/doctor.py --gpus 2 --gpu A100 --gpu_gib 80",
+            },
+        )
+        return {}
+    found = list(plans(cards))
+    title = f"what {cards} can train: LoRA rank {LORA_RANK}, {ROWS:,} rows of {ROW_TOKENS} tokens, one epoch"
+    print_facts(title, {plan.model: plan.describe() for plan in found})
+    for note in cards.notes():
+        print_line(f"  {note}", DIM)
+    fitting = [plan for plan in found if plan.recipe]
+    return {
+        plan.model: {
+            "gib": round(plan.recipe.memory.gib(), 1),
+            "hours": plan.seconds and round(plan.seconds / 3600, 2),
+        }
+        for plan in fitting
+    }
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ compared, for they contain only tokens of the tokenizer; ChatGLM-6B's repeat one
 embedding. Uses a GPU if there is one.
 """
 
-import argparse
 import base64
 import dataclasses
 import json
@@ -21,11 +20,16 @@ from utils.common.script import run
 
 import torch
 from huggingface_hub import save_torch_state_dict
-from transformers import GlmForCausalLM, PreTrainedModel
+from transformers import GlmForCausalLM, PretrainedConfig, PreTrainedModel
 
+from utils.checkpoint.model import Checkpoint
 from utils.checkpoint.tokenizer import load_tokenizer
+from utils.common.files import apply_umask
+from utils.common.flags import FlagParser
 from utils.models import ChatGLMConfig, ChatGLMForConditionalGeneration
 from utils.models.convert_checkpoint import REQUIRED, glm_config, to_released_layout
+from utils.models.family import CHATGLM2, CHATGLM_6B, GLM4
+from utils.models.family import CHATGLM3 as CHATGLM3_6B
 
 TOKENIZER = Path(__file__).resolve().parent.parent / "data" / "chatglm-tiny"
 CHATGLM = {
@@ -83,6 +87,19 @@ GLM = {
     },
 }
 SHAPES = (*CHATGLM, *GLM)
+RELEASED = {"chatglm-6b": CHATGLM_6B, "chatglm2-6b": CHATGLM2, "chatglm3-6b": CHATGLM3_6B, "glm-4-9b": GLM4}
+
+
+def make_config(shape: str) -> PretrainedConfig:
+    """Return the configuration of one of SHAPES, without a tokenizer's special tokens."""
+    if shape in CHATGLM:
+        return ChatGLMConfig(**CHATGLM[shape])
+    return glm_config(GLM[shape], positions_interpolated=shape == "chatglm2-6b")
+
+
+def released_checkpoint(shape: str) -> Checkpoint:
+    """Return a checkpoint of one of the shapes in RELEASED, without files: what memory and speed depend on."""
+    return Checkpoint(Path(shape), RELEASED[shape], make_config(shape))
 
 
 def random_model(shape: str, device: str, dtype: torch.dtype, seed: int = 0) -> PreTrainedModel:
@@ -97,7 +114,7 @@ def random_model(shape: str, device: str, dtype: torch.dtype, seed: int = 0) -> 
         special = {name: getattr(tokenizer, name) for name in names if hasattr(tokenizer, name)}
         model_class, config = ChatGLMForConditionalGeneration, ChatGLMConfig(**CHATGLM[shape], **special)
     else:
-        model_class, config = GlmForCausalLM, glm_config(GLM[shape], positions_interpolated=shape == "chatglm2-6b")
+        model_class, config = GlmForCausalLM, make_config(shape)
     torch.manual_seed(seed)
     torch.set_default_dtype(dtype)
     try:
@@ -139,6 +156,7 @@ def save_checkpoint(shape: str, model: PreTrainedModel, directory: Path) -> None
         released = {"model_type": "chatglm", **GLM[shape], **REQUIRED}
         (directory / "config.json").write_text(json.dumps(released, indent=2) + "\n", encoding="utf-8")
     write_tokenizer(shape, directory)
+    apply_umask(directory)
 
 
 def write_checkpoint(shape: str, directory: Path, device: str, seed: int = 0) -> int:
@@ -150,7 +168,7 @@ def write_checkpoint(shape: str, directory: Path, device: str, seed: int = 0) ->
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = FlagParser(description=__doc__)
     parser.add_argument("--shape", choices=SHAPES, default="chatglm-6b", help="(default: %(default)s)")
     parser.add_argument("--output_dir", type=Path, required=True, help="directory of the checkpoint")
     parser.add_argument("--seed", type=int, default=0, help="seed of the weights (default: %(default)s)")

@@ -16,6 +16,8 @@ from utils.common.code_caches import use_private_caches
 from utils.common.machine_faults import explain_uncaught
 from utils.common.signals import explain_bus_errors, handle_signals_during_imports, is_script
 
+__version__ = "1.0.0"  # CHANGELOG.md says what came with it
+
 if is_script():
     handle_signals_during_imports()
     explain_bus_errors()

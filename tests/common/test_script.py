@@ -1,11 +1,15 @@
 """`run` ends a script by its error: exit codes, lines, failure callbacks."""
 
+import re
 import sys
 
 from utils.common.script import on_failure, run
 
 import pytest
+from conftest import ROOT
+from setuptools.config.pyprojecttoml import read_configuration
 
+from utils import __version__
 from utils.common.errors import RankError, RunError, UsageError
 
 
@@ -67,3 +71,14 @@ def test_failure_callbacks_hear_of_errors_but_not_of_wrong_requests(end):
     unregister()
     end(RunError("a bad row"))
     assert len(errors) == 2
+
+
+@pytest.mark.parametrize("flags", (["--version"], ["--model_name_or_path", "x", "--version"]))
+def test_the_version_of_every_script(monkeypatch, capsys, flags):
+    """It is that of the project's metadata and of the newest entry in CHANGELOG.md; `main` does not run."""
+    monkeypatch.setattr(sys, "argv", ["elsewhere/script.py", *flags])
+    run(raising(RunError("it ran")))
+    assert capsys.readouterr().out == f"script.py {__version__}\n"
+    metadata = read_configuration(ROOT / "pyproject.toml")["project"]
+    newest = re.search(r"^## (\S+) - ", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), flags=re.MULTILINE)
+    assert metadata["version"] == newest[1] == __version__

@@ -4,7 +4,6 @@ import json
 import re
 import tempfile
 from dataclasses import replace
-from pathlib import Path
 
 import datasets
 import pytest
@@ -12,27 +11,22 @@ import torch
 from conftest import TINY
 from transformers import TrainingArguments
 
-from tools.random_checkpoint import GLM
-from utils.checkpoint.model import Checkpoint
+from tools.random_checkpoint import released_checkpoint
 from utils.checkpoint.tokenizer import load_tokenizer
 from utils.data.arrow_reader import FEATURES
 from utils.layers.quantization import Quantization
 from utils.lora.adapter import AdapterOrigin
-from utils.models import ChatGLMConfig
-from utils.models.convert_checkpoint import glm_config
-from utils.models.family import CHATGLM3, CHATGLM_6B
 from utils.training import dry_run
 from utils.training.arguments import FinetuneArguments
-from utils.training.dry_run import advise
 from utils.training.memory import MemoryDecision, MemoryModel, ModelSizes, decide_checkpointing, resolve_checkpointing
 from utils.training.preflight import TrainingInputs
+from utils.training.recipes import advise
 from utils.training.resume_key import ResumeKey
 from utils.training.run_config import RunConfig
 
 INT4 = Quantization(4)
 ZERO3 = {"weight_shards": 1, "compiled": False}
-V1 = Checkpoint(Path("chatglm-6b"), CHATGLM_6B, ChatGLMConfig())
-V3 = Checkpoint(Path("chatglm3-6b"), CHATGLM3, glm_config(GLM["chatglm3-6b"], positions_interpolated=False))
+V1, V3 = released_checkpoint("chatglm-6b"), released_checkpoint("chatglm3-6b")
 
 
 def memory_of(checkpoint, tokens, compiled=True, longest=1024, packing=True, **settings):

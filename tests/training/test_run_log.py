@@ -12,6 +12,7 @@ import torch
 from conftest import TINY
 from safetensors.torch import load_file
 
+from utils import __version__
 from utils.checkpoint.model import load_model
 from utils.common.redaction import HIDDEN, hide_secrets
 from utils.data.arrow_reader import hold_out, load_examples
@@ -102,6 +103,7 @@ def test_the_figure_is_drawn_with_checkpoints_and_at_the_end(tmp_path):
 def test_run_file_and_log(whole, tokens):
     run = json.loads((whole / "run.json").read_text())
     assert torch.__version__.startswith(run["versions"]["torch"].split("+")[0])
+    assert run["versions"]["toolkit"] == __version__
     assert run["world_size"] == 1 and run["resumed_from"] is None and "--eval_fraction 0.1" in run["command"]
     assert run["data"]["path"] == str(tokens) and run["data"]["rows"] + run["data"]["eval_rows"] == 300
     assert run["base"]["norms"] and run["arguments"]["lora_rank"] == 4

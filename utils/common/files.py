@@ -7,6 +7,7 @@ Every script writes its results with `atomic_writer`; `check_output_path` refuse
 import contextlib
 import glob
 import os
+import re
 import shutil
 import stat
 from collections.abc import Iterable, Iterator
@@ -97,6 +98,19 @@ def scratch_directory(path: str | os.PathLike) -> Iterator[Path]:
         yield directory
     finally:
         shutil.rmtree(directory)
+
+
+def apply_umask(directory: str | os.PathLike) -> None:
+    """
+    Give the files in `directory` and below the permissions that the umask grants new files.
+
+    safetensors makes its files readable by their owner alone, whatever the umask says.
+    """
+    status = Path("/proc/self/status").read_text(encoding="utf-8", errors="replace")
+    umask = int(re.search(r"^Umask:\s*([0-7]+)", status, flags=re.MULTILINE)[1], 8)  # os.umask would change it
+    for path in Path(directory).rglob("*"):
+        if path.is_file() and not path.is_symlink():
+            path.chmod(path.stat().st_mode | 0o666 & ~umask)
 
 
 def remove_leftovers(path: Path) -> None:

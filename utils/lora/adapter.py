@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 
 from utils.checkpoint.model import Checkpoint
 from utils.common.errors import RunError, UsageError
+from utils.common.files import apply_umask
 from utils.common.json_files import read_json_object
 from utils.layers.lora_linear import LoraLinear
 from utils.layers.quantization import is_quantized
@@ -210,6 +211,7 @@ def save_adapter(
     if misfit:
         raise RuntimeError(f"adapter not saved: {misfit}")
     model.save_pretrained(directory, state_dict=state, save_embedding_layers=False)
+    apply_umask(directory)
     if origin:
         (Path(directory) / ADAPTER_ORIGIN_FILE).write_text(json.dumps(asdict(origin), indent=2), encoding="utf-8")
     written = load_file(Path(directory) / SAFETENSORS_WEIGHTS_NAME)

@@ -24,13 +24,12 @@ from utils.training.batches import Batches, make_batches
 from utils.training.callbacks import LossCurves
 from utils.training.log_lines import LogEnds, LogLines
 from utils.training.memory import GIB, USABLE_GPU_SHARE, MemoryDecision, MemoryModel, free_gib
+from utils.training.recipes import advise
 from utils.training.run_config import RunConfig, global_batch
 from utils.training.run_report import describe_run
 from utils.training.trainer import make_trainer
 
 TRIAL_STEPS = 4  # the first, which compiles layers and grows the allocator's memory, is timed separately
-# Tokens a pack in advised recipes. Packs smaller than the last cost more speed than gradient checkpointing.
-ADVISED_PACK_TOKENS = (16384, 8192, 4096)
 
 
 def plan(config: RunConfig, decision: MemoryDecision) -> None:
@@ -111,42 +110,3 @@ def describe_speed(speed: dict[str, float], memory: MemoryModel, steps: int, tok
     if "peak_gib" in speed:
         facts["memory"] = f"{speed['peak_gib']:.1f} GiB at its peak, {memory.gib():.1f} estimated"
     return facts
-
-
-def advise(memory: MemoryModel, processes: int, usable: float) -> dict[str, str]:
-    """Return the fastest recipe that fits in `usable` GiB: its name, flags and memory."""
-    for name, flags, recipe in _recipes(memory, processes):
-        for tokens in ADVISED_PACK_TOKENS:
-            candidate = replace(recipe, tokens=max(tokens, recipe.longest))
-            if candidate.gib() <= usable:
-                words = [f"--packing --per_device_train_batch_size 1 --pack_tokens {candidate.tokens}", flags]
-                if recipe.checkpointing:
-                    words.append("--gradient_checkpointing")
-                memory_text = f"{candidate.gib():.1f} GiB estimated"
-                return {"recipe": name, "flags": " ".join(filter(None, words)), "memory": memory_text}
-    command = "accelerate launch --config_file accelerate_ds_zero3_cpu_offload_config.yaml"
-    return {"recipe": "ZeRO-3 with the weights in CPU memory", "launcher": command}
-
-
-def _recipes(memory: MemoryModel, processes: int) -> list[tuple[str, str, MemoryModel]]:
-    """Return name, flags and memory of recipes, the fastest first."""
-    ddp = replace(
-        memory, packing=True, compiled=True, weight_shards=None, offloaded=False, fsdp=False, optimizer_shards=1
-    )
-    zero2 = replace(ddp, optimizer_shards=processes)
-    zero3 = replace(zero2, weight_shards=processes)
-    is_quantized = memory.sizes.checkpoint.quantization is not None
-    recipes = []
-    for checkpointing in (False, True):
-        recipes.append(("DDP", "", replace(ddp, checkpointing=checkpointing)))
-        if processes > 1:
-            flags = "--deepspeed configs/deepspeed_zero2.json"
-            recipes.append(("ZeRO-2", flags, replace(zero2, checkpointing=checkpointing)))
-    if processes > 1 and not is_quantized:  # a quantised base cannot be sharded
-        for checkpointing in (False, True):
-            flags = "--deepspeed ds_config_zero3.json"
-            recipes.append(("ZeRO-3", flags, replace(zero3, checkpointing=checkpointing)))
-    if not is_quantized:
-        int4 = replace(ddp, sizes=memory.sizes.quantized(4), checkpointing=True)
-        recipes.append(("DDP over 4 bits", "--quantize int4", int4))
-    return recipes

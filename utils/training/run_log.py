@@ -20,6 +20,7 @@ from typing import IO, Any
 
 import torch
 
+from utils import __version__
 from utils.common.console import copy_lines
 from utils.common.files import UNENCODABLE, atomic_writer
 from utils.common.processes import is_main_process
@@ -58,7 +59,7 @@ def describe_environment() -> dict[str, Any]:
 
     What is not known is None.
     """
-    versions: dict[str, str | None] = {"python": sys.version.split()[0]}
+    versions: dict[str, str | None] = {"toolkit": __version__, "python": sys.version.split()[0]}
     for package in PACKAGES:
         try:
             versions[package] = version(package)

@@ -32,16 +32,16 @@ PEAK_TFLOPS = {
 }
 
 
-def peak_tflops() -> int | None:
+def peak_tflops(name: str | None = None) -> int | None:
     """
-    Return the dense bfloat16 TFLOP/s of this GPU, or None.
+    Return the dense bfloat16 TFLOP/s of a GPU by its name, by default this machine's.
 
-    PEAK_TFLOPS may lack it, or there is none.
+    None if PEAK_TFLOPS lacks it, or there is no GPU.
     """
-    if not torch.cuda.is_available():
+    if name is None and not torch.cuda.is_available():
         return None
-    name = torch.cuda.get_device_name()
-    return next((peak for substring, peak in PEAK_TFLOPS.items() if substring in name), None)
+    name = (name or torch.cuda.get_device_name()).lower()
+    return next((peak for substring, peak in PEAK_TFLOPS.items() if substring.lower() in name), None)
 
 
 def gpu_peak_gib() -> float:

@@ -43,6 +43,8 @@ from utils.training.checkpoints import (
     step_of,
 )
 from utils.training.log_lines import LogEnds, LogLines, mean_loss
+from utils.training.loss_figure import title_of_run
+from utils.training.model_card import write_model_card
 from utils.training.nan_guard import GuardedTrainer
 from utils.training.optimize import decoder_blocks
 from utils.training.prepare_model import prepare_model
@@ -124,8 +126,12 @@ class AdapterTrainer(GuardedTrainer):
         self.remove_callback(ProgressCallback)
         self.remove_callback(PrinterCallback)
         self.lines = LogLines(padded=not config.flags.packing)
-        for callback in (StepTimer(self.throughput), ExactOffload(), LogEnds(), self.lines, LossCurves()):
+        title = title_of_run(
+            config.flags.model_name_or_path, len(config.inputs.dataset), f"LoRA rank {config.flags.lora_rank}"
+        )
+        for callback in (StepTimer(self.throughput), ExactOffload(), LogEnds(), self.lines, LossCurves(title)):
             self.add_callback(callback)
+        self.run_config = config
         self.origin, self.resume_key = config.inputs.origin, config.resume_key
         self.staging = Path(self.args.output_dir) / STAGING
         self.resumed_from: Path | None = None
@@ -231,6 +237,8 @@ class AdapterTrainer(GuardedTrainer):
         """
         if _internal_call:
             save_adapter(self.model, output_dir, self.origin, self.args.should_save)
+            if self.args.should_save:
+                write_model_card(output_dir, self.run_config, self.state, self.state.global_step)
             return
         self.check_losses()
         staged = self.staging / "adapter"
@@ -238,6 +246,9 @@ class AdapterTrainer(GuardedTrainer):
             remove(self.staging)
         save_adapter(self.model, staged, self.origin, self.args.should_save, trained=True)
         if self.args.should_save:
+            loads_best = self.args.load_best_model_at_end and self.state.best_global_step
+            step = self.state.best_global_step if loads_best else self.state.global_step
+            write_model_card(staged, self.run_config, self.state, step)
             publish(staged, Path(output_dir or self.args.output_dir))
             remove(self.staging)
 
