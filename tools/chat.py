@@ -91,6 +91,7 @@ def talk(chat: Chat, settings: ChatSettings) -> None:
         try:
             question = read_question()
         except EOFError:
+            print_line()  # the shell's prompt gets a line of its own
             return
         if question == "/quit":
             return
@@ -201,4 +202,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, "the conversation is not kept")

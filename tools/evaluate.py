@@ -230,4 +230,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, "nothing was written; run the same command again")
