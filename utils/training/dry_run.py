@@ -101,11 +101,11 @@ def describe_speed(speed: dict[str, float], memory: MemoryModel, steps: int, tok
     `steps` and `tokens` are those of the whole run.
     """
     first = speed["first_step_seconds"]
-    seconds = first + tokens * (steps - 1) / steps / speed["tokens_per_second"]
+    seconds = round(first + tokens * (steps - 1) / steps / speed["tokens_per_second"])
     facts = {
         "speed": f"{speed['tokens_per_second']:,.0f} tokens/s, {speed['seconds_per_step']:.3g} s a step, "
         f"the first {first:.3g} s",
-        "time": f"the run takes {duration(seconds)}, loading, evaluation and checkpoints not counted",
+        "time": f"the run takes {duration(seconds)} ({seconds} s), loading, evaluation and checkpoints not counted",
     }
     if "peak_gib" in speed:
         facts["memory"] = f"{speed['peak_gib']:.1f} GiB at its peak, {memory.gib():.1f} estimated"

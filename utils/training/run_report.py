@@ -17,6 +17,7 @@ from utils.checkpoint.directory import DEFAULT_MODEL
 from utils.common.console import duration
 from utils.data.arrow_reader import row_lengths, trained_tokens
 from utils.data.collators import RowsByLength
+from utils.data.input_facts import describe_size
 from utils.training.argument_checks import count_steps
 from utils.training.arguments import BY_LENGTH
 from utils.training.batches import Batches
@@ -168,7 +169,7 @@ def describe_result(
     if "train_loss" in metrics:
         title += f", mean loss {metrics['train_loss']:.4f}"
     checkpoints = ", ".join(path.name for path in list_checkpoints(directory))
-    adapter, best = f"{directory} ({_file_size((directory / SAFETENSORS_WEIGHTS_NAME).stat().st_size)})", None
+    adapter, best = f"{directory} ({describe_size((directory / SAFETENSORS_WEIGHTS_NAME).stat().st_size)})", None
     if state.best_model_checkpoint:
         best = f"{state.best_model_checkpoint} (eval loss {state.best_metric:.4f})"
         adapter += ", that of the best checkpoint" if args.load_best_model_at_end else ", that of the last step"
@@ -181,16 +182,6 @@ def describe_result(
         "log": str(directory / LOG_FILE),
         "settings": str(directory / RUN_FILE),
     }
-
-
-def _file_size(size: int) -> str:
-    """
-    Return bytes for a person.
-
-    >>> _file_size(14_250), _file_size(7_350_000)
-    ('13.9 KiB', '7.0 MiB')
-    """
-    return f"{size / 2**20:.1f} MiB" if size >= 2**20 else f"{size / 2**10:.1f} KiB"
 
 
 def next_commands(model_name_or_path: str, output_dir: str) -> list[tuple[str, str]]:
