@@ -15,15 +15,17 @@ from pathlib import Path
 
 from utils.common.script import run
 
-from utils.common.processes import is_main_process, print_once
-from utils.distributed.collectives import mean_over_processes
+from utils.common.console import WARNING, print_facts, print_line, print_next
+from utils.common.processes import is_main_process
 from utils.distributed.process_group import shut_down
+from utils.training.batches import make_batches
 from utils.training.callbacks import StopOnSignal
 from utils.training.checkpoints import claim, find_resumable, set_aside_later, start_afresh
 from utils.training.dry_run import plan
-from utils.training.memory import resolve_checkpointing
+from utils.training.memory import MemoryDecision, resolve_checkpointing
 from utils.training.run_config import RESUME_ADVICE, RunConfig, resolve_run, set_gradient_checkpointing
 from utils.training.run_log import configure_reporters, keep_log, write_run
+from utils.training.run_report import describe_result, describe_run, next_commands
 from utils.training.trainer import make_trainer
 
 
@@ -34,16 +36,17 @@ def main() -> None:
     resume_from = None
     if args.resume_from_checkpoint:
         resume_from = find_resumable(args.resume_from_checkpoint, args.output_dir, config.resume_key)
-    set_gradient_checkpointing(args, resolve_checkpointing(config))
+    decision = resolve_checkpointing(config)
+    set_gradient_checkpointing(args, decision.checkpointing)
     if config.flags.plan:
-        plan(config)
+        plan(config, decision)
     else:
-        train(config, resume_from)
+        train(config, decision, resume_from)
 
 
-def train(config: RunConfig, resume_from: Path | None) -> None:
+def train(config: RunConfig, decision: MemoryDecision, resume_from: Path | None) -> None:
     """
-    Train and write the adapter; print the summary as JSON.
+    Train and write the adapter; print what lies where, and the summary as JSON.
 
     If a signal stops the run, a checkpoint is written in place of the adapter.
     """
@@ -54,19 +57,25 @@ def train(config: RunConfig, resume_from: Path | None) -> None:
         else:
             set_aside_later(args.output_dir, resume_from)
         write_run(config, resume_from)
-        configure_reporters(args.report_to, args.output_dir)
-        trainer = make_trainer(config, callbacks=[stop])
+        batches = make_batches(config)
+        places = {
+            "output": args.output_dir,
+            "reports": configure_reporters(args.report_to, args.output_dir),
+            "resuming": f"from {resume_from}" if resume_from else None,
+        }
+        print_facts(Path(sys.argv[0]).name, describe_run(config, batches, decision) | places)
+        for hint in decision.hints:
+            print_line(hint, WARNING)
+        trainer = make_trainer(config, batches, callbacks=[stop])
         result = trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
         if stop.stopped:
-            print_once(f"stopped by {stop.stopped.name} after step {result.global_step}: {RESUME_ADVICE}")
+            print_line(f"stopped by {stop.stopped.name} after step {result.global_step}: {RESUME_ADVICE}", WARNING)
             return
         trainer.save_model()
-    # Trainer sums the losses since the last log over this process's rows only, and reports 0 where no step was made.
-    train_loss = mean_over_processes(result.metrics.pop("train_loss"))
-    if trainer.made_a_step:
-        result.metrics["train_loss"] = train_loss
-    if is_main_process():
-        print(json.dumps({"output_dir": args.output_dir, "steps": result.global_step, **result.metrics}))
+        if is_main_process():
+            print_facts(*describe_result(args, trainer.state, result.metrics))
+            print_next(next_commands(config.flags.model_name_or_path, args.output_dir))
+            print_line(json.dumps({"output_dir": args.output_dir, "steps": result.global_step, **result.metrics}))
 
 
 if __name__ == "__main__":

@@ -117,6 +117,11 @@ class Result:
     def __init__(self, command: str, code: int, out: str, err: str):
         self.command, self.code, self.out, self.err = command, code, out, err
 
+    @property
+    def words(self) -> str:
+        """Return stdout with one blank between words, however its columns are aligned."""
+        return " ".join(self.out.split())
+
     def check(self) -> "Result":
         """Fail the test, and show the output, unless the command exited with 0."""
         assert self.code == 0, f"{self.command}\nexit code {self.code}\n{self.out[-4000:]}\n{self.err[-6000:]}"

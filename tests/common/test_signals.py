@@ -12,6 +12,7 @@ from utils.common.script import run
 import forked_ranks
 import pytest
 from conftest import ROOT, TINY
+from kill_training import has_logged_a_step
 from transformers import Trainer
 
 from utils.common.files import atomic_writer
@@ -98,7 +99,7 @@ def test_training_outlives_its_terminal(tokens, tmp_path):
     process = forked_ranks.process(f"{command} --output_dir {output_dir}", ROOT, [str(pipe)] * 2, {})
     process.start()
     with pipe.open() as reader:
-        while "'loss'" not in (line := reader.readline()):
+        while not has_logged_a_step(line := reader.readline()):
             assert line and "Traceback" not in line, line
     os.kill(process.pid, signal.SIGINT)
     process.join(timeout=60)

@@ -12,6 +12,7 @@ from conftest import ROOT, TINY
 from tools.demo import MARK, empty_directory
 from utils.checkpoint.model import Checkpoint
 from utils.checkpoint.tokenizer import load_tokenizer
+from utils.common.console import print_line
 from utils.common.errors import UsageError
 from utils.common.files import atomic_writer
 from utils.common.processes import print_once
@@ -81,8 +82,7 @@ def test_undecodable_names_are_kept(tmp_path):
         row = json.loads(path.read_text(encoding="utf-8"))
         assert row["file"] == UNDECODABLE
     with keep_log(str(tmp_path)):
-        print(f"from {UNDECODABLE}".encode("utf-8", "backslashreplace").decode())
-        sys.stdout.file.write(UNDECODABLE)
+        print_line(f"from {UNDECODABLE}")
     assert "gb\\udcb0\\udca1" in (tmp_path / "train.log").read_text(encoding="utf-8")
 
 

@@ -112,8 +112,10 @@ def largest_difference(workspace, name):
 
 def test_packed_training_is_padded_training(run_script, workspace):
     flags = f"--dataset_path {workspace}/tokens --packing --per_device_train_batch_size 1"
-    out = run_script(f"{TRAIN} {flags} --output_dir {workspace}/packed").check().out
-    assert "8 rows in 1 packs of at most 8192 tokens" in out and "packs 1, global batch 1" in out
+    words = run_script(f"{TRAIN} {flags} --output_dir {workspace}/packed").check().words
+    assert (
+        "8 rows, " in words and "batches 1 pack of at most 8,192 tokens" in words and "global batch 1 pack " in words
+    )
     assert largest_difference(workspace, "packed") <= 1e-5
 
 
@@ -125,7 +127,7 @@ def test_packs_on_two_processes(run_ranks, workspace):
     assert len(packs) == 4 and all(2 * (targets[0] + other) != sum(targets) for other in targets[1:])
     command = f"{TRAIN} --dataset_path {workspace}/tokens --packing --pack_tokens 150"
     result = run_ranks(2, f"{command} --per_device_train_batch_size 2 --output_dir {workspace}/ddp").check()
-    assert "8 rows in 4 packs" in result.out and "global batch 4" in result.out
+    assert "batches 4 packs of" in result.words and "global batch 4 packs" in result.words
     assert largest_difference(workspace, "ddp") <= 1e-4
 
 

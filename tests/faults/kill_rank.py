@@ -93,7 +93,7 @@ def start(name: str, work: Path, output: Path, log: Path) -> subprocess.Popen:
 
     def has_begun() -> bool:
         if name in TRAINING:
-            return "'loss'" in log.read_text()
+            return kill_training.has_logged_a_step(log.read_text())
         return any(journal.stat().st_size for journal in output.parent.glob(f"{output.name}.partial-*"))
 
     process = kill_training.start(command(name, work, output), log)

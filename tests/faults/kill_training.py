@@ -14,6 +14,7 @@ import contextlib
 import json
 import os
 import random
+import re
 import shlex
 import shutil
 import signal
@@ -105,9 +106,14 @@ def environment_of(pid: int) -> dict[str, str]:
     return dict(pair.split("=", 1) for pair in pairs if "=" in pair)
 
 
+def has_logged_a_step(output: str) -> bool:
+    """Whether a line of a step is in what training printed."""
+    return re.search(r"^ +[\d,]+/[\d,]+ ", output, re.MULTILINE) is not None
+
+
 def wait_for_a_step(process: subprocess.Popen, log: Path) -> None:
     """Wait until training has logged a step or has ended."""
-    while process.poll() is None and "'loss'" not in log.read_text():
+    while process.poll() is None and not has_logged_a_step(log.read_text()):
         time.sleep(0.02)
 
 

@@ -55,7 +55,7 @@ class Trained:
         (directory / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in PROMPTS))
         self.adapter = directory / "adapter"
         result = run_ranks(1, f"multi_gpu_fintune_belle.py --per_device_train_batch_size 4 {self.flags(self.adapter)}")
-        assert "global batch 4 " in result.check().out
+        assert "global batch 4 " in result.check().words
 
     def flags(self, output_dir: Path) -> str:
         """The flags of every training; they follow those of the README's command, so they win."""
@@ -71,7 +71,7 @@ class Trained:
             result = self.run_ranks(2, f"{command.removeprefix(TORCHRUN)} {self.flags(output_dir)}").check()
         else:
             result = self.run_command(f"{on_a_free_port(command)} {self.flags(output_dir)}").check()
-        assert "global batch 4 " in result.out
+        assert "global batch 4 " in result.words
         return output_dir
 
     def answers(self, command: str) -> list[dict]:

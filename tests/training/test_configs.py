@@ -48,8 +48,8 @@ def launch(run_ranks, script):
         by_accelerate = name.startswith("accelerate")
         command = f"{script} --output_dir {output_dir} {flags} " + f"--deepspeed configs/{name}" * (not by_accelerate)
         result = run_ranks(2, command, **(accelerate_variables(f"configs/{name}") if by_accelerate else {})).check()
-        assert f"processes 2 ({ONE_MACHINE[name]}, " in result.out
-        return load_file(output_dir / "adapter_model.safetensors"), result.out
+        assert f"processes 2 ({ONE_MACHINE[name]}, " in result.words
+        return load_file(output_dir / "adapter_model.safetensors"), result.words
 
     return run
 
@@ -114,6 +114,6 @@ def test_two_machines_on_loopback(run_command, script, expected, tmp_path, name)
     ]
     both = f"{commands[1]} > {tmp_path}/second.log 2>&1 & {commands[0]}; code=$?; wait; exit $code"
     result = run_command(shlex.join(["bash", "-c", both])).check()
-    assert f"processes 2 ({kind}, " in result.out
+    assert f"processes 2 ({kind}, " in result.words
     check_same(load_file(tmp_path / "out" / "adapter_model.safetensors"), expected)
     assert json.loads((tmp_path / "out" / "checkpoint-2" / "complete.json").read_text())

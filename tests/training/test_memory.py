@@ -12,12 +12,13 @@ from conftest import TINY
 from transformers import TrainingArguments
 
 from tools.random_checkpoint import released_checkpoint
+from utils.checkpoint.tokenizer import load_tokenizer
 from utils.data.arrow_reader import FEATURES
 from utils.layers.quantization import Quantization
 from utils.lora.adapter import AdapterOrigin
 from utils.training import dry_run
 from utils.training.arguments import FinetuneArguments
-from utils.training.memory import MemoryModel, ModelSizes, decide_checkpointing, resolve_checkpointing
+from utils.training.memory import MemoryDecision, MemoryModel, ModelSizes, decide_checkpointing, resolve_checkpointing
 from utils.training.preflight import TrainingInputs
 from utils.training.recipes import advise
 from utils.training.resume_key import ResumeKey
@@ -40,7 +41,9 @@ def config_of(tmp_path, flags, **trainer_flags):
     origin = AdapterOrigin("native", {}, "chatglm3-6b", {})
     own = FinetuneArguments(dataset_path="rows", lora_target_modules=["q_proj"], **flags)
     args = TrainingArguments(output_dir=str(tmp_path), per_device_train_batch_size=1, **trainer_flags)
-    return RunConfig(TrainingInputs(dataset, None, V3, origin), own, args, torch.bfloat16, ResumeKey({}, {}))
+    inputs = TrainingInputs(dataset, load_tokenizer(str(TINY)), V3, origin)
+    reasons = {"dtype": "bf16 by flag", "compile_layers": "packing on a GPU"}
+    return RunConfig(inputs, own, args, torch.bfloat16, ResumeKey({}, {}), reasons=reasons)
 
 
 @pytest.mark.parametrize(
@@ -64,22 +67,24 @@ def test_what_ran_out_of_memory():
 
 def test_checkpointing_is_decided_from_it():
     memory = memory_of(V3, 16384)
-    decided, (line,) = decide_checkpointing(memory, None, 79.0)
-    assert not decided and "weights 11.6" in line and line.endswith("checkpointing off, decided from that")
-    decided, (line,) = decide_checkpointing(memory, None, 24.0)
-    assert decided and line.endswith("checkpointing on, decided from that")
-    decided, (_, hint) = decide_checkpointing(memory, None, 40.0)
-    assert decided and hint.endswith("mostly faster: --per_device_train_batch_size 1 --pack_tokens 8192")
-    decided, (line,) = decide_checkpointing(memory, True, 79.0)
-    assert decided and line.endswith("checkpointing on, by the flag")
-    decided, (_, warning) = decide_checkpointing(memory, False, 24.0)
-    assert not decided and warning.endswith("remove --gradient_checkpointing False")
+    decision = decide_checkpointing(memory, None, 79.0)
+    assert not decision.checkpointing and decision.reason == "decided from the memory" and not decision.hints
+    assert "weights 11.6" in decision.describe() and decision.describe().endswith("of 79.0 GiB free")
+    decision = decide_checkpointing(memory, None, 24.0)
+    assert decision.checkpointing and decision.reason == "decided from the memory" and not decision.hints
+    (hint,) = decide_checkpointing(memory, None, 40.0).hints
+    assert hint.endswith("mostly faster: --per_device_train_batch_size 1 --pack_tokens 8192")
+    decision = decide_checkpointing(memory, True, 79.0)
+    assert decision.checkpointing and decision.reason == "by the flag" and not decision.hints
+    decision = decide_checkpointing(memory, False, 24.0)
+    assert not decision.checkpointing and decision.hints[0].endswith("remove --gradient_checkpointing False")
 
 
 @pytest.mark.parametrize("flag", (None, False, True))
 def test_without_a_gpu_the_flag_decides_on_checkpointing(tmp_path, flag):
     config = config_of(tmp_path, {"compile_layers": False}, use_cpu=True)
-    assert resolve_checkpointing(replace(config, checkpointing=flag)) is bool(flag)
+    decision = resolve_checkpointing(replace(config, checkpointing=flag))
+    assert decision.checkpointing is bool(flag) and "no GPU here" in decision.describe()
 
 
 def test_the_plan(run_script, tokens, tmp_path, monkeypatch):
@@ -91,12 +96,10 @@ def test_the_plan(run_script, tokens, tmp_path, monkeypatch):
     for flags in ("--per_device_train_batch_size 16", "--packing --pack_tokens 512 --per_device_train_batch_size 2"):
         plan = run_script(f"{train} {flags} --eval_fraction 0.1 --report_to tensorboard --plan").check().out
         assert "tokens/s" in plan and not list((tmp_path / "temporary").iterdir())
-        plan = run_script(f"{train} {flags} --dry_run".replace("--pack_tokens", "--max_length")).check().out
-        assert not (tmp_path / "out").exists() and "rows 300, tokens" in plan and "no GPU here" in plan
+        plan = run_script(f"{train} {flags} --dry_run".replace("--pack_tokens", "--max_length")).check().words
+        assert not (tmp_path / "out").exists() and ": 300 rows, " in plan and "no GPU here" in plan
         out = run_script(f"{train} {flags} --save_strategy no --output_dir {tmp_path}/{len(flags)}").check().out
-        steps = json.loads(out.splitlines()[-1])["steps"]
-        trainable = re.search("trainable parameters [0-9,]+", out).group()
-        assert f"steps {steps}, " in plan and trainable in plan
+        assert f"steps {json.loads(out.splitlines()[-1])['steps']} (" in plan and "32,768 trainable" in plan
         for share in re.findall("([0-9.]+)% (?:padding|unfilled)", plan):
             assert 0 < float(share) < 20
 
@@ -110,7 +113,8 @@ def test_the_planned_time_is_that_of_the_run(run_ranks, tokens, tmp_path, proces
     measured = []
     for _ in range(3):
         plan = run_ranks(processes, f"{train} --plan").check().out
-        planned = int(re.search(r"the run takes .* \(([0-9]+) s\)", plan)[1])
+        hours, minutes, seconds = map(int, re.search(r"the run takes (\d+):(\d+):(\d+)", plan).groups())
+        planned = 3600 * hours + 60 * minutes + seconds
         assert measured or not (tmp_path / "out").exists()
         seconds = json.loads(run_ranks(processes, train).check().out.splitlines()[-1])["train_runtime"]
         measured.append((planned, seconds))
@@ -121,19 +125,20 @@ def test_the_planned_time_is_that_of_the_run(run_ranks, tokens, tmp_path, proces
 
 def test_the_time_of_a_run_from_its_speed():
     speed = {"first_step_seconds": 2.0, "tokens_per_second": 100.0, "seconds_per_step": 0.5, "peak_gib": 20.0}
-    text = dry_run.describe_speed(speed, memory_of(V3, 8192), steps=11, tokens=1100)
-    assert "100 tokens/s, 0.5 s a step, the first 2 s" in text
-    assert "the run takes 0:00:12 (12 s)" in text and "20.0 GiB at its peak" in text
+    facts = dry_run.describe_speed(speed, memory_of(V3, 8192), steps=11, tokens=1100)
+    assert facts["speed"] == "100 tokens/s, 0.5 s a step, the first 2 s"
+    assert facts["time"].startswith("the run takes 0:00:12, ") and "20.0 GiB at its peak" in facts["memory"]
 
 
 def test_steps_that_will_not_fit_are_not_tried(tmp_path, monkeypatch, capsys):
     """There are no weights to load: trying the steps would fail."""
     monkeypatch.setattr(dry_run, "free_gib", lambda on_cpu: 12.0)
     flags = {"packing": True, "pack_tokens": 8192, "compile_layers": True}
-    dry_run.plan(config_of(tmp_path, flags, max_steps=5))
-    output = capsys.readouterr().out
-    assert "rows 1, tokens 1,024" in output and "steps 5, global batch 1 packs" in output
-    assert "speed not measured: " in output and "advice: DDP over 4 bits" in output
+    config = config_of(tmp_path, flags, max_steps=5)
+    dry_run.plan(config, MemoryDecision(MemoryModel.of(config), "by the flag", 12.0))
+    output = " ".join(capsys.readouterr().out.split())
+    assert ": 1 row, 1,024 tokens" in output and "global batch 1 pack " in output and "steps 5 (" in output
+    assert "speed not measured: " in output and "recipe DDP over 4 bits" in output
 
 
 def test_weights_under_fsdp2(tmp_path, monkeypatch):
@@ -153,23 +158,27 @@ def test_weights_under_fsdp2(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "usable, processes, advice",
+    "usable, processes, recipe, flags",
     [
-        (75.0, 1, "DDP, --packing --per_device_train_batch_size 1 --pack_tokens 16384 ("),
-        (36.0, 1, "DDP, --packing --per_device_train_batch_size 1 --pack_tokens 8192 ("),
-        (20.0, 1, "DDP, --packing --per_device_train_batch_size 1 --pack_tokens 16384 --gradient_checkpointing ("),
-        (12.0, 8, "ZeRO-3, --packing --per_device_train_batch_size 1 --pack_tokens 16384 --deepspeed ds_config"),
-        (10.0, 1, "DDP over 4 bits, --packing --per_device_train_batch_size 1 --pack_tokens 16384 --quantize int4"),
-        (2.0, 1, "accelerate launch"),
+        (75.0, 1, "DDP", "--pack_tokens 16384"),
+        (36.0, 1, "DDP", "--pack_tokens 8192"),
+        (20.0, 1, "DDP", "--pack_tokens 16384 --gradient_checkpointing"),
+        (12.0, 8, "ZeRO-3", "--pack_tokens 16384 --deepspeed ds_config_zero3.json --gradient_checkpointing"),
+        (10.0, 1, "DDP over 4 bits", "--pack_tokens 16384 --quantize int4 --gradient_checkpointing"),
     ],
 )
-def test_advice(usable, processes, advice):
-    assert advise(memory_of(V3, 8192), processes, usable).startswith(advice)
+def test_advice(usable, processes, recipe, flags):
+    advice = advise(memory_of(V3, 8192), processes, usable)
+    assert advice["recipe"] == recipe and advice["flags"] == f"--packing --per_device_train_batch_size 1 {flags}"
+
+
+def test_advice_where_nothing_fits():
+    assert advise(memory_of(V3, 8192), 1, 2.0)["launcher"].startswith("accelerate launch")
 
 
 def test_the_flag_that_makes_it_fit():
     def fix(free, *arguments, **settings):
-        _, (_, warning) = decide_checkpointing(memory_of(*arguments, **settings), None, free)
+        (warning,) = decide_checkpointing(memory_of(*arguments, **settings), None, free).hints
         return warning.partition("GPU's memory: ")[2]
 
     assert fix(18.0, V3, 32768) == "give --per_device_train_batch_size 1 --pack_tokens 8192"

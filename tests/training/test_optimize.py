@@ -168,7 +168,7 @@ def test_compiled_layers_train_the_same_adapter(run_script, run_ranks, packed_ru
         how = f"--compile_layers {compiled} --dataloader_num_workers {workers} --per_device_train_batch_size 2"
         out = f"{how} --output_dir {tmp_path}/{compiled}"
         output = run_script(f"{TRAIN} {packed_run} {out}").check().out
-        assert "'tokens_per_second'" in output and "'seconds_left'" in output and '"first_step_seconds"' in output
+        assert "tokens/s  time left" in output and '"first_step_seconds"' in output
     plain, *compiled = (
         load_file(tmp_path / name / "adapter_model.safetensors") for name in ("false", "true", "zero3")
     )

@@ -75,9 +75,9 @@ def test_resumed_from_the_last_whole_checkpoint(train, tmp_path):
         for step in (2, 4):
             shutil.copytree(tmp_path / "whole" / f"checkpoint-{step}", damaged / f"checkpoint-{step}")
         words = spoil(damaged / "checkpoint-4")
-        out = train(damaged, "--resume_from_checkpoint latest").check().out
-        assert f"{damaged}/checkpoint-4 is skipped: {words}" in out
-        assert f"resuming from {damaged}/checkpoint-2" in out
+        printed = train(damaged, "--resume_from_checkpoint latest").check().words
+        assert f"{damaged}/checkpoint-4 is skipped: {words}" in printed
+        assert f"resuming from {damaged}/checkpoint-2" in printed
         assert kill_training.same_adapter(tmp_path / "whole", damaged)
         assert names(damaged) == ["checkpoint-2", "checkpoint-4", "checkpoint-6"] and not find_damage(
             damaged / "checkpoint-4"
@@ -96,8 +96,8 @@ def test_resumed_from_a_checkpoint_of_an_earlier_release(train, tmp_path):
     del manifest[KEY_FILE]
     manifest["run.json"] = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
     (checkpoint / MANIFEST_FILE).write_text(json.dumps(manifest))
-    out = train(tmp_path / "earlier", "--resume_from_checkpoint latest").check().out
-    assert f"resuming from {checkpoint}" in out
+    result = train(tmp_path / "earlier", "--resume_from_checkpoint latest").check()
+    assert f"resuming from {checkpoint}" in result.words
     assert kill_training.same_adapter(tmp_path / "whole", tmp_path / "earlier")
     other = FLAGS.replace("--lora_rank 4", "--lora_rank 8")
     result = train(tmp_path / "earlier", f"--resume_from_checkpoint {checkpoint}", other)
@@ -218,7 +218,7 @@ def test_resumed_under_zero3(run_ranks, workspace, tmp_path):
     before_last = list_checkpoints(whole)[-2]
     shutil.copytree(before_last, resumed / before_last.name)
     result = run_ranks(2, f"{kill_training.arguments(workspace, resumed)} {flags}").check()
-    assert f"resuming from {resumed}/{before_last.name}" in result.out
+    assert f"resuming from {resumed}/{before_last.name}" in result.words
     assert kill_training.same_adapter(whole, resumed)
     (resumed / "adapter_model.safetensors").unlink()  # as after a kill right before the end
     result = run_ranks(2, f"{kill_training.arguments(workspace, resumed)} {flags}").check()

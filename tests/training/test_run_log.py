@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 import sys
 from types import SimpleNamespace
@@ -108,7 +109,8 @@ def test_run_file_and_log(whole, tokens):
     assert run["base"]["norms"] and run["arguments"]["lora_rank"] == 4
     assert run["training_arguments"]["learning_rate"] == 2e-3 and run["git"].keys() == {"commit", "changed_files"}
     log = (whole / "train.log").read_text()
-    assert "processes 1 (one process" in log and log.count("'loss'") == 4 and "rows 2" in log
+    assert "processes      1 (one process" in log and len(re.findall(r"^ +\d/4 ", log, re.MULTILINE)) == 4 + 3
+    assert "\x1b" not in log and log.splitlines()[-1].startswith('{"output_dir"')
 
 
 def test_evaluation_is_that_of_all_target_tokens(whole, tokens):
@@ -129,9 +131,11 @@ def test_evaluation_is_that_of_all_target_tokens(whole, tokens):
 def test_resumed_curves_have_no_step_twice(train, whole, tmp_path):
     shutil.copytree(whole, tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "checkpoint-4")
-    train(
-        tmp_path / "run", "--max_steps 4 --eval_fraction 0.1 --eval_on_start --resume_from_checkpoint latest"
-    ).check()
+    flags = "--max_steps 4 --eval_fraction 0.1 --eval_on_start --resume_from_checkpoint latest"
+    result = train(tmp_path / "run", flags).check()
+    assert f"resuming from {tmp_path}/run/checkpoint-2" in result.words
+    assert curve(tmp_path / "run", "train_loss") == pytest.approx(curve(whole, "train_loss"))
+    assert curve(whole, "train_loss")[4] == pytest.approx(sum(curve(whole, "loss").values()) / 4)
     for name in ("loss", "learning_rate"):
         assert curve(tmp_path / "run", name) == pytest.approx(curve(whole, name))
         assert sum(name in row for row in metrics(tmp_path / "run")) == 4
@@ -156,7 +160,7 @@ def test_evaluation_under_zero3_is_the_same(run_ranks, tokens, whole, tmp_path):
     assert curve(tmp_path, "eval_tokens") == {0: curve(whole, "eval_tokens")[0], 2: curve(whole, "eval_tokens")[0]}
     for step in (0, 2):
         assert curve(tmp_path, "eval_loss")[step] == pytest.approx(curve(whole, "eval_loss")[step], abs=1e-4)
-    assert result.out.count("'eval_loss'") == 2 == (tmp_path / "train.log").read_text().count("'eval_loss'")
+    assert result.out.count("evaluation: ") == 2 == (tmp_path / "train.log").read_text().count("evaluation: ")
 
 
 def test_the_best_checkpoint_is_kept(train, tmp_path):

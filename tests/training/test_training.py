@@ -55,10 +55,17 @@ def run_distribution(train, name, output_dir):
     ).check()
     summary = json.loads(next(line for line in reversed(result.out.splitlines()) if line.startswith('{"output_dir"')))
     assert summary["steps"] == 6
+    rows = [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if "loss" in row] == [
+        1,
+        4,
+        6,
+    ]  # the first and the last, whatever the flag says
+    assert {key: rows[-1][key] for key in ("train_loss", "total_flos")}.items() <= summary.items()
     (output_dir / "summary.json").write_text(json.dumps(summary))
     # Printed once, by the main process alone, or the processes did not join.
-    assert result.out.count("needs a GPU and there is none") == (0 if torch.cuda.is_available() else 1)
-    assert "global batch 4 " in result.out
+    assert result.words.count("needs a GPU and there is none") == (0 if torch.cuda.is_available() else 1)
+    assert "global batch 4 " in result.words
     return output_dir
 
 
@@ -96,7 +103,7 @@ def test_float16_losses_are_scaled(run_ranks, tokens, tmp_path, config):
             f"--model_name_or_path {tmp_path}/base --output_dir {tmp_path}/{name} --deepspeed {config} --lora_rank 2 "
             f"--save_steps 1 --logging_steps 1 {more}",
         )
-        return result.check().out, load_file(tmp_path / name / "adapter_model.safetensors")
+        return result.check().words, load_file(tmp_path / name / "adapter_model.safetensors")
 
     _, whole = train("whole")
     shutil.copytree(tmp_path / "whole" / "checkpoint-1", tmp_path / "resumed" / "checkpoint-1")

@@ -323,7 +323,6 @@ def split_off(dataset: datasets.Dataset, fraction: float) -> tuple[datasets.Data
     if not len(trained) or not len(held_out):
         problem = "no row to train on remains" if not len(trained) else "no row is held out"
         raise UsageError(f"--eval_fraction {fraction}: {problem} of {len(dataset)}; give another share")
-    print_once(f"{len(held_out)} of {len(dataset)} rows held out for evaluation")
     return dataset.select(trained), dataset.select(held_out)
 
 

@@ -15,7 +15,6 @@ import datasets
 import torch
 
 from utils.common.numbers import ceil_div
-from utils.common.processes import print_once
 from utils.data.arrow_reader import row_lengths
 
 WINDOW_ROWS = 16384  # packed together: enough to fill 99 % and more, few enough to mix long and short rows
@@ -96,7 +95,7 @@ def pack_dataset(
     dataset: datasets.Dataset, pack_tokens: int, seed: int, packs_per_batch: int
 ) -> tuple[PackedRows, PackShape]:
     """
-    Pack a dataset and print how full the packs are.
+    Pack a dataset.
 
     Args:
         dataset: with rows of at most `pack_tokens` tokens.
@@ -106,6 +105,4 @@ def pack_dataset(
     """
     lengths = row_lengths(dataset)
     packs = pack_rows(lengths, pack_tokens, seed)
-    filled = sum(lengths) / (len(packs) * pack_tokens)
-    print_once(f"{len(lengths)} rows in {len(packs)} packs of at most {pack_tokens} tokens, {filled:.1%} filled")
     return PackedRows(dataset, packs), pack_shape(lengths, packs, pack_tokens, packs_per_batch)

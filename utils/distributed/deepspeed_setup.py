@@ -6,7 +6,10 @@ through `torch.utils.cpp_extension`, which guards a build with a file named `loc
 build leaves the file, and every later run would wait for it forever, silently.
 """
 
+import contextlib
+import io
 import os
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +17,7 @@ from pathlib import Path
 import torch
 from torch.utils.cpp_extension import get_default_build_root
 
+from utils.common.console import print_line
 from utils.common.processes import local_rank, process_rank, world_size
 from utils.distributed.collectives import backend, collective_timeout
 
@@ -27,7 +31,7 @@ def remove_stale_build_locks(several_machines: bool = False) -> list[Path]:
     A running build holds its lock open, which is visible on its own machine. With `several_machines`, which may share
     the home directory, a lock must also be older than LONGEST_BUILD.
     """
-    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
+    root = _build_root()
     stale = [lock for pattern in ("*/lock", "*/*/lock") for lock in root.glob(pattern) if not _is_held(lock)]
     if stale:
         time.sleep(1)  # a lock that was being released is gone after that
@@ -41,6 +45,27 @@ def remove_stale_build_locks(several_machines: bool = False) -> list[Path]:
         except FileNotFoundError:
             continue
     return removed
+
+
+def announce_build(extension: str) -> None:
+    """Print that DeepSpeed will compile an extension, unless it is there: nothing else says why a run waits."""
+    if not any(any(_build_root().glob(f"{folder}{extension}/{extension}.so")) for folder in ("", "*/")):
+        print_line(f"compiling DeepSpeed's {extension}, once, which can take minutes")
+
+
+def _build_root() -> Path:
+    return Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
+
+
+@contextlib.contextmanager
+def _quietly() -> Iterator[None]:
+    """Hold back what DeepSpeed prints about extensions that it builds and loads; after an error, print it."""
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        try:
+            yield
+        except BaseException:
+            sys.stderr.write(printed.getvalue())
+            raise
 
 
 def _is_held(lock: Path) -> bool:
@@ -75,7 +100,10 @@ def init_deepspeed() -> None:
 
     # Its checkpoints hold these beside tensors; utils/__init__.py forbids loading any other class.
     torch.serialization.add_safe_globals([LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address])
-    deepspeed.init_distributed(dist_backend=backend(), **collective_timeout())
+    if backend() == "gloo":
+        announce_build("deepspeed_shm_comm")
+    with _quietly():
+        deepspeed.init_distributed(dist_backend=backend(), **collective_timeout())
     if backend() == "gloo":
         _forget_shared_memory()
 

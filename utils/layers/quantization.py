@@ -24,8 +24,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from utils.common.console import print_line
 from utils.common.errors import UsageError
-from utils.common.processes import print_once
 from utils.layers.replace import replace_layers
 
 BITS = {"int8": 8, "int4": 4}  # values of --quantize
@@ -149,7 +149,7 @@ def load_nvrtc_kernel() -> ModuleType | None:
     # CUDA or NVRTC refuses.
     except (ImportError, OSError, AttributeError, RuntimeError) as error:
         reason = str(error).partition("\n")[0]
-        print_once(f"weights are dequantised by torch operations: cpm_kernels does not run here ({reason})")
+        print_line(f"weights are dequantised by torch operations: cpm_kernels does not run here ({reason})")
         return None
     return nvrtc_dequantize
 

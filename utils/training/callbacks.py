@@ -1,5 +1,5 @@
 """
-Callbacks of the Trainer: stopping on a signal, exact offload, the progress bar, metrics.jsonl and loss.png.
+Callbacks of the Trainer: stopping on a signal, exact offload, the throughput clock, metrics.jsonl and loss.png.
 
 trainer.py adds all but StopOnSignal, which the training script makes, as it must hear signals before there is a
 Trainer.
@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
-from transformers import ProgressCallback, TrainerCallback
+from transformers import TrainerCallback
 
 from utils.common.files import atomic_writer
 from utils.common.processes import is_main_process
@@ -48,9 +48,7 @@ class StopOnSignal(TrainerCallback):
         if not self.has_begun:
             raise Interrupted(number)
         if number == signal.SIGINT and not self.received and is_main_process():  # a person waits for an answer
-            print_to_stderr(
-                "Ctrl-C: saving after this step. Ctrl-C again changes nothing; Ctrl-\\ ends at once, without saving"
-            )
+            print_to_stderr("Ctrl-C: saving after this step; Ctrl-\\ ends at once, without saving")
         self.received = self.received or number
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
@@ -100,23 +98,6 @@ class StepTimer(TrainerCallback):
 
 METRICS_FILE = "metrics.jsonl"
 LOSS_FIGURE_FILE = "loss.png"
-
-
-class ProgressBar(ProgressCallback):
-    """Trainer's bar with loss and speed; log lines are written above it."""
-
-    def on_log(self, args, state, control, logs=None, **kwargs) -> None:
-        """Print the log line and update the bar."""
-        super().on_log(args, state, control, logs, **kwargs)
-        if state.is_world_process_zero and self.training_bar is not None and "loss" in logs:
-            speed = f"{logs['tokens_per_second']:,.0f} tokens/s, " if "tokens_per_second" in logs else ""
-            self.training_bar.set_postfix_str(f"{speed}loss {logs['loss']:.4g}")
-
-    def close(self) -> None:
-        """End the bar's line, also when an error ended the run."""
-        if self.training_bar is not None:
-            self.training_bar.close()
-            self.training_bar = None
 
 
 class LossCurves(TrainerCallback):

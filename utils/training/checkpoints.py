@@ -23,9 +23,10 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import TrainerState
 
+from utils.common.console import print_line
 from utils.common.errors import UsageError
 from utils.common.json_files import read_json_object
-from utils.common.processes import is_main_process, local_rank, print_once
+from utils.common.processes import is_main_process, local_rank
 from utils.distributed.collectives import barrier, gather_from_all
 from utils.training.resume_key import KEY_FILE, VERSION_1_FILE, ResumeKey
 
@@ -239,14 +240,14 @@ def find_resumable(resume_from: str, output_dir: str, key: ResumeKey) -> Path | 
     for path in candidates:
         damage = find_damage(path)
         if damage:
-            print_once(f"{path} is skipped: {damage}")
+            print_line(f"{path} is skipped: {damage}")
         else:
             whole.add(step_of(path))
     common = set.intersection(*gather_from_all(whole))
     if not common:
         if not latest:
             raise UsageError(f"--resume_from_checkpoint {resume_from}: no checkpoint up to it is whole")
-        print_once(f"{output_dir} has no checkpoint to resume from: starting afresh")
+        print_line(f"{output_dir} has no checkpoint to resume from: starting afresh")
         return None
     checkpoint = directory / f"checkpoint-{max(common)}"
     differences = next(filter(None, gather_from_all(_differences(checkpoint, key))), "")
@@ -254,7 +255,6 @@ def find_resumable(resume_from: str, output_dir: str, key: ResumeKey) -> Path | 
         raise UsageError(
             f"{checkpoint} was written by a run with {differences}: give it the same, or start another run"
         )
-    print_once(f"resuming from {checkpoint}")
     return checkpoint
 
 
@@ -315,7 +315,7 @@ def set_aside(output_dir: str, checkpoints: list[Path], why: str) -> None:
     """
     barrier()
     if checkpoints and is_main_process():
-        print_once(f"{why}; the earlier checkpoints are in {_move_aside(Path(output_dir), checkpoints)}")
+        print_line(f"{why}; the earlier checkpoints are in {_move_aside(Path(output_dir), checkpoints)}")
     barrier()
     if local_rank() == 0:  # another machine with a disk of its own
         remaining = [path for path in checkpoints if path.exists()]

@@ -1,8 +1,9 @@
 """
 Estimates the GPU memory of a training run, share by share, from the model's configuration and the run's flags.
 
-In: a `RunConfig`. Out: a `MemoryModel`, which decides gradient checkpointing here and advises in dry_run.py. No
-library does this: DeepSpeed's estimators count weights and optimizer, not activations.
+In: a `RunConfig`. Out: a `MemoryModel`, which decides gradient checkpointing here (`MemoryDecision`, shown by
+run_report.py) and advises in dry_run.py. No library does this: DeepSpeed's estimators count weights and optimizer,
+not activations.
 
 Bytes of weights, adapter and optimizer follow from their shapes. What a block saves for the backward pass is counted
 from the tensors that autograd saves there: the inputs of both norms, the input of the adapter's layers, query, key,
@@ -20,7 +21,7 @@ import psutil
 import torch
 
 from utils.checkpoint.model import Checkpoint
-from utils.common.processes import launched_by_accelerate_with_fsdp, print_once, world_size
+from utils.common.processes import launched_by_accelerate_with_fsdp, world_size
 from utils.data.arrow_reader import row_lengths
 from utils.distributed.collectives import gather_from_all
 from utils.layers.quantization import BITS, Quantization
@@ -68,6 +69,8 @@ class ModelSizes:
         Quantised and tied weights count as they are held.
         """
         model = checkpoint.empty_model(dtype)
+        unquantized = replace(checkpoint, quantization=None, quantizes=False)
+        plain = unquantized.empty_model(dtype) if checkpoint.quantization else model  # integers hold several weights
         tensors = [*model.parameters(), *model.buffers()]
         blocks = decoder_blocks(model)
         layers = {path.rpartition(".")[2]: module for path, module in blocks[0].named_modules()}
@@ -77,7 +80,7 @@ class ModelSizes:
             dtype=dtype,
             weight_bytes=bytes_of(tensors),
             block_bytes=bytes_of([*blocks[0].parameters(), *blocks[0].buffers()]),
-            parameters=sum(tensor.numel() for tensor in tensors),
+            parameters=sum(parameter.numel() for parameter in plain.parameters()),
             blocks=len(blocks),
             hidden=model.config.hidden_size,
             vocabulary=model.config.vocab_size,
@@ -206,7 +209,7 @@ class MemoryModel:
     def describe(self) -> str:
         """Return the estimate and its shares, as text."""
         shares = ", ".join(f"{name} {size:.1f}" for name, size in self.breakdown().items() if size >= 0.05)
-        return f"{self.gib():.1f} GiB estimated ({shares})"
+        return f"{self.gib():.1f} GiB estimated ({shares})" if shares else "below 0.1 GiB estimated"
 
     def smaller(self) -> Iterator[tuple[str, "MemoryModel"]]:
         """
@@ -253,27 +256,51 @@ def free_gib(on_cpu: bool = False) -> float:
     return min(free, allowed) / GIB
 
 
-def resolve_checkpointing(config: RunConfig) -> bool:
+@dataclass(frozen=True)
+class MemoryDecision:
     """
-    Return whether activations are recomputed in the backward pass.
+    Whether activations are recomputed in the backward pass, and why.
+
+    Args:
+        memory: of the run with that decision.
+        reason: what decided.
+        free: GiB of the fullest GPU; None without GPUs.
+        hints: lines with the flags that make the run fit, or mostly faster.
+    """
+
+    memory: MemoryModel
+    reason: str
+    free: float | None = None
+    hints: tuple[str, ...] = ()
+
+    @property
+    def checkpointing(self) -> bool:
+        """Whether they are."""
+        return self.memory.checkpointing
+
+    def describe(self) -> str:
+        """Return the estimate beside what is free, as text."""
+        free = "no GPU here to compare it with" if self.free is None else f"of {self.free:.1f} GiB free"
+        return f"{self.memory.describe()}, {free}"
+
+
+def resolve_checkpointing(config: RunConfig) -> MemoryDecision:
+    """
+    Decide whether activations are recomputed in the backward pass.
 
     The flag decides; without one, whether they fit in GPU memory. Without a GPU they are not recomputed by default.
-    Prints why. Every process must call it.
+    Every process must call it.
     """
+    memory = MemoryModel.of(config)
     if config.training_args.use_cpu:
-        return bool(config.checkpointing)
-    free = min(gather_from_all(free_gib()))
-    checkpointing, lines = decide_checkpointing(MemoryModel.of(config), config.checkpointing, free)
-    for line in lines:
-        print_once(line)
-    return checkpointing
+        reason = "no GPU" if config.checkpointing is None else "by the flag"
+        return MemoryDecision(replace(memory, checkpointing=bool(config.checkpointing)), reason)
+    return decide_checkpointing(memory, config.checkpointing, min(gather_from_all(free_gib())))
 
 
-def decide_checkpointing(memory: MemoryModel, requested: bool | None, free: float) -> tuple[bool, list[str]]:
+def decide_checkpointing(memory: MemoryModel, requested: bool | None, free: float) -> MemoryDecision:
     """
-    Return whether a run checkpoints, and the lines that say why.
-
-    Where the run does not fit, a line says what would make it fit.
+    Decide on gradient checkpointing; where the run does not fit, a hint says what would make it fit.
 
     Args:
         memory: of the run without gradient checkpointing.
@@ -282,19 +309,18 @@ def decide_checkpointing(memory: MemoryModel, requested: bool | None, free: floa
     """
     usable = USABLE_GPU_SHARE * free
     checkpointing = memory.gib() > usable if requested is None else requested
+    reason = "decided from the memory" if requested is None else "by the flag"
     memory = replace(memory, checkpointing=checkpointing)
-    decided = "decided from that" if requested is None else "by the flag"
-    state = "on" if checkpointing else "off"
-    lines = [f"memory {memory.describe()} of {free:.1f} GiB free: gradient checkpointing {state}, {decided}"]
+    hints = []
     fits = memory.gib() <= usable
     if fits and checkpointing and requested is None and memory.packing:
         half = replace(memory, checkpointing=False, tokens=max(memory.tokens // 2, memory.longest))
         if half.gib() <= usable:
             flags = f"--per_device_train_batch_size 1 --pack_tokens {half.tokens}"
-            lines.append(f"fewer tokens at once need no gradient checkpointing, which is mostly faster: {flags}")
+            hints.append(f"fewer tokens at once need no gradient checkpointing, which is mostly faster: {flags}")
     if not fits:
-        lines.append(f"warning: it will not fit in the GPU's memory: {_fix(memory, usable)}")
-    return checkpointing, lines
+        hints.append(f"warning: it will not fit in the GPU's memory: {_fix(memory, usable)}")
+    return MemoryDecision(memory, reason, free, tuple(hints))
 
 
 def _fix(memory: MemoryModel, usable: float) -> str:

@@ -2,8 +2,8 @@
 Resolves the flags of a training run into one `RunConfig`: what will run, and why.
 
 In: the command line, and what launchers put into the environment. Out: a `RunConfig`, read by the training script,
-trainer.py, memory.py, dry_run.py and run_log.py. `resolve_run` has the order that libraries need, each step with its
-reason.
+trainer.py, memory.py, dry_run.py, run_report.py and run_log.py. `resolve_run` has the order that libraries need, each
+step with its reason.
 """
 
 import os
@@ -18,7 +18,6 @@ from utils.checkpoint.directory import choose_generation
 from utils.common.processes import (
     launched_by_accelerate_with_deepspeed,
     launched_by_accelerate_with_fsdp,
-    print_once,
 )
 from utils.data.arrow_reader import fingerprint_rows
 from utils.distributed.process_group import init_process_group
@@ -45,7 +44,7 @@ class RunConfig:
     Args:
         dtype: of the base model's weights.
         checkpointing: what the flags say of gradient checkpointing; None: the memory estimate decides.
-        reasons: setting -> why it has its value, for `describe`.
+        reasons: setting ("dtype", "compile_layers") -> why it has its value.
     """
 
     inputs: TrainingInputs
@@ -73,33 +72,6 @@ class RunConfig:
         if launched_by_accelerate_with_fsdp():
             return "FSDP2"
         return "DDP" if self.training_args.world_size > 1 else "one process"
-
-    def describe(self, items: int, trainable: int, total: int) -> str:
-        """
-        Return what the run resolved, one setting a line, and why.
-
-        Args:
-            items: rows, or packed sequences.
-            trainable: parameters that are trained, of `total`.
-        """
-        args, quantization = self.training_args, self.inputs.checkpoint.quantization
-        weights = str(self.dtype).removeprefix("torch.")
-        if quantization or self.flags.quantize:
-            stored = f"int{quantization.bits}" if quantization else self.flags.quantize
-            weights = f"{stored}, computing in {weights}"
-        compiled = "compiled" if self.flags.compile_layers else "not compiled"
-        return (
-            f"processes {args.world_size} ({self.launcher}, {args.device.type})\n"
-            f"weights {weights}{self._reason('dtype')}\n"
-            f"layers {compiled}{self._reason('compile_layers')}\n"
-            f"{'packs' if self.flags.packing else 'rows'} {items}, global batch {global_batch(args)} = "
-            f"{args.per_device_train_batch_size} a device x {args.gradient_accumulation_steps} accumulated "
-            f"x {args.world_size} processes\n"
-            f"trainable parameters {trainable:,} of {total:,}"
-        )
-
-    def _reason(self, setting: str) -> str:
-        return f" ({self.reasons[setting]})" if setting in self.reasons else ""
 
 
 def resolve_run(argv: list[str], description: str) -> RunConfig:
@@ -168,7 +140,7 @@ def resolve_precision(values: Namespace) -> tuple[torch.dtype, str]:
 
     Sets `values.fp16` and `.bf16`, and the environment that accelerate and DeepSpeed read, to match: flag,
     accelerate's ACCELERATE_MIXED_PRECISION and DeepSpeed's "auto" then agree. The flags decide; without one,
-    accelerate's config file does. float16 needs a GPU: without one it becomes float32, and a line says so.
+    accelerate's config file does. float16 needs a GPU: without one it becomes float32.
     """
     source = "flag"
     if not values.fp16 and not values.bf16:
@@ -178,8 +150,7 @@ def resolve_precision(values: Namespace) -> tuple[torch.dtype, str]:
     precision = "fp16" if values.fp16 else "bf16" if values.bf16 else "no"
     reason = "no --fp16 or --bf16" if precision == "no" else f"{precision} by {source}"
     if values.fp16 and not torch.cuda.is_available():
-        print_once(f"fp16 ({source}) needs a GPU and there is none: training in float32")
-        values.fp16, precision, reason = False, "no", "fp16 without a GPU"
+        values.fp16, precision, reason = False, "no", f"fp16 by {source} needs a GPU and there is none"
     os.environ["ACCELERATE_MIXED_PRECISION"] = precision
     return {"fp16": torch.float16, "bf16": torch.bfloat16, "no": torch.float32}[precision], reason
 

@@ -21,8 +21,9 @@ from typing import IO, Any
 import torch
 
 from utils import __version__
+from utils.common.console import copy_lines
 from utils.common.files import UNENCODABLE, atomic_writer
-from utils.common.processes import is_main_process, print_once
+from utils.common.processes import is_main_process
 from utils.common.redaction import hide_in_command, hide_secrets
 from utils.common.terminal import drop_output
 from utils.training.run_config import RunConfig
@@ -37,17 +38,19 @@ REPORTERS = {  # package -> variables that keep its files on this machine, in a 
 }
 
 
-def configure_reporters(reporters: list[str], output_dir: str) -> None:
+def configure_reporters(reporters: list[str], output_dir: str) -> str | None:
     """
-    Make reporters write beside the run.
+    Make reporters write beside the run; return their variables as text, None without a reporter.
 
     Nothing leaves the machine unless the user's own variables say so.
     """
+    lines = []
     for reporter in reporters:
-        for variable, value in REPORTERS.get(reporter, {}).items():
-            if variable not in os.environ:
-                os.environ[variable] = value.format(output_dir=output_dir)
-                print_once(f"{reporter}: {variable}={os.environ[variable]} (default)")
+        variables = REPORTERS.get(reporter, {})
+        for variable, value in variables.items():
+            os.environ.setdefault(variable, value.format(output_dir=output_dir))
+        lines.append(": ".join([reporter, *(f"{name}={os.environ[name]}" for name in variables)]))
+    return "\n".join(lines) or None
 
 
 def describe_environment() -> dict[str, Any]:
@@ -119,26 +122,20 @@ def shown_command() -> str:
 
 class _Output:
     """
-    A stream whose text also goes to a file, if there is one.
-
-    Progress bars, which rewrite their line, do not go to the file. If the stream breaks, because a terminal closed or
-    Ctrl-C ended a `tee`, the run continues without it.
+    A stream without which the run continues if it breaks: a terminal closed, or Ctrl-C ended a `tee`.
     """
 
-    def __init__(self, stream: IO[str], file: IO[str] | None):
-        self.stream, self.file = stream, file
+    def __init__(self, stream: IO[str]):
+        self.stream = stream
 
     def write(self, text: str) -> int:
-        """Write to both; return the number of characters."""
-        if self.file and "\r" not in text:
-            self.file.write(hide_secrets(text))
-            self.file.flush()
+        """Write; return the number of characters."""
         with self._outliving_the_stream():
             self.stream.write(text)
         return len(text)
 
     def flush(self) -> None:
-        """Flush the stream; the file is flushed with every write."""
+        """Flush the stream."""
         with self._outliving_the_stream():
             self.stream.flush()
 
@@ -158,26 +155,33 @@ class _Output:
 @contextlib.contextmanager
 def keep_log(output_dir: str) -> Iterator[None]:
     """
-    Copy what the main process prints to train.log.
+    Copy the console's lines to train.log, as plain text without secrets.
 
     The block's end ends that; the error that ends the block is copied too. Every process outlives its stdout and
     stderr.
     """
     before = sys.stdout, sys.stderr
     with contextlib.ExitStack() as stack:
-        file = None
-        if is_main_process():
-            log = Path(output_dir) / LOG_FILE
-            file = stack.enter_context(log.open("a", encoding="utf-8", errors=UNENCODABLE))
-            file.write(f"# {datetime.now(UTC).isoformat(timespec='seconds')} {shown_command()}\n")
-        sys.stdout, sys.stderr = _Output(sys.stdout, file), _Output(sys.stderr, None)
+        sys.stdout, sys.stderr = _Output(sys.stdout), _Output(sys.stderr)
+        stack.callback(_restore_streams, before)
+        if not is_main_process():
+            yield
+            return
+        file = stack.enter_context((Path(output_dir) / LOG_FILE).open("a", encoding="utf-8", errors=UNENCODABLE))
+
+        def write(text: str) -> None:
+            file.write(hide_secrets(text))
+            file.flush()
+
+        write(f"# {datetime.now(UTC).isoformat(timespec='seconds')} {shown_command()}\n")
+        stack.enter_context(copy_lines(write))
         try:
             yield
         except Exception as error:
-            if file:
-                with contextlib.suppress(OSError):  # the disk may be full: then `error` says so
-                    file.write(hide_secrets("".join(traceback.format_exception(error))))
-                    file.flush()
+            with contextlib.suppress(OSError):  # the disk may be full: then `error` says so
+                write("".join(traceback.format_exception(error)))
             raise
-        finally:
-            sys.stdout, sys.stderr = before
+
+
+def _restore_streams(streams: tuple[IO[str], IO[str]]) -> None:
+    sys.stdout, sys.stderr = streams

@@ -134,12 +134,11 @@ class Throughput:
         """
         Return the speed of all processes since the last measurement.
 
-        With `whole_run` it is the speed since the end of the first step. It is {} if no token was counted. Every
-        process must call it.
+        With `whole_run` it is the speed since the end of the first step. Every process must call it.
 
         Returns:
-            `tokens_per_second` (real tokens), `padding` (share of all tokens) and, on a GPU, `peak_gib` (the largest
-            of all processes); with a known GPU also `mfu` (share of `of_peak_tflops`).
+            `tokens_per_second` (real tokens), `padding` (share of all tokens) and, with a known GPU, `mfu` (share of
+            `of_peak_tflops`), if tokens were counted; on a GPU `peak_gib`, the largest of all processes.
         """
         self._wait()
         now = (time.perf_counter(), self.counts.copy())
@@ -147,16 +146,14 @@ class Throughput:
         self.mark = now
         everyone = gather_from_all((now[1] - then[1], gpu_peak_gib()))
         counts = sum((counts for counts, _ in everyone), Counter())
-        if not counts["real"]:
-            return {}
-        seconds = now[0] - then[0]
-        metrics = {
-            "tokens_per_second": round(counts["real"] / seconds, 1),
-            "padding": round(1 - counts["real"] / counts["total"], 4),
-        }
-        if peak := peak_tflops():
-            flops = self.flops(counts["real"], counts["targets"])
-            metrics |= {"mfu": round(flops / seconds / len(everyone) / peak / 1e12, 4), "of_peak_tflops": peak}
+        metrics = {}
+        if counts["real"]:
+            seconds = now[0] - then[0]
+            metrics["tokens_per_second"] = round(counts["real"] / seconds, 1)
+            metrics["padding"] = round(1 - counts["real"] / counts["total"], 4)
+            if peak := peak_tflops():
+                flops = self.flops(counts["real"], counts["targets"])
+                metrics |= {"mfu": round(flops / seconds / len(everyone) / peak / 1e12, 4), "of_peak_tflops": peak}
         if torch.cuda.is_available():
             metrics["peak_gib"] = round(max(peak for _, peak in everyone), 2)
         return metrics

@@ -6,6 +6,7 @@ Called by the training script and, for its trial steps, by dry_run.py. transform
 where an adapter is trained, write checkpoints in place, and find out that all steps are made one step too late.
 """
 
+import logging
 import math
 import shutil
 import time
@@ -20,15 +21,17 @@ from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import SaveStrategy
 
+from utils.common.console import Progress, print_line
 from utils.common.errors import RunError
-from utils.common.processes import launched_by_accelerate_with_fsdp, local_rank, print_once, process_rank
+from utils.common.processes import launched_by_accelerate_with_fsdp, local_rank, process_rank
 from utils.data.arrow_reader import row_lengths
 from utils.data.collators import RowsByLength
 from utils.distributed.collectives import barrier, gather_from_all
+from utils.distributed.deepspeed_setup import announce_build
 from utils.lora.adapter import save_adapter
 from utils.training.arguments import BY_LENGTH
-from utils.training.batches import Batches, make_batches
-from utils.training.callbacks import ExactOffload, LossCurves, ProgressBar, StepTimer
+from utils.training.batches import Batches
+from utils.training.callbacks import ExactOffload, LossCurves, StepTimer
 from utils.training.checkpoints import (
     STAGING,
     find_damage,
@@ -39,6 +42,7 @@ from utils.training.checkpoints import (
     save_sealed,
     step_of,
 )
+from utils.training.log_lines import LogEnds, LogLines, mean_loss
 from utils.training.model_card import write_model_card
 from utils.training.nan_guard import GuardedTrainer
 from utils.training.optimize import decoder_blocks
@@ -46,14 +50,16 @@ from utils.training.prepare_model import prepare_model
 from utils.training.run_config import RunConfig, data_seed, global_batch
 from utils.training.throughput import Throughput
 
+# Trainer accumulates gradients itself and gives accelerate the number 1, which is then none of DeepSpeed's.
+logging.getLogger("accelerate.accelerator").addFilter(lambda record: "steps mismatch" not in record.getMessage())
 
-def make_trainer(config: RunConfig, callbacks: list[TrainerCallback]) -> "AdapterTrainer":
-    """Load the model, make its batches, and print what the run resolved."""
-    model = prepare_model(config)
-    batches = make_batches(config)
-    trainable, total = model.get_nb_trainable_parameters()
-    print_once(config.describe(len(batches.items), trainable, total))
-    return AdapterTrainer(config, model, batches, callbacks)
+
+def make_trainer(config: RunConfig, batches: Batches, callbacks: list[TrainerCallback]) -> "AdapterTrainer":
+    """Load the model to train on these batches."""
+    plugin = config.training_args.deepspeed_plugin
+    if plugin and plugin.hf_ds_config.get_value("zero_optimization.offload_optimizer.device", "none") != "none":
+        announce_build("cpu_adam")
+    return AdapterTrainer(config, prepare_model(config), batches, callbacks)
 
 
 def configure_fsdp(accelerator: Accelerator) -> None:
@@ -118,8 +124,8 @@ class AdapterTrainer(GuardedTrainer):
         )
         self.remove_callback(ProgressCallback)
         self.remove_callback(PrinterCallback)
-        self.bar = ProgressBar()
-        for callback in (StepTimer(self.throughput), ExactOffload(), self.bar, LossCurves()):
+        self.lines = LogLines(padded=not config.flags.packing)
+        for callback in (StepTimer(self.throughput), ExactOffload(), LogEnds(), self.lines, LossCurves()):
             self.add_callback(callback)
         self.run_config = config
         self.origin, self.resume_key = config.inputs.origin, config.resume_key
@@ -139,7 +145,7 @@ class AdapterTrainer(GuardedTrainer):
         try:
             return super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
-            self.bar.close()
+            self.lines.close()
 
     def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
         """Count a micro batch's tokens; return its loss after the backward pass."""
@@ -173,16 +179,19 @@ class AdapterTrainer(GuardedTrainer):
         own_starts = list(starts[process_rank() :: self.args.world_size])
         self.model_wrapped.eval()
         total, tokens = 0.0, 0
-        for turn in range(math.ceil(len(starts) / self.args.world_size)):
-            start = own_starts[turn] if turn < len(own_starts) else 0  # else a batch that another process counts
-            batch = self.eval_collator([rows[i] for i in range(start, min(start + size, len(rows)))])
-            inputs = self._prepare_inputs(batch)
-            _mark_dynamic(inputs)
-            inputs.pop("real_tokens")
-            summed = self.model_wrapped(**inputs, num_items_in_batch=1).loss
-            if turn < len(own_starts):
-                total += summed.item()
-                tokens += len(inputs["target_ids"])
+        turns = math.ceil(len(starts) / self.args.world_size)
+        with Progress("evaluating", turns, "batches").shown() as progress:
+            for turn in range(turns):
+                start = own_starts[turn] if turn < len(own_starts) else 0  # else a batch that another process counts
+                batch = self.eval_collator([rows[i] for i in range(start, min(start + size, len(rows)))])
+                inputs = self._prepare_inputs(batch)
+                _mark_dynamic(inputs)
+                inputs.pop("real_tokens")
+                summed = self.model_wrapped(**inputs, num_items_in_batch=1).loss
+                if turn < len(own_starts):
+                    total += summed.item()
+                    tokens += len(inputs["target_ids"])
+                progress.advance()
         self.model_wrapped.train()
         totals, counts = zip(*gather_from_all((total, tokens)), strict=True)
         loss = sum(totals) / sum(counts)
@@ -199,13 +208,17 @@ class AdapterTrainer(GuardedTrainer):
         """
         Add speed and memory since the last log line.
 
-        The summary gets those of the whole run after its first step.
+        The summary gets those of the whole run after its first step. Its `train_loss` is `mean_loss`, also of steps
+        before a resume: Trainer's own is that of one process, and of the steps since.
         """
         if "loss" in logs:
             logs |= self.throughput.measure()
             seconds_left = self.throughput.seconds_left(self.state.max_steps - self.state.global_step)
             logs |= {} if seconds_left is None else {"seconds_left": seconds_left}
         elif "train_runtime" in logs:
+            logs.pop("train_loss")
+            loss = mean_loss(self.state.log_history)
+            logs |= {} if loss is None else {"train_loss": loss}
             if not self.made_a_step:  # the summary of the run that made the steps stays
                 return
             logs |= self.throughput.measure(whole_run=True)
@@ -272,7 +285,7 @@ class AdapterTrainer(GuardedTrainer):
         Trainer would check that only after another step.
         """
         if self.state.global_step >= self.state.max_steps:
-            print_once(f"all {self.state.max_steps} steps are made: saving the adapter")
+            print_line(f"all {self.state.max_steps} steps are made: saving the adapter")
             self.control.should_training_stop = True
             return
         super()._run_epoch(model=model, trial=trial, **kwargs)
