@@ -34,12 +34,18 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefau
         names = [name for name in action.option_strings if "-" not in name[2:]]  # not HfArgumentParser's --with-dashes
         if not names:
             return super()._format_action_invocation(action)
-        values = "" if action.nargs == 0 or action.const is True else self._format_args(action, action.dest.upper())
-        return f"{', '.join(names)} {values}".strip()
+        takes_none = action.nargs == 0 or action.const is True
+        values = self._format_args(action, action.dest.upper())
+        if action.choices and len(action.choices) > CHOICES_LISTED:  # in the text, where they are wrapped
+            values = action.dest.upper()
+        return f"{', '.join(names)} {'' if takes_none else values}".strip()
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         is_empty = action.default is None or action.default is False or action.default == []
-        return action.help if is_empty or "(default" in action.help else super()._get_help_string(action)
+        text = action.help if is_empty or "(default" in action.help else super()._get_help_string(action)
+        if action.choices and len(action.choices) > CHOICES_LISTED:
+            text += f"; one of {_alternatives([str(choice) for choice in action.choices])}"
+        return text
 
 
 class FlagParser(argparse.ArgumentParser):
