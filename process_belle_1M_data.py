@@ -16,11 +16,10 @@ UTF-8 or GB18030. Rows that cannot be used are listed in OUTPUT.rejected.jsonl. 
 is complete. Exit code 1 if more than half of the rows cannot be used.
 """
 
-# argparse, not transformers' HfArgumentParser: importing transformers would take longer than many runs.
-import argparse
 import contextlib
 import itertools
 import json
+from argparse import Namespace
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -30,6 +29,7 @@ from utils.common.script import run
 
 from utils.common.errors import RowError, RunError, UsageError
 from utils.common.files import atomic_writer, check_output_path, scratch_directory
+from utils.common.flags import FlagParser
 from utils.data.dedup import TURN_END, Deduplicator, hash_text
 from utils.data.json_lines import dump_pair, dump_row
 from utils.data.raw_reader import input_paths
@@ -44,14 +44,15 @@ DOWNLOAD = f"wget -P data https://huggingface.co/datasets/BelleGroup/generated_t
 LINES_PER_WRITE = 64  # fewer calls of write; more gains nothing
 
 
-def parse_arguments() -> argparse.Namespace:
+def parse_arguments() -> Namespace:
     """
     Parse the command line.
 
     Raises:
         UsageError: a value that cannot be.
     """
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    # Not DataclassFlagParser: importing transformers would take longer than many runs.
+    parser = FlagParser(description=__doc__)
     add = parser.add_argument_group("files").add_argument
     add(
         "--input",

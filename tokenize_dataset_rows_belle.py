@@ -13,7 +13,6 @@ Exit code 1 if more than half of the rows cannot be used.
 import contextlib
 import json
 import os
-from argparse import RawDescriptionHelpFormatter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -23,7 +22,7 @@ from utils.common.script import run
 from transformers import PreTrainedTokenizerBase
 
 from utils.checkpoint.directory import DEFAULT_MODEL, GENERATION_FLAGS, GENERATION_HELP, choose_generation
-from utils.checkpoint.flag_parser import FlagParser
+from utils.checkpoint.flag_parser import DataclassFlagParser
 from utils.checkpoint.tokenizer import load_tokenizer
 from utils.common.errors import RowError, RunError, UsageError
 from utils.common.files import check_output_path
@@ -51,6 +50,13 @@ from utils.models.templates import TEMPLATES, ChatTemplate, template_for
 @dataclass(kw_only=True)
 class TokenizeArguments:
     """The flags of this script."""
+
+    _argument_groups = {
+        "files": ("jsonl_path", "save_path"),
+        "model": ("model_name_or_path", "generation"),
+        "rows": ("max_seq_length", "skip_overlength", "template", "loss_on", "columns", "strict"),
+        "run": ("num_proc", "preview"),
+    }
 
     jsonl_path: list[str] = field(
         metadata={"aliases": ["--input_path"], "help": "files of rows, or quoted patterns (required)"}
@@ -112,8 +118,8 @@ def parse_arguments() -> tuple[TokenizeArguments, TokenizeOptions]:
     Raises:
         UsageError: a value that cannot be.
     """
-    parser = FlagParser(TokenizeArguments, description=__doc__, formatter_class=RawDescriptionHelpFormatter)
-    # parse_args_into_dataclasses would answer an unknown flag with a traceback
+    usage = "%(prog)s --jsonl_path FILE --save_path DIR [--FLAG VALUE ...]"
+    parser = DataclassFlagParser(TokenizeArguments, usage=usage, description=__doc__)
     args = TokenizeArguments(**vars(parser.parse_args()))
     options = args.options()
     choose_generation(args.model_name_or_path, args.generation)

@@ -6,7 +6,6 @@ training with ZeRO-3 on two processes, batch inference with and without the adap
 prompts before and after.
 """
 
-import argparse
 import json
 import shlex
 import shutil
@@ -21,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from utils.common.script import run
 
 from utils.common.errors import RunError, UsageError
+from utils.common.flags import FlagParser
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = "data/chatglm-tiny"
@@ -79,7 +79,7 @@ def empty_directory(directory: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = FlagParser(description=__doc__)
     parser.add_argument("--work_dir", type=Path, default=DEFAULT_DIR, help="emptied first (default: %(default)s)")
     parser.add_argument("--master_port", type=int, help="torchrun's port, if another run uses the default")
     args = parser.parse_args()

@@ -7,7 +7,6 @@ wrong. Then it says what the machine's cards can train, or other cards: --gpus 2
 if nothing is wrong, else 1.
 """
 
-import argparse
 import json
 import os
 import platform
@@ -15,6 +14,7 @@ import shutil
 import socket
 import struct
 import sys
+from argparse import Namespace
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -38,6 +38,7 @@ from utils.checkpoint.tokenizer import load_tokenizer
 from utils.checkpoint.weight_files import read_index, weight_files
 from utils.common.console import BOLD, DIM, ERROR, print_facts, print_line
 from utils.common.errors import UsageError
+from utils.common.flags import FlagParser
 
 ROOT = Path(__file__).resolve().parent.parent
 DEMO_MINUTES = 2
@@ -171,7 +172,7 @@ def find_fault(file: Path) -> str | None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = FlagParser(description=__doc__)
     parser.add_argument("--model_name_or_path", help="checkpoint directory or hub id to check")
     parser.add_argument("--generation", choices=GENERATION_FLAGS, help=GENERATION_HELP)
     parser.add_argument(
@@ -207,7 +208,7 @@ def main() -> None:
     sys.exit(1 if wrong else 0)
 
 
-def asked_cards(args: argparse.Namespace) -> Cards | None:
+def asked_cards(args: Namespace) -> Cards | None:
     """
     Return the cards that the flags ask for; None without such flags.
 

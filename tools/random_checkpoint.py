@@ -7,7 +7,6 @@ compared, for they contain only tokens of the tokenizer; ChatGLM-6B's repeat one
 embedding. Uses a GPU if there is one.
 """
 
-import argparse
 import base64
 import dataclasses
 import json
@@ -26,6 +25,7 @@ from transformers import GlmForCausalLM, PretrainedConfig, PreTrainedModel
 from utils.checkpoint.model import Checkpoint
 from utils.checkpoint.tokenizer import load_tokenizer
 from utils.common.files import apply_umask
+from utils.common.flags import FlagParser
 from utils.models import ChatGLMConfig, ChatGLMForConditionalGeneration
 from utils.models.convert_checkpoint import REQUIRED, glm_config, to_released_layout
 from utils.models.family import CHATGLM2, CHATGLM_6B, GLM4
@@ -168,7 +168,7 @@ def write_checkpoint(shape: str, directory: Path, device: str, seed: int = 0) ->
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = FlagParser(description=__doc__)
     parser.add_argument("--shape", choices=SHAPES, default="chatglm-6b", help="(default: %(default)s)")
     parser.add_argument("--output_dir", type=Path, required=True, help="directory of the checkpoint")
     parser.add_argument("--seed", type=int, default=0, help="seed of the weights (default: %(default)s)")

@@ -6,7 +6,6 @@ SentencePiece model of its own, on the text of `tools/tiny_corpus.py`. Runs on a
 file layout, with float16 weights in safetensors. The one in `data/` took 8000 steps, 319 s on one H100.
 """
 
-import argparse
 import json
 import math
 import random
@@ -14,12 +13,15 @@ import sys
 import time
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from utils.common.script import run
+
 import sentencepiece
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 from tools.tiny_corpus import adapter_rows, base_row
+from utils.common.flags import FlagParser
 from utils.models import ChatGLMConfig, ChatGLMForConditionalGeneration, ChatGLMTokenizer
 from utils.models.tokenization_chatglm import LONGEST_BLANK, NEWLINE_PIECE, TAB_PIECE, encode_whitespace
 
@@ -100,8 +102,8 @@ def exact_share(model, tokenizer, count: int, device: str) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output_dir", type=Path, required=True)
+    parser = FlagParser(description=__doc__)
+    parser.add_argument("--output_dir", type=Path, required=True, help="directory of the checkpoint")
     parser.add_argument("--steps", type=int, default=8000, help="optimizer steps (default: %(default)s)")
     parser.add_argument("--batch_size", type=int, default=96, help="rows a step (default: %(default)s)")
     parser.add_argument("--learning_rate", type=float, default=1e-3, help="peak learning rate (default: %(default)s)")
@@ -160,4 +162,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -182,11 +182,11 @@ def test_input_path_and_output_path_are_flags_of_both_scripts(run_script, tmp_pa
 @pytest.mark.parametrize(
     "flags, words",
     [
-        ("--jsonl_path rows --save_path t --unknown 3", "unrecognized arguments: --unknown 3"),
-        ("--jsonl_path rows --save_path t --loss_on first", "invalid choice: 'first'"),
+        ("--jsonl_path rows --save_path t --unknown 3", "--unknown is unknown"),
+        ("--jsonl_path rows --save_path t --loss_on first", "--loss_on first is unknown: give"),
         ("--jsonl_path rows --save_path t --columns q", "write ROLE=COLUMN"),
         ("--jsonl_path rows --save_path t --max_seq_length 0", "--max_seq_length 0 must be at least 1"),
-        ("--save_path t", "required: --jsonl_path"),
+        ("--save_path t", "--jsonl_path is required"),
     ],
 )
 def test_wrong_flags_of_tokenising_end_with_code_2(run_script, tmp_path, flags, words):

@@ -46,11 +46,15 @@ DEEPSPEED = """{
 def test_all_faults_at_once(faults, tmp_path):
     (tmp_path / "ds.json").write_text(DEEPSPEED)
     lines = faults(
-        f"--dataset_path nowhere --lora_rank 0 --lora_dropout 1 --learning_rate -1 --fp16 --bf16 --report_to wandb "
+        f"--dataset_path nowhere --lora_rnak 0 --warmup_ratio 0.1 --save_steps 1, "
+        f"--lora_dropout 1 --learning_rate -1 --fp16 --bf16 --report_to wandb "
         f"--lora_target_modules q_proj dense --eval_strategy steps --eval_steps 1 --label_smoothing_factor 0.1 "
         f"--num_train_epochs 0 --deepspeed {tmp_path}/ds.json --output_dir {GOLDEN}/chatglm-6b-tiny"
     )
     expected = [
+        "--lora_rnak is unknown: did you mean --lora_rank?",
+        "--warmup_ratio is unknown: give --warmup_steps 0.1",
+        "--save_steps 1, is not a number: did you mean 1?",
         "--lora_rank 0 must be at least 1",
         "--label_smoothing_factor 0.1 cannot be used here",
         "--learning_rate -1.0 trains nothing",
@@ -217,7 +221,16 @@ def test_a_directory_of_something_else(run_script, tokens, faults, tmp_path):
     assert "is a file" in faults(f"--output_dir {tmp_path}/file")[0]
     assert "holds a tokenised dataset" in faults(f"--output_dir {tokens}")[0]
     train = f"multi_gpu_fintune_belle.py --dataset_path {tokens} --model_name_or_path {TINY} --output_dir {tmp_path}/a"
-    run_script(f"{train} --max_steps 1 --save_strategy no").check()
+    surprising = "--logging_steps 9 --num_train_epochs 2 --per_device_train_batch_size 301 --warmup_steps 4"
+    notes = run_script(f"{train} --max_steps 2 --save_strategy no {surprising}").check().out
+    for note in (
+        "note: --logging_steps 9 of 2 steps: only the first and the last step are logged",
+        "note: --warmup_steps 4 of 2 steps: --learning_rate is never reached",
+        "note: --per_device_train_batch_size 301: a step has only the 300 rows that there are",
+        "note: --num_train_epochs 2 is not used: --max_steps 2 decides",
+    ):
+        assert f"{note}\n" in notes
+    assert notes.count("note: ") == 4
     before = (tmp_path / "a" / "adapter_model.safetensors").read_bytes()
     (line,) = faults(f"--output_dir {tmp_path}/a --lora_rank 2 --lora_target_modules dense")
     assert "lora_rank 8 (now 2), lora_target_modules ['query_key_value'] (now ['dense'])" in line
@@ -243,7 +256,7 @@ def test_debug_with_a_value_is_a_flag_of_training():
 WRONG_VALUES = {
     "--seed -1": "must be at least 0",
     "--data_seed 4294967296": "must be at most 4294967295",
-    "--learning_rate nan": "trains nothing",
+    "--learning_rate 2e5": "--learning_rate 200000 trains nothing useful",
     "--adam_beta1 1.5": "must be at most 0.999",
     "--adam_beta2 -0.1": "must be at least 0",
     "--adam_epsilon nan": "must be at least 0",
@@ -286,6 +299,7 @@ def test_values_that_cannot_work_all_at_once(faults):
     "flags, words",
     [
         ("--max_steps 0", "--max_steps 0 trains nothing"),
+        ("--learning_rate nan", "--learning_rate nan trains nothing"),
         ("--eval_on_start True", "--eval_on_start needs rows to evaluate on"),
         ("--lr_scheduler_type cosine_with_min_lr", "--lr_scheduler_type cosine_with_min_lr: .*min_lr"),
         ("--lr_scheduler_type warmup_stable_decay", "--lr_scheduler_type warmup_stable_decay: "),

@@ -1,15 +1,26 @@
 """
-Parses a script's flags from dataclasses, abbreviated ones too. The tokenising and inference scripts use it.
+Parses a script's flags from dataclasses: transformers' HfArgumentParser with the messages of utils/common/flags.py.
 
-HfArgumentParser gives every flag a second spelling with dashes, and Python 3.11 then calls `--model` ambiguous.
+The training, tokenising and inference scripts use it. A dataclass with an `_argument_group_name` is a group of --help;
+one with `_argument_groups`, {title: names of fields}, has several.
 """
+
+from argparse import ArgumentParser
+from dataclasses import Field
 
 from transformers import HfArgumentParser
 
+from utils.common.flags import FlagParser
 
-class FlagParser(HfArgumentParser):
-    """HfArgumentParser that accepts `--model` for --model_name_or_path."""
 
-    def _get_option_tuples(self, option_string: str) -> list:
-        matches = super()._get_option_tuples(option_string)
-        return matches[:1] if all(match[0] is matches[0][0] for match in matches) else matches
+class DataclassFlagParser(FlagParser, HfArgumentParser):
+    """HfArgumentParser that reports every fault with its fix, and knows groups of fields."""
+
+    def _add_dataclass_arguments(self, dtype: type) -> None:
+        groups = getattr(dtype, "_argument_groups", {})
+        added = {title: self.add_argument_group(title) for title in groups}
+        self._group_of = {name: added[title] for title, names in groups.items() for name in names}
+        super()._add_dataclass_arguments(dtype)
+
+    def _parse_dataclass_field(self, parser: ArgumentParser, field: Field) -> None:
+        super()._parse_dataclass_field(self._group_of.get(field.name, parser), field)

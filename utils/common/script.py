@@ -5,7 +5,6 @@ A script imports `run` before any other library: importing `utils` sets the envi
 transformers and tqdm read when they are imported.
 """
 
-import contextlib
 import os
 import sys
 from collections.abc import Callable
@@ -13,7 +12,9 @@ from collections.abc import Callable
 from utils import __version__
 from utils.common.console import print_line
 from utils.common.errors import EXIT_FAILED, EXIT_USAGE, RankError, RunError, UsageError
+from utils.common.launcher_report import print_lines, report_usage_error
 from utils.common.machine_faults import explain_machine_fault
+from utils.common.processes import local_rank
 from utils.common.signals import on_signals, raise_interrupted, restore_default_handlers
 from utils.common.terminal import drop_closed_outputs, one_line
 
@@ -45,7 +46,7 @@ def run(
             main()
     except (Exception, KeyboardInterrupt) as error:
         with on_signals(lambda number: None):  # a launcher sends signals to all processes when one has failed
-            if not _report(error, after_signal) or show_traceback:
+            if not _report(error, after_signal, show_traceback) or show_traceback:
                 raise
         sys.exit(EXIT_USAGE if isinstance(error, UsageError) else EXIT_FAILED)
 
@@ -61,7 +62,7 @@ def on_failure(callback: Callable[[BaseException], None]) -> Callable[[], None]:
     return lambda: _failure_callbacks.remove(callback)
 
 
-def _report(error: BaseException, after_signal: str) -> bool:
+def _report(error: BaseException, after_signal: str, show_traceback: bool) -> bool:
     """Call the failure callbacks and print the error's lines; False if the error needs a traceback."""
     machine_fault = explain_machine_fault(error)
     explained = RankError(machine_fault) if machine_fault else error
@@ -75,10 +76,11 @@ def _report(error: BaseException, after_signal: str) -> bool:
         lines = explained.args
     else:
         return False
-    if int(os.environ.get("LOCAL_RANK", "0")) == 0 or isinstance(explained, RankError):
-        for line in lines:
-            with contextlib.suppress(OSError):  # the terminal, or the reader of a pipe, may be gone
-                print(f"{os.path.basename(sys.argv[0])}: error: {one_line(str(line))}", file=sys.stderr, flush=True)
+    lines = [f"{os.path.basename(sys.argv[0])}: error: {one_line(str(line))}" for line in lines]
+    if isinstance(error, UsageError) and not show_traceback:
+        report_usage_error(lines)
+    elif local_rank() == 0 or isinstance(explained, RankError):
+        print_lines(lines)
     return True
 
 

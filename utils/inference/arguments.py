@@ -16,7 +16,7 @@ from typing import Any, Literal, TypeVar
 import torch
 
 from utils.checkpoint.directory import DEFAULT_MODEL, GENERATION_FLAGS, GENERATION_HELP, choose_generation
-from utils.checkpoint.flag_parser import FlagParser
+from utils.checkpoint.flag_parser import DataclassFlagParser
 from utils.checkpoint.weight_files import WEIGHT_FILES, model_files
 from utils.common.errors import Faults, UsageError
 from utils.common.files import check_output_path
@@ -67,6 +67,10 @@ class ModelFlags:
     template: Literal[*TEMPLATES] | None = flag(
         "prompt template (default: the one that the adapter was trained with, else native)"
     )
+
+    def collect_faults(self) -> Faults:
+        """Return every mistake in the flags that needs no file; a subclass adds those of its own."""
+        return Faults()
 
 
 @dataclass(kw_only=True)
@@ -279,14 +283,21 @@ def parse_flags(kind: type[T], description: str, usage: str = "%(prog)s [--FLAG 
     """
     Parse sys.argv into a dataclass of flags, and apply --generation.
 
-    argparse ends the process on --help (exit code 0) and on flags that it cannot parse (2).
+    --help ends the process.
 
     Args:
         kind: a dataclass whose bases with an `_argument_group_name` are the groups of --help.
         description: the text of --help, usually the script's docstring.
+
+    Raises:
+        UsageError: flags that cannot be parsed, reported with what `collect_faults` finds.
     """
-    parser = FlagParser(_groups(kind), usage=usage, description=description, formatter_class=_HelpFormatter)
-    args = kind(**vars(parser.parse_args()))
+    parser = DataclassFlagParser(_groups(kind), usage=usage, description=description)
+    values, faults = parser.parse_with_faults()
+    args = kind(**vars(values))
+    if faults.messages:
+        faults.messages += args.collect_faults().messages
+    faults.report()
     choose_generation(args.model_name_or_path, args.generation)
     return args
 
@@ -295,16 +306,3 @@ def _groups(kind: type) -> list[type]:
     if "_argument_group_name" in vars(kind):
         return [kind]
     return [group for base in kind.__bases__ for group in _groups(base)]
-
-
-class _HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
-    """Shows each flag once, and its default unless that is empty."""
-
-    def _format_action_invocation(self, action: argparse.Action) -> str:
-        names = [name for name in action.option_strings if "-" not in name[2:]]  # not HfArgumentParser's --with-dashes
-        values = "" if action.const is True else self._format_args(action, action.dest.upper())
-        return f"{', '.join(names)} {values}".strip()
-
-    def _get_help_string(self, action: argparse.Action) -> str | None:
-        empty = action.default is None or action.default is False or action.default == []
-        return action.help if empty else super()._get_help_string(action)

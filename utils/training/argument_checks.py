@@ -45,6 +45,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "ddp_timeout": (1, MAX_INT32),
     "local_rank": (-1, MAX_INT32),
 }
+HIGHEST_LEARNING_RATE = 1.0  # above it, a minus is missing ("2e5"); some optimizers, such as Prodigy, take 1
 CHOICES: dict[str, tuple[Any, ...]] = {
     "metric_for_best_model": (None, "loss", "eval_loss", "perplexity", "eval_perplexity"),
 }
@@ -92,6 +93,8 @@ def check_values(values: Namespace) -> None:
             faults.add(f"--{name} {getattr(values, name)} cannot be used here: {why}")
     if not 0 < values.learning_rate < math.inf:
         faults.add(f"--learning_rate {values.learning_rate} trains nothing: give one above 0")
+    elif values.learning_rate > HIGHEST_LEARNING_RATE:
+        faults.add(f"--learning_rate {values.learning_rate:g} trains nothing useful: usual are 1e-5 to 1e-3")
     if not 0 <= values.lora_dropout < 1:
         faults.add(f"--lora_dropout {values.lora_dropout} must be at least 0 and below 1")
     if values.max_steps == 0:

@@ -1,18 +1,19 @@
 """
 The training script's flags: three dataclasses of its own beside transformers' TrainingArguments.
 
-In: the command line. Out: a Namespace of values as argparse leaves them (`parse_flags`), and, once everything is
+In: the command line. Out: a Namespace of values as argparse leaves them (`make_parser`), and, once everything is
 resolved, typed arguments (`build_arguments`). utils/training/run_config.py calls both, in the order that libraries
 need.
 """
 
-from argparse import Action, ArgumentDefaultsHelpFormatter, Namespace
+from argparse import Namespace
 from dataclasses import dataclass, field, fields
 from typing import Literal
 
-from transformers import HfArgumentParser, TrainingArguments
+from transformers import TrainingArguments
 
 from utils.checkpoint.directory import DEFAULT_MODEL, GENERATION_FLAGS, GENERATION_HELP
+from utils.checkpoint.flag_parser import DataclassFlagParser
 
 BY_LENGTH = "group_by_length"  # value of --train_sampling_strategy; the default here
 # transformers' names for the flag of gradient checkpointing: the old one, and the one that 5.24 introduced.
@@ -113,26 +114,18 @@ class TrainerArguments(TrainingArguments):
         return min(super().n_gpu, 1)
 
 
-class DefaultsHelpFormatter(ArgumentDefaultsHelpFormatter):
-    """Omits "(default: None)" from --help."""
-
-    def _get_help_string(self, action: Action) -> str | None:
-        return action.help if action.default is None else super()._get_help_string(action)
-
-
-def make_parser(description: str) -> HfArgumentParser:
+def make_parser(description: str) -> DataclassFlagParser:
     """Return the parser of all flags; `description` stands above them in --help."""
-    parser = HfArgumentParser(
+    parser = DataclassFlagParser(
         (DataArguments, ModelArguments, AdapterArguments, TrainerArguments),
         usage="%(prog)s --dataset_path DIR [--FLAG VALUE ...]",
         description=description,
-        formatter_class=DefaultsHelpFormatter,
     )
     parser.set_defaults(train_sampling_strategy=BY_LENGTH, **dict.fromkeys(DECIDED_LATER))
     return parser
 
 
-def build_arguments(parser: HfArgumentParser, values: Namespace) -> tuple[FinetuneArguments, TrainerArguments]:
+def build_arguments(parser: DataclassFlagParser, values: Namespace) -> tuple[FinetuneArguments, TrainerArguments]:
     """
     Return the script's own flags and Trainer's, typed, from resolved `values`.
 

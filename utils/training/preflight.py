@@ -76,8 +76,9 @@ def open_inputs(values: Namespace) -> TrainingInputs:
         tokenizer = load_tokenizer(values.model_name_or_path)
         config = Checkpoint.open(values.model_name_or_path, weights=False).config
         vocabulary = Vocabulary(config.vocab_size, tokenizer.pad_token_id)
-    with faults.collect():
-        dataset = keep_trained(load_examples(values.dataset_path, vocabulary), values.dataset_path)
+    if values.dataset_path:  # else the parser reports that it is missing
+        with faults.collect():
+            dataset = keep_trained(load_examples(values.dataset_path, vocabulary), values.dataset_path)
     if values.eval_dataset_path:
         with faults.collect(), _named("--eval_dataset_path"):
             eval_dataset = keep_trained(load_examples(values.eval_dataset_path, vocabulary), values.eval_dataset_path)

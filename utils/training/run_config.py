@@ -15,6 +15,7 @@ import torch
 from transformers import TrainingArguments
 
 from utils.checkpoint.directory import choose_generation
+from utils.common.console import WARNING, print_line
 from utils.common.processes import (
     launched_by_accelerate_with_deepspeed,
     launched_by_accelerate_with_fsdp,
@@ -22,6 +23,7 @@ from utils.common.processes import (
 from utils.data.arrow_reader import fingerprint_rows
 from utils.distributed.process_group import init_process_group
 from utils.training.argument_checks import as_usage_error, check_training_arguments
+from utils.training.argument_notes import describe_surprises
 from utils.training.arguments import (
     BY_LENGTH,
     CHECKPOINTING_FLAGS,
@@ -86,9 +88,11 @@ def resolve_run(argv: list[str], description: str) -> RunConfig:
         UsageError: the request cannot be served; every fault that can be found is in it.
     """
     parser = make_parser(description)
-    values = parser.parse_args(argv)
+    values, faults = parser.parse_with_faults(argv)
     choose_generation(values.model_name_or_path, values.generation)  # before the checkpoint is opened
-    inputs = open_inputs(values)  # all faults at once, before processes wait for one another
+    with faults.collect():
+        inputs = open_inputs(values)  # all faults at once, before processes wait for one another
+    faults.report()
     checkpointing = checkpointing_flag(values)  # before TrainingArguments replaces None by False
     configure_evaluation(values)
     dtype, dtype_reason = resolve_precision(values)  # before accelerate and DeepSpeed read it from the environment
@@ -103,6 +107,8 @@ def resolve_run(argv: list[str], description: str) -> RunConfig:
         training_args.accelerator_config.non_blocking = training_args.dataloader_pin_memory
     flags.compile_layers, compile_reason = resolve_compile(flags, training_args)
     pack_tokens = flags.pack_tokens if flags.packing else None
+    for note in describe_surprises(training_args, inputs, pack_tokens):
+        print_line(f"note: {note}", WARNING)
     schedule = describe_schedule(training_args, dtype, pack_tokens, inputs.eval_dataset)
     return RunConfig(
         inputs=inputs,
