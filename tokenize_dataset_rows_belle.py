@@ -11,9 +11,14 @@ Exit code 1 if more than half of the rows cannot be used.
 """
 
 import contextlib
+import itertools
 import json
 import os
+import shlex
+import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import Literal
 
@@ -24,16 +29,19 @@ from transformers import PreTrainedTokenizerBase
 from utils.checkpoint.directory import DEFAULT_MODEL, GENERATION_FLAGS, GENERATION_HELP, choose_generation
 from utils.checkpoint.flag_parser import DataclassFlagParser
 from utils.checkpoint.tokenizer import load_tokenizer
+from utils.common.console import Progress, print_facts, print_line, print_next
 from utils.common.errors import RowError, RunError, UsageError
 from utils.common.files import check_output_path
 from utils.data.arrow_writer import DatasetOrigin, check_target, complete_dataset, is_dataset
-from utils.data.dataset_report import REPORT_FILE, TokenReport, import_matplotlib, preview
+from utils.data.dataset_report import LENGTHS_FIGURE_FILE, REPORT_FILE, TokenReport, import_matplotlib, preview
 from utils.data.encode import LOSS_ON, encode_rows, fingerprint, rows_to_train
+from utils.data.input_facts import MIB, describe_inputs, describe_size, size_of, whole_mib
 from utils.data.raw_reader import input_paths
 from utils.data.rejections import Rejections, check_share
 from utils.data.row_parser import check_columns, read_rows
 from utils.data.row_schema import COLUMNS_HELP, ColumnMap
 from utils.data.shards import (
+    Shard,
     ShardTokenizer,
     TokenizeOptions,
     cache_key,
@@ -44,7 +52,10 @@ from utils.data.shards import (
     shards_directory,
 )
 from utils.models.conversation import Conversation
+from utils.models.family import generation_of
 from utils.models.templates import TEMPLATES, ChatTemplate, template_for
+
+TEMPLATE_WORDS = {"native": "the model's own chat", "alpaca": "the first training script's prompts"}
 
 
 @dataclass(kw_only=True)
@@ -142,7 +153,7 @@ def show_preview(
     rows = rows[:n]
     encoded = encode_rows(tokenizer, rows, options.max_seq_length, template, options.loss_on)
     for line in preview(tokenizer, (row.example() for row in encoded if not isinstance(row, RowError))):
-        print(line)
+        print_line(line)
 
 
 def load_report(target: Path, key: str, rejections: Rejections) -> TokenReport | None:
@@ -160,6 +171,24 @@ def load_report(target: Path, key: str, rejections: Rejections) -> TokenReport |
     return TokenReport.load(content)
 
 
+def show_shards(shards: Iterator[Shard], paths: list[str], finished: int) -> Iterator[Shard]:
+    """
+    Yield the shards, with the progress through the raw files.
+
+    The first `finished` shards are an earlier run's. Progress is shown once the first shard is there: by then the
+    worker processes are forked, which would otherwise copy the threads and locks of a progress bar.
+    """
+    first = list(itertools.islice(shards, finished + 1))
+    raw_bytes, rows = sum(shard.raw_bytes for shard in first), sum(shard.report.read for shard in first)
+    total = whole_mib(sum(map(size_of, paths)))
+    with Progress("tokenising", total, "MiB", min(raw_bytes // MIB, total)).shown() as progress:
+        yield from first
+        for shard in shards:
+            raw_bytes, rows = raw_bytes + shard.raw_bytes, rows + shard.report.read
+            progress.advance(raw_bytes // MIB - progress.done, f"{rows:,} rows")
+            yield shard
+
+
 def tokenize_rows(
     shard_tokenizer: ShardTokenizer, paths: list[str], num_proc: int, rejections: Rejections
 ) -> tuple[TokenReport, list[str]]:
@@ -173,10 +202,14 @@ def tokenize_rows(
         RunError: no row is left; or a worker process was killed.
     """
     report, arrow_files = TokenReport(), []
-    if finished := count_finished(shard_tokenizer.directory):
-        print(f"resuming an interrupted run: {finished} shard{'s' * (finished > 1)} finished")
+    finished = count_finished(shard_tokenizer.directory)
+    if finished:
+        print_line(f"resuming an interrupted run: {finished} shard{'s' * (finished > 1)} finished")
     try:
-        for shard in make_shards(shard_tokenizer, paths, num_proc, meanwhile=import_matplotlib):
+        # no name for the generator: it must end with the loop, and its processes with it
+        for shard in show_shards(
+            make_shards(shard_tokenizer, paths, num_proc, meanwhile=import_matplotlib), paths, finished
+        ):
             report.add(shard.report)
             for rejection in shard.rejections:
                 rejections.add(*rejection)
@@ -185,14 +218,47 @@ def tokenize_rows(
     finally:
         rejections.report()
     if not report.written:
-        for line in report.lines(shard_tokenizer.options.max_seq_length):
-            print(line)
         discard_shards(shard_tokenizer.directory)
-        raise RunError("no row is left to write: see the counts above, and fix the file or raise --max_seq_length")
+        if not report.read:
+            raise RunError(f"--jsonl_path {' '.join(paths)} has no rows")
+        why = f"{report.rejected:,} were rejected, see {rejections.path}" if report.rejected else ""
+        if report.skipped_overlength:
+            limit = f"--max_seq_length {shard_tokenizer.options.max_seq_length}"
+            too_long = f"{report.skipped_overlength:,} are longer than {limit}: raise it"
+            why = f"{why}; {too_long}" if why else too_long
+        raise RunError(f"no row is left to write of {report.read:,}: {why}")
     return report, arrow_files
 
 
+def print_header(args: TokenizeArguments, paths: list[str], tokenizer: PreTrainedTokenizerBase) -> None:
+    """Print what is read, and how it becomes tokens."""
+    longer, cores = "skipped" if args.skip_overlength else "cut", len(os.sched_getaffinity(0))
+    facts = {
+        "rows": describe_inputs(paths, ColumnMap.parse(args.columns)),
+        "tokenizer": f"{args.model_name_or_path} ({generation_of(tokenizer).name})",
+        "template": f"{args.template} ({TEMPLATE_WORDS[args.template]})",
+        "loss on": {"last": "the last answer of a row", "every": "every answer of a row"}[args.loss_on],
+        "length": f"at most {args.max_seq_length:,} tokens; longer rows are {longer} (--max_seq_length)",
+        "processes": f"{args.num_proc:,}{f', on {cores} cores' if args.num_proc > cores else ''}",
+        "dataset": f"{args.save_path}{', in place of the older one' if is_dataset(Path(args.save_path)) else ''}",
+    }
+    print_facts(Path(__file__).name, facts)
+
+
+def print_summary(args: TokenizeArguments, report: TokenReport, rejected: Path, seconds: float) -> None:
+    """Print what became of the rows, where the dataset is, and how to train on it."""
+    counts = report.facts(args.max_seq_length)
+    target = Path(args.save_path)
+    dataset = f"{target} ({describe_size(size_of(target))}); lengths in {target / LENGTHS_FIGURE_FILE}"
+    listed = rejected if report.rejected else None
+    print_facts(f"done in {timedelta(seconds=round(seconds))}", counts | {"dataset": dataset, "rejected": listed})
+    model = [] if args.model_name_or_path == DEFAULT_MODEL else ["--model_name_or_path", args.model_name_or_path]
+    command = ["torchrun", "--nproc_per_node=1", "multi_gpu_fintune_belle.py", "--dataset_path", args.save_path]
+    print_next([("train on it", shlex.join([*command, *model, "--output_dir", "output"]))])
+
+
 def main() -> None:
+    started = time.monotonic()
     args, options = parse_arguments()
     target = Path(args.save_path)
     paths = input_paths(args.jsonl_path)
@@ -202,12 +268,13 @@ def main() -> None:
     check_columns(options.columns, paths)
     tokenizer = load_tokenizer(args.model_name_or_path)
     template = template_for(tokenizer, args.template)
+    print_header(args, paths, tokenizer)
     if args.preview:
         show_preview(tokenizer, template, options, paths, args.preview)
     key = cache_key(tokenizer, template, options, paths)
     report = load_report(target, key, rejections)
     if report and not (args.strict and report.rejected):
-        print(f"{target} is kept: it was made from these rows with these options")
+        print_line(f"{target} is kept: it was made from these rows with these options")
     else:
         with shards_directory(target, key) as directory:
             shard_tokenizer = ShardTokenizer(tokenizer, template, options, directory)
@@ -222,8 +289,7 @@ def main() -> None:
             complete_dataset(directory, arrow_files, origin, key)
             report.save(directory, args.max_seq_length, key)
             publish_dataset(directory, target)
-    for line in report.lines(args.max_seq_length):
-        print(line)
+    print_summary(args, report, rejections.path, time.monotonic() - started)
     print(json.dumps(report.counts()), flush=True)
     check_share(report.rejected, report.read, f"{target} has the others")
 

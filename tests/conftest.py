@@ -7,7 +7,6 @@ Every test process loads it before its tests; tests/kernels adds a conftest.py o
 import contextlib
 import io
 import os
-import re
 import runpy
 import shlex
 import signal
@@ -24,11 +23,6 @@ TINY = ROOT / "data" / "chatglm-tiny"
 GOLDEN = ROOT / "tests" / "golden"
 # Triton's interpreter needs a process of its own: `pytest tests/kernels`, which `make test` runs too.
 collect_ignore = ["kernels"]
-# The slowest files, by name: they start first, so that several processes (`pytest -n`) end at about the same time.
-SLOWEST_FILES = (
-    *("test_readme", "test_family", "test_optimize", "test_configs", "test_demo", "test_resume", "test_answers"),
-    *("test_memory", "test_training", "test_watchdog", "test_inference", "test_merge_export", "test_data_faults"),
-)
 TEXTS = (
     "改成一个问题:\n小明今天在公园放风筝",
     "找出句子里的地点:\n老师昨天在图书馆看书",
@@ -87,14 +81,6 @@ def varlen_attn_reference(query, key, value, starts, _, longest, __, scale, wind
     return output
 
 
-def readme_commands(name: str = "README.md") -> list[str]:
-    """Return the commands of a README's bash blocks, one line each, without comments."""
-    text = (ROOT / name).read_text(encoding="utf-8")
-    blocks = re.findall(r"^```bash\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)
-    lines = "".join(blocks).replace("\\\n", " ").splitlines()
-    return [" ".join(line.split("#")[0].split()) for line in lines if line.split("#")[0].strip()]
-
-
 def accelerate_variables(config_file: str) -> dict[str, str]:
     """Return the environment variables that `accelerate launch --config_file` sets for its processes."""
     from accelerate.commands.launch import launch_command, launch_command_parser
@@ -106,9 +92,9 @@ def accelerate_variables(config_file: str) -> dict[str, str]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put the slowest files first."""
-    order = {name: position for position, name in enumerate(SLOWEST_FILES)}
-    items.sort(key=lambda item: order.get(item.path.stem, len(order)))
+    """Put files first that start processes: they take longest, so several workers (`pytest -n`) end together."""
+    slow = {item.path for item in items if {"run_command", "run_ranks"} & set(item.fixturenames)}
+    items.sort(key=lambda item: item.path not in slow)
 
 
 class Result:

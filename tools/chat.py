@@ -2,12 +2,14 @@
 python tools/chat.py --adapter_path output
 
 A chat in the terminal, with an adapter or with the base model alone. The model sees the whole conversation, in the
-chat format of its generation. /clear forgets it, /base and /adapter switch, /quit ends. With --web a page in the
+chat format of its generation. /help lists the commands, Ctrl-C stops an answer, /quit ends. With --web a page in the
 browser (tools/chat_page.py), on which base and adapter answer side by side; that needs
 pip install -r tools/requirements.txt.
 """
 
+import contextlib
 import os
+import signal
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,15 +21,24 @@ from utils.common.script import run
 from tools.chat_model import Chat, ChatSettings
 from utils.checkpoint.model import Checkpoint
 from utils.common.code_caches import user_cache
+from utils.common.console import DIM, print_facts, print_line, style
 from utils.common.errors import Faults, UsageError
+from utils.common.signals import on_signals
 from utils.common.terminal import escape_controls
 from utils.inference.arguments import ModelFlags, check_minimums, check_sampling, flag, parse_flags, resolve_dtype
 from utils.inference.job import check_adapters, open_checkpoint, resolve_template
-from utils.inference.placement import dispatch
+from utils.inference.placement import dispatch, input_device
 from utils.lora.adapter import load_adapter
 from utils.models.conversation import Message
 
 LOOPBACK = "127.0.0.1"
+COMMANDS = {
+    "/help": "list the commands",
+    "/clear": "forget the conversation",
+    "/adapter": "let the adapter answer",
+    "/base": "let the base model answer",
+    "/quit": "end (so does Ctrl-D)",
+}
 
 
 @dataclass(kw_only=True)
@@ -64,34 +75,76 @@ class ChatArguments(ChatModelFlags, ChatSettings, PageFlags):
         return faults
 
 
+def print_banner(chat: Chat) -> None:
+    """Print who answers, where it runs, and how to leave."""
+    facts = {"model": chat.model_name, "adapter": chat.adapter_name or "none", "device": input_device(chat.model)}
+    print_facts("chat.py", facts | {"commands": "/help lists them, Ctrl-C stops an answer, /quit or Ctrl-D ends"})
+
+
 def talk(chat: Chat, settings: ChatSettings) -> None:
     """Run the conversation in the terminal until /quit or the end of the input."""
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401  `input` then has arrow keys and a history, also over Chinese characters
     messages: list[Message] = []
     use_adapter = chat.has_adapter
     while True:
         try:
-            question = input("问> ").strip()
+            question = read_question()
         except EOFError:
             return
-        except UnicodeDecodeError as error:
-            print(f"the line is not {error.encoding}: type it again", flush=True)
-            continue
         if question == "/quit":
             return
-        if question == "/clear":
+        if question == "/help":
+            print_facts("commands", COMMANDS)
+        elif question == "/clear":
             messages.clear()
+            print_line("the conversation is forgotten", DIM)
         elif question in ("/base", "/adapter"):
             use_adapter = question == "/adapter" and chat.has_adapter
-            print("the adapter answers" if use_adapter else "the base answers", flush=True)
+            missing = " (there is no adapter)" if question == "/adapter" and not use_adapter else ""
+            print_line(f"the {'adapter' if use_adapter else 'base'} answers{missing}", DIM)
+        elif question.startswith("/") and question[1:].isascii() and question[1:].isalpha():
+            print_line(f"there is no command {question}: /help lists them", DIM)
         elif question:
             messages.append(Message("user", question))
-            shown = ""
-            for text in chat.answer(messages, settings, use_adapter):
-                if text.startswith(shown):
-                    print(escape_controls(text[len(shown) :]), end="", flush=True)
-                    shown = text
-            print(flush=True)
-            messages.append(Message("assistant", text))
+            text = print_answer(chat, messages, settings, use_adapter)
+            messages[-1:] = [messages[-1], Message("assistant", text)] if text else []  # stopped before it began
+
+
+def read_question() -> str:
+    """
+    Return the line that the user types; Ctrl-C drops it.
+
+    Raises:
+        EOFError: the input ends.
+    """
+    while True:
+        try:
+            return input("问> ").strip()
+        except UnicodeDecodeError as error:
+            print_line(f"the line is not {error.encoding}: type it again")
+        except KeyboardInterrupt as stop:
+            if "SIGINT" not in str(stop):
+                raise
+            print_line("\n/quit or Ctrl-D ends", DIM)
+
+
+def print_answer(chat: Chat, messages: list[Message], settings: ChatSettings, use_adapter: bool) -> str:
+    """Print the answer as it grows and return it; Ctrl-C stops it, and what there is remains."""
+    stopped: list[int] = []
+    shown = text = ""
+    with (
+        on_signals(stopped.append, (signal.SIGINT,)),
+        contextlib.closing(chat.answer(messages, settings, use_adapter)) as texts,
+    ):
+        for text in texts:
+            if text.startswith(shown):
+                print(escape_controls(text[len(shown) :]), end="", flush=True)
+                shown = text
+            if stopped:
+                break
+    print(style(" (stopped)", DIM) if stopped else "", flush=True)
+    return text
 
 
 def open_chat(args: ChatArguments, checkpoint: Checkpoint) -> Chat:
@@ -106,7 +159,8 @@ def open_chat(args: ChatArguments, checkpoint: Checkpoint) -> Chat:
     model = dispatch(checkpoint, resolve_dtype(args), quantize=args.quantize)
     for path in args.adapter_path:
         model = load_adapter(model, path, args.lora_alpha)  # never merged: it can be switched off
-    return Chat(model, tokenizer, template, bool(args.adapter_path))
+    model_name = f"{args.model_name_or_path} ({checkpoint.generation.name})"
+    return Chat(model, tokenizer, template, model_name, next(iter(args.adapter_path), None))
 
 
 def serve_page(args: ChatArguments, checkpoint: Checkpoint) -> None:
@@ -128,7 +182,8 @@ def serve_page(args: ChatArguments, checkpoint: Checkpoint) -> None:
     bound = bind(args.host, args.port)  # before the model takes its time to load
     app = make_app(open_chat(args, checkpoint), args)
     host, port = bound.getsockname()[:2]
-    print(f"the page: http://{f'[{host}]' if ':' in host else host}:{port}", flush=True)
+    address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+    print_facts("chat.py --web", {"page": address, "end it with": "Ctrl-C"})
     serve(app, args.host, bound)
 
 
@@ -140,7 +195,9 @@ def main() -> None:
     if args.web:
         serve_page(args, checkpoint)
     else:
-        talk(open_chat(args, checkpoint), args)
+        chat = open_chat(args, checkpoint)
+        print_banner(chat)
+        talk(chat, args)
 
 
 if __name__ == "__main__":

@@ -70,13 +70,22 @@ class Chat:
 
     The switch belongs to the model, so answers are generated one after another: an abandoned answer has ended before
     the next one begins.
+
+    Args:
+        model_name: for a person, as `adapter_name`, which is None without an adapter.
     """
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     template: ChatTemplate
-    has_adapter: bool
+    model_name: str
+    adapter_name: str | None = None
     lock: threading.Lock = field(default_factory=threading.Lock)
+
+    @property
+    def has_adapter(self) -> bool:
+        """Whether the model has an adapter."""
+        return self.adapter_name is not None
 
     def answer(self, messages: Sequence[Message], settings: ChatSettings, use_adapter: bool = True) -> Iterator[str]:
         """

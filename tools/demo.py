@@ -1,9 +1,9 @@
 """
 python tools/demo.py
 
-Runs the whole pipeline on the embedded checkpoint, with the commands that a user types: process, tokenise, LoRA
-training with ZeRO-3 on two processes, batch inference with and without the adapter. Prints exact match on held-out
-prompts before and after.
+Teaches the embedded checkpoint a task that it does not know, with the commands that a user types: process, tokenise,
+answer, LoRA training with ZeRO-3 on two processes, answer again. Shows each command with its result, and exact match
+on held-out prompts before and after. What the commands print is in demo.log beside their files; the last line is JSON.
 """
 
 import json
@@ -13,47 +13,118 @@ import subprocess
 import sys
 import time
 import unicodedata
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from utils.common.script import run
 
+from utils.common.console import BOLD, DIM, WIDTH, Progress, is_terminal, print_facts, print_line, print_next, style
 from utils.common.errors import RunError, UsageError
 from utils.common.flags import FlagParser
+from utils.data.input_facts import describe_size, size_of
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = "data/chatglm-tiny"
 HELD_OUT = "data/sample.heldout.json"
 DEFAULT_DIR = ROOT / "data" / "demo"
 MARK = ".demo"  # a file that marks a directory as the demo's own, which it may empty
+LOG = "demo.log"
+SHOWN_ON_FAILURE = 40  # lines of the log
+OWN_ROWS = "python process_belle_1M_data.py --input YOUR_ROWS.json"
 
 
-def commands(work: str, port: int | None) -> dict[str, str]:
-    """Return the commands by name; `port` is torchrun's, None its default."""
+@dataclass(frozen=True)
+class Step:
+    """A command of the pipeline, and its result in words from the JSON object that it ends with."""
+
+    name: str
+    command: str
+    result: str
+
+
+def steps(work: str, port: int | None) -> list[Step]:
+    """Return the steps; `port` is torchrun's, None its default."""
     work = shlex.quote(work)
     listen = f" --master_port {port}" if port else ""
     answer = (
         f"python chatglm_milti_gpu_inference.py --model_name_or_path {MODEL} "
         f"--input_path {HELD_OUT} --batch_size 32 --max_new_tokens 64"
     )
-    return {
-        "process": f"python process_belle_1M_data.py --input data/sample.train.json --output {work}/train.json",
-        "tokenize": f"python tokenize_dataset_rows_belle.py --jsonl_path {work}/train.json --save_path {work}/tokens "
-        f"--max_seq_length 200 --skip_overlength --model_name_or_path {MODEL}",
-        "answers before": f"{answer} --output_path {work}/before.jsonl",
-        "train": f"torchrun --nproc_per_node=2{listen} multi_gpu_fintune_belle.py --dataset_path {work}/tokens "
-        f"--lora_rank 8 --per_device_train_batch_size 16 --num_train_epochs 8 --learning_rate 6e-3 --save_steps 1000 "
-        f"--save_total_limit 2 --logging_steps 20 --fp16 --output_dir {work}/adapter "
-        f"--deepspeed ds_config_zero3.json --model_name_or_path {MODEL}",
-        "answers after": f"{answer} --adapter_path {work}/adapter --output_path {work}/after.jsonl",
-    }
+    answered = "{rows} held-out prompts answered, {new_tokens_per_second:,.0f} tokens a second"
+    return [
+        Step(
+            "process",
+            f"python process_belle_1M_data.py --input data/sample.train.json --output {work}/train.json",
+            "{read} rows read, {written} written as prompt and target",
+        ),
+        Step(
+            "tokenise",
+            f"python tokenize_dataset_rows_belle.py --jsonl_path {work}/train.json --save_path {work}/tokens "
+            f"--max_seq_length 200 --skip_overlength --model_name_or_path {MODEL}",
+            "{written} rows, {tokens:,} tokens, {trained_tokens:,} of them trained on",
+        ),
+        Step("answer before training", f"{answer} --output_path {work}/before.jsonl", answered),
+        Step(
+            "train",
+            f"torchrun --nproc_per_node=2{listen} multi_gpu_fintune_belle.py --dataset_path {work}/tokens "
+            "--lora_rank 8 --per_device_train_batch_size 16 --num_train_epochs 8 --learning_rate 6e-3 "
+            f"--save_steps 1000 --save_total_limit 2 --logging_steps 20 --fp16 --output_dir {work}/adapter "
+            f"--deepspeed ds_config_zero3.json --model_name_or_path {MODEL}",
+            "{steps} steps on 2 processes, mean loss {train_loss:.2f}",
+        ),
+        Step(
+            "answer with the adapter",
+            f"{answer} --adapter_path {work}/adapter --output_path {work}/after.jsonl",
+            answered,
+        ),
+    ]
+
+
+def wrapped(command: str) -> Iterator[str]:
+    """Yield the lines of a command, broken before flags so that they fit, to be pasted into a shell."""
+    line = "$"
+    for word in command.replace(" --", "\n--").split("\n"):
+        if len(line) + len(word) > WIDTH - 6:
+            yield f"{line} \\"
+            line = "   "
+        line += f" {word}"
+    yield line
+
+
+def run_step(step: Step, log: Path) -> dict[str, Any]:
+    """
+    Run a command, its output appended to `log`; return the JSON object on its last line.
+
+    Raises:
+        RunError: it failed; the end of its output is on stderr.
+    """
+    with log.open("a+", encoding="utf-8", errors="replace") as file:
+        file.write(f"$ {step.command}\n")
+        file.flush()
+        start = file.tell()
+        result = subprocess.run(shlex.split(step.command), cwd=ROOT, stdout=file, stderr=subprocess.STDOUT)
+        file.seek(start)
+        lines = file.read().splitlines()
+    if result.returncode:
+        print("\n".join(lines[-SHOWN_ON_FAILURE:]), file=sys.stderr)
+        raise RunError(f"the step '{step.name}' failed: all that it printed is in {log}")
+    return json.loads(next(line for line in reversed(lines) if line.startswith("{")))
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Return the rows of a JSON Lines file."""
+    return [json.loads(line) for line in path.read_bytes().splitlines()]
 
 
 def exact_match(answers_path: Path) -> float:
     """Return the share of held-out rows answered exactly, after the tokenizer's NFKC."""
-    targets = [json.loads(line)["output"] for line in (ROOT / HELD_OUT).read_bytes().splitlines()]
-    answers = [json.loads(line)["answer"] for line in answers_path.read_bytes().splitlines()]
+    targets = [row["output"] for row in read_rows(ROOT / HELD_OUT)]
+    answers = [row["answer"] for row in read_rows(answers_path)]
     pairs = zip(answers, targets, strict=True)
     same = sum(unicodedata.normalize("NFKC", a) == unicodedata.normalize("NFKC", t) for a, t in pairs)
     return same / len(targets)
@@ -78,6 +149,40 @@ def empty_directory(directory: Path) -> None:
         raise UsageError(f"--work_dir {directory} cannot be made: {error.strerror}") from None
 
 
+def print_result(work: Path, before: float, after: float, seconds: float) -> None:
+    """Print how the answers changed, where everything is, and what to do next."""
+    row, *_ = read_rows(ROOT / HELD_OUT)
+    answers = [read_rows(work / name)[0]["answer"] for name in ("before.jsonl", "after.jsonl")]
+    print_line()
+    example = {
+        "prompt": f"{row['instruction']} {row['input']}",
+        "target": row["output"],
+        "before": answers[0].replace("\n", " "),
+        "after": answers[1].replace("\n", " "),
+    }
+    print_facts("a held-out row", example)
+    print_line()
+    shares = {"before": f"{before:6.1%}", "after": style(f"{after:6.1%}", BOLD)}
+    print_facts(f"exact match on the {len(read_rows(ROOT / HELD_OUT))} rows of {HELD_OUT}", shares)
+    print_line()
+    adapter = shown(work / "adapter")
+    weights = describe_size(size_of(work / "adapter" / "adapter_model.safetensors"))
+    places = {"adapter": f"{adapter} ({weights} of weights)", "log": shown(work / LOG)}
+    print_facts(f"done in {timedelta(seconds=round(seconds))}", places)
+    model = f"--model_name_or_path {MODEL} --adapter_path {shlex.quote(adapter)}"
+    print_next(
+        [
+            ("talk to it", f"python tools/chat.py {model}"),
+            ("teach it rows of your own, with the commands above", f"{OWN_ROWS} --output data/rows.json"),
+        ]
+    )
+
+
+def shown(path: Path) -> str:
+    """Return a path as a user would type it in the repository."""
+    return str(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path)
+
+
 def main() -> None:
     parser = FlagParser(description=__doc__)
     parser.add_argument("--work_dir", type=Path, default=DEFAULT_DIR, help="emptied first (default: %(default)s)")
@@ -85,21 +190,27 @@ def main() -> None:
     args = parser.parse_args()
     work = args.work_dir.resolve()
     empty_directory(work)
-    seconds = {}
-    for name, command in commands(str(work), args.master_port).items():
-        print(f"\n$ {command}", flush=True)
-        started = time.perf_counter()
-        if subprocess.run(shlex.split(command), cwd=ROOT).returncode:
-            raise RunError(f"the step '{name}' failed")
-        seconds[name] = time.perf_counter() - started
+    began = time.monotonic()
+    size = describe_size(size_of(ROOT / MODEL / "model.safetensors"))
+    print_line(f"A tiny ChatGLM-6B ({size}) learns to turn sentences into diary entries, on this machine alone", BOLD)
+    pipeline = steps(shown(work), args.master_port)
+    with Progress("demo", len(pipeline), "steps").shown() as progress:
+        for number, step in enumerate(pipeline, start=1):
+            print_line()
+            print_line(f"{number}. {step.name}", BOLD)
+            for line in wrapped(step.command):
+                print_line(f"   {line}", DIM)
+            if is_terminal():
+                progress.advance(int(number > 1), step.name)
+            started = time.monotonic()
+            result = step.result.format(**run_step(step, work / LOG))
+            taken = f"{time.monotonic() - started:.1f} s"
+            print_line(f"   {result} {taken:>{WIDTH - 4 - len(result)}}")
+    seconds = time.monotonic() - began
     before, after = exact_match(work / "before.jsonl"), exact_match(work / "after.jsonl")
-    print("\nstep              seconds")
-    for name, value in seconds.items():
-        print(f"{name:16} {value:8.1f}")
-    print(f"\nexact match on {HELD_OUT}\n  before {before:7.1%}\n  after  {after:7.1%}\n")
-    summary = {"exact_match_before": before, "exact_match_after": after, "seconds": round(sum(seconds.values()), 1)}
-    print(json.dumps(summary))
+    print_result(work, before, after, seconds)
+    print(json.dumps({"exact_match_before": before, "exact_match_after": after, "seconds": round(seconds, 1)}))
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, after_signal="run the same command again")

@@ -2,17 +2,16 @@
 python tools/evaluate.py --input_path data/sample.heldout.json --adapter_path output
 
 Answers held-out rows with the base model and with each adapter, compares the answers with the rows' targets, and
-writes report.md, report.html (one file, figures included), scores.json and answers.jsonl to --output_dir. Needs
-pip install -r tools/requirements.txt. The last line printed is JSON.
+writes report.html (one file: scores, figures, and every row, to filter and sort), report.md, scores.json and
+answers.jsonl to --output_dir. Needs pip install -r tools/requirements.txt. The last line printed is JSON.
 """
 
-import base64
-import html
-import io
 import json
-import re
+import shlex
 import sys
-from dataclasses import asdict, dataclass, field
+import time
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,10 +21,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from utils.common.script import run
 
 from utils.checkpoint.model import Checkpoint
+from utils.common.console import Progress, print_facts, print_line, print_next
 from utils.common.errors import Faults, RowError, RunError, UsageError
-from utils.common.files import atomic_writer, check_output_path
-from utils.common.terminal import escape_controls
-from utils.data.json_lines import dump_row
+from utils.common.files import check_output_path
 from utils.data.row_parser import check_columns, parse_row, read_rows
 from utils.data.row_schema import COLUMNS_HELP, ColumnMap
 from utils.inference.arguments import ModelFlags, adapter_names, check_minimums, flag, parse_flags, resolve_dtype
@@ -36,27 +34,9 @@ from utils.inference.prompt_reader import BASE_NAME, PromptRow
 from utils.lora.multi_lora import add_adapters
 from utils.models.conversation import Conversation
 from utils.models.templates import encode_prompt
+from utils.training.run_log import describe_environment, shown_command
 
-SHOWN = {
-    "exact_match": "exact match %",
-    "bleu4": "BLEU-4",
-    "chrf": "chrF",
-    "rouge1": "ROUGE-1",
-    "rouge2": "ROUGE-2",
-    "rougeL": "ROUGE-L",
-    "stopped": "stopped by itself %",
-    "answer_tokens": "tokens an answer",
-    "answer_characters": "characters an answer",
-    "reference_characters": "characters a reference",
-}
-OUTPUTS = ("report.md", "report.html", "scores.png", "scores.json", "answers.jsonl")
-NOTE = (
-    "Mean or corpus score over the rows, in brackets its 95% interval by bootstrap over rows (1000 resamples). BLEU-4 "
-    "(zh) and chrF: sacrebleu, of the corpus. ROUGE: rouge_score on jieba's words, F1."
-)
-# Characters inside a line that Markdown, or a program that shows it, turns into markup or a link
-MARKUP = re.compile(r"[\\`*_\[\]{}<>&@|~$^]|:(?=//)|(?<=/)/|\.(?=[^\W\d])")
-HTML_POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+OUTPUTS = ("report.html", "report.md", "scores.png", "lengths.png", "scores.json", "answers.jsonl")
 
 
 @dataclass(kw_only=True)
@@ -96,7 +76,7 @@ class ReportFlags:
     _argument_group_name = "report"
 
     output_dir: str = flag("directory of the report", "output/evaluation")
-    samples: int = flag("rows shown side by side", 20)
+    samples: int = flag("rows shown in report.md; report.html has all", 20)
     seed: int = flag("seed of the bootstrap resamples", 0)
 
 
@@ -164,10 +144,10 @@ def answer_all(
     settings = AnswerSettings(args.max_new_tokens, adapters=tuple(names))
     answers: list[dict[str, Any]] = []
     generator = BatchGenerator(model, PromptCodec(tokenizer, template), settings, input_device(model))
-    for answer in generator.run(prompts, args.batch_size):
-        answers.append(answer)
-        if len(answers) % 100 == 0:
-            print(f"{len(answers)}/{len(prompts)} answers", flush=True)
+    with Progress("answering", len(prompts), "answers").shown() as progress:
+        for answer in generator.run(prompts, args.batch_size):
+            answers.append(answer)
+            progress.advance()
     answers.sort(key=lambda answer: answer["index"])
     return {name: answers[i :: len(systems)] for i, name in enumerate(systems)}
 
@@ -185,119 +165,65 @@ def check_failures(answers: dict[str, list[dict[str, Any]]]) -> None:
             )
 
 
-def table(scores: dict[str, dict[str, Any]]) -> list[list[str]]:
-    """Return the cells of the table of scores: a head, then a row for each of SHOWN."""
-    rows = [[label, *(str(values[key]) for values in scores.values())] for key, label in SHOWN.items()]
-    return [["", *scores], *rows]
+def facts_of(args: EvaluationArguments, checkpoint: Checkpoint, rows: int) -> dict[str, str]:
+    """Return what is evaluated, for the console and the report."""
+    limit = f"the first {rows:,} rows" if args.max_rows else f"{rows:,} rows"
+    return {
+        "model": f"{args.model_name_or_path} ({checkpoint.generation.name})",
+        "adapters": ", ".join(args.adapter_path) or "none: the base alone",
+        "rows": f"{args.input_path}: {limit}",
+        "answers": f"greedy, at most {args.max_new_tokens} tokens{f', {args.quantize}' if args.quantize else ''}",
+    }
 
 
-def plot(scores: dict[str, dict[str, Any]], answers: dict[str, list[dict[str, Any]]]) -> bytes:
-    """Return a PNG of the scores with their intervals, and of the answers' lengths."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 4), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    keys = list(SHOWN)[:7]
-    width = 0.8 / len(scores)
-    for index, (name, values) in enumerate(scores.items()):
-        label = f" {escape_controls(name)}".replace("$", r"\$")  # "_a" would have no legend, "$a$" would be a formula
-        means = [values[key] for key in keys]
-        below, above = [max(s.value - s.low, 0) for s in means], [max(s.high - s.value, 0) for s in means]
-        x = [i + index * width for i in range(len(keys))]
-        left.bar(x, [s.value for s in means], width, yerr=[below, above], capsize=2, label=label)
-        right.hist([a.get("answer_tokens", 0) for a in answers[name]], bins=30, histtype="step", label=label)
-    left.set_xticks([i + 0.4 - width / 2 for i in range(len(keys))], [SHOWN[key] for key in keys], rotation=30)
-    left.legend()
-    right.set_xlabel("tokens an answer")
-    right.set_ylabel("answers")
-    right.legend()
-    file = io.BytesIO()
-    figure.savefig(file, format="png", dpi=110)
-    return file.getvalue()
+def details_of_run() -> dict[str, str]:
+    """Return command, versions and machine, for the report."""
+    environment = describe_environment()
+    versions = [f"{name} {number}" for name, number in environment["versions"].items() if number]
+    return {
+        "command": f"python {shown_command()}",
+        "versions": ", ".join(versions),
+        "commit": environment["git"]["commit"] or "unknown",
+        "devices": ", ".join(environment["devices"]) or "CPU",
+    }
 
 
-def plain(text: str) -> str:
-    """Escape `text` so that Markdown shows it as it is, in a line or a cell."""
-    shown = escape_controls(text.replace("\r\n", "\n"))
-    return MARKUP.sub(lambda match: f"&#{ord(match[0])};", shown).replace("\n", "<br>")
-
-
-def markdown(head: str, scores, samples: list[list[str]], figure_name: str) -> str:
-    """Return report.md; `samples` are rows of cells, the first one their head."""
-
-    def rows(cells: list[list[str]]) -> str:
-        lines = [f"| {' | '.join(row)} |" for row in cells]
-        return "\n".join([lines[0], "|" + " --- |" * len(cells[0]), *lines[1:]])
-
-    numbers = rows(table({plain(name): values for name, values in scores.items()}))
-    texts = rows([[plain(text) for text in row] for row in samples])
-    return f"# Evaluation\n\n{plain(head)}\n\n{numbers}\n\n{NOTE}\n\n![scores and lengths]({figure_name})\n\n" + (
-        f"## Side by side\n\n{texts}\n" if len(samples) > 1 else ""
-    )
-
-
-def page(head: str, scores, samples: list[list[str]], figure: bytes) -> str:
-    """Return report.html, with the figure in it and without scripts; see `markdown`."""
-
-    def rows(cells: list[list[str]]) -> str:
-        kinds = ["th"] + ["td"] * (len(cells) - 1)
-        return "\n".join(
-            "<tr>" + "".join(f"<{kind}>{html.escape(escape_controls(text))}</{kind}>" for text in row) + "</tr>"
-            for kind, row in zip(kinds, cells, strict=True)
-        )
-
-    style = (
-        "body{font:15px sans-serif;margin:2em;max-width:1200px}table{border-collapse:collapse}img{max-width:100%}"
-        "td,th{border:1px solid #ccc;padding:.3em .6em;vertical-align:top;white-space:pre-wrap;text-align:left}"
-    )
-    picture = base64.b64encode(figure).decode()
-    return (
-        f'<!doctype html><html lang="zh"><meta charset="utf-8"><title>Evaluation</title>'
-        f'<meta http-equiv="Content-Security-Policy" content="{HTML_POLICY}"><style>{style}</style>'
-        f"<h1>Evaluation</h1><p>{html.escape(escape_controls(head))}</p><table>{rows(table(scores))}</table><p>{NOTE}</p>"
-        f'<img alt="scores and lengths" src="data:image/png;base64,{picture}">'
-        f"<h2>Side by side</h2><table>{rows(samples)}</table></html>\n"
-    )
-
-
-def write_report(args: EvaluationArguments, targets: list[str], answers: dict[str, list[dict]], scores: dict) -> None:
-    """Write OUTPUTS; `answers` and `scores` are by the name of base or adapter."""
-    head = f"{len(targets)} rows of {args.input_path}, {args.model_name_or_path}"
-    samples = [["prompt", "target", *answers]]
-    for i, target in enumerate(targets[: args.samples]):
-        prompt, texts = answers[BASE_NAME][i]["prompt"], [each[i]["answer"] or "" for each in answers.values()]
-        samples.append([prompt, target, *texts])
-    figure = plot(scores, answers)
+def print_summary(args: EvaluationArguments, lines: list[str], seconds: float) -> None:
+    """Print the scores, where the report lies, and commands to type next."""
+    print_line()
+    for line in lines:
+        print_line(line)
     output = Path(args.output_dir)
-    with atomic_writer(output / "report.md") as file:
-        file.write(markdown(head, scores, samples, "scores.png"))
-    (output / "scores.png").write_bytes(figure)
-    with atomic_writer(output / "report.html") as file:
-        file.write(page(head, scores, samples, figure))
-    with atomic_writer(output / "answers.jsonl") as file:
-        for i, target in enumerate(targets):
-            for name, system_answers in answers.items():
-                file.write(dump_row({"row": i, "system": name, "target": target} | system_answers[i]))
-    with atomic_writer(output / "scores.json") as file:
-        json.dump(
-            {name: {key: asdict(score) for key, score in each.items()} for name, each in scores.items()},
-            file,
-            indent=1,
-        )
+    print_facts(
+        f"done in {timedelta(seconds=round(seconds))}",
+        {"report": output / "report.html", "as Markdown": output / "report.md", "answers": output / "answers.jsonl"},
+    )
+    if args.adapter_path:
+        flags = shlex.join(["--model_name_or_path", args.model_name_or_path, "--adapter_path", args.adapter_path[-1]])
+        print_next([("talk to it", f"python tools/chat.py {flags}")])
 
 
 def main() -> None:
     args = parse_flags(EvaluationArguments, __doc__, "%(prog)s --input_path FILE [--FLAG VALUE ...]")
-    from tools.scores import score_answers  # fails here, before a model loads, if a package is missing
+    # fail here, before a model loads, if a package is missing
+    from tools.evaluation_report import Evaluation, score_lines, write_report
+    from tools.scores import score_answers
 
     args.collect_faults().report()
+    began, started = time.monotonic(), datetime.now().astimezone()
     rows = read_targets(args.input_path, ColumnMap.parse(args.columns), args.max_rows)
     checkpoint = open_checkpoint(args)
     check_adapters(args, checkpoint)
+    facts = facts_of(args, checkpoint, len(rows))
+    print_facts("evaluate.py", facts)
+    facts["date"] = started.isoformat(sep=" ", timespec="minutes")
     answers = answer_all(args, checkpoint, rows)
+    print_line("scoring")
     targets = [row.target for row in rows]
     scores = {name: score_answers(each, targets, args.seed) for name, each in answers.items()}
-    write_report(args, targets, answers, scores)
+    evaluation = Evaluation(facts, details_of_run(), targets, answers, scores)
+    write_report(evaluation, Path(args.output_dir), args.samples)
+    print_summary(args, score_lines(evaluation), time.monotonic() - began)
     summary = {name: {key: round(score.value, 2) for key, score in each.items()} for name, each in scores.items()}
     print(json.dumps({"output_dir": args.output_dir, "rows": len(rows), "scores": summary}))
     check_failures(answers)

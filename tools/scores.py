@@ -6,8 +6,9 @@ rouge_score's on jieba's words; only the bootstrap is ours, for neither library 
 """
 
 import logging
+import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,9 @@ from utils.common.code_caches import user_cache
 from utils.common.errors import UsageError
 
 try:
-    import jieba
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="pkg_resources is deprecated")
+        import jieba
     import sacrebleu
     from rouge_score.rouge_scorer import RougeScorer
 except ImportError as error:
@@ -39,11 +42,12 @@ class JiebaWords:
 
 @dataclass(frozen=True)
 class Score:
-    """A score and the ends of its 95% interval, by bootstrap over rows."""
+    """A score and the ends of its 95% interval, by bootstrap over rows; `rows` are the rows' own, if they have any."""
 
     value: float
     low: float
     high: float
+    rows: tuple[float, ...] = field(default=(), repr=False)
 
     def __str__(self) -> str:
         return f"{self.value:.2f} [{self.low:.2f}, {self.high:.2f}]"
@@ -80,7 +84,7 @@ def score_answers(answers: Sequence[dict[str, Any]], references: Sequence[str], 
 
 def _mean(values: np.ndarray, draws: np.ndarray) -> Score:
     low, high = np.percentile(values[draws].mean(1), PERCENTILES)
-    return Score(float(values.mean()), float(low), float(high))
+    return Score(float(values.mean()), float(low), float(high), tuple(values.tolist()))
 
 
 def _corpus(metric, texts: Sequence[str], references: Sequence[str], draws: np.ndarray) -> Score:

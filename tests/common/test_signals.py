@@ -102,7 +102,7 @@ def test_training_outlives_its_terminal(tokens, tmp_path):
         while not has_logged_a_step(line := reader.readline()):
             assert line and "Traceback" not in line, line
     os.kill(process.pid, signal.SIGINT)
-    process.join(timeout=60)
+    process.join(timeout=120)
     assert process.exitcode == 0
     assert "stopped by SIGINT after step" in (output_dir / "train.log").read_text()
     assert not find_damage(list_checkpoints(output_dir)[-1])
@@ -137,6 +137,6 @@ def test_a_signal_during_the_imports(tmp_path):
         assert process.poll() is None
         time.sleep(0.005)
     process.send_signal(signal.SIGINT)
-    stderr = process.communicate(timeout=60)[1]
+    stderr = process.communicate(timeout=120)[1]
     assert process.returncode == 1 and stderr.count("\n") == 1, stderr
     assert "stopped by SIGINT: run the same command" in stderr

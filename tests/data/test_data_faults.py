@@ -10,7 +10,7 @@ import kill_data_scripts
 import pytest
 from conftest import ROOT, TINY
 
-from utils.data import row_parser
+from utils.data import raw_reader
 
 
 def test_killed_at_any_moment(tmp_path):
@@ -141,12 +141,12 @@ def test_an_input_that_disappears(run_script, tmp_path, monkeypatch):
     """It disappears after the check of the names and before the second file is opened."""
     for name in "ab":
         (tmp_path / name).write_bytes((ROOT / "data" / "sample.train.json").read_bytes())
-    plain = row_parser.read_blocks
+    plain = raw_reader.read_blocks
 
     def read_blocks(path):
         yield from plain(path)
         Path(tmp_path / "b").unlink(missing_ok=True)
 
-    monkeypatch.setattr(row_parser, "read_blocks", read_blocks)
+    monkeypatch.setattr(raw_reader, "read_blocks", read_blocks)
     result = run_script(f"process_belle_1M_data.py --input {tmp_path}/a {tmp_path}/b --output {tmp_path}/out")
     assert result.code == 2 and f"{tmp_path}/b is not a file" in result.err and not (tmp_path / "out").exists()

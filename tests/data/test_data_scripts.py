@@ -249,6 +249,8 @@ def test_most_rows_rejected_is_a_failure(run_script, tmp_path, good, code):
         assert result.code == code and "Traceback" not in result.err, result.err
         if good:
             assert ("rows could not be used, more than half" in result.err) == bool(code)
+        else:  # one reason, said once
+            assert result.err.count("is blank") == 1 and result.err.splitlines()[-1].count(" 6 ") == 1
     assert (tmp_path / "out").is_file() == (tmp_path / "tokens").is_dir() == bool(good)
     assert not good or len((tmp_path / "out").read_text().splitlines()) == good
 

@@ -40,7 +40,7 @@ def test_nobody_is_called_killed_where_all_are_stopped(tmp_path):
 
 def test_processes_that_were_all_suspended_are_alive(run_ranks):
     """For longer than one may be silent, as in a container that is paused."""
-    result = run_ranks(2, "tests/helpers/suspended_check.py", timeout=120).check()
+    result = run_ranks(2, "tests/helpers/suspended_check.py").check()
     assert result.out.count("alive") == 2 and not result.err
 
 

@@ -11,7 +11,7 @@ from utils.distributed.process_group import free_port
 
 def test_demo_learns_the_task(run_command, tmp_path):
     result = run_command(
-        f"python tools/demo.py --work_dir {tmp_path}/demo --master_port {free_port()}", timeout=600
+        f"python tools/demo.py --work_dir {tmp_path}/demo --master_port {free_port()}", timeout=1200
     ).check()
     summary = json.loads(result.out.strip().splitlines()[-1])
     assert summary["exact_match_before"] <= 0.05

@@ -1,8 +1,8 @@
 """
 Runs a script's processes as torchrun starts them, forked from a server that has already imported the libraries.
 
-Importing takes longer than most runs of a test. Real launchers are tested in test_readme.py, test_family.py,
-test_configs.py and test_resume.py.
+Importing takes longer than most runs of a test. Real launchers are tested in test_document_commands.py,
+test_family.py, test_configs.py and test_resume.py.
 """
 
 import multiprocessing

@@ -157,7 +157,8 @@ def test_another_result_is_kept_aside(tmp_path, capsys):
     assert not list(tmp_path.glob("*previous*"))
     keep(output, other, answers=[answer | {"answer": "别的"} for answer in ANSWERS], finish=True)
     assert (tmp_path / "o.jsonl.previous-1").read_bytes() == first
-    assert "kept as o.jsonl.previous-1" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "of another command (--max_new_tokens was 16 and is 5): it is kept as o.jsonl.previous-1" in out
     keep(output, SETTINGS, PROMPTS[:1], ANSWERS[:1], finish=True)  # other rows, as of another input
     keep(output, SETTINGS, finish=True)  # has all answers of the output that it replaces
     assert sorted(path.name for path in tmp_path.glob("*previous*")) == ["o.jsonl.previous-1", "o.jsonl.previous-2"]
@@ -167,11 +168,11 @@ def test_another_result_is_kept_aside(tmp_path, capsys):
 
 def test_an_unfinished_command_is_refused_and_named(tmp_path):
     keep(tmp_path / "o.jsonl", SETTINGS | {"model": "n"})
-    with pytest.raises(UsageError, match="model differ"):
+    with pytest.raises(UsageError, match="--model was n and is m; run that command"):
         known(tmp_path / "o.jsonl")
     journal = tmp_path / "o.jsonl.partial-0"
     journal.write_bytes(journal.read_bytes().replace(b"version", b"wersion"))
-    with pytest.raises(UsageError, match="its settings differ"):
+    with pytest.raises(UsageError, match="other settings; run that command"):
         known(tmp_path / "o.jsonl")
 
 
@@ -276,7 +277,7 @@ def test_an_unfinished_command_resumes_in_the_adapters_directory(answer, tmp_pat
     with monkeypatch.context() as patch:
         patch.setattr(AnswerFile, "finish", fail)
         assert "killed" in answer(flags, code=1, output=output)
-    assert "adapter_files differ" in answer(code=2, output=output)
+    assert f"--adapter_path was {tmp_path}/output and is not given; run" in answer(code=2, output=output)
     assert answer(flags, output=output)[1]["answered_before"] == 2
 
 

@@ -159,12 +159,12 @@ def test_random_checkpoints_answer(run_script, tmp_path, shape):
 def test_shards_give_the_answers_of_one_process(answer, workspace, adapted, processes):
     flags = f"--adapter_path {workspace}/adapter --tp_size {processes}"
     lines, result = answer("chatglm_deepspeed_inference.py", flags, processes=processes)
-    assert lines == adapted and f"1 replicas of the model, each on {processes} processes" in result.out
+    assert lines == adapted and f"1 replica of the model, on {processes} processes\n" in result.out
 
 
 def test_the_dispatching_script_on_two_processes(answer, plain):
     lines, result = answer(ONE_PROCESS, processes=2)
-    assert lines == plain and "2 replicas of the model, each on 1 processes" in result.out
+    assert lines == plain and "2 replicas of the model, each on 1 process\n" in result.out
 
 
 def test_replicas_that_are_sharded(answer):

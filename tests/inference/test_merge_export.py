@@ -273,11 +273,11 @@ def test_half_precision_is_what_is_asked_for(tmp_path, run_script):
     make_adapter(tmp_path / "adapter", template="alpaca")
     command = f"{SCRIPT} --model_name_or_path {GOLDEN}/glm-4-9b-chat-tiny --adapter_path {tmp_path}/adapter --bf16"
     out = run_script(f"{command} --merge_and_save {tmp_path}/merged").check().out
-    assert "rows" not in out  # none were asked for
+    assert '"rows"' not in out  # none were asked for
     assert {value.dtype for value in load_file(tmp_path / "merged" / "model.safetensors").values()} == {torch.bfloat16}
     assert Checkpoint.open(str(tmp_path / "merged")).generation is GLM4_HF
     answer = f"{SCRIPT} --model_name_or_path {tmp_path}/merged --output_path {tmp_path}/answers --max_new_tokens 1"
-    assert "template alpaca (the merged adapter's)" in run_script(answer).check().out
+    assert "template alpaca (the merged adapter's)" in " ".join(run_script(answer).check().out.split())
 
 
 def test_a_merge_that_changes_answers_is_not_written(tmp_path, monkeypatch):

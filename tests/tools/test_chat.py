@@ -1,14 +1,18 @@
 """tools/chat.py: streaming, history and adapter in the terminal, and the page in a headless browser."""
 
+import fcntl
 import io
 import json
 import os
+import pty
 import re
+import select
 import shutil
 import signal
 import socket
 import subprocess
 import sys
+import termios
 import threading
 import time
 import urllib.request
@@ -80,12 +84,58 @@ def expected(adapter):
 
 
 def test_terminal(run_script, monkeypatch, flags, expected):
-    typed = [*QUESTIONS, "/clear", "/base", *QUESTIONS, "/quit"]
+    typed = [*QUESTIONS, "/clear", "/base", *QUESTIONS, "/help", "/nothing", "/quit"]
     monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(typed) + "\n"))
     out = run_script(f"tools/chat.py {flags}").check().out
+    for words in (f"model     {BASE} (ChatGLM-6B)", "device    cpu", "Ctrl-C stops an answer", "no command /nothing"):
+        assert words in out
+    assert set(re.findall(r"^  (/[a-z]+)  ", out, flags=re.MULTILINE)) == {
+        *("/help", "/clear", "/adapter", "/base", "/quit")
+    }
     end = 0
     for answer in (*expected["adapter"], "the base answers", *expected["base"]):
         end = out.index(answer, end) + len(answer)
+
+
+def test_ctrl_c_stops_the_answer_and_not_the_program():
+    """In a terminal; at the prompt it drops the line."""
+    master, slave = pty.openpty()
+    command = f"tools/chat.py --model_name_or_path {BASE} --max_new_tokens 450 --repetition_penalty 0.5"
+    process = subprocess.Popen(
+        [sys.executable, *command.split()],
+        cwd=ROOT,
+        stdin=slave,
+        stdout=slave,
+        stderr=slave,
+        start_new_session=True,
+        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    os.close(slave)
+    shown = b""
+
+    def wait_for(words):
+        nonlocal shown
+        while words.encode() not in shown:
+            assert select.select([master], [], [], 60)[0], shown.decode(errors="replace")
+            shown += os.read(master, 4096)
+        shown = shown.split(words.encode(), 1)[1]
+
+    try:
+        wait_for("问> ")
+        os.write(master, "你好\r".encode())
+        wait_for("我是一个很小的模型")  # without a stop it would be said for 450 tokens
+        os.write(master, b"\x03")
+        wait_for("(stopped)")
+        wait_for("问> ")
+        time.sleep(1.1)  # one Ctrl-C counts once within a second
+        os.write(master, b"\x03")
+        wait_for("/quit or Ctrl-D ends")
+        os.write(master, b"\x04")
+        assert process.wait(timeout=30) == 0
+    finally:
+        process.kill()
+        os.close(master)
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +143,9 @@ def chat(adapter):
     from tools.chat_model import Chat
 
     tokenizer = load_tokenizer(str(BASE))
-    return Chat(load_adapter(load_model(str(BASE)), adapter), tokenizer, template_for(tokenizer, "native"), True)
+    return Chat(
+        load_adapter(load_model(str(BASE)), adapter), tokenizer, template_for(tokenizer, "native"), "tiny", "changed"
+    )
 
 
 def test_control_characters_do_not_reach_the_terminal(chat, monkeypatch, capsys):
@@ -157,12 +209,12 @@ def reader(chat):
         yield client
 
 
-def ask(reader, session, *data):
+def ask(reader, session, *data, **headers):
     """Return the last message about an event of the page with these values; the JSON may have NaN, as Python's."""
     config = json.loads(re.search(r"window\.gradio_config = (.*?);</script>", reader.get("/").text)[1])
     function = next(event["id"] for event in config["dependencies"] if event["inputs"])
     body = json.dumps({"data": data, "fn_index": function, "session_hash": session})
-    reader.post("/gradio_api/queue/join", content=body, headers=JSON).raise_for_status()
+    reader.post("/gradio_api/queue/join", content=body, headers=JSON | headers).raise_for_status()
     stream = reader.get("/gradio_api/queue/data", params={"session_hash": session})
     messages = [json.loads(line[6:]) for line in stream.text.splitlines() if line.startswith("data: ")]
     return next(message for message in reversed(messages) if message["msg"] == "process_completed")
@@ -170,7 +222,7 @@ def ask(reader, session, *data):
 
 def test_readers_have_their_own_history(reader, expected):
     for session in ("one", "two"):
-        boxes = ask(reader, session, QUESTIONS[0], None, 8, 0, 1, 1)["output"]["data"][2:]
+        boxes = ask(reader, session, QUESTIONS[0], None, 8, 0, 1, 1)["output"]["data"][2:4]
         for box, side in zip(boxes, ("adapter", "base"), strict=True):
             assert len(box) == 2 and expected[side][0].strip() in str(box[1])
 
@@ -187,6 +239,11 @@ def test_readers_have_their_own_history(reader, expected):
 def test_what_a_browser_sends_is_checked(reader, data, words):
     last = ask(reader, "wrong", *data)
     assert not last["success"] and words in str(last["output"])
+
+
+def test_errors_are_in_the_browsers_language(reader):
+    last = ask(reader, "wrong", "x" * 20_001, None, 8, 0, 1, 1, **{"accept-language": "zh-CN,zh;q=0.9"})
+    assert "问题最多 20000 个字符" in str(last["output"])
 
 
 OWN, EVIL = "127.0.0.1:7860", "http://evil.example"
@@ -307,35 +364,68 @@ def page(tmp_path, flags):
 
 
 @pytest.mark.skipif(not CHROMIUM, reason="no Chromium on this machine (apt-get install chromium)")
-def test_page(page, tmp_path, expected):
-    """Two questions typed; both columns answer, each with its own history."""
+def test_page(page, tmp_path, expected, adapter):
+    """
+    Two questions typed; both columns answer, each with its own history. An answer is stopped; an icon clears one.
+
+    The browser is Chinese and dark, on a phone.
+    """
     from playwright.sync_api import expect, sync_playwright
+
+    def ask(question):
+        tab.locator("#question textarea").fill(question)
+        tab.locator("#send").click()
 
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        tab = browser.new_page()
+        tab = browser.new_page(viewport={"width": 390, "height": 844}, color_scheme="dark", locale="zh-CN")
         tab.goto(page)
+        expect(tab.locator("#heading")).to_contain_text(f"{BASE} (ChatGLM-6B)")
+        expect(tab.locator("#heading")).to_contain_text(str(adapter))
+        expect(tab.locator("#send")).to_have_text("发送")
+        assert tab.evaluate("document.documentElement.scrollWidth") == 390
+        assert tab.evaluate("getComputedStyle(document.body).backgroundColor") != "rgb(255, 255, 255)"
         for number, question in enumerate(QUESTIONS):
-            tab.locator("#question textarea").fill(question)
-            tab.locator("#send").click()
+            ask(question)
             for side in ("adapter", "base"):
                 answer = " ".join(expected[side][number].split())
                 expect(tab.locator(f"#{side}")).to_contain_text(answer, timeout=60_000)
                 expect(tab.locator(f"#{side}")).to_contain_text(question)
-            tab.wait_for_timeout(500)
+            expect(tab.locator("#stop")).to_be_hidden()
+
+        tab.locator("#base button[title='清空对话']").click()
+        expect(tab.locator("#base")).not_to_contain_text(QUESTIONS[1])
+        ask(QUESTIONS[0])  # the base answers it as its first, the adapter as its third
+        expect(tab.locator("#base")).to_contain_text(" ".join(expected["base"][0].split()), timeout=60_000)
+        expect(tab.locator("#adapter")).to_contain_text(QUESTIONS[1])
+        expect(tab.locator("#stop")).to_be_hidden()
+
         with socket.create_server(("127.0.0.1", 0)) as elsewhere:
             address = f"http://127.0.0.1:{elsewhere.getsockname()[1]}/x.png"
-            tab.locator("#question textarea").fill(f"![picture]({address}) <img src='{address}'>")
-            tab.locator("#send").click()
+            ask(f"![picture]({address}) <img src='{address}'>")
             expect(tab.locator("#base img[src$='x.png']")).to_have_count(2, timeout=60_000)
-            tab.wait_for_timeout(500)
+            expect(tab.locator("#stop")).to_be_hidden()
             elsewhere.settimeout(0.1)
             with pytest.raises(TimeoutError):
                 elsewhere.accept()
-        tab.screenshot(path=str(tmp_path / "page.png"))
-        assert (tmp_path / "page.png").stat().st_size > 10_000
+
         tab.locator("#clear").click()
         expect(tab.locator("#base")).not_to_contain_text(QUESTIONS[0])
+        tab.get_by_text("生成设置").click()
+        for name, value in (("max_new_tokens", 400), ("repetition_penalty", 0.5)):  # an answer without end
+            tab.get_by_label(f"number input for {name}").fill(str(value))
+            tab.get_by_label(f"number input for {name}").press("Tab")
+        ask(QUESTIONS[0])
+        expect(tab.locator("#adapter .bot")).to_be_visible(timeout=60_000)
+        tab.locator("#stop").click()
+        expect(tab.locator("#send")).to_be_visible()
+        tab.wait_for_timeout(300)
+        stopped = tab.locator("#adapter .bot").inner_text()
+        tab.wait_for_timeout(700)
+        assert tab.locator("#adapter .bot").inner_text() == stopped and 0 < len(stopped) < 400
+        assert tab.locator("#base .bot").count() == 0
+        tab.screenshot(path=str(tmp_path / "page.png"))
+        assert (tmp_path / "page.png").stat().st_size > 10_000
         browser.close()
 
 

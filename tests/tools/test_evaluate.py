@@ -2,20 +2,25 @@
 
 import json
 import re
+import shutil
+from html import unescape
 
 import jieba
 import pytest
 import sacrebleu
+import torch
 from conftest import GOLDEN, ROOT, TINY
 from markdown_it import MarkdownIt
 from rouge_score.rouge_scorer import RougeScorer
 
-from tools.evaluate import SHOWN, check_failures, markdown, page, plain, plot
+from tools.evaluate import OUTPUTS, check_failures
+from tools.evaluation_report import HIGHER_IS_BETTER, SHOWN, Evaluation, markdown, page, plain, write_report
 from tools.scores import ROUGE, JiebaWords, score_answers
 from utils.common.errors import RunError
 from utils.common.terminal import escape_controls
 
 REFERENCES = ["今天天气很好", "我喜欢吃苹果。", "老王昨天在家里喝茶", "ChatGLM is a model"]
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 ANSWERS = ["今天天气很好", "我不喜欢吃香蕉!", "老王在家", ""]
 
 
@@ -70,10 +75,24 @@ def test_report(run_script, tmp_path):
     texts = [row["answer"] for row in answers if row["system"] == "qkv"]
     targets = [row["target"] for row in answers if row["system"] == "qkv"]
     assert scores["qkv"]["chrf"]["value"] == sacrebleu.corpus_chrf(texts, [targets]).score
-    report, page = (tmp_path / "report.md").read_text(), (tmp_path / "report.html").read_text()
-    for text in (report, page):
-        assert f"{scores['qkv']['chrf']['value']:.2f} [" in text and targets[0] in text and targets[3] not in text
-    assert "data:image/png;base64," in page and not re.search(r'(src|href)="(?!data:)', page)
+    report, document = (tmp_path / "report.md").read_text(), (tmp_path / "report.html").read_text()
+    rows = json.loads(re.search(r'id="data">(.*?)</script>', document)[1])
+    assert [row[1] for row in rows] == targets and [cell[0] for row in rows for cell in row[2]] == [
+        row["answer"] for row in answers
+    ]
+    assert targets[0] in report and targets[3] not in report  # --samples 3
+    assert (
+        f"{scores['qkv']['chrf']['value']:.2f} [" in report and f"{scores['qkv']['chrf']['value']:.2f} <" in document
+    )
+    for text in ("tools/evaluate.py --model_name_or_path", f"torch {torch.__version__}", "at most 6 tokens"):
+        assert text in document
+    assert re.search(r"<dt>date</dt><dd>\d{4}-\d\d-\d\d", document)
+    assert not re.search(r'(src|href|srcset)="(?!data:)', document) and "http" not in document.replace(
+        "http-equiv", ""
+    )
+    assert set(OUTPUTS) == {path.name for path in tmp_path.iterdir()}
+    assert "pkg_resources" not in result.err and "prefix dict" not in result.err
+    assert "report.html" in result.out and "python tools/chat.py" in result.out
 
 
 HOSTILE = (
@@ -104,23 +123,79 @@ def test_a_report_shows_texts_and_runs_none():
     assert plain("答案: 3.14, 100% (a)!") == "答案: 3.14, 100% (a)!"
 
 
-def test_hostile_reports():
-    """Whole reports and figures whose adapters and files have HOSTILE names."""
+def evaluation_of(texts, prompts):
+    """Return an evaluation of the systems' `texts`, whose prompts and targets are `prompts`."""
+    answers = {name: as_answers(each) for name, each in texts.items()}
+    for each in answers.values():
+        for answer, prompt in zip(each, prompts, strict=True):
+            answer["prompt"] = prompt
+    scores = {name: score_answers(each, prompts) for name, each in answers.items()}
+    return Evaluation({"rows": HOSTILE[0]}, {"command": HOSTILE[7]}, list(prompts), answers, scores)
+
+
+def test_hostile_reports(tmp_path):
+    """Whole reports and figures whose adapters, files and rows have HOSTILE texts."""
     names = ["base", *HOSTILE, "_hidden"]
-    answers = {name: as_answers(REFERENCES) for name in names}
-    scores = {name: score_answers(as_answers(ANSWERS), REFERENCES) for name in names}
-    samples = [["prompt", "target", *names], *[[text] * (2 + len(names)) for text in HOSTILE]]
-    figure = plot(scores, answers)
-    assert figure.startswith(b"\x89PNG")
-    report = markdown(HOSTILE[0], scores, samples, "scores.png")
+    evaluation = evaluation_of(dict.fromkeys(names, HOSTILE), HOSTILE)
+    write_report(evaluation, tmp_path, len(HOSTILE))
+    for figure in ("scores.png", "lengths.png"):
+        assert (tmp_path / figure).read_bytes().startswith(b"\x89PNG")
+    report, document = markdown(evaluation, len(HOSTILE)), page(evaluation)
     html = MarkdownIt("commonmark", {"html": True}).enable("table").render(report)
-    assert re.findall(r"<(?:img|a|script)[^>]*>", html) == ['<img src="scores.png" alt="scores and lengths" />']
+    assert re.findall(r"<(?:img|a|script)[^>]*>", html) == [
+        '<img src="scores.png" alt="scores" />',
+        '<img src="lengths.png" alt="lengths" />',
+    ]
     rows = [line for line in report.splitlines() if line.startswith("|")]
     assert {line.count("|") for line in rows} == {len(names) + 2, len(names) + 3}
     assert len(rows) == len(SHOWN) + len(HOSTILE) + 4  # heads and the lines below them
-    document = page(HOSTILE[7], scores, samples, figure)
-    assert "default-src 'none'" in document and "<script" not in document and document.count("<img") == 1
+    assert "default-src 'none'" in unescape(document)
+    assert document.count("<script") == 2 == document.count("</script")
+    assert document.count("<img") == 2
     assert not set("\x00\x1b\u202e") & set(report + document)
+
+
+def test_the_best_is_marked():
+    """In both reports, for each metric that has a best; not where all are equal."""
+    evaluation = evaluation_of({"base": ANSWERS, "good": REFERENCES}, REFERENCES)
+    assert all(evaluation.best(key) == {"good"} for key in HIGHER_IS_BETTER)
+    assert not evaluation.best("answer_characters")
+    assert "**100.00 [" in markdown(evaluation, 1) and markdown(evaluation, 1).count("**") == 2 * 7
+    assert page(evaluation).count('<td class="best">') == 7
+    same = evaluation_of({"base": ANSWERS, "again": ANSWERS}, REFERENCES)
+    assert not any(same.best(key) for key in SHOWN)
+
+
+@pytest.mark.skipif(not CHROMIUM, reason="no Chromium on this machine (apt-get install chromium)")
+def test_the_page_in_a_browser(tmp_path):
+    """HTML in rows is text; differences are marked; filters and order choose rows; 2,000 rows open at once."""
+    from playwright.sync_api import sync_playwright
+
+    prompts = ["<script>document.title = 'run'</script><b>x</b>", "今天天气好", *["第一行\n第二行"] * 1998]
+    good = [prompts[0], "今天天空好", *prompts[2:]]
+    evaluation = evaluation_of({"base": ["错误的回答", *good[1:]], "lora": good}, prompts)
+    (tmp_path / "report.html").write_text(page(evaluation))
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        tab = browser.new_page(viewport={"width": 390, "height": 800}, color_scheme="dark")
+        faults = []
+        tab.on("pageerror", lambda error: faults.append(str(error)))
+        tab.on("console", lambda message: faults.append(message.text))
+        tab.goto(f"file://{tmp_path}/report.html")
+        assert tab.title() == "Evaluation: base, lora" and tab.locator("#rows b, #rows script").count() == 0
+        assert tab.locator("article").first.inner_text().count(prompts[0]) == 3  # prompt, target, lora
+        assert [mark.inner_text() for mark in tab.locator("article").nth(1).locator("mark").all()] == ["空"] * 2
+        assert [mark.inner_text() for mark in tab.locator("article").nth(1).locator("del").all()] == ["气"] * 2
+        assert tab.locator("article").count() == 50 and tab.evaluate("document.documentElement.scrollWidth") == 390
+        assert tab.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(20, 23, 28)"
+        for control, value, count in (("which", "wrong", 1), ("which", "different", 1), ("which", "all", 2000)):
+            tab.select_option(f"#{control}", value)
+            assert tab.inner_text("#count") == f"{count} of 2000 rows"
+        tab.select_option("#order", "low")
+        assert "row 2\n" in tab.locator("article").first.inner_text()
+        tab.fill("#filter", "天空")
+        assert tab.inner_text("#count") == "1 of 2000 rows" and not faults
+        browser.close()
 
 
 @pytest.mark.parametrize(

@@ -189,7 +189,7 @@ def test_stopped_and_killed_and_resumed(unkilled, workspace, started, tmp_path):
     """SIGTERM saves and exits with 0; then one SIGKILL; tests/faults/kill_training.py makes more of them."""
     process = started("one process")
     process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=30) == 0
+    assert process.wait(timeout=120) == 0
     output = (tmp_path / "log").read_text()
     step = int(output.split("stopped by SIGTERM after step ")[1].split(":")[0])
     assert names(tmp_path / "run")[-1] == f"checkpoint-{step}" and step < kill_training.STEPS
@@ -231,9 +231,9 @@ def test_workers_end_with_their_launcher(started, tmp_path):
     workers = kill_training.descendants(process.pid)[1:]
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
-    deadline = time.time() + 30
+    deadline = time.monotonic() + 120
     while any(os.path.exists(f"/proc/{pid}") for pid in workers):
-        assert time.time() < deadline
+        assert time.monotonic() < deadline
         time.sleep(0.1)
     assert "stopped by SIGTERM after step" in (tmp_path / "log").read_text()
 
@@ -249,7 +249,7 @@ def test_sigterm_on_two_processes(started, tmp_path):
     """Whichever process the signal reaches first, all stop after the same step."""
     process = started("ddp")
     os.kill(kill_training.descendants(process.pid)[-1], signal.SIGTERM)
-    assert process.wait(timeout=60) == 0
+    assert process.wait(timeout=120) == 0
     output = (tmp_path / "log").read_text()
     assert output.count("stopped by SIGTERM after step") == 1
     newest = list_checkpoints(tmp_path / "run")[-1]

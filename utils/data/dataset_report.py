@@ -99,17 +99,25 @@ class TokenReport:
         share = 100 * (1 - self.share_within(better))
         return f"{sentence}; --max_seq_length {better} would {leave_out} {f'{share:.3g} %' if share else 'none'}"
 
-    def lines(self, max_seq_length: int) -> list[str]:
-        """The report as lines to print."""
+    def facts(self, max_seq_length: int) -> dict[str, str]:
+        """The report as facts to print, by name."""
         share = self.trained_tokens / max(self.tokens, 1)
-        return [
-            f"read {self.read} = written {self.written} + rejected {self.rejected} "
-            f"+ skipped {self.skipped_overlength} (longer than {max_seq_length} tokens); {self.cut} were cut",
-            f"{self.tokens} tokens, {self.trained_tokens} of them ({share:.1%}) trained on; "
-            f"{self.tokens / max(self.written, 1):.1f} tokens a row; longest row {max(self.lengths, default=0)}",
-            self.advice(max_seq_length),
-            *filter(None, [self.describe_overlength(max_seq_length)]),
-        ]
+        cut = f"; {self.cut:,} were cut" if self.cut else ""
+        return {
+            "rows": f"read {self.read:,} = written {self.written:,} + rejected {self.rejected:,} "
+            f"+ skipped {self.skipped_overlength:,} (longer than {max_seq_length} tokens){cut}",
+            "tokens": f"{self.tokens:,}, {self.trained_tokens:,} of them ({share:.1%}) trained on; "
+            f"{self.tokens / max(self.written, 1):.1f} a row; longest row {max(self.lengths, default=0):,}",
+            "lengths": self.describe_lengths(max_seq_length).replace("; ", "\n"),
+        }
+
+    def describe_lengths(self, max_seq_length: int) -> str:
+        """The rows that the limit affects, or the share that it keeps; and a better limit if there is one."""
+        overlength, advice = self.describe_overlength(max_seq_length), self.advice(max_seq_length)
+        if not overlength:
+            return advice
+        better = advice.partition("; ")[2]
+        return overlength if "; " in overlength or not better else f"{overlength}; {better}"
 
     def dump(self, max_seq_length: int) -> dict:
         """Content of report.json but its key; `lengths` as [tokens, rows] pairs."""
@@ -146,7 +154,8 @@ class TokenReport:
         axes.hist(lengths, bins=60, range=(0, end), weights=list(self.lengths.values()), color="#4878a8")
         axes.axvline(max_seq_length, color="#c03030", label=f"--max_seq_length {max_seq_length}")
         axes.set(xlabel="tokens a row before it is cut (last bar: and more)", ylabel="rows", xlim=(0, end))
-        axes.set_title("\n".join(self.lines(max_seq_length)), fontsize=8, loc="left")
+        title = "\n".join(f"{name}: {fact}" for name, fact in self.facts(max_seq_length).items())
+        axes.set_title(title, fontsize=8, loc="left")
         axes.legend()
         figure.savefig(path, dpi=100)
 

@@ -10,12 +10,12 @@ import glob
 import gzip
 import zlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from utils.common.errors import RowError, UsageError
-from utils.data.encodings import decode_line, detect_encoding, warn_once
+from utils.data.encodings import decode_line, detect_encoding
 from utils.data.json_lines import parse_line
 from utils.data.json_values import ARRAY, VALUES, WRAPPED, ValueReader, detect_layout
 
@@ -29,7 +29,7 @@ class Block:
     Consecutive rows of a raw file, cheap to send to another process.
 
     Either `lines`, whole lines as bytes, or `elements`, (line number, value) pairs of an array or of objects that
-    spread over lines.
+    spread over lines. `raw_bytes` are those of the file, perhaps compressed, that were read since the block before.
     """
 
     path: str
@@ -37,6 +37,7 @@ class Block:
     lines: bytes = b""
     encoding: str = "utf-8"
     elements: Sequence[tuple[int, Any | RowError]] = ()
+    raw_bytes: int = 0
 
     def values(self) -> Iterator[tuple[int, Any | RowError]]:
         """
@@ -77,6 +78,8 @@ def input_paths(patterns: Sequence[str]) -> list[str]:
         else:
             matches = sorted(path for path in _expand(pattern) if Path(path).is_file())
         if not matches:
+            if Path(pattern).is_dir():
+                raise UsageError(f"{pattern} is a directory, not a file: name its files, such as '{pattern}/*.json'")
             raise UsageError(f"{pattern} is not a file" + (", and no file matches it" if "*" in pattern else ""))
         paths += matches
     for path in paths:
@@ -107,7 +110,7 @@ def read_json_rows(path: str | Path, block_bytes: int = BLOCK_BYTES) -> Iterator
 
     The file holds JSON Lines, JSON objects that spread over lines, a JSON array, an array in an object
     (`{"data": [...]}`), or these with Python dicts in place of JSON objects. It may be gzip. It is UTF-8 with or
-    without a BOM, or GB18030, about which a line goes to stderr.
+    without a BOM, or GB18030.
 
     Raises:
         UsageError: `path` is not a file, or in an unsupported encoding.
@@ -132,28 +135,34 @@ def read_blocks(path: str, block_bytes: int = BLOCK_BYTES, longest_line: int = L
     if not Path(path).is_file():
         raise UsageError(f"{path} is not a file")
     with open(path, "rb") as file:
-        stream = _Stream(gzip.GzipFile(fileobj=file) if file.peek(2)[:2] == b"\x1f\x8b" else file)
-        sample = stream.read(block_bytes)
-        encoding = detect_encoding(sample, path)
-        stream.unread(sample)
-        if encoding != "utf-8":
-            warn_once(f"{path}: reading it as GB18030; output is UTF-8")
-        line = 1
-        while True:
-            head = stream.read(block_bytes)
-            layout, start = detect_layout(head, encoding, len(head) == block_bytes)
-            if layout not in (ARRAY, WRAPPED, VALUES):
-                stream.unread(head)
-                yield from _LineReader(stream, path, encoding, block_bytes, longest_line).blocks(line)
-                break
-            line += head[:start].count(b"\n")
-            stream.unread(head[start:])
-            reader = ValueReader(stream, encoding, line, layout, block_bytes)
-            for elements in reader.batches():
-                yield Block(path, elements[0][0], elements=elements)
-            line = reader.line
-        if stream.error:
-            yield Block(path, line, elements=[(line, RowError(f"the file breaks off: {stream.error}"))])
+        position = 0
+        for block in _blocks(file, path, block_bytes, longest_line):
+            yield replace(block, raw_bytes=file.tell() - position)
+            position = file.tell()
+
+
+def _blocks(file: BinaryIO, path: str, block_bytes: int, longest_line: int) -> Iterator[Block]:
+    """Yield the blocks of an open file, without their `raw_bytes`."""
+    stream = _Stream(gzip.GzipFile(fileobj=file) if file.peek(2)[:2] == b"\x1f\x8b" else file)
+    sample = stream.read(block_bytes)
+    encoding = detect_encoding(sample, path)
+    stream.unread(sample)
+    line = 1
+    while True:
+        head = stream.read(block_bytes)
+        layout, start = detect_layout(head, encoding, len(head) == block_bytes)
+        if layout not in (ARRAY, WRAPPED, VALUES):
+            stream.unread(head)
+            yield from _LineReader(stream, path, encoding, block_bytes, longest_line).blocks(line)
+            break
+        line += head[:start].count(b"\n")
+        stream.unread(head[start:])
+        reader = ValueReader(stream, encoding, line, layout, block_bytes)
+        for elements in reader.batches():
+            yield Block(path, elements[0][0], encoding=encoding, elements=elements)
+        line = reader.line
+    if stream.error:
+        yield Block(path, line, elements=[(line, RowError(f"the file breaks off: {stream.error}"))])
 
 
 class _Stream:

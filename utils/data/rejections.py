@@ -65,7 +65,7 @@ class Rejections:
         self.temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
         self.strict = strict
         self.count = 0
-        self._first: list[Rejection] = []
+        self._first: dict[str, Rejection] = {}  # the first row of each reason
         self._file = None
 
     def add(self, path: str, line: int, reason: str | RowError) -> None:
@@ -83,13 +83,13 @@ class Rejections:
         self._file.write(rejection.dump())
         self.count += 1
         if len(self._first) < self.shown:
-            self._first.append(rejection)
+            self._first.setdefault(rejection.reason, rejection)
         if self.strict:
             raise RunError(f"--strict: {rejection}")
 
     def report(self) -> None:
         """
-        Close the list and show its first lines on stderr.
+        Close the list and show one row of each of its first reasons on stderr.
 
         Without rows, the list of an earlier run is removed.
         """
@@ -98,7 +98,7 @@ class Rejections:
             return
         self._file.close()
         os.replace(self.temporary, self.path)
-        for rejection in self._first:
+        for rejection in self._first.values():
             print(one_line(str(rejection)), file=sys.stderr)
-        more = f"... and {self.count - self.shown} more; " if self.count > self.shown else ""
-        print(one_line(f"{more}all {self.count} rejected rows are listed in {self.path}"), file=sys.stderr)
+        listed = "the rejected row is" if self.count == 1 else f"all {self.count:,} rejected rows are"
+        print(one_line(f"{listed} listed in {self.path}"), file=sys.stderr, flush=True)

@@ -80,20 +80,11 @@ def find_schema(columns: tuple[str, ...]) -> Schema:
     prompts = tuple(name for name in (*PROMPT_COLUMNS, *DOCUMENT_COLUMNS) if name in columns)
     if not chat and not prompts:
         raise RowError(
-            f"no known columns among {sorted(map(str, columns))}; known are {describe_columns()}; "
-            "--columns prompt=NAME,response=NAME names others"
+            f"no known columns among {sorted(map(str, columns))}: say which is which with --columns "
+            "prompt=NAME,response=NAME"
         )
     answers = tuple(name for name in ANSWER_COLUMNS if name in columns)
     return Schema(chat, prompts, answers, tuple(name for name in columns if name in _CONTEXT_COLUMNS))
-
-
-def describe_columns() -> str:
-    """The known column names, for a message."""
-    prompts = ", ".join((*PROMPT_COLUMNS, *DOCUMENT_COLUMNS))
-    return (
-        f"{prompts} for the prompt, {', '.join(ANSWER_COLUMNS)} for the answer, {', '.join(CHAT_COLUMNS)} for a chat, "
-        "instruction/instances for seed tasks"
-    )
 
 
 def is_empty(value: Any) -> bool:

@@ -81,7 +81,7 @@ class Shard:
     """
     A finished Arrow file and what became of its raw rows.
 
-    The file is None if no row was written.
+    The file is None if no row was written. `raw_bytes` are those of its rows in the raw files.
 
     Format: reports/NUMBER.json has these field names as its keys.
     """
@@ -90,6 +90,7 @@ class Shard:
     arrow_file: str | None
     report: TokenReport
     rejections: list[Rejection]
+    raw_bytes: int
 
     def save(self, directory: Path) -> "Shard":
         """
@@ -116,7 +117,8 @@ class Shard:
         content = json.loads(path.read_text(encoding="utf-8"))
         lengths = collections.Counter(dict(content["report"].pop("lengths")))
         report = TokenReport(**content["report"], lengths=lengths)
-        return cls(number, content["arrow_file"], report, [Rejection(*item) for item in content["rejections"]])
+        rejections = [Rejection(*item) for item in content["rejections"]]
+        return cls(number, content["arrow_file"], report, rejections, content.get("raw_bytes", 0))
 
 
 @dataclass(frozen=True)
@@ -147,7 +149,8 @@ class ShardTokenizer:
                     writer.write_batch(record_batch(batch))
         if not report.written:
             (self.directory / name).unlink()
-        return Shard(number, name if report.written else None, report, rejections)
+        raw_bytes = sum(block.raw_bytes for block in blocks)
+        return Shard(number, name if report.written else None, report, rejections, raw_bytes)
 
     def encode_block(self, block: Block, report: TokenReport, rejections: list[Rejection]) -> TokenBatch:
         """The rows to write; adds what became of all rows to `report` and `rejections`."""

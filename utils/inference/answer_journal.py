@@ -2,10 +2,10 @@
 The journal of batch inference: a record a line, each with a checksum.
 
 Damage costs only the records that it hits. A line is `{"checksum": "HASH", ` and the rest of a JSON object; HASH is
-that of the bytes after it. The first record has the format's "version" and the command's "settings"; each other one is
-an answer, with the hash of the settings as "settings" and the hash of its row as "row". Called by
-utils/inference/answer_writer.py. sqlite3 would save some lines, but locks badly on NFS, cannot be read by eye, and
-leaves N databases to merge.
+that of the bytes after it. The first record has the format's "version", the command's "settings" and, for messages,
+the "paths" of its model and adapters; each other one is an answer, with the hash of the settings as "settings" and the
+hash of its row as "row". Called by utils/inference/answer_writer.py. sqlite3 would save some lines, but locks badly on
+NFS, cannot be read by eye, and leaves N databases to merge.
 """
 
 import hashlib
@@ -33,6 +33,7 @@ class JournalContent:
     """What a journal holds. `records` are answers with "settings" and "row", their hashes."""
 
     settings: dict[str, Any] | None = None  # None if the record with the settings is damaged
+    paths: dict[str, Any] = field(default_factory=dict)  # of model and adapters, for messages
     records: list[dict[str, Any]] = field(default_factory=list)
     damaged: int = 0
     usable: bool = True  # False for another kind of file, or a journal of another version
@@ -56,7 +57,7 @@ def read_journal(path: Path) -> JournalContent:
         if not isinstance(row, dict):
             content.damaged += 1
         elif isinstance(row.get("settings"), dict):
-            content.settings = row["settings"]
+            content.settings, content.paths = row["settings"], row.get("paths") or {}
         elif isinstance(row.get("settings"), str) and type(row.get("index")) is int:
             content.records.append(row)
         else:

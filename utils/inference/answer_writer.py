@@ -24,10 +24,11 @@ from typing import Any
 
 import numpy as np
 
+from utils.common.console import print_line
 from utils.common.errors import UsageError
 from utils.common.files import atomic_writer
 from utils.common.json_files import read_json_object
-from utils.common.processes import is_main_process, print_once
+from utils.common.processes import is_main_process
 from utils.data.json_lines import dump_row
 from utils.distributed.process_group import on_all_processes
 from utils.inference.answer_journal import (
@@ -39,6 +40,7 @@ from utils.inference.answer_journal import (
     read_journal,
     split_objects,
 )
+from utils.inference.answer_settings import describe_differences
 from utils.inference.answer_tables import answer_table_lines, read_answer_table
 from utils.inference.prompt_reader import SEPARATORS, PromptRow
 
@@ -67,12 +69,20 @@ class AnswerFile:
     Args:
         path: the output: JSON Lines, or a table if it ends in .csv or .tsv.
         settings: what decides the answers beside the rows themselves; JSON values.
+        paths: of model and adapters by their flags, for messages about answers of another command.
         process: number of this process; each has a journal of its own.
         overwrite: ignore what an earlier command left.
     """
 
-    def __init__(self, path: str | os.PathLike, settings: dict[str, Any], process: int = 0, overwrite: bool = False):
-        self.path = Path(path)
+    def __init__(
+        self,
+        path: str | os.PathLike,
+        settings: dict[str, Any],
+        process: int = 0,
+        overwrite: bool = False,
+        paths: dict[str, Any] | None = None,
+    ):
+        self.path, self.paths = Path(path), paths or {}
         self.settings = json.loads(json.dumps(settings))
         self.settings_hash = hash_of(json.dumps([JOURNAL_VERSION, self.settings], sort_keys=True).encode())
         self.journal_path = self.path.with_name(f"{self.path.name}.partial-{process}")
@@ -83,6 +93,7 @@ class AnswerFile:
         self.row_hashes: dict[int, str] = {}
         self.unusable: list[Path] = []  # journals without a single whole record
         self.replaceable: str | None = None  # hash of the output if all its answers are taken over
+        self.others = "is no result of such a command"  # why the output's answers are not taken over
 
     def begin(self, prompts: Sequence[PromptRow]) -> dict[int, Answer]:
         """
@@ -118,7 +129,7 @@ class AnswerFile:
                 "another file"
             ) from None
         except OSError as error:
-            print(f"{self.path.parent} has no locks ({error.strerror}): start no second command with this output")
+            print_line(f"{self.path.parent} has no locks ({error.strerror}): start no second command with this output")
 
     def known(self, prompts: Sequence[PromptRow]) -> dict[int, Answer]:
         """
@@ -136,11 +147,11 @@ class AnswerFile:
             if not journal.usable:
                 self.unusable.append(path)
             elif journal.damaged:
-                print_once(f"{path}: {journal.damaged} records are damaged or cut off: their rows are answered again")
+                print_line(f"{path}: {journal.damaged} records are damaged or cut off: their rows are answered again")
             for answer in journal.records:
                 settings, row = answer.pop("settings", None), answer.pop("row", None)
                 if settings != self.settings_hash:
-                    raise UsageError(self._describe_other(path, journal.settings))
+                    raise UsageError(self._describe_other(path, journal))
                 if row is not None and row == self.row_hashes.get(answer["index"]):
                     known[answer["index"]] = answer
         return known
@@ -151,9 +162,7 @@ class AnswerFile:
             return
         for path in self.unusable:
             name = self._keep(path)
-            print(
-                f"{path} has no answers with checksums: rows are answered again, and it is kept as {name}", flush=True
-            )
+            print_line(f"{path} has no answers with checksums: rows are answered again, and it is kept as {name}")
 
     def _keep(self, path: Path) -> str:
         """Rename a file to the next free NAME.previous-N, and return that name."""
@@ -163,11 +172,13 @@ class AnswerFile:
         path.rename(kept)
         return kept.name
 
-    def _describe_other(self, path: Path, settings: dict[str, Any] | None) -> str:
-        differing = [name for name in self.settings if settings and settings.get(name) != self.settings[name]]
+    def _describe_other(self, path: Path, journal: JournalContent) -> str:
+        others = "other settings"
+        if journal.settings:
+            others = describe_differences(journal.settings, self.settings, journal.paths, self.paths)
         return (
             f"--output_path {self.path} has unfinished answers of another command, in {path.name}: "
-            f"{', '.join(differing) or 'its settings'} differ; run that command to its end, or give --overwrite"
+            f"{others}; run that command to its end, or give --overwrite"
         )
 
     def open(self) -> None:
@@ -181,7 +192,7 @@ class AnswerFile:
                 self.journal.write(b"\n")  # the last record may have been cut off
             else:
                 self.journal.truncate(0)
-                self._append({"version": JOURNAL_VERSION, "settings": self.settings})
+                self._append({"version": JOURNAL_VERSION, "settings": self.settings, "paths": self.paths})
         except OSError as error:
             raise UsageError(f"--output_path {self.path} cannot be written: {error.strerror}") from None
 
@@ -228,7 +239,8 @@ class AnswerFile:
             if answer["finish_reason"] != "error":
                 hashes[answer["index"]] = answer_hash(self.row_hashes[answer["index"]], answer)
         with atomic_writer(self.marker) as marker:
-            content = {"version": JOURNAL_VERSION, "settings": self.settings, "output": output_hash, "rows": hashes}
+            content = {"version": JOURNAL_VERSION, "settings": self.settings, "paths": self.paths}
+            content |= {"output": output_hash, "rows": hashes}
             json.dump(content, marker, ensure_ascii=False)
 
     def _set_aside(self, new_hash: str) -> None:
@@ -236,7 +248,7 @@ class AnswerFile:
         if self.overwrite or not self.path.exists() or _hash_file(self.path) in (new_hash, self.replaceable):
             return
         name = self._keep(self.path)
-        print(f"{self.path} was no earlier result of this command: it is kept as {name}", flush=True)
+        print_line(f"{self.path} {self.others}: it is kept as {name}")
 
     def remove_journals(self) -> None:
         """Remove the journals of all processes from this process's disk."""
@@ -259,10 +271,16 @@ class AnswerFile:
             types = {"version": int, "settings": dict, "output": str, "rows": list}
             marker = read_json_object(self.marker, types) if self.marker.exists() else {}
         except UsageError as error:
-            print_once(f"{error}: rows are answered again")
+            print_line(f"{error}: rows are answered again")
             marker = {}
-        if marker.get("version") != JOURNAL_VERSION or marker["settings"] != self.settings or not self.path.is_file():
+        if marker.get("version") != JOURNAL_VERSION or not self.path.is_file():
             return {}
+        if marker["settings"] != self.settings:
+            paths = marker.get("paths") or {}
+            differences = describe_differences(marker["settings"], self.settings, paths, self.paths)
+            self.others = f"has answers of another command ({differences})"
+            return {}
+        self.others = "has answers to other rows, or was edited"
         data = self.path.read_bytes()
         hashes = dict(enumerate(marker["rows"]))
         known = {}

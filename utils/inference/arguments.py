@@ -172,11 +172,16 @@ class InferenceArguments(InferenceModelFlags, RowFlags, AnswerFlags):
         inputs = [prompts, *weights, *model_files(model), *adapters]
         if self.answers_rows and not os.path.exists(prompts):  # known before a checkpoint is downloaded
             faults.add(f"--input_path {prompts} does not exist")
+        elif self.answers_rows and os.path.isdir(prompts):
+            faults.add(f"--input_path {prompts} is a directory: name a file of rows")
         with faults.collect():
             check_output_path(self.output_path, inputs, "--output_path")
 
     def _check_adapters(self, faults: Faults) -> None:
         count = len(self.adapter_path)
+        for path in self.adapter_path:
+            if not os.path.exists(path):
+                faults.add(f"--adapter_path {path} does not exist: name the --output_dir of a training")
         if self.merge_and_save and count != 1:
             number = f"{count} were given" if count else "none was given"
             faults.add(
@@ -266,6 +271,13 @@ def adapter_names(paths: Sequence[str]) -> list[str]:
 
 def resolve_dtype(args: ModelFlags) -> torch.dtype:
     """Return the dtype of the weights, and print it with the reason."""
+    dtype, words = choose_dtype(args)
+    print_once(f"weights {words}")
+    return dtype
+
+
+def choose_dtype(args: ModelFlags) -> tuple[torch.dtype, str]:
+    """Return the dtype of the weights, and its name with the reason."""
     gpu = torch.cuda.is_available()
     if args.fp32 or args.bf16:
         dtype, why = torch.float32 if args.fp32 else torch.bfloat16, "flag"
@@ -275,8 +287,7 @@ def resolve_dtype(args: ModelFlags) -> torch.dtype:
         dtype, why = torch.float16, "flag" if args.fp16 else "default on a GPU"
     else:
         dtype, why = torch.float32, "--fp16 needs a GPU and there is none" if args.fp16 else "default without a GPU"
-    print_once(f"weights {str(dtype).removeprefix('torch.')} ({why})")
-    return dtype
+    return dtype, f"{str(dtype).removeprefix('torch.')} ({why})"
 
 
 def parse_flags(kind: type[T], description: str, usage: str = "%(prog)s [--FLAG VALUE ...]") -> T:

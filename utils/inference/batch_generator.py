@@ -6,7 +6,7 @@ Prompts as tokens in, answers as text out, in the order in which they are done.
 call it.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 
@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from utils.common.processes import process_rank
 from utils.inference.answer_writer import Answer
-from utils.inference.batch_sizing import MemoryBudget, group_rows
+from utils.inference.batch_sizing import BatchGroup, MemoryBudget, group_rows
 from utils.inference.engine import can_serve
 from utils.inference.engine.scheduler import StopRule, TokenSequence
 from utils.inference.engine_generate import EngineGenerator, EngineStats
@@ -91,7 +91,12 @@ class BatchGenerator:
         return self.backend.stats
 
     @torch.inference_mode()
-    def run(self, rows: Sequence[PromptRow], batch_size: int = 0) -> Iterator[Answer]:
+    def run(
+        self,
+        rows: Sequence[PromptRow],
+        batch_size: int = 0,
+        show: Callable[[list[BatchGroup]], None] = lambda groups: None,
+    ) -> Iterator[Answer]:
         """
         Yield the answers of this replica's share of the rows, short prompts first.
 
@@ -100,6 +105,7 @@ class BatchGenerator:
 
         Args:
             batch_size: sequences at once; 0 is as many as fit.
+            show: called with the groups before the first row is answered.
 
         Yields:
             `{"index", "prompt", "answer", "finish_reason", "prompt_tokens", "answer_tokens"}`. "finish_reason" is
@@ -118,7 +124,7 @@ class BatchGenerator:
         by_index = {row.index: row for row in valid}
         answered: dict[int, list[TokenSequence]] = {}
         failed: set[int] = set()
-        for sequence in self._serve([self._sequences_of(row) for row in valid], batch_size):
+        for sequence in self._serve([self._sequences_of(row) for row in valid], batch_size, show):
             row = by_index[sequence.sequence_id // self.settings.sequences]
             if row.index in failed:
                 continue
@@ -131,11 +137,15 @@ class BatchGenerator:
                 sequences = sorted(answered.pop(row.index), key=lambda sequence: sequence.sequence_id)
                 yield self._answer_of(row, sequences)
 
-    def _serve(self, rows: list[list[TokenSequence]], batch_size: int) -> Iterator[TokenSequence]:
+    def _serve(
+        self, rows: list[list[TokenSequence]], batch_size: int, show: Callable[[list[BatchGroup]], None]
+    ) -> Iterator[TokenSequence]:
         """Yield the sequences of this replica's share, those that were too long to try last and without an answer."""
         budget = MemoryBudget.of(self.model, self.device, self.replica)
         tried = [row for row in rows if not budget.skips or budget.batch_size_for(row[0])]
-        for group in group_rows(tried, budget, batch_size, self.replica.replicas):
+        groups = group_rows(tried, budget, batch_size, self.replica.replicas)
+        show(groups)
+        for group in groups:
             yield from self.backend.run(chain.from_iterable(fetch_share(group.rows, self.replica)), group)
         yield from chain.from_iterable(fetch_share(rows[len(tried) :], self.replica))  # sorted, so the longest
 

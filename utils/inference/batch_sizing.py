@@ -155,6 +155,36 @@ class BatchGroup:
         """Tokens of a slot for the longest."""
         return slot_tokens(self.rows[-1][0])
 
+    def share(self, replicas: int) -> int:
+        """Sequences of one replica."""
+        return ceil_div(len(self.rows), replicas) * len(self.rows[0])
+
+
+def describe_groups(groups: Sequence[BatchGroup], batch_size: int, replicas: int) -> str:
+    """
+    Return the batch size of each group and why it is not another.
+
+    >>> sequence = TokenSequence(0, [1] * 10, 20)
+    >>> describe_groups([BatchGroup([[sequence]] * 5, 5)], 4000, 1)
+    '5 (--batch_size 4000: no more rows are left)'
+    """
+    if not groups:
+        return "none: no row fits into memory"
+    lines = []
+    for group in groups:
+        if group.batch_size == batch_size:
+            why = "--batch_size"
+        elif group.batch_size == group.share(replicas):
+            why = f"--batch_size {batch_size}: no more rows are left" if batch_size else "all rows at once"
+        elif batch_size:
+            why = f"--batch_size {batch_size} is more than memory holds"
+        else:
+            is_most = group.batch_size in (MAX_GPU_BATCH_SIZE, MAX_CPU_BATCH_SIZE)
+            why = "with more, little is gained" if is_most else "as many as memory holds"
+        size = f"{group.batch_size} ({why})"
+        lines.append(f"{size}, up to {group.max_seq_len:,} tokens" if len(groups) > 1 else size)
+    return "\n".join(lines)
+
 
 def group_rows(
     rows: Sequence[list[TokenSequence]], budget: MemoryBudget, batch_size: int, replicas: int

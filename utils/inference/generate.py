@@ -2,32 +2,32 @@
 The job behind both inference scripts: rows of prompts in, journal, output file and summary out.
 
 `utils/inference/job.py` opens a `Job` and calls `answer_rows`; every process of the run takes part. Answers come from
-`BatchGenerator`.
+`BatchGenerator`, lines for a person from `run_report.py`.
 """
 
-import json
-import sys
 import time
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from statistics import mean
 from typing import Any
 
 import torch
-from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from utils.common.errors import RunError
-from utils.common.processes import is_main_process, print_once
+from utils.common.console import Progress
+from utils.common.processes import is_main_process
 from utils.distributed.collectives import barrier, gather_from_all, gather_lists
 from utils.inference.answer_writer import Answer, AnswerFile
 from utils.inference.batch_generator import AnswerSettings, BatchGenerator, PromptCodec
+from utils.inference.batch_sizing import BatchGroup, describe_groups
 from utils.inference.engine_generate import EngineStats
 from utils.inference.prompt_reader import PromptRow
+from utils.inference.run_report import print_placement
 from utils.inference.work_queue import SINGLE_REPLICA, Replica, SharedCount
 from utils.models.templates import ChatTemplate
 
-REPORT_SECONDS = 10.0  # between two lines of progress where there is no terminal
+SHARE_SECONDS = 0.5  # between two messages of a replica about its progress
+WAIT_SECONDS = 0.05  # between two looks at that of the others, which delays the end by as much
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,7 @@ class Job:
     output: AnswerFile
     known: dict[int, Answer]
     batch_size: int
+    began: float = field(default_factory=time.monotonic)  # before the model was loaded
 
 
 def settings_of(settings: AnswerSettings, **others: Any) -> dict[str, Any]:
@@ -47,36 +48,49 @@ def settings_of(settings: AnswerSettings, **others: Any) -> dict[str, Any]:
     return asdict(settings) | others
 
 
-class Progress:
-    """Progress of all replicas, on the main process: a bar on a terminal, else a line every few seconds."""
+class JobProgress:
+    """
+    Progress of all replicas, shown by rank 0.
 
-    def __init__(self, rows: int, replica: Replica):
-        self.rows, self.started = rows, time.perf_counter()
+    Each replica counts its own answers, and adds them to the shared counts a few times a second.
+    """
+
+    def __init__(self, rows: int, known: int, replica: Replica):
+        self.bar = Progress("answering", rows, "rows", known)
+        self.known, self.replica = known, replica
         self.done, self.tokens = SharedCount("done", replica), SharedCount("tokens", replica)
-        self.reported = self.started
-        has_bar = is_main_process() and sys.stderr.isatty()
-        self.bar = tqdm(total=rows, unit="row", dynamic_ncols=True) if has_bar else None
+        self.rows = self.new_tokens = 0  # not yet shared
+        self.began = self.shared = time.monotonic()
 
     def add(self, answer: Answer) -> None:
-        """Count one more answer, and print the progress if it is time."""
-        done, tokens = self.done.add(1), self.tokens.add(answer.get("answer_tokens", 0))
-        now = time.perf_counter()
-        seconds = now - self.started
-        if self.bar is not None:
-            self.bar.set_postfix_str(f"{tokens / seconds:,.0f} tokens/s", refresh=False)
-            self.bar.update(done - self.bar.n)
-        elif now - self.reported > REPORT_SECONDS or done == self.rows:
-            self.reported = now
-            remaining = seconds / done * (self.rows - done)
-            print_once(
-                f"{done}/{self.rows} rows, {done / seconds:,.1f} rows/s, {tokens / seconds:,.0f} tokens/s, "
-                f"{remaining // 60:.0f}:{remaining % 60:02.0f} left"
-            )
+        """Count one more answer."""
+        self.rows += 1
+        self.new_tokens += answer.get("answer_tokens", 0)
+        if time.monotonic() - self.shared >= SHARE_SECONDS:
+            self.share()
 
-    def close(self) -> None:
-        """Leave the bar as it stands."""
-        if self.bar is not None:
-            self.bar.close()
+    def share(self) -> None:
+        """Add this replica's counts to those of all, and show the sums."""
+        done, tokens = self.done.add(self.rows), self.tokens.add(self.new_tokens)
+        self.rows = self.new_tokens = 0
+        self.shared = time.monotonic()
+        seconds = self.shared - self.began
+        self.bar.advance(self.known + done - self.bar.done, f"{tokens / max(seconds, 1e-9):,.0f} new tokens/s")
+
+    def wait_for_others(self) -> None:
+        """Share the last counts; on rank 0 also show those of the other replicas until all rows are answered."""
+        self.share()
+        while is_main_process() and self.bar.done < self.bar.total:
+            time.sleep(WAIT_SECONDS)
+            self.share()
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a job: its summary, {} on other ranks than 0, and how many rows have no answer, on all."""
+
+    summary: dict[str, Any]
+    failed: int
 
 
 def answer_rows(
@@ -85,53 +99,50 @@ def answer_rows(
     tokenizer: PreTrainedTokenizerBase,
     device: torch.device,
     replica: Replica = SINGLE_REPLICA,
-) -> None:
+) -> Outcome:
     """
-    Answer the rows that an earlier run of the same command has not, and print a summary whose last line is JSON.
+    Answer the rows that an earlier run of the same command has not, and write the output.
 
     Every process must call it.
 
     Args:
         model: see `BatchGenerator`.
         device: where inputs go.
-
-    Raises:
-        RunError: on every process: more than half of the rows could not be answered; the output is complete.
     """
     output = job.output
     output.open()
     pending = [row for row in job.requests if row.index not in job.known]
-    if job.known:
-        print_once(f"{len(job.known)} of {len(job.requests)} rows were answered before: {len(pending)} are left")
-    positions = model.config.max_position_embeddings  # ChatGLM-6B has it by its attribute map
-    if longer := sum(len(row.input_ids) > positions for row in pending):
-        print_once(f"{longer} prompts have more than the {positions} tokens that the model was made for")
+    answered, ready = (len(job.known), len(job.requests)), time.monotonic()
+
+    def show(groups: list[BatchGroup]) -> None:
+        batches = describe_groups(groups, job.batch_size, replica.replicas)
+        print_placement(model, replica, batches, answered, ready - job.began)
+
     started = time.perf_counter()
     generator = BatchGenerator(model, PromptCodec(tokenizer, job.template), job.settings, device, replica)
-    progress = Progress(len(pending), replica)
+    progress = JobProgress(len(job.requests), len(job.known), replica)
     answers: list[Answer] = []
-    for answer in generator.run(pending, job.batch_size):
+    with progress.bar.shown():
+        for answer in generator.run(pending, job.batch_size, show):
+            if replica.first:
+                if answer["finish_reason"] != "error":
+                    output.add(answer)
+                answers.append(answer)
+                progress.add(answer)
         if replica.first:
-            if answer["finish_reason"] != "error":
-                output.add(answer)
-            answers.append(answer)
-            progress.add(answer)
-    progress.close()
+            progress.wait_for_others()
     output.close()
     failed = sum(gather_from_all(sum(answer["finish_reason"] == "error" for answer in answers)))
     answers = gather_lists(answers)
     seconds = time.perf_counter() - started
     stats = gather_from_all(generator.stats)
+    summary = {}
     if is_main_process():
         output.finish(sorted([*job.known.values(), *answers], key=lambda answer: answer["index"]))
-        print(json.dumps(summarise(job, answers, stats, seconds)), flush=True)
+        summary = summarise(job, answers, stats, seconds)
     barrier()
     output.end()
-    if 2 * failed > len(job.requests):
-        raise RunError(
-            f"{failed} of {len(job.requests)} rows could not be answered: {output.path} is complete and says why in "
-            'their "error"'
-        )
+    return Outcome(summary, failed)
 
 
 def summarise(job: Job, answers: list[Answer], stats: list[EngineStats], seconds: float) -> dict[str, Any]:

@@ -6,8 +6,8 @@ tools/chat.py and tools/evaluate.py share how adapters are checked and attached 
 """
 
 import json
+import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
 
@@ -15,25 +15,27 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from utils.checkpoint.model import Checkpoint
-from utils.common.errors import UsageError
+from utils.common.errors import RunError, UsageError
 from utils.common.file_hashes import hash_files
 from utils.common.processes import is_main_process, print_once, process_rank
 from utils.data.row_schema import ColumnMap
 from utils.distributed.process_group import check_port, init_process_group, on_all_processes
+from utils.inference.answer_settings import PATHS
 from utils.inference.answer_writer import AnswerFile
 from utils.inference.arguments import (
     DEFAULT_PROMPTS,
     InferenceArguments,
     ModelFlags,
     adapter_names,
+    choose_dtype,
     parse_flags,
-    resolve_dtype,
 )
 from utils.inference.engine import can_serve
 from utils.inference.generate import AnswerSettings, Job, answer_rows, settings_of
 from utils.inference.merge_export import MergeSource, merge_and_save, read_template
 from utils.inference.placement import input_device
-from utils.inference.prompt_reader import BASE_NAME, PromptForm, PromptRow, read_prompt_rows
+from utils.inference.prompt_reader import BASE_NAME, PromptForm, Prompts, read_prompt_rows
+from utils.inference.run_report import print_header, print_merged, print_summary
 from utils.inference.sampling import Sampling
 from utils.inference.work_queue import Replica
 from utils.layers.quantization import stored_bits
@@ -53,15 +55,6 @@ class AttachAdapters(Protocol):
 Load = Callable[[Any, Checkpoint, torch.dtype, AttachAdapters], tuple[PreTrainedModel, Replica]]
 
 
-@dataclass(frozen=True)
-class Prompts:
-    """The rows of --input_path as prompts, and the tokenizer and template that made them."""
-
-    tokenizer: PreTrainedTokenizerBase
-    template: ChatTemplate
-    rows: list[PromptRow]
-
-
 def run_inference(kind: type[InferenceArguments], load: Load, description: str) -> None:
     """
     Answer the rows that sys.argv names; with --merge_and_save, merge first.
@@ -79,18 +72,29 @@ def run_inference(kind: type[InferenceArguments], load: Load, description: str) 
     args.collect_faults().report()
     checkpoint = open_checkpoint(args)
     tokenizer = checkpoint.load_tokenizer()
-    dtype = resolve_dtype(args)
+    dtype, weights = choose_dtype(args)
     prompts = read_prompts(args, tokenizer) if args.answers_rows else None
     check_adapters(args, checkpoint)
+    print_header(args, checkpoint, weights, prompts)
     if args.merge_and_save and is_main_process():
         source = MergeSource(checkpoint, tokenizer, args.adapter_path[0], args.lora_alpha)
+        began = time.monotonic()
         merge_and_save(source, args.merge_and_save, dtype)
+        print_merged(args, time.monotonic() - began)
         print(json.dumps({"merged_checkpoint": args.merge_and_save}), flush=True)
     if prompts is None:
         return
     job = open_job(args, prompts, checkpoint, dtype)
     model, replica = load(args, checkpoint, dtype, partial(attach_adapters, args=args))
-    answer_rows(job, model, tokenizer, input_device(model), replica)
+    outcome = answer_rows(job, model, tokenizer, input_device(model), replica)
+    if is_main_process():
+        print_summary(args, outcome.summary, time.monotonic() - job.began)
+        print(json.dumps(outcome.summary), flush=True)
+    if 2 * outcome.failed > len(job.requests):
+        raise RunError(
+            f"{outcome.failed} of {len(job.requests)} rows could not be answered: {args.output_path} is complete and "
+            'says why in their "error"'
+        )
 
 
 def open_checkpoint(args: ModelFlags) -> Checkpoint:
@@ -103,14 +107,16 @@ def read_prompts(args: InferenceArguments, tokenizer: PreTrainedTokenizerBase) -
     Read --input_path with the template and the columns that the flags name.
 
     Raises:
-        UsageError: see `resolve_template` and `read_prompt_rows`.
+        UsageError: no row has a prompt, or see `choose_template` and `read_prompt_rows`.
     """
-    template = resolve_template(args, tokenizer)
+    template, why = choose_template(args, tokenizer)
     names = _names_to_choose_from(args)
     choices = (*names, BASE_NAME) if names else ()
     form = PromptForm(args.prompt_column, args.prompt_template, choices, ColumnMap.parse(args.columns))
     rows = read_prompt_rows(args.input_path or DEFAULT_PROMPTS, tokenizer, template, form)
-    return Prompts(tokenizer, template, rows)
+    if all(row.error for row in rows):  # known before the model takes its time to load
+        raise UsageError(f"--input_path: none of its {len(rows):,} rows can be used; the first: {rows[0].error}")
+    return Prompts(tokenizer, template, why, rows)
 
 
 def _names_to_choose_from(args: ModelFlags) -> tuple[str, ...]:
@@ -144,7 +150,8 @@ def open_job(args: InferenceArguments, prompts: Prompts, checkpoint: Checkpoint,
     check_port()
     init_process_group(use_deepspeed=False)
     recorded |= on_all_processes(lambda: _hash_inputs(args, checkpoint))[0]
-    output = AnswerFile(args.output_path, recorded, process_rank(), args.overwrite)
+    paths = {name: getattr(args, name) for name in PATHS}
+    output = AnswerFile(args.output_path, recorded, process_rank(), args.overwrite, paths)
     return Job(prompts.template, prompts.rows, settings, output, output.begin(prompts.rows), args.batch_size)
 
 
@@ -196,8 +203,15 @@ def attach_adapters(model: PreTrainedModel, args: ModelFlags, shards: bool = Fal
 
 
 def resolve_template(args: ModelFlags, tokenizer: PreTrainedTokenizerBase) -> ChatTemplate:
+    """Return the template that `choose_template` chooses, and print which and why."""
+    template, why = choose_template(args, tokenizer)
+    print_once(f"template {template.name} ({why})")
+    return template
+
+
+def choose_template(args: ModelFlags, tokenizer: PreTrainedTokenizerBase) -> tuple[ChatTemplate, str]:
     """
-    Return the template of --template, else the adapter's, else native; print which.
+    Return the template of --template, else the adapter's, else native; and why.
 
     The template of an adapter merged into the checkpoint counts where no adapter on the command line records one.
 
@@ -218,5 +232,4 @@ def resolve_template(args: ModelFlags, tokenizer: PreTrainedTokenizerBase) -> Ch
             name, why = merged, "the merged adapter's"
         else:
             name, why = "native", "default"
-    print_once(f"template {name} ({why})")
-    return template_for(tokenizer, name)
+    return template_for(tokenizer, name), why

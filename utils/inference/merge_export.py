@@ -25,10 +25,10 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, PreTr
 from utils.checkpoint.directory import check_name
 from utils.checkpoint.model import Checkpoint, load_model
 from utils.checkpoint.tokenizer import load_tokenizer
+from utils.common.console import Progress, print_line
 from utils.common.errors import UsageError
 from utils.common.files import apply_umask
 from utils.common.json_files import read_json_object
-from utils.common.processes import print_once
 from utils.data.collators import left_pad
 from utils.lora.adapter import load_adapter, read_origin
 from utils.models.conversation import Message
@@ -93,14 +93,21 @@ def merge_and_save(source: MergeSource, directory: str | Path, dtype: torch.dtyp
     origin = read_origin(source.adapter_path)
     template = origin.template if origin else read_template(checkpoint.directory)
     generation_config = _generation_config(checkpoint, tokenizer)
-    model = checkpoint.empty_model(dtype)
-    checkpoint.fill(model, {"": "cpu"})
-    adapted = load_adapter(model, source.adapter_path, source.lora_alpha)
-    before = _greedy_tokens(model, tokenizer)
-    merged = adapted.merge_and_unload()
-    merged.generation_config = generation_config
+    progress = Progress("merging", 4, "steps")
     target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as temporary:
+    with (
+        progress.shown(),
+        tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as temporary,
+    ):
+        progress.advance(0, "reading the weights")
+        model = checkpoint.empty_model(dtype)
+        checkpoint.fill(model, {"": "cpu"})
+        progress.advance(1, "answering with base and adapter")
+        adapted = load_adapter(model, source.adapter_path, source.lora_alpha)
+        before = _greedy_tokens(model, tokenizer)
+        merged = adapted.merge_and_unload()
+        merged.generation_config = generation_config
+        progress.advance(1, f"writing {target}")
         complete = Path(temporary) / "checkpoint"
         complete.mkdir()
         if checkpoint.generation.name in MERGED:
@@ -110,9 +117,10 @@ def merge_and_save(source: MergeSource, directory: str | Path, dtype: torch.dtyp
         if template:
             (complete / TEMPLATE_FILE).write_text(json.dumps({"template": template}))
         del model, adapted, merged
+        progress.advance(1, "answering with what was written")
         after = _greedy_tokens(load_model(str(complete), dtype=dtype), load_tokenizer(str(complete)))
         equal = int((before == after).sum())
-        print_once(f"greedy tokens before and after merging: {equal} of {before.numel()} equal")
+        print_line(f"greedy tokens before and after merging: {equal} of {before.numel()} equal")
         if equal < before.numel() and dtype == torch.float32:
             raise RuntimeError(f"{target} is not written: it does not answer as the base with the adapter does")
         if (complete / "tokenizer.json").is_file():
@@ -121,6 +129,7 @@ def merge_and_save(source: MergeSource, directory: str | Path, dtype: torch.dtyp
         if target.exists():
             target.rmdir()
         complete.rename(target)
+        progress.advance(1, "")
 
 
 def _check_mergeable(checkpoint: Checkpoint, target: Path) -> None:
@@ -195,7 +204,7 @@ def _generation_config(checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerBas
             without_effect += named
             settings = {name: value for name, value in settings.items() if name not in named}
     if without_effect:
-        print_once(f"{GENERATION_FILE} without {', '.join(without_effect)}: no effect beside its other settings")
+        print_line(f"{GENERATION_FILE} without {', '.join(without_effect)}: no effect beside its other settings")
     return config
 
 
@@ -265,7 +274,7 @@ def _save_glm(model: PreTrainedModel, source: MergeSource, directory: Path, alpa
         fast_tokenizer(tokenizer, opening).save_pretrained(directory)
         _edit(directory / "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast")  # any version knows it
     except ValueError as error:
-        print_once(f"tokenizer.json is not written, and other programs need it: {error}")
+        print_line(f"tokenizer.json is not written, and other programs need it: {error}")
     if MERGED[source.checkpoint.generation.name].tokenizer_class:  # our scripts read the release's own file
         tokenizer.save_vocabulary(str(directory))
         _edit(directory / "tokenizer_config.json", pad_with_unk=tokenizer.pad_with_unk)

@@ -15,7 +15,6 @@ function itself reads no checkpoint whose weights have other names than the mode
 
 import os
 import tempfile
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -27,8 +26,10 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from utils.checkpoint.model import Checkpoint
+from utils.common.console import print_line
 from utils.common.errors import UsageError
-from utils.common.processes import local_rank, print_once, process_rank, world_size
+from utils.common.processes import local_rank, process_rank, world_size
+from utils.data.input_facts import describe_size
 from utils.distributed.collectives import gather_from_all
 from utils.distributed.deepspeed_setup import init_deepspeed
 from utils.inference.engine import can_serve
@@ -83,26 +84,24 @@ def load_on_processes(
         quantize: "int8", "int4" or "fp8"; such weights are not sharded.
         adapt: attaches adapters; called with the whole model, and with `shards=True` if it is sharded afterwards.
         tp_size: None is 1 where every process has memory for the whole model, which is faster, and otherwise the
-            fewest processes whose memory together holds it. The choice is printed.
+            fewest processes whose memory together holds it. The replica has the reason.
 
     Raises:
         UsageError: see `Checkpoint.fill` and `check_heads`; or quantised weights with `tp_size` above 1.
     """
     tp_size, why = resolve_tp_size(checkpoint, dtype, quantize, tp_size)
     replicas = world_size() // tp_size
-    if world_size() > 1:
-        print_once(f"{replicas} replicas of the model, each on {tp_size} processes ({why})")
     if tp_size > 1:
         init_deepspeed()
         model = adapt(load_whole(checkpoint, dtype, torch.device("cpu")), shards=True)
         group, cpu_group, leader = tensor_parallel_groups(tp_size)
         model = shard_with_deepspeed(model, checkpoint.generation, dtype, group)
-        replica = Replica(replicas, process_rank() == leader, leader, cpu_group)
+        replica = Replica(replicas, process_rank() == leader, leader, cpu_group, reason=why)
     else:
         device = torch.device(f"cuda:{local_rank()}" if torch.cuda.is_available() else "cpu")
         model = adapt(load_whole(checkpoint, dtype, device))
         model = quantize_to_fp8(model, checkpoint, quantize)
-        replica = Replica(replicas)
+        replica = Replica(replicas, reason=why)
     prepare_for_decoding(model)
     return model, replica
 
@@ -157,7 +156,7 @@ def fitting_tp_size(checkpoint: Checkpoint, dtype: torch.dtype) -> tuple[int, st
     heads = checkpoint.config.num_attention_heads
     sizes = [size for size in range(1, world_size() + 1) if world_size() % size == 0 and heads % size == 0]
     fitting = [size for size in sizes if MEMORY_FACTOR * weights / size < free]
-    why = f"weights {weights / 2**30:.1f} GiB, free to a process {free / 2**30:.1f} GiB"
+    why = f"weights {describe_size(weights)}, free to a process {describe_size(free)}"
     if fitting:
         return fitting[0], why
     if heads % world_size():
@@ -215,10 +214,8 @@ def dispatch(
         Path(offload_folder).mkdir(parents=True, exist_ok=True)
     checkpoint.fill(model, device_map, offload_folder)
     model = dispatch_model(model, device_map=device_map, offload_dir=offload_folder)
-    modules = Counter(str(device) for device in device_map.values())
-    print_once("placed " + ", ".join(f"{count} modules on {device}" for device, count in modules.items()))
     if whole is not None and torch.cuda.device_count() > 1:
-        print_once(
+        print_line(
             f"the model fits on card {whole} alone, where it is faster than spread: to use all cards, each with its "
             "share of the rows, start the script with deepspeed or torchrun"
         )

@@ -47,6 +47,16 @@ class PromptRow:
     adapter: str | None = None  # name of the row's adapter, or BASE_NAME; None if rows have no choice
 
 
+@dataclass(frozen=True)
+class Prompts:
+    """The rows of --input_path as prompts, and the tokenizer and template that made them."""
+
+    tokenizer: PreTrainedTokenizerBase
+    template: ChatTemplate
+    template_reason: str  # why this template, for the header
+    rows: list[PromptRow]
+
+
 class ParsedPrompt(NamedTuple):
     """A row's prompt before it is encoded, and the adapter it names."""
 

@@ -7,7 +7,6 @@ Trainer.
 
 import contextlib
 import math
-import os
 import signal
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from utils.common.signals import STOP_SIGNALS, Interrupted, on_signals
 from utils.common.terminal import print_to_stderr
 from utils.data.json_lines import dump_row
 from utils.distributed.collectives import max_over_processes
+from utils.training.loss_figure import draw_curves
 from utils.training.throughput import Throughput
 
 
@@ -108,7 +108,13 @@ class LossCurves(TrainerCallback):
     checkpoint carries: a resumed run continues them from the checkpoint, without what was logged after it. Drawing
     takes some tenths of a second, less than writing a checkpoint, so no step waits for it more often than for those;
     `--report_to tensorboard` shows the curves live.
+
+    Args:
+        title: of the figure.
     """
+
+    def __init__(self, title: str = ""):
+        self.title = title
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
         """Load the library before any step is timed."""
@@ -123,12 +129,12 @@ class LossCurves(TrainerCallback):
         with atomic_writer(directory / METRICS_FILE) as file:
             file.writelines(dump_row({"step": row["step"]} | _finite(row)) for row in state.log_history)
         if "train_runtime" in state.log_history[-1]:  # the summary, after the last step
-            draw_curves(state.log_history, directory / LOSS_FIGURE_FILE)
+            draw_curves(state.log_history, directory / LOSS_FIGURE_FILE, self.title)
 
     def on_save(self, args, state, control, **kwargs) -> None:
         """Write loss.png."""
         if state.is_world_process_zero:
-            draw_curves(state.log_history, Path(args.output_dir) / LOSS_FIGURE_FILE)
+            draw_curves(state.log_history, Path(args.output_dir) / LOSS_FIGURE_FILE, self.title)
 
 
 def _finite(row: dict[str, Any]) -> dict[str, Any]:
@@ -140,29 +146,3 @@ def _finite(row: dict[str, Any]) -> dict[str, Any]:
     return {
         name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in row.items()
     }
-
-
-def draw_curves(rows: list[dict[str, Any]], path: Path) -> None:
-    """
-    Write a PNG of losses and learning rate by step.
-
-    It replaces `path` at once.
-    """
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 5), layout="constrained")
-    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
-    for axes, key, label in (
-        (upper, "loss", "training loss"),
-        (upper, "eval_loss", "evaluation loss"),
-        (lower, "learning_rate", "learning rate"),
-    ):
-        points = [(row["step"], row[key]) for row in rows if key in row]
-        if points:
-            axes.plot(*zip(*points, strict=True), label=label, marker="." if len(points) < 50 else None)
-            axes.legend()
-            axes.grid(alpha=0.3)
-    lower.set_xlabel("step")
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    figure.savefig(temporary, format="png", dpi=120)
-    os.replace(temporary, path)

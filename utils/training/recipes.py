@@ -77,11 +77,15 @@ def fastest_recipe(memory: MemoryModel, processes: int, usable: float) -> Recipe
 
 
 def advise(memory: MemoryModel, processes: int, usable: float) -> dict[str, str]:
-    """Return the fastest recipe that fits in `usable` GiB: its name, flags and memory."""
+    """Return the fastest recipe that fits in `usable` GiB: its name, flags or launcher, and memory."""
     recipe = fastest_recipe(memory, processes, usable)
     if recipe is None or recipe.name == OFFLOAD:
         return {"recipe": OFFLOAD, "launcher": f"accelerate launch --config_file {OFFLOAD_FILE}"}
-    return {"recipe": recipe.name, "flags": recipe.all_flags(), "memory": f"{recipe.memory.gib():.1f} GiB estimated"}
+    return {
+        "recipe": recipe.name,
+        "flags": recipe.all_flags(),
+        "memory": f"{recipe.memory.gib():.1f} GiB estimated",
+    }
 
 
 def _recipes(memory: MemoryModel, processes: int) -> Iterator[Recipe]:

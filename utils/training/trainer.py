@@ -43,6 +43,7 @@ from utils.training.checkpoints import (
     step_of,
 )
 from utils.training.log_lines import LogEnds, LogLines, mean_loss
+from utils.training.loss_figure import title_of_run
 from utils.training.model_card import write_model_card
 from utils.training.nan_guard import GuardedTrainer
 from utils.training.optimize import decoder_blocks
@@ -125,7 +126,10 @@ class AdapterTrainer(GuardedTrainer):
         self.remove_callback(ProgressCallback)
         self.remove_callback(PrinterCallback)
         self.lines = LogLines(padded=not config.flags.packing)
-        for callback in (StepTimer(self.throughput), ExactOffload(), LogEnds(), self.lines, LossCurves()):
+        title = title_of_run(
+            config.flags.model_name_or_path, len(config.inputs.dataset), f"LoRA rank {config.flags.lora_rank}"
+        )
+        for callback in (StepTimer(self.throughput), ExactOffload(), LogEnds(), self.lines, LossCurves(title)):
             self.add_callback(callback)
         self.run_config = config
         self.origin, self.resume_key = config.inputs.origin, config.resume_key
