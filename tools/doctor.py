@@ -238,7 +238,12 @@ def print_trainable(cards: Cards | None) -> dict[str, dict[str, Any]]:
         return {}
     found = list(plans(cards))
     title = f"what {cards} can train: LoRA rank {LORA_RANK}, {ROWS:,} rows of {ROW_TOKENS} tokens, one epoch"
-    print_facts(title, {plan.model: plan.describe() for plan in found})
+    print_line(title, BOLD)
+    width = max(len(plan.model) for plan in found)
+    for plan in found:
+        print_line(f"  {plan.model:{width}}  {plan.describe()}")
+        if plan.command:
+            print_line(f"    {plan.command}")
     for note in cards.notes():
         print_line(f"  {note}", DIM)
     fitting = [plan for plan in found if plan.recipe]

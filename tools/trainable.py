@@ -84,14 +84,14 @@ class Plan:
     seconds: float | None = None  # for ROWS; None if the speed is not known
 
     def describe(self) -> str:
-        """Return recipe, memory, time and command, in two lines."""
+        """Return recipe, memory and time, in one line."""
         if self.recipe is None:
             return "does not fit, even with the weights in CPU memory"
         memory = self.recipe.memory
         checkpointing = ", gradient checkpointing" if memory.checkpointing else ""
         time = f"about {_duration(self.seconds)}" if self.seconds else "time not known"
         way = f"{self.recipe.name}, packs of {memory.tokens:,} tokens{checkpointing}"
-        return f"{way}: {memory.gib():.1f} GiB, {time}\n{self.command}"
+        return f"{way}: {memory.gib():.1f} GiB, {time}"
 
 
 def plans(cards: Cards) -> Iterator[Plan]:

@@ -15,7 +15,7 @@ PACK_TOKENS = (16384, 8192, 4096)
 ZERO2_FILE, ZERO3_FILE = "configs/deepspeed_zero2.json", "ds_config_zero3.json"
 OFFLOAD_FILE = "accelerate_ds_zero3_cpu_offload_config.yaml"
 DDP, ZERO2, ZERO3, INT4 = "DDP", "ZeRO-2", "ZeRO-3", "DDP over 4 bits"
-OFFLOAD = "ZeRO-3, the weights in CPU memory"
+OFFLOAD = "ZeRO-3 with the weights in CPU memory"
 # (recipe, with gradient checkpointing) -> MFU of ChatGLM3-6B on H100s of 80 GB, of two for ZeRO-2 and ZeRO-3
 # (docs/benchmarks.md). That of ChatGLM-6B is 4 % lower, that of GLM-4-9B, measured with older kernels, 11 %.
 MEASURED_MFU = {
