@@ -25,7 +25,7 @@ from utils.training.dry_run import plan
 from utils.training.memory import MemoryDecision, resolve_checkpointing
 from utils.training.run_config import RESUME_ADVICE, RunConfig, resolve_run, set_gradient_checkpointing
 from utils.training.run_log import configure_reporters, keep_log, write_run
-from utils.training.run_report import describe_result, describe_run, next_commands
+from utils.training.run_report import describe_result, next_commands, print_run
 from utils.training.trainer import make_trainer
 
 
@@ -63,9 +63,7 @@ def train(config: RunConfig, decision: MemoryDecision, resume_from: Path | None)
             "reports": configure_reporters(args.report_to, args.output_dir),
             "resuming": f"from {resume_from}" if resume_from else None,
         }
-        print_facts(Path(sys.argv[0]).name, describe_run(config, batches, decision) | places)
-        for hint in decision.hints:
-            print_line(hint, WARNING)
+        print_run(config, batches, decision, places)
         trainer = make_trainer(config, batches, callbacks=[stop])
         result = trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
         if stop.stopped:

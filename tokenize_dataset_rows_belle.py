@@ -253,7 +253,7 @@ def print_summary(args: TokenizeArguments, report: TokenReport, rejected: Path, 
     listed = rejected if report.rejected else None
     print_facts(f"done in {timedelta(seconds=round(seconds))}", counts | {"dataset": dataset, "rejected": listed})
     model = [] if args.model_name_or_path == DEFAULT_MODEL else ["--model_name_or_path", args.model_name_or_path]
-    command = ["torchrun", "--nproc_per_node=1", "multi_gpu_fintune_belle.py", "--dataset_path", args.save_path]
+    command = ["python", "multi_gpu_fintune_belle.py", "--dataset_path", args.save_path]
     print_next([("train on it", shlex.join([*command, *model, "--output_dir", "output"]))])
 
 

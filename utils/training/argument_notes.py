@@ -1,7 +1,7 @@
 """
 Finds values of training flags that work but surprise, such as --save_steps above the number of steps.
 
-In: the resolved arguments and the rows. Out: a line for each, which run_config.py prints. Values that cannot work are
+In: the resolved arguments and the rows. Out: a line for each, below the header of the run. Values that cannot work are
 errors instead, in argument_checks.py.
 """
 

@@ -7,7 +7,6 @@ own steps, in a temporary directory: the run's --output_dir is not touched.
 
 import copy
 import shutil
-import sys
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +14,7 @@ from pathlib import Path
 import torch
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
-from utils.common.console import WARNING, duration, print_facts, print_line
+from utils.common.console import duration, print_facts, print_line
 from utils.common.errors import RankError
 from utils.data.arrow_reader import row_lengths
 from utils.distributed.collectives import gather_from_all
@@ -26,7 +25,7 @@ from utils.training.log_lines import LogEnds, LogLines
 from utils.training.memory import GIB, USABLE_GPU_SHARE, MemoryDecision, MemoryModel, free_gib
 from utils.training.recipes import advise
 from utils.training.run_config import RunConfig, global_batch
-from utils.training.run_report import describe_run
+from utils.training.run_report import print_run
 from utils.training.trainer import make_trainer
 
 TRIAL_STEPS = 4  # the first, which compiles layers and grows the allocator's memory, is timed separately
@@ -46,9 +45,7 @@ def plan(config: RunConfig, decision: MemoryDecision) -> None:
     items, lengths = len(batches.items), row_lengths(config.inputs.dataset)
     steps = count_steps(items, args)
     tokens = sum(lengths) / items * steps * global_batch(args)
-    print_facts(f"{Path(sys.argv[0]).name} --plan", describe_run(config, batches, decision))
-    for hint in decision.hints:
-        print_line(hint, WARNING)
+    print_run(config, batches, decision, {"output": "--plan writes nothing"})
     free = min(gather_from_all(free_gib(on_cpu=args.use_cpu)))
     usable = USABLE_GPU_SHARE * free
     if memory.gib() > usable:  # a hint has named the flag that makes it fit

@@ -73,7 +73,7 @@ class LogLines(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs) -> None:
         """Show the bar, and choose the columns."""
         self.total = f"{state.max_steps:,}"
-        widths = {"step": 2 * len(self.total) + 1, "loss": 8, "learning rate": 0, "grad norm": 0, "tokens/s": 0}
+        widths = {"step": 2 * len(self.total) + 1, "loss": 9, "learning rate": 0, "grad norm": 0, "tokens/s": 0}
         if peak_tflops():
             widths["MFU"] = 5
         if torch.cuda.is_available():
@@ -93,13 +93,13 @@ class LogLines(TrainerCallback):
         step = f"{state.global_step:,}/{self.total}"
         if "loss" in logs:
             self.table.print_row({"step": step, **_cells(logs)})
-            self.progress.advance(0, note=f"loss {logs['loss']:.4f}")
+            self.progress.advance(0, note=f"loss {logs['loss']:#.4g}")
         elif "eval_loss" in logs:
             note = (
                 f"evaluation: perplexity {logs['eval_perplexity']:,.5g} over {logs['eval_tokens']:,} tokens, "
                 f"{duration(logs['eval_runtime'])}"
             )
-            self.table.print_row({"step": step, "loss": f"{logs['eval_loss']:.4f}"}, note)
+            self.table.print_row({"step": step, "loss": f"{logs['eval_loss']:#.4g}"}, note)
 
     def close(self) -> None:
         """Remove the bar, also when an error ended the run."""
@@ -109,7 +109,7 @@ class LogLines(TrainerCallback):
 def _cells(logs: dict[str, Any]) -> dict[str, str]:
     """Return the cells of a log row; "-" stands where a number is not known yet."""
     texts = {
-        "loss": ("loss", "{:.4f}"),
+        "loss": ("loss", "{:#.4g}"),
         "learning rate": ("learning_rate", "{:.2e}"),
         "grad norm": ("grad_norm", "{:#.4g}"),
         "tokens/s": ("tokens_per_second", "{:,.0f}"),

@@ -319,7 +319,7 @@ def decide_checkpointing(memory: MemoryModel, requested: bool | None, free: floa
             flags = f"--per_device_train_batch_size 1 --pack_tokens {half.tokens}"
             hints.append(f"fewer tokens at once need no gradient checkpointing, which is mostly faster: {flags}")
     if not fits:
-        hints.append(f"warning: it will not fit in the GPU's memory: {_fix(memory, usable)}")
+        hints.append(f"it will not fit in the GPU's memory: {_fix(memory, usable)}")
     return MemoryDecision(memory, reason, free, tuple(hints))
 
 

@@ -107,10 +107,10 @@ def _losses(state: TrainerState) -> dict[str, str]:
     training = [row for row in state.log_history if "loss" in row]
     evaluation = [row for row in state.log_history if "eval_loss" in row]
     if training:
-        losses["training, last logged"] = f"{training[-1]['loss']:.4f} (step {training[-1]['step']:,})"
+        losses["training, last logged"] = f"{training[-1]['loss']:#.4g} (step {training[-1]['step']:,})"
     if evaluation:
         lowest = min(evaluation, key=lambda row: row["eval_loss"])
-        losses["evaluation, lowest"] = f"{lowest['eval_loss']:.4f} (step {lowest['step']:,})"
+        losses["evaluation, lowest"] = f"{lowest['eval_loss']:#.4g} (step {lowest['step']:,})"
     return losses
 
 

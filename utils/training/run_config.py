@@ -15,7 +15,6 @@ import torch
 from transformers import TrainingArguments
 
 from utils.checkpoint.directory import choose_generation
-from utils.common.console import WARNING, print_line
 from utils.common.processes import (
     launched_by_accelerate_with_deepspeed,
     launched_by_accelerate_with_fsdp,
@@ -47,6 +46,7 @@ class RunConfig:
         dtype: of the base model's weights.
         checkpointing: what the flags say of gradient checkpointing; None: the memory estimate decides.
         reasons: setting ("dtype", "compile_layers") -> why it has its value.
+        notes: flags whose values surprise, each with what it does.
     """
 
     inputs: TrainingInputs
@@ -56,6 +56,7 @@ class RunConfig:
     resume_key: ResumeKey
     checkpointing: bool | None = None
     reasons: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
     @property
     def pack_tokens(self) -> int | None:
@@ -107,8 +108,6 @@ def resolve_run(argv: list[str], description: str) -> RunConfig:
         training_args.accelerator_config.non_blocking = training_args.dataloader_pin_memory
     flags.compile_layers, compile_reason = resolve_compile(flags, training_args)
     pack_tokens = flags.pack_tokens if flags.packing else None
-    for note in describe_surprises(training_args, inputs, pack_tokens):
-        print_line(f"note: {note}", WARNING)
     schedule = describe_schedule(training_args, dtype, pack_tokens, inputs.eval_dataset)
     return RunConfig(
         inputs=inputs,
@@ -118,6 +117,7 @@ def resolve_run(argv: list[str], description: str) -> RunConfig:
         resume_key=ResumeKey(describe_identity(flags, inputs), schedule),
         checkpointing=checkpointing,
         reasons={"dtype": dtype_reason, "compile_layers": compile_reason},
+        notes=describe_surprises(training_args, inputs, pack_tokens),
     )
 
 

@@ -1,11 +1,12 @@
 """
 What a training run says of itself: before its first step what was resolved and why, after its last what lies where.
 
-In: a `RunConfig` with its batches and its memory. Out: facts, name -> text, for `print_facts`, and the commands to
-type next. Called by the training script and, for --plan, by dry_run.py.
+In: a `RunConfig` with its batches and its memory. Out: the header of the run (`print_run`), facts for the summary, and
+the commands to type next. Called by the training script and, for --plan, by dry_run.py.
 """
 
 import shlex
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from transformers import TrainerState, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from utils.checkpoint.directory import DEFAULT_MODEL
-from utils.common.console import duration
+from utils.common.console import WARNING, duration, print_facts, print_line
 from utils.data.arrow_reader import row_lengths, trained_tokens
 from utils.data.collators import RowsByLength
 from utils.data.input_facts import describe_size
@@ -52,6 +53,13 @@ def counted(number: int, noun: str) -> str:
     """
     ending = "" if number == 1 else "es" if noun.endswith("s") else "s"
     return f"{number:,} {noun}{ending}"
+
+
+def print_run(config: RunConfig, batches: Batches, decision: MemoryDecision, places: dict[str, str | None]) -> None:
+    """Print the header of a run: what it resolved and why, `places`, and what may surprise."""
+    print_facts(Path(sys.argv[0]).name, describe_run(config, batches, decision) | places)
+    for note in (*config.notes, *decision.hints):
+        print_line(f"note: {note}", WARNING)
 
 
 def describe_run(config: RunConfig, batches: Batches, decision: MemoryDecision) -> dict[str, str | None]:
@@ -167,11 +175,11 @@ def describe_result(
     if "train_runtime" in metrics:
         title += f" in {duration(metrics['train_runtime'])}"
     if "train_loss" in metrics:
-        title += f", mean loss {metrics['train_loss']:.4f}"
+        title += f", mean loss {metrics['train_loss']:#.4g}"
     checkpoints = ", ".join(path.name for path in list_checkpoints(directory))
     adapter, best = f"{directory} ({describe_size((directory / SAFETENSORS_WEIGHTS_NAME).stat().st_size)})", None
     if state.best_model_checkpoint:
-        best = f"{state.best_model_checkpoint} (eval loss {state.best_metric:.4f})"
+        best = f"{state.best_model_checkpoint} (eval loss {state.best_metric:#.4g})"
         adapter += ", that of the best checkpoint" if args.load_best_model_at_end else ", that of the last step"
     return title, {
         "adapter": adapter,
