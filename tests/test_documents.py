@@ -24,7 +24,7 @@ NOT_IN_THE_REPOSITORY = (
 )
 WITHOUT_FLAGS = ("dequantize.py", "tiny_corpus.py")
 LAUNCHERS = ("torchrun", "accelerate", "deepspeed")
-EVERY_SCRIPT = {"traceback"}  # utils/common/script.py takes it before the script's parser
+EVERY_SCRIPT = {"traceback", "version"}  # utils/common/script.py takes it before the script's parser
 # Flags of programs that are no part of the repository or its libraries, from their manuals.
 OTHERS = {
     "pip": {"--no-index", "--find-links"},

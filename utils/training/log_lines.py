@@ -13,6 +13,7 @@ import torch
 from transformers import TrainerCallback
 
 from utils.common.console import Progress, Table, duration
+from utils.common.numbers import format_loss
 from utils.training.throughput import peak_tflops
 
 
@@ -73,7 +74,7 @@ class LogLines(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs) -> None:
         """Show the bar, and choose the columns."""
         self.total = f"{state.max_steps:,}"
-        widths = {"step": 2 * len(self.total) + 1, "loss": 9, "learning rate": 0, "grad norm": 0, "tokens/s": 0}
+        widths = {"step": 2 * len(self.total) + 1, "loss": 8, "learning rate": 0, "grad norm": 0, "tokens/s": 0}
         if peak_tflops():
             widths["MFU"] = 5
         if torch.cuda.is_available():
@@ -92,14 +93,14 @@ class LogLines(TrainerCallback):
         """Print the line of a step, or of an evaluation."""
         step = f"{state.global_step:,}/{self.total}"
         if "loss" in logs:
-            self.table.print_row({"step": step, **_cells(logs)})
-            self.progress.advance(0, note=f"loss {logs['loss']:#.4g}")
+            self.table.print_row({"step": step, "loss": format_loss(logs["loss"]), **_cells(logs)})
+            self.progress.advance(0, note=f"loss {format_loss(logs['loss'])}")
         elif "eval_loss" in logs:
             note = (
                 f"evaluation: perplexity {logs['eval_perplexity']:,.5g} over {logs['eval_tokens']:,} tokens, "
                 f"{duration(logs['eval_runtime'])}"
             )
-            self.table.print_row({"step": step, "loss": f"{logs['eval_loss']:#.4g}"}, note)
+            self.table.print_row({"step": step, "loss": format_loss(logs["eval_loss"])}, note)
 
     def close(self) -> None:
         """Remove the bar, also when an error ended the run."""
@@ -107,9 +108,8 @@ class LogLines(TrainerCallback):
 
 
 def _cells(logs: dict[str, Any]) -> dict[str, str]:
-    """Return the cells of a log row; "-" stands where a number is not known yet."""
+    """Return the cells of a log row but its step and loss; "-" stands where a number is not known yet."""
     texts = {
-        "loss": ("loss", "{:#.4g}"),
         "learning rate": ("learning_rate", "{:.2e}"),
         "grad norm": ("grad_norm", "{:#.4g}"),
         "tokens/s": ("tokens_per_second", "{:,.0f}"),

@@ -15,6 +15,7 @@ from huggingface_hub import ModelCardData
 from transformers import TrainerState
 
 from utils import __version__
+from utils.common.numbers import format_loss
 from utils.common.redaction import hide_secrets
 from utils.training.run_config import RunConfig, global_batch
 
@@ -107,10 +108,10 @@ def _losses(state: TrainerState) -> dict[str, str]:
     training = [row for row in state.log_history if "loss" in row]
     evaluation = [row for row in state.log_history if "eval_loss" in row]
     if training:
-        losses["training, last logged"] = f"{training[-1]['loss']:#.4g} (step {training[-1]['step']:,})"
+        losses["training, last logged"] = f"{format_loss(training[-1]['loss'])} (step {training[-1]['step']:,})"
     if evaluation:
         lowest = min(evaluation, key=lambda row: row["eval_loss"])
-        losses["evaluation, lowest"] = f"{lowest['eval_loss']:#.4g} (step {lowest['step']:,})"
+        losses["evaluation, lowest"] = f"{format_loss(lowest['eval_loss'])} (step {lowest['step']:,})"
     return losses
 
 

@@ -16,6 +16,7 @@ from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from utils.checkpoint.directory import DEFAULT_MODEL
 from utils.common.console import WARNING, duration, print_facts, print_line
+from utils.common.numbers import format_loss
 from utils.data.arrow_reader import row_lengths, trained_tokens
 from utils.data.collators import RowsByLength
 from utils.data.input_facts import describe_size
@@ -175,11 +176,11 @@ def describe_result(
     if "train_runtime" in metrics:
         title += f" in {duration(metrics['train_runtime'])}"
     if "train_loss" in metrics:
-        title += f", mean loss {metrics['train_loss']:#.4g}"
+        title += f", mean loss {format_loss(metrics['train_loss'])}"
     checkpoints = ", ".join(path.name for path in list_checkpoints(directory))
     adapter, best = f"{directory} ({describe_size((directory / SAFETENSORS_WEIGHTS_NAME).stat().st_size)})", None
     if state.best_model_checkpoint:
-        best = f"{state.best_model_checkpoint} (eval loss {state.best_metric:#.4g})"
+        best = f"{state.best_model_checkpoint} (eval loss {format_loss(state.best_metric)})"
         adapter += ", that of the best checkpoint" if args.load_best_model_at_end else ", that of the last step"
     return title, {
         "adapter": adapter,
