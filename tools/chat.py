@@ -25,8 +25,8 @@ from utils.common.console import DIM, print_facts, print_line, style
 from utils.common.errors import Faults, UsageError
 from utils.common.signals import on_signals
 from utils.common.terminal import escape_controls
-from utils.inference.arguments import ModelFlags, check_minimums, check_sampling, flag, parse_flags, resolve_dtype
-from utils.inference.job import check_adapters, open_checkpoint, resolve_template
+from utils.inference.arguments import ModelFlags, check_minimums, check_sampling, choose_dtype, flag, parse_flags
+from utils.inference.job import check_adapters, choose_template, open_checkpoint
 from utils.inference.placement import dispatch, input_device
 from utils.lora.adapter import load_adapter
 from utils.models.conversation import Message
@@ -75,10 +75,16 @@ class ChatArguments(ChatModelFlags, ChatSettings, PageFlags):
         return faults
 
 
-def print_banner(chat: Chat) -> None:
-    """Print who answers, where it runs, and how to leave."""
-    facts = {"model": chat.model_name, "adapter": chat.adapter_name or "none", "device": input_device(chat.model)}
-    print_facts("chat.py", facts | {"commands": "/help lists them, Ctrl-C stops an answer, /quit or Ctrl-D ends"})
+def print_banner(title: str, chat: Chat, facts: dict[str, str]) -> None:
+    """Print who answers and where it runs, and then `facts`."""
+    dtype = str(chat.model.dtype).removeprefix("torch.")
+    described = {
+        "model": chat.model_name,
+        "adapter": chat.adapter_name or "none",
+        "template": chat.template.name,
+        "weights": f"{dtype} on {input_device(chat.model)}",
+    }
+    print_facts(title, described | facts)
 
 
 def talk(chat: Chat, settings: ChatSettings) -> None:
@@ -156,8 +162,8 @@ def open_chat(args: ChatArguments, checkpoint: Checkpoint) -> Chat:
         UsageError: the checkpoint or the adapter cannot be used.
     """
     tokenizer = checkpoint.load_tokenizer()
-    template = resolve_template(args, tokenizer)
-    model = dispatch(checkpoint, resolve_dtype(args), quantize=args.quantize)
+    template, _ = choose_template(args, tokenizer)
+    model = dispatch(checkpoint, choose_dtype(args)[0], quantize=args.quantize)
     for path in args.adapter_path:
         model = load_adapter(model, path, args.lora_alpha)  # never merged: it can be switched off
     model_name = f"{args.model_name_or_path} ({checkpoint.generation.name})"
@@ -181,10 +187,11 @@ def serve_page(args: ChatArguments, checkpoint: Checkpoint) -> None:
     from tools.request_filter import bind, serve
 
     bound = bind(args.host, args.port)  # before the model takes its time to load
-    app = make_app(open_chat(args, checkpoint), args)
+    chat = open_chat(args, checkpoint)
+    app = make_app(chat, args)
     host, port = bound.getsockname()[:2]
     address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
-    print_facts("chat.py --web", {"page": address, "end it with": "Ctrl-C"})
+    print_banner("chat.py --web", chat, {"page": address, "end it with": "Ctrl-C"})
     serve(app, args.host, bound)
 
 
@@ -197,7 +204,7 @@ def main() -> None:
         serve_page(args, checkpoint)
     else:
         chat = open_chat(args, checkpoint)
-        print_banner(chat)
+        print_banner("chat.py", chat, {"commands": "/help lists them, Ctrl-C stops an answer, /quit or Ctrl-D ends"})
         talk(chat, args)
 
 

@@ -26,9 +26,9 @@ from utils.common.errors import Faults, RowError, RunError, UsageError
 from utils.common.files import check_output_path
 from utils.data.row_parser import check_columns, parse_row, read_rows
 from utils.data.row_schema import COLUMNS_HELP, ColumnMap
-from utils.inference.arguments import ModelFlags, adapter_names, check_minimums, flag, parse_flags, resolve_dtype
+from utils.inference.arguments import ModelFlags, adapter_names, check_minimums, choose_dtype, flag, parse_flags
 from utils.inference.batch_generator import AnswerSettings, BatchGenerator, PromptCodec
-from utils.inference.job import check_adapters, open_checkpoint, resolve_template
+from utils.inference.job import check_adapters, choose_template, open_checkpoint
 from utils.inference.placement import dispatch, input_device, prepare_for_decoding
 from utils.inference.prompt_reader import BASE_NAME, PromptRow
 from utils.lora.multi_lora import add_adapters
@@ -120,7 +120,7 @@ def read_targets(path: str, columns: ColumnMap, max_rows: int) -> list[Conversat
 
 
 def answer_all(
-    args: EvaluationArguments, checkpoint: Checkpoint, rows: list[Conversation]
+    args: EvaluationArguments, checkpoint: Checkpoint, codec: PromptCodec, rows: list[Conversation]
 ) -> dict[str, list[dict[str, Any]]]:
     """
     Answer all rows with base and adapters, together in one pass.
@@ -128,9 +128,8 @@ def answer_all(
     Returns:
         Name of base or adapter -> its answers in the order of `rows`, as `BatchGenerator.run` yields them.
     """
-    tokenizer = checkpoint.load_tokenizer()
-    template = resolve_template(args, tokenizer)
-    model = dispatch(checkpoint, resolve_dtype(args), quantize=args.quantize)
+    tokenizer, template = codec.tokenizer, codec.template
+    model = dispatch(checkpoint, choose_dtype(args)[0], quantize=args.quantize)
     names = adapter_names(args.adapter_path)
     if names:
         add_adapters(model, dict(zip(names, args.adapter_path, strict=True)), args.lora_alpha)
@@ -143,7 +142,7 @@ def answer_all(
             prompts.append(PromptRow(len(prompts), text, input_ids, adapter=name if names else None))
     settings = AnswerSettings(args.max_new_tokens, adapters=tuple(names))
     answers: list[dict[str, Any]] = []
-    generator = BatchGenerator(model, PromptCodec(tokenizer, template), settings, input_device(model))
+    generator = BatchGenerator(model, codec, settings, input_device(model))
     with Progress("answering", len(prompts), "answers").shown() as progress:
         for answer in generator.run(prompts, args.batch_size):
             answers.append(answer)
@@ -171,6 +170,7 @@ def facts_of(args: EvaluationArguments, checkpoint: Checkpoint, rows: int) -> di
     return {
         "model": f"{args.model_name_or_path} ({checkpoint.generation.name})",
         "adapters": ", ".join(args.adapter_path) or "none: the base alone",
+        "weights": choose_dtype(args)[1],
         "rows": f"{args.input_path}: {limit}",
         "answers": f"greedy, at most {args.max_new_tokens} tokens{f', {args.quantize}' if args.quantize else ''}",
     }
@@ -192,7 +192,7 @@ def print_summary(args: EvaluationArguments, lines: list[str], seconds: float) -
     """Print the scores, where the report lies, and commands to type next."""
     print_line()
     for line in lines:
-        print_line(line)
+        print_line(line.rstrip())
     output = Path(args.output_dir)
     print_facts(
         f"done in {timedelta(seconds=round(seconds))}",
@@ -214,10 +214,12 @@ def main() -> None:
     rows = read_targets(args.input_path, ColumnMap.parse(args.columns), args.max_rows)
     checkpoint = open_checkpoint(args)
     check_adapters(args, checkpoint)
-    facts = facts_of(args, checkpoint, len(rows))
+    tokenizer = checkpoint.load_tokenizer()
+    template, why = choose_template(args, tokenizer)
+    facts = facts_of(args, checkpoint, len(rows)) | {"template": f"{template.name} ({why})"}
     print_facts("evaluate.py", facts)
     facts["date"] = started.isoformat(sep=" ", timespec="minutes")
-    answers = answer_all(args, checkpoint, rows)
+    answers = answer_all(args, checkpoint, PromptCodec(tokenizer, template), rows)
     print_line("scoring")
     targets = [row.target for row in rows]
     scores = {name: score_answers(each, targets, args.seed) for name, each in answers.items()}

@@ -15,7 +15,6 @@ from utils.checkpoint.tokenizer import load_tokenizer
 from utils.common.console import print_line
 from utils.common.errors import UsageError
 from utils.common.files import atomic_writer
-from utils.common.processes import print_once
 from utils.common.terminal import escape_controls, one_line
 from utils.data.json_lines import dump_row
 from utils.data.raw_reader import input_paths
@@ -63,7 +62,7 @@ def test_a_name_of_several_lines_is_one_line(run_script, tmp_path, capsys):
     result = run_script(f"process_belle_1M_data.py --input '{tmp_path}/{name}' --output {tmp_path}/o")
     assert result.code == 2 and result.err.count("\n") == 1 and "\x1b" not in result.err
     assert "a\\nerror: b\\x1b[2J" in result.err
-    print_once(f"from {name}")
+    print_line(f"from {name}")
     rejections = Rejections(str(tmp_path / "out"))
     rejections.add(f"{tmp_path}/{name}", 1, SCREEN)
     rejections.report()

@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 from huggingface_hub import constants, get_session, list_repo_files, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError
 
+from utils.common.console import print_line
 from utils.common.errors import UsageError
 from utils.common.json_files import read_json_object
-from utils.common.processes import print_once
 from utils.models.family import (
     BY_FLAG,
     LOOK_ALIKES,
@@ -146,7 +146,7 @@ def open_directory(path_or_id: str, weights: bool) -> OpenedDirectory:
 @functools.cache
 def print_first_time(message: str) -> None:
     """Print a line on rank 0, once: several callers open one checkpoint."""
-    print_once(message)
+    print_line(message)
 
 
 def read_config(file: Path) -> dict[str, Any]:

@@ -9,8 +9,6 @@ import ctypes
 import os
 import signal
 
-from utils.common.terminal import escape_controls
-
 PR_SET_PDEATHSIG = 1  # an option of Linux's prctl
 
 
@@ -42,12 +40,6 @@ def launched_by_accelerate_with_deepspeed() -> bool:
 def launched_by_accelerate_with_fsdp() -> bool:
     """Whether `accelerate launch` started this process with an FSDP configuration."""
     return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
-
-
-def print_once(message: str) -> None:
-    """Print `message` on rank 0 only, with control characters escaped."""
-    if is_main_process():
-        print(escape_controls(message), flush=True)
 
 
 def end_with_parent(number: signal.Signals) -> None:

@@ -17,9 +17,9 @@ import pyarrow as pa
 import pyarrow.compute
 from transformers import PreTrainedTokenizerBase
 
+from utils.common.console import print_line
 from utils.common.errors import UsageError
 from utils.common.json_files import read_json_object
-from utils.common.processes import print_once
 from utils.data.arrow_table import read_table
 from utils.data.arrow_writer import DATASET_ORIGIN_FILE, DatasetOrigin, is_dataset
 from utils.data.dataset_columns import KNOWN_COLUMNS, LOSS_MASKS, Vocabulary, to_examples
@@ -59,10 +59,10 @@ def load_examples(dataset_path: str, vocabulary: Vocabulary | None = None) -> da
     if "labels" in table.column_names and "seq_len" in table.column_names:
         others.append("seq_len")
     if others:
-        print_once(f"--dataset_path {path}: columns that are not read: {', '.join(map(repr, others))}")
+        print_line(f"--dataset_path {path}: columns that are not read: {', '.join(map(repr, others))}")
     if "attention_mask" in table.column_names:
         before, after = (_count_tokens(rows["input_ids"]) for rows in (table, examples))
-        print_once(f"--dataset_path {path}: attention_mask leaves {before - after:,} of {before:,} tokens out")
+        print_line(f"--dataset_path {path}: attention_mask leaves {before - after:,} of {before:,} tokens out")
     return datasets.Dataset(examples, fingerprint=datasets.fingerprint.generate_random_fingerprint())
 
 
@@ -301,7 +301,7 @@ def check_origin(dataset_path: str, tokenizer: PreTrainedTokenizerBase, model_na
             f"by an older version of this toolkit: {again}"
         )
     if origin.system_turns is None and template_for(tokenizer, origin.template).has_system_role:
-        print_once(f"{dataset_path} has system messages, if any, inside the first question and not as turns: {again}")
+        print_line(f"{dataset_path} has system messages, if any, inside the first question and not as turns: {again}")
     return origin.template
 
 
@@ -342,5 +342,5 @@ def keep_trained(dataset: datasets.Dataset, dataset_path: str) -> datasets.Datas
     if len(trained) == len(dataset):
         return dataset
     first = np.setdiff1d(np.arange(len(dataset)), trained)[0]
-    print_once(f"{len(dataset) - len(trained)} rows have no token to train on and are left out, first row {first}")
+    print_line(f"{len(dataset) - len(trained)} rows have no token to train on and are left out, first row {first}")
     return dataset.select(trained)

@@ -20,7 +20,7 @@ from utils.checkpoint.flag_parser import DataclassFlagParser
 from utils.checkpoint.weight_files import WEIGHT_FILES, model_files
 from utils.common.errors import Faults, UsageError
 from utils.common.files import check_output_path
-from utils.common.processes import print_once, world_size
+from utils.common.processes import world_size
 from utils.data.row_schema import COLUMNS_HELP, ColumnMap
 from utils.inference.prompt_reader import BASE_NAME
 from utils.layers.fp8 import FP8, check_device
@@ -267,13 +267,6 @@ def adapter_names(paths: Sequence[str]) -> list[str]:
     """Return the name of each adapter: that of its directory, or of its bare weight file."""
     directories = [adapter_directory(path) for path in paths]
     return [directory.name or directory.resolve().name for directory in directories]
-
-
-def resolve_dtype(args: ModelFlags) -> torch.dtype:
-    """Return the dtype of the weights, and print it with the reason."""
-    dtype, words = choose_dtype(args)
-    print_once(f"weights {words}")
-    return dtype
 
 
 def choose_dtype(args: ModelFlags) -> tuple[torch.dtype, str]:

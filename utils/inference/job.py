@@ -15,9 +15,10 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from utils.checkpoint.model import Checkpoint
+from utils.common.console import print_line
 from utils.common.errors import RunError, UsageError
 from utils.common.file_hashes import hash_files
-from utils.common.processes import is_main_process, print_once, process_rank
+from utils.common.processes import is_main_process, process_rank
 from utils.data.row_schema import ColumnMap
 from utils.distributed.process_group import check_port, init_process_group, on_all_processes
 from utils.inference.answer_settings import PATHS
@@ -176,7 +177,7 @@ def check_adapters(args: ModelFlags, checkpoint: Checkpoint) -> None:
         if not args.allow_base_mismatch:
             check_base(path, checkpoint)
         if warning := warn_of_old_ids(path, checkpoint):
-            print_once(warning)
+            print_line(warning)
 
 
 def attach_adapters(model: PreTrainedModel, args: ModelFlags, shards: bool = False) -> PreTrainedModel:
@@ -200,13 +201,6 @@ def attach_adapters(model: PreTrainedModel, args: ModelFlags, shards: bool = Fal
     if shards or (model.dtype == torch.float32 and can_serve(model)):
         return merge_adapter(model, paths[0], args.lora_alpha)
     return load_adapter(model, paths[0], args.lora_alpha)
-
-
-def resolve_template(args: ModelFlags, tokenizer: PreTrainedTokenizerBase) -> ChatTemplate:
-    """Return the template that `choose_template` chooses, and print which and why."""
-    template, why = choose_template(args, tokenizer)
-    print_once(f"template {template.name} ({why})")
-    return template
 
 
 def choose_template(args: ModelFlags, tokenizer: PreTrainedTokenizerBase) -> tuple[ChatTemplate, str]:

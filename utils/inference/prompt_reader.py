@@ -18,8 +18,8 @@ from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
+from utils.common.console import print_line
 from utils.common.errors import RowError, UsageError
-from utils.common.processes import print_once
 from utils.data.encodings import decode_text
 from utils.data.json_lines import BLANKS
 from utils.data.row_parser import check_columns, parse_prompt, parse_question, read_rows
@@ -123,7 +123,7 @@ class PromptForm:
                 find_schema(tuple(self.columns.rename(dict.fromkeys(names))))
             except RowError:
                 if len(names) == 1:
-                    print_once(f"{path}: its only column, {names[0]}, is the prompt")
+                    print_line(f"{path}: its only column, {names[0]}, is the prompt")
                     return replace(self, column=names[0])
                 raise UsageError(
                     f"--input_path {path} has the columns {', '.join(names)}: name the prompt with --prompt_column "
