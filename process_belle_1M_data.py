@@ -35,7 +35,7 @@ from utils.common.errors import RowError, RunError, UsageError
 from utils.common.files import atomic_writer, check_output_path, scratch_directory
 from utils.common.flags import FlagParser
 from utils.data.dedup import TURN_END, Deduplicator, hash_text
-from utils.data.input_facts import MIB, count_of, describe_inputs, describe_size, size_of, whole_mib
+from utils.data.input_facts import MIB, describe_inputs, describe_size, size_of, whole_mib
 from utils.data.json_lines import dump_pair, dump_row
 from utils.data.raw_reader import input_paths, read_blocks
 from utils.data.rejections import Rejections, check_share
@@ -202,7 +202,7 @@ def print_summary(summary: Mapping[str, int], outputs: Mapping[str, int], reject
         "rows": "read {read} = written {written} + rejected {rejected} + skipped {skipped}".format(**counted)
         + (f" ({reasons})" if reasons else ""),
         "output": "\n".join(
-            f"{path} ({count_of(count, 'row')}, {describe_size(size_of(path))})" for path, count in outputs.items()
+            f"{path} ({counted(count, 'row')}, {describe_size(size_of(path))})" for path, count in outputs.items()
         ),
         "rejected": rejected if summary["rejected"] else None,
     }

@@ -24,6 +24,7 @@ from utils.checkpoint.model import Checkpoint
 from utils.common.console import Progress, print_facts, print_line, print_next
 from utils.common.errors import Faults, RowError, RunError, UsageError
 from utils.common.files import check_output_path
+from utils.data.raw_reader import input_paths
 from utils.data.row_parser import check_columns, parse_row, read_rows
 from utils.data.row_schema import COLUMNS_HELP, ColumnMap
 from utils.inference.arguments import ModelFlags, adapter_names, check_minimums, choose_dtype, flag, parse_flags
@@ -106,7 +107,7 @@ def read_targets(path: str, columns: ColumnMap, max_rows: int) -> list[Conversat
     Raises:
         UsageError: no such file, or a row without a prompt or a target.
     """
-    check_columns(columns, [path])
+    check_columns(columns, input_paths([path]))
     conversations = []
     for _, number, row in read_rows(path, partial(parse_row, columns=columns)):
         if isinstance(row, RowError):

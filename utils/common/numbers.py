@@ -1,4 +1,4 @@
-"""Arithmetic that Python's operators do not name, and how a loss is written."""
+"""Arithmetic that Python's operators do not name, and how counts and losses are written."""
 
 
 def ceil_div(numerator: int, denominator: int) -> int:
@@ -9,6 +9,17 @@ def ceil_div(numerator: int, denominator: int) -> int:
     [0, 1, 1, 2]
     """
     return -(-numerator // denominator)
+
+
+def counted(number: int, noun: str) -> str:
+    """
+    Return a number with its noun, in the plural unless it is 1.
+
+    >>> counted(1, "step"), counted(3000, "pack"), counted(2, "process")
+    ('1 step', '3,000 packs', '2 processes')
+    """
+    ending = "" if number == 1 else "es" if noun.endswith("s") else "s"
+    return f"{number:,} {noun}{ending}"
 
 
 def format_loss(loss: float) -> str:

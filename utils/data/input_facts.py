@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from utils.common.errors import RowError
+from utils.common.numbers import counted
 from utils.data.raw_reader import Block, read_blocks
 from utils.data.row_schema import NO_RENAMES, ColumnMap, Schema, find_schema
 
@@ -33,16 +34,6 @@ def describe_size(size: int) -> str:
     return f"{size / (1 << 30):.1f} GiB"
 
 
-def count_of(number: int, noun: str) -> str:
-    """
-    Return a number with its noun.
-
-    >>> count_of(1, "row"), count_of(2000, "row")
-    ('1 row', '2,000 rows')
-    """
-    return f"{number:,} {noun}{'s' * (number != 1)}"
-
-
 def size_of(path: str | os.PathLike) -> int:
     """Return the bytes of a file, or of all files below a directory."""
     path = Path(path)
@@ -59,7 +50,7 @@ def describe_inputs(paths: Sequence[str], columns: ColumnMap = NO_RENAMES) -> st
     """Return a line for each of the first files, and one for all the others together."""
     lines = [describe_input(path, columns) for path in paths[:SHOWN_FILES]]
     if others := paths[SHOWN_FILES:]:
-        lines.append(f"and {count_of(len(others), 'more file')} ({describe_size(sum(map(size_of, others)))})")
+        lines.append(f"and {counted(len(others), 'more file')} ({describe_size(sum(map(size_of, others)))})")
     return "\n".join(lines)
 
 

@@ -20,6 +20,7 @@ from utils.data.json_lines import parse_line
 from utils.data.json_values import ARRAY, VALUES, WRAPPED, ValueReader, detect_layout
 
 BLOCK_BYTES = 1 << 20  # of a block: thousands of rows, so that work per block costs little
+TABLE_SUFFIXES = (".csv", ".tsv", ".xls", ".xlsx", ".ods", ".parquet")
 LONGEST_LINE = 64 << 20  # bytes; something without a newline for longer is no row
 
 
@@ -69,7 +70,8 @@ def input_paths(patterns: Sequence[str]) -> list[str]:
     Each pattern's files are in the order of their names.
 
     Raises:
-        UsageError: a name is not a file, a pattern matches none, or a file begins in an unsupported encoding.
+        UsageError: a name is not a file, a pattern matches none, a file is a table, or begins in an unsupported
+            encoding.
     """
     paths = []
     for pattern in patterns:
@@ -83,8 +85,33 @@ def input_paths(patterns: Sequence[str]) -> list[str]:
             raise UsageError(f"{pattern} is not a file" + (", and no file matches it" if "*" in pattern else ""))
         paths += matches
     for path in paths:
-        next(read_blocks(path), None)
+        check_no_table(path)
     return list(dict.fromkeys(paths))
+
+
+def check_no_table(path: str) -> None:
+    """
+    Check that a file named like a table has JSON rows nevertheless.
+
+    Raises:
+        UsageError: it is a table; with the command that converts it. Or it begins in an unsupported encoding.
+    """
+    suffix = Path(path).suffix.lower()
+    is_text = suffix in (".csv", ".tsv") or suffix not in TABLE_SUFFIXES
+    block = next(read_blocks(path), None) if is_text else None
+    if suffix not in TABLE_SUFFIXES or block and any(isinstance(value, dict) for _, value in block.values()):
+        return
+    output = str(Path(path).with_suffix(".jsonl"))
+    if not is_text:
+        raise UsageError(f"{path} is a table, and rows are JSON: save it as {Path(path).stem}.csv and give that")
+    options = "dtype=str, keep_default_na=False"
+    options += ", sep='\\t'" if suffix == ".tsv" else ""
+    options += f", encoding='{block.encoding}'" if block and block.encoding != "utf-8" else ""
+    convert = f"pandas.read_csv({path!r}, {options}).to_json({output!r}, "
+    convert += "orient='records', lines=True, force_ascii=False)"
+    raise UsageError(
+        f'{path} is a table, and rows are JSON: convert it with python -c "import pandas; {convert}" and give {output}'
+    )
 
 
 def _expand(pattern: str) -> list[str]:

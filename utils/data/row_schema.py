@@ -175,7 +175,8 @@ class ColumnMap:
         """
         known = list(dict.fromkeys(map(str, columns)))
         if missing := [column for _, column in self.pairs if column not in known]:
-            raise UsageError(f"--columns: {place} has no column {', '.join(missing)}, but {', '.join(known[:50])}")
+            others = f"but {', '.join(known[:50])}" if known else "nor any row that can be read as JSON"
+            raise UsageError(f"--columns: {place} has no column {', '.join(missing)}, {others}")
 
 
 NO_RENAMES = ColumnMap()

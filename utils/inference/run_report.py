@@ -20,8 +20,9 @@ from utils.checkpoint.directory import DEFAULT_MODEL
 from utils.checkpoint.model import Checkpoint
 from utils.checkpoint.weight_files import weight_files
 from utils.common.console import print_facts, print_next
+from utils.common.numbers import counted
 from utils.common.processes import world_size
-from utils.data.input_facts import count_of, describe_input, describe_size, first_schema, size_of
+from utils.data.input_facts import describe_input, describe_size, first_schema, size_of
 from utils.data.row_schema import ColumnMap
 from utils.inference.arguments import DEFAULT_PROMPTS, InferenceArguments
 from utils.inference.engine import can_serve
@@ -66,7 +67,7 @@ def describe_rows(args: InferenceArguments, rows: Sequence[PromptRow]) -> str:
     )
     tokens = [len(row.input_ids) for row in rows if not row.error]
     longest = max(tokens, default=0)
-    lines = [file, f"{count_of(len(rows), 'row')}, {sum(tokens):,} tokens of prompts, the longest {longest:,}"]
+    lines = [file, f"{counted(len(rows), 'row')}, {sum(tokens):,} tokens of prompts, the longest {longest:,}"]
     if errors := [row.error for row in rows if row.error]:
         lines += [f"{len(errors):,} of them cannot be used; the first:", errors[0]]
     return "\n".join(lines)

@@ -9,14 +9,16 @@ from dataclasses import fields
 
 from transformers import TrainingArguments
 
-from utils.common.numbers import ceil_div
+from utils.common.numbers import ceil_div, counted
 from utils.data.arrow_reader import row_lengths
 from utils.training.argument_checks import count_steps
+from utils.training.arguments import LOGGING_STEPS
 from utils.training.preflight import TrainingInputs
 
 LEARNING_RATES = (1e-7, 1e-2)  # adapters train between about 1e-5 and 1e-3
-# Of TrainingArguments; a run shorter than a default is no surprise.
-DEFAULTS = {each.name: each.default for each in fields(TrainingArguments)}
+FEW_STEPS = 20  # packed rows that give fewer train little
+# A run shorter than a default is no surprise.
+DEFAULTS = {each.name: each.default for each in fields(TrainingArguments)} | {"logging_steps": LOGGING_STEPS}
 
 
 def describe_surprises(args: TrainingArguments, inputs: TrainingInputs, pack_tokens: int | None) -> list[str]:
@@ -26,15 +28,15 @@ def describe_surprises(args: TrainingArguments, inputs: TrainingInputs, pack_tok
     Args:
         pack_tokens: None if rows are padded. The number of packs is estimated, because packing takes seconds.
     """
-    items, unit = len(inputs.dataset), "rows"
+    items, unit = len(inputs.dataset), "row"
     if pack_tokens:
-        items, unit = ceil_div(sum(row_lengths(inputs.dataset)), pack_tokens), "packs"
+        items, unit = ceil_div(sum(row_lengths(inputs.dataset)), pack_tokens), "pack"
     steps = count_steps(items, args)
     micro_batch = args.per_device_train_batch_size * args.world_size
     micro_batches = ceil_div(items, micro_batch)
     is_rarer = {  # than once in the run, by the user's wish
         name: getattr(args, f"{name}_strategy") == "steps"
-        and (every := getattr(args, f"{name}_steps")) not in (None, DEFAULTS["save_steps"])
+        and (every := getattr(args, f"{name}_steps")) not in (None, DEFAULTS[f"{name}_steps"], DEFAULTS["save_steps"])
         and every > steps
         for name in ("logging", "save", "eval")
     }
@@ -51,7 +53,7 @@ def describe_surprises(args: TrainingArguments, inputs: TrainingInputs, pack_tok
         f"--warmup_steps {args.warmup_steps:g} {of_steps}: --learning_rate is never reached": (
             args.warmup_steps > steps
         ),
-        f"--per_device_train_batch_size {batch}: a step has only the {items:,} {unit} that there are": (
+        f"--per_device_train_batch_size {batch}: a step has only the {counted(items, unit)} that there are": (
             micro_batch > items
         ),
         f"--gradient_accumulation_steps {accumulated}: an epoch has only {micro_batches:,} to accumulate": (
@@ -63,4 +65,9 @@ def describe_surprises(args: TrainingArguments, inputs: TrainingInputs, pack_tok
         f"{rate} is high: the loss may diverge (usual: 1e-5 to 1e-3)": args.learning_rate > most,
         f"{rate} is low: the adapter hardly changes (usual: 1e-5 to 1e-3)": args.learning_rate < least,
     }
+    if pack_tokens and args.max_steps <= 0:
+        is_surprising[
+            f"--packing makes {counted(items, 'pack')} of these rows, {counted(steps, 'step')} in all: "
+            "leave it out, or give a smaller --pack_tokens, for more steps"
+        ] = steps < FEW_STEPS
     return [note for note, applies in is_surprising.items() if applies]

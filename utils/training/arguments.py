@@ -15,6 +15,7 @@ from transformers import TrainingArguments
 from utils.checkpoint.directory import DEFAULT_MODEL, GENERATION_FLAGS, GENERATION_HELP
 from utils.checkpoint.flag_parser import DataclassFlagParser
 
+LOGGING_STEPS = 10  # transformers' 500 would show nothing of most runs on rows of one's own
 BY_LENGTH = "group_by_length"  # value of --train_sampling_strategy; the default here
 # transformers' names for the flag of gradient checkpointing: the old one, and the one that 5.24 introduced.
 CHECKPOINTING_FLAGS = ("gradient_checkpointing", "activation_checkpointing")
@@ -121,7 +122,7 @@ def make_parser(description: str) -> DataclassFlagParser:
         usage="%(prog)s --dataset_path DIR [--FLAG VALUE ...]",
         description=description,
     )
-    parser.set_defaults(train_sampling_strategy=BY_LENGTH, **dict.fromkeys(DECIDED_LATER))
+    parser.set_defaults(train_sampling_strategy=BY_LENGTH, logging_steps=LOGGING_STEPS, **dict.fromkeys(DECIDED_LATER))
     return parser
 
 

@@ -16,7 +16,7 @@ from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from utils.checkpoint.directory import DEFAULT_MODEL
 from utils.common.console import WARNING, duration, print_facts, print_line
-from utils.common.numbers import format_loss
+from utils.common.numbers import counted, format_loss
 from utils.data.arrow_reader import row_lengths, trained_tokens
 from utils.data.collators import RowsByLength
 from utils.data.input_facts import describe_size
@@ -43,17 +43,6 @@ def short_count(number: int) -> str:
         if number >= size:
             return f"{number / size:.3g}{letter}"
     return str(number)
-
-
-def counted(number: int, noun: str) -> str:
-    """
-    Return a number with its noun, in the plural unless it is 1.
-
-    >>> counted(1, "step"), counted(3000, "pack"), counted(2, "process")
-    ('1 step', '3,000 packs', '2 processes')
-    """
-    ending = "" if number == 1 else "es" if noun.endswith("s") else "s"
-    return f"{number:,} {noun}{ending}"
 
 
 def print_run(config: RunConfig, batches: Batches, decision: MemoryDecision, places: dict[str, str | None]) -> None:
