@@ -80,7 +80,7 @@ def find_schema(columns: tuple[str, ...]) -> Schema:
     prompts = tuple(name for name in (*PROMPT_COLUMNS, *DOCUMENT_COLUMNS) if name in columns)
     if not chat and not prompts:
         raise RowError(
-            f"no known columns among {sorted(map(str, columns))}: say which is which with --columns "
+            f"no known columns among {', '.join(sorted(map(str, columns)))}: say which is which with --columns "
             "prompt=NAME,response=NAME"
         )
     answers = tuple(name for name in ANSWER_COLUMNS if name in columns)

@@ -17,6 +17,7 @@ from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 from utils.checkpoint.directory import DEFAULT_MODEL
 from utils.common.console import WARNING, duration, print_facts, print_line
 from utils.common.numbers import counted, format_loss
+from utils.common.processes import is_main_process, local_rank, process_rank, world_size
 from utils.data.arrow_reader import row_lengths, trained_tokens
 from utils.data.collators import RowsByLength
 from utils.data.input_facts import describe_size
@@ -46,7 +47,13 @@ def short_count(number: int) -> str:
 
 
 def print_run(config: RunConfig, batches: Batches, decision: MemoryDecision, places: dict[str, str | None]) -> None:
-    """Print the header of a run: what it resolved and why, `places`, and what may surprise."""
+    """
+    Print the header of a run: what it resolved and why, `places`, and what may surprise.
+
+    Other machines than the first print one line, which says that they take part.
+    """
+    if local_rank() == 0 and not is_main_process():
+        print(f"rank {process_rank()} of {world_size()} has started: rank 0 prints the progress", flush=True)
     print_facts(Path(sys.argv[0]).name, describe_run(config, batches, decision) | places)
     for note in (*config.notes, *decision.hints):
         print_line(f"note: {note}", WARNING)
