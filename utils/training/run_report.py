@@ -30,7 +30,7 @@ from utils.training.memory import MemoryDecision
 from utils.training.run_config import RunConfig, data_seed, global_batch
 from utils.training.run_log import LOG_FILE, RUN_FILE
 
-SAMPLE_ROWS = "data/sample.heldout.json"  # rows with targets that come with the repository
+HELD_OUT_ROWS = "HELD_OUT_ROWS.json"  # in place of a file that the reader has
 
 
 def short_count(number: int) -> str:
@@ -197,8 +197,8 @@ def next_commands(model_name_or_path: str, output_dir: str) -> list[tuple[str, s
     return [
         ("answer prompts with it", f"python chatglm_milti_gpu_inference.py {used}"),
         (
-            "compare it with the base",
-            f"python tools/evaluate.py {used} --input_path {SAMPLE_ROWS}",
+            "compare it with the base on rows of yours that it was not trained on",
+            f"python tools/evaluate.py {used} --input_path {HELD_OUT_ROWS}",
         ),
         ("talk to it", f"python tools/chat.py {used}"),
         ("merge it into the base", f"python chatglm_milti_gpu_inference.py {used} --merge_and_save {merged}"),
