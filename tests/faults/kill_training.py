@@ -33,9 +33,11 @@ from utils.distributed.process_group import free_port
 ROOT = Path(__file__).resolve().parent.parent.parent
 TORCHRUN = "torchrun --nproc_per_node=2 --master_port {port}"
 OFFLOAD = "accelerate_ds_zero3_cpu_offload_config.yaml"
+PADDED = "--packing false --per_device_train_batch_size 32"  # of 300 rows, so that two processes make 5 steps an epoch
 LAUNCHERS = {
     "one process": ("python", ""),
     "ddp": (TORCHRUN, ""),
+    "ddp, padded rows, several epochs": (TORCHRUN, PADDED),
     "zero3": (TORCHRUN, "--deepspeed ds_config_zero3.json"),
     "zero3 offload": (f"accelerate launch --config_file {OFFLOAD} --main_process_port {{port}}", ""),
     "deepspeed": ("deepspeed --num_gpus 2 --master_port {port}", "--deepspeed configs/deepspeed_zero2.json"),

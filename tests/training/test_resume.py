@@ -226,6 +226,16 @@ def test_resumed_under_zero3(run_ranks, workspace, tmp_path):
     assert set(Path("/dev/shm").glob("deepspeed_allreduce_buffer_*")) <= shared
 
 
+def test_resumed_in_a_later_epoch(run_ranks, workspace, tmp_path):
+    """By two processes and in the order by length of that epoch, not of the first."""
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    flags = f"{kill_training.PADDED} --max_steps 9"
+    run_ranks(2, f"{kill_training.arguments(workspace, whole)} {flags}").check()
+    shutil.copytree(whole / "checkpoint-8", resumed / "checkpoint-8")
+    run_ranks(2, f"{kill_training.arguments(workspace, resumed)} {flags}").check()
+    assert kill_training.same_adapter(whole, resumed)
+
+
 def test_workers_end_with_their_launcher(started, tmp_path):
     process = started("ddp")
     workers = kill_training.descendants(process.pid)[1:]

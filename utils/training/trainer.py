@@ -282,17 +282,19 @@ class AdapterTrainer(GuardedTrainer):
                 self.state.best_model_checkpoint = str(best)
         return resumed_at
 
-    def _run_epoch(self, *, model, trial, **kwargs) -> None:
+    def _run_epoch(self, *, model, trial, epoch, train_dataloader, **kwargs) -> None:
         """
-        End a run whose steps are all made.
+        Run an epoch with its own order of rows, and end a run whose steps are all made.
 
-        Trainer would check that only after another step.
+        When a run of several processes resumes within an epoch, Trainer wraps the batches once more, and the epoch's
+        number no longer reaches our sampler. It checks for the last step only after another one.
         """
+        train_dataloader.set_epoch(epoch)
         if self.state.global_step >= self.state.max_steps:
             print_line(f"all {self.state.max_steps} steps are made: saving the adapter")
             self.control.should_training_stop = True
             return
-        super()._run_epoch(model=model, trial=trial, **kwargs)
+        super()._run_epoch(model=model, trial=trial, epoch=epoch, train_dataloader=train_dataloader, **kwargs)
         # With --save_strategy best Trainer saves nothing else, also where a signal stopped the run.
         is_last = self.control.should_training_stop or self.state.global_step >= self.state.max_steps
         if is_last and self.args.save_strategy == SaveStrategy.BEST and self.saved_step != self.state.global_step:
