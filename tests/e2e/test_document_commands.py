@@ -40,6 +40,7 @@ NOT_RUN = {
     "modelscope download": ("needs a hub", "never"),
     "from modelscope import": ("needs a hub", "never"),
     "hf download": ("needs a hub", "never"),
+    "rsync -a": ("needs two machines", "never"),
     "ip -br addr": ("needs iproute2", "2026-11-30"),
     "source .venv/bin/activate": ("changes the shell alone", SUITE),
     "--adapter_path output --web": ("serves until it is stopped", "tests/tools/test_chat.py"),
