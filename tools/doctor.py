@@ -82,7 +82,7 @@ def check_gpus() -> Iterator[Check]:
     if not cards:
         driver = shutil.which("nvidia-smi") is not None
         fix = "torch sees none although there is a driver: install torch for its CUDA version" if driver else None
-        yield Check("GPU", "none: everything runs on the CPU, in float32", fix)
+        yield Check("GPU", "none: everything runs on the CPU, in float32 unless --bf16", fix)
     backends = [name for name in ("nccl", "gloo") if getattr(torch.distributed, f"is_{name}_available")()]
     needed = ["nccl", "gloo"] if cards else ["gloo"]
     missing = [name for name in needed if name not in backends]

@@ -40,6 +40,7 @@ NOT_RUN = {
     "modelscope download": ("needs a hub", "never"),
     "from modelscope import": ("needs a hub", "never"),
     "hf download": ("needs a hub", "never"),
+    "rsync -a": ("needs two machines", "never"),
     "ip -br addr": ("needs iproute2", "2026-11-30"),
     "source .venv/bin/activate": ("changes the shell alone", SUITE),
     "--adapter_path output --web": ("serves until it is stopped", "tests/tools/test_chat.py"),
@@ -55,7 +56,7 @@ NOT_RUN = {
     "GLM4_HF = Generation(": ("is a row of utils/models/family.py", "tests/models/test_generation_table.py"),
 }
 # Programs that a document may run beside the scripts: nothing here installs, downloads or leaves the workspace.
-SHELL_PROGRAMS = ("cd", "cat", "cp", "echo", "export", "head", "ls", "mkdir", "printf", "tail", "wc", "wget")
+SHELL_PROGRAMS = ("cd", "cat", "cp", "echo", "export", "head", "iconv", "ls", "mkdir", "printf", "tail", "wc", "wget")
 # Script -> flags added, which win over the same flags before them: as few steps, rows and tokens as show that the
 # command runs, and other settings than those of the answers that a command before it left.
 ADDED = {
