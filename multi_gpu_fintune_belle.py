@@ -71,7 +71,7 @@ def train(config: RunConfig, decision: MemoryDecision, resume_from: Path | None)
             return
         trainer.save_model()
         if is_main_process():
-            print_facts(*describe_result(args, trainer.state, result.metrics))
+            print_facts(*describe_result(args, trainer.state, result.metrics, resume_from))
             print_next(next_commands(config.flags.model_name_or_path, args.output_dir))
             print_line(json.dumps({"output_dir": args.output_dir, "steps": result.global_step, **result.metrics}))
 

@@ -81,6 +81,12 @@ def open_table(path: Path) -> tuple[pa.Table, list[str]]:
         UsageError: see `load_examples`.
     """
     make_one = "make it with: python tokenize_dataset_rows_belle.py --jsonl_path ROWS.jsonl --save_path " + str(path)
+    if path.is_file():
+        tokens = path.with_suffix(".tokens")
+        raise UsageError(
+            f"--dataset_path {path} is a file, and a dataset is a directory: if it holds rows, tokenise them with "
+            f"python tokenize_dataset_rows_belle.py --jsonl_path {path} --save_path {tokens} and give {tokens}"
+        )
     if not is_dataset(path):
         raise UsageError(f"--dataset_path {path} {_describe_other(path)} {make_one}")
     try:
@@ -118,8 +124,7 @@ def _describe_other(path: Path) -> str:
     if (path / "dataset_dict.json").is_file():
         splits = sorted(entry.name for entry in path.iterdir() if is_dataset(entry))
         return f"holds the datasets {', '.join(splits)}: give one of them, {path / (splits or ['train'])[0]}, or"
-    files = [path] if not path.is_dir() else path.iterdir()
-    kinds = {file.suffix.lstrip(".") for file in files if file.is_file()}
+    kinds = {file.suffix.lstrip(".") for file in path.iterdir() if file.is_file()}
     for kind in ("parquet", "arrow", "json", "jsonl", "csv"):
         if kind in kinds:
             load = f"load_dataset({kind.replace('jsonl', 'json')!r}, data_files=FILES, split='train')"

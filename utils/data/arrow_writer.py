@@ -100,7 +100,7 @@ def check_target(target: Path, inputs: Sequence[str] = ()) -> None:
         if any(resolved == location or resolved in location.parents for location in locations):
             raise UsageError(f"--save_path {target} is or holds the input {path}, which would be lost: choose another")
     if os.path.lexists(target) and not is_dataset(target):
-        raise UsageError(f"--save_path {target} exists and is not a dataset: remove it or choose another path")
+        raise UsageError(f"--save_path {target} exists and is not a dataset: choose another path")
 
 
 def is_dataset(path: Path) -> bool:

@@ -30,6 +30,7 @@ from utils.training.run_config import RunConfig
 
 RUN_FILE = "run.json"
 LOG_FILE = "train.log"
+LAUNCHERS = ("accelerate", "deepspeed")
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "deepspeed", "datasets")
 REPORTERS = {  # package -> variables that keep its files on this machine, in a directory of the run
     "tensorboard": {"TENSORBOARD_LOGGING_DIR": "{output_dir}/tensorboard"},
@@ -103,6 +104,8 @@ def write_run(config: RunConfig, resumed_from: Path | None) -> None:
     record = {
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": shown_command(),
+        "launcher": config.launcher,
+        "launcher_command": launcher_command(),
         "world_size": args.world_size,
         "resumed_from": str(resumed_from) if resumed_from else None,
         **describe_environment(),
@@ -118,6 +121,16 @@ def write_run(config: RunConfig, resumed_from: Path | None) -> None:
 def shown_command() -> str:
     """Return the command line of this process, without its secrets."""
     return hide_secrets(shlex.join(hide_in_command(sys.argv)))
+
+
+def launcher_command() -> str | None:
+    """Return the command line of torchrun, accelerate or deepspeed, if one is this process's parent."""
+    try:
+        words = Path(f"/proc/{os.getppid()}/cmdline").read_text(errors="replace").split("\0")[:-1]
+    except OSError:
+        return None
+    is_launcher = any(name in word for word in words for name in ("torchrun", "torch.distributed", *LAUNCHERS))
+    return hide_secrets(shlex.join(hide_in_command(words))) if is_launcher else None
 
 
 class _Output:

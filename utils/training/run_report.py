@@ -25,7 +25,7 @@ from utils.training.argument_checks import count_steps
 from utils.training.arguments import BY_LENGTH
 from utils.training.batches import Batches
 from utils.training.callbacks import LOSS_FIGURE_FILE, METRICS_FILE
-from utils.training.checkpoints import list_checkpoints
+from utils.training.checkpoints import list_checkpoints, step_of
 from utils.training.memory import MemoryDecision
 from utils.training.run_config import RunConfig, data_seed, global_batch
 from utils.training.run_log import LOG_FILE, RUN_FILE
@@ -159,7 +159,7 @@ def _describe_steps(config: RunConfig, items: int) -> str:
 
 
 def describe_result(
-    args: TrainingArguments, state: TrainerState, metrics: dict[str, Any]
+    args: TrainingArguments, state: TrainerState, metrics: dict[str, Any], resumed_from: Path | None
 ) -> tuple[str, dict[str, str | None]]:
     """
     Return the summary of a run whose adapter is written: its title, and what lies where.
@@ -169,6 +169,8 @@ def describe_result(
     """
     directory = Path(args.output_dir)
     title = f"done: {counted(state.global_step, 'step')}"
+    if resumed_from:
+        title += f", {state.global_step - step_of(resumed_from):,} of them since {resumed_from.name},"
     if "train_runtime" in metrics:
         title += f" in {duration(metrics['train_runtime'])}"
     if "train_loss" in metrics:
