@@ -34,6 +34,7 @@ from utils.common.console import Progress, print_facts, print_next
 from utils.common.errors import RowError, RunError, UsageError
 from utils.common.files import atomic_writer, check_output_path, scratch_directory
 from utils.common.flags import FlagParser
+from utils.common.numbers import counted
 from utils.data.dedup import TURN_END, Deduplicator, hash_text
 from utils.data.input_facts import MIB, describe_inputs, describe_size, size_of, whole_mib
 from utils.data.json_lines import dump_pair, dump_row
@@ -197,9 +198,9 @@ def print_summary(summary: Mapping[str, int], outputs: Mapping[str, int], reject
         )
         if name in summary
     )
-    counted = {name: f"{summary[name]:,}" for name in ("read", "written", "rejected", "skipped")}
+    counts = {name: f"{summary[name]:,}" for name in ("read", "written", "rejected", "skipped")}
     facts = {
-        "rows": "read {read} = written {written} + rejected {rejected} + skipped {skipped}".format(**counted)
+        "rows": "read {read} = written {written} + rejected {rejected} + skipped {skipped}".format(**counts)
         + (f" ({reasons})" if reasons else ""),
         "output": "\n".join(
             f"{path} ({counted(count, 'row')}, {describe_size(size_of(path))})" for path, count in outputs.items()

@@ -22,7 +22,7 @@ from markupsafe import Markup
 
 from tools.scores import Score
 from utils.common.files import atomic_writer
-from utils.common.terminal import escape_controls
+from utils.common.terminal import escape_controls, one_line
 from utils.data.json_lines import dump_row
 from utils.inference.prompt_reader import BASE_NAME
 from utils.training.loss_figure import as_text, installed_fonts
@@ -107,7 +107,9 @@ def write_report(evaluation: Evaluation, output: Path, samples: int) -> None:
 def score_lines(evaluation: Evaluation) -> list[str]:
     """Return the table of scores for the console; a star marks the best."""
     width = max(map(len, SHOWN.values()))
-    lines = [" " * (width + 2) + "".join(f"  {escape_controls(name)[:18]:>18}" for name in evaluation.scores)]
+    lines = [
+        f"  {'(* the best)':<{width}}" + "".join(f"  {escape_controls(name)[:18]:>18}" for name in evaluation.scores)
+    ]
     for key in HIGHER_IS_BETTER:
         best = evaluation.best(key)
         cells = [
@@ -136,9 +138,10 @@ def markdown(evaluation: Evaluation, samples: int) -> str:
         cells = {name: str(scores[key]) for name, scores in evaluation.scores.items()}
         numbers.append([label, *(f"**{cell}**" if name in best else cell for name, cell in cells.items())])
     facts = {**evaluation.facts, **evaluation.details}
+    command = one_line(facts.pop("command"))  # in a block it can be copied
     listed = "\n".join(f"- {name}: {plain(value)}" for name, value in facts.items())
     report = (
-        f"# Evaluation\n\n{listed}\n\n{table(numbers)}\n\n{NOTE} Bold: the best.\n\n"
+        f"# Evaluation\n\n{listed}\n\n```\n{command}\n```\n\n{table(numbers)}\n\n{NOTE} Bold: the best.\n\n"
         "![scores](scores.png)\n\n![lengths](lengths.png)\n"
     )
     if samples:

@@ -132,8 +132,10 @@ def test_damage_ends_in_a_report(file, run_script, table, layout, packed, wounds
     file.write_bytes(data)
     result = run_script(f"process_belle_1M_data.py --input {file} --output {file}.out")
     assert result.code in (0, 1, 2) and "Traceback" not in result.err
-    if result.out:
-        counts = json.loads(result.out.splitlines()[-1])
+    *_, last = ["", *result.out.splitlines()]
+    assert result.code or last.startswith("{")  # the counts; nothing is written where no row can be used
+    if last.startswith("{"):
+        counts = json.loads(last)
         written = len((file.parent / "rows.out").read_text(encoding="utf-8").split("\n")) - 1
         rejected = file.parent / "rows.out.rejected.jsonl"
         listed = len(rejected.read_text(encoding="utf-8").splitlines()) if rejected.is_file() else 0

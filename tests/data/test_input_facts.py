@@ -28,7 +28,7 @@ def test_files_are_described_by_their_first_block(tmp_path):
         (tmp_path / name).write_bytes(data)
         assert words in describe_inputs([str(tmp_path / name)]), name
     mapped = describe_inputs([str(tmp_path / "others")], ColumnMap.parse("prompt=q,response=a"))
-    assert mapped.endswith("prompt -> response)")
+    assert mapped.endswith("q -> a)")
     lines = describe_inputs([str(tmp_path / name) for name in contents]).splitlines()
     assert len(lines) == 5 and lines[-1].startswith("and 3 more files (")
 
@@ -64,6 +64,6 @@ def test_files_without_rows(run_script, tmp_path):
     tokenize = f"tokenize_dataset_rows_belle.py --jsonl_path {tmp_path}/empty.json --save_path {tmp_path}/tokens"
     for command in (process, f"{tokenize} --model_name_or_path {TINY}"):
         result = run_script(command)
-        assert result.code == 1 and "empty.json (0 bytes: it has no rows)" in result.out
+        assert result.code == 1 and "empty.json (0 bytes: it has no rows)" in result.words
         assert "has no rows" in result.err and len(result.err.splitlines()) == 1
     assert [path.name for path in tmp_path.iterdir()] == ["empty.json"]

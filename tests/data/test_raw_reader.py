@@ -2,6 +2,8 @@
 
 import gzip
 import json
+import subprocess
+import sys
 
 import pytest
 
@@ -180,3 +182,28 @@ def test_several_files_and_patterns(tmp_path, monkeypatch):
     assert [turns(row)[0] for _, _, row in read_rows(paths, parse_row)] == paths
     with pytest.raises(UsageError, match=r"c\*.json is not a file, and no file matches it"):
         input_paths(["c*.json"])
+
+
+@pytest.mark.parametrize(
+    "name, encoding", [("a.csv", "utf-8"), ("行 'b'.csv", "gb18030"), ("c.TSV", "utf-8-sig"), ("d.xlsx", None)]
+)
+def test_a_table_is_refused_with_the_command_that_converts_it(tmp_path, monkeypatch, name, encoding):
+    monkeypatch.chdir(tmp_path)
+    separator = "\t" if name.endswith("TSV") else ","
+    cells = [["问题", "编号"], ["先说时间:\n老王在喝茶", "007"]]
+    text = "\n".join(separator.join(f'"{cell}"' for cell in row) for row in cells)
+    (tmp_path / name).write_bytes(text.encode(encoding) if encoding else b"PK\x03\x04")
+    with pytest.raises(UsageError, match="is a table, and rows are JSON") as refused:
+        input_paths([name])
+    if not encoding:
+        assert "save it as d.csv" in str(refused.value)
+        return
+    command, output = str(refused.value).partition("convert it with ")[2].rsplit(" and give ", 1)
+    subprocess.run(["bash", "-c", command.replace("python", sys.executable, 1)], check=True)
+    assert input_paths([output]) == [output]
+    assert [value for _, value in read_json_rows(output)] == [dict(zip(*cells, strict=True))]
+
+
+def test_json_rows_in_a_file_named_like_a_table_are_read(tmp_path):
+    (tmp_path / "rows.csv").write_text(LINES, encoding="utf-8")
+    assert input_paths([str(tmp_path / "rows.csv")]) == [str(tmp_path / "rows.csv")]

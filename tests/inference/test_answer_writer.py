@@ -168,7 +168,7 @@ def test_another_result_is_kept_aside(tmp_path, capsys):
 
 def test_an_unfinished_command_is_refused_and_named(tmp_path):
     keep(tmp_path / "o.jsonl", SETTINGS | {"model": "n"})
-    with pytest.raises(UsageError, match="--model was n and is m; run that command"):
+    with pytest.raises(UsageError, match="--model was n and is m; give another"):
         known(tmp_path / "o.jsonl")
     journal = tmp_path / "o.jsonl.partial-0"
     journal.write_bytes(journal.read_bytes().replace(b"version", b"wersion"))
@@ -277,7 +277,7 @@ def test_an_unfinished_command_resumes_in_the_adapters_directory(answer, tmp_pat
     with monkeypatch.context() as patch:
         patch.setattr(AnswerFile, "finish", fail)
         assert "killed" in answer(flags, code=1, output=output)
-    assert f"--adapter_path was {tmp_path}/output and is not given; run" in answer(code=2, output=output)
+    assert f"--adapter_path was {tmp_path}/output and is not given; give another" in answer(code=2, output=output)
     assert answer(flags, output=output)[1]["answered_before"] == 2
 
 

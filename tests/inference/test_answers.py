@@ -120,7 +120,7 @@ def test_a_killed_command_resumes(answer, rows, tmp_path, expected, monkeypatch)
     lines = journal.read_bytes().splitlines(keepends=True)
     assert len(lines) == 6
     journal.write_bytes(b"".join(lines[:2]) + lines[2][:40])
-    assert "--max_new_tokens was 16 and is 5; run" in answer(rows, "--max_new_tokens 5", code=2)
+    assert "--max_new_tokens was 16 and is 5; give another" in answer(rows, "--max_new_tokens 5", code=2)
     assert journal.exists()
     answers, summary = answer(rows)
     assert answers == finished and summary["answered_before"] == 1

@@ -41,7 +41,7 @@ def test_a_line_of_text_ends_at_its_newline_alone(read, tmp_path):
         ('"prompt,id\n一,1\n', ":1: a quote"),
         ("prompt,prompt\n一,1\n", "several columns are named prompt"),
         (",,\n一,1,2\n", "no names of columns"),
-        ("", "no names of columns"),
+        ("", "it is empty"),
         ("prompt,id\n", "has no rows"),
     ],
 )

@@ -26,7 +26,7 @@ def test_a_run_says_what_it_resolved_and_what_is_next(run_script, rows, tmp_path
     assert facts["answers"] == "greedy; at most 600 new tokens" and "made for 512 tokens" in facts["note"]
     assert "3 rows, " in result.out and "1 of them cannot be used; the first:" in lines
     words = " ".join(result.out.replace("\\\n", "").split())  # long facts and commands may continue below
-    assert f"{rows}:2: no known columns among ['q']" in words
+    assert f"{rows}:2: no known columns among q" in words
     assert facts["batch size"] == "2 (--batch_size 4000: no more rows are left)"
     assert "2 of 3 have an answer" in result.out
     scoring = f"python tools/evaluate.py --input_path {rows} --model_name_or_path {TINY}"

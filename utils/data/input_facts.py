@@ -94,5 +94,7 @@ def _first_columns(block: Block, columns: ColumnMap) -> str:
         schema = find_schema(tuple(columns.rename(row)))
     except RowError:
         return f"no known column among {', '.join(map(str, row))}"[:80]
-    used = schema.chat or " + ".join(schema.prompts) + "".join(f" -> {answer}" for answer in schema.answers)
+    own_name = dict(columns.pairs).get  # of a column that has the name of its role now
+    prompts, answers = ([own_name(name, name) for name in names] for names in (schema.prompts, schema.answers))
+    used = own_name(schema.chat, schema.chat) or " + ".join(prompts) + "".join(f" -> {answer}" for answer in answers)
     return " + ".join([*(name for name in schema.context if name in ("system", "history")), used])

@@ -8,6 +8,8 @@ GB18030, needs one schema for all rows, and stops at the first bad one.
 
 import glob
 import gzip
+import json
+import shlex
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -105,12 +107,13 @@ def check_no_table(path: str) -> None:
     if not is_text:
         raise UsageError(f"{path} is a table, and rows are JSON: save it as {Path(path).stem}.csv and give that")
     options = "dtype=str, keep_default_na=False"
-    options += ", sep='\\t'" if suffix == ".tsv" else ""
-    options += f", encoding='{block.encoding}'" if block and block.encoding != "utf-8" else ""
-    convert = f"pandas.read_csv({path!r}, {options}).to_json({output!r}, "
-    convert += "orient='records', lines=True, force_ascii=False)"
+    options += ', sep="\\t"' if suffix == ".tsv" else ""
+    options += f', encoding="{block.encoding}"' if block and block.encoding != "utf-8" else ""
+    source, target = (json.dumps(name, ensure_ascii=False) for name in (path, output))
+    program = f"import pandas; pandas.read_csv({source}, {options}).to_json({target}, "
+    program += 'orient="records", lines=True, force_ascii=False)'
     raise UsageError(
-        f'{path} is a table, and rows are JSON: convert it with python -c "import pandas; {convert}" and give {output}'
+        f"{path} is a table, and rows are JSON: convert it with python -c {shlex.quote(program)} and give {output}"
     )
 
 

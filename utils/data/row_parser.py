@@ -173,7 +173,8 @@ def _is_one_prompt(first: str, more: str) -> bool:
 def _target(raw: dict[str, Any], schema: Schema) -> str:
     if not schema.answers:
         raise RowError(
-            f"no target among {sorted(map(str, raw))}; known are {', '.join(ANSWER_COLUMNS)}; --columns names others"
+            f"no target among {', '.join(sorted(map(str, raw)))}: say which column it is with --columns response=NAME "
+            f"(known names: {', '.join(ANSWER_COLUMNS)})"
         )
     texts = texts_of(raw, schema.answers)
     filled = {text: name for name, text in texts.items() if not text.isspace()}

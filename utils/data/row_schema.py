@@ -17,7 +17,7 @@ CHAT_COLUMNS = ("messages", "conversations", "conversation")
 PROMPT_COLUMNS = ("instruction", "prompt", "question", "problem", "query", "input", "context")
 DOCUMENT_COLUMNS = ("content", "document", "article", "dialogue")  # a text whose summary is the answer
 PROMPT_MORE = ("input", "query", "context")
-ANSWER_COLUMNS = ("output", "target", "completion", "response", "answer", "solution", "summary")
+ANSWER_COLUMNS = ("output", "target", "completion", "response", "answer", "reply", "solution", "summary")
 SYSTEM_COLUMNS = ("system", "system_prompt", "system_message", "meta_instruction")
 HISTORY_COLUMN = "history"
 TOOL_COLUMNS = (
@@ -80,7 +80,7 @@ def find_schema(columns: tuple[str, ...]) -> Schema:
     prompts = tuple(name for name in (*PROMPT_COLUMNS, *DOCUMENT_COLUMNS) if name in columns)
     if not chat and not prompts:
         raise RowError(
-            f"no known columns among {sorted(map(str, columns))}: say which is which with --columns "
+            f"no known columns among {', '.join(sorted(map(str, columns)))}: say which is which with --columns "
             "prompt=NAME,response=NAME"
         )
     answers = tuple(name for name in ANSWER_COLUMNS if name in columns)

@@ -178,7 +178,7 @@ class AnswerFile:
             others = describe_differences(journal.settings, self.settings, journal.paths, self.paths)
         return (
             f"--output_path {self.path} has unfinished answers of another command, in {path.name}: "
-            f"{others}; run that command to its end, or give --overwrite"
+            f"{others}; give another --output_path, or --overwrite, or run that command to its end"
         )
 
     def open(self) -> None:

@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from utils.common.console import print_line
 from utils.common.errors import RowError, UsageError
+from utils.common.numbers import counted
 from utils.data.encodings import decode_text
 from utils.data.json_lines import BLANKS
 from utils.data.row_parser import check_columns, parse_prompt, parse_question, read_rows
@@ -195,13 +196,14 @@ def _table_rows(path: str, separator: str, form: PromptForm) -> Iterator[tuple[s
     header = [name.strip(BLANKS) for name in header]
     names = [name for name in header if name]  # pandas writes its index as a column without a name
     if not names:
-        raise UsageError(f"--input_path {path}: no names of columns in its first line")
+        what = "no names of columns in its first line" if Path(path).stat().st_size else "it is empty"
+        raise UsageError(f"--input_path {path}: {what}")
     if repeated := [name for name, count in Counter(names).items() if count > 1]:
         raise UsageError(f"--input_path {path}: several columns are named {', '.join(repeated)}: rename them")
     form = form.check_columns(names, path)
     for number, cells in records:
         if len(cells) != len(header):
-            yield f"{path}:{number}", RowError(f"{len(cells)} cells, but {len(header)} columns")
+            yield f"{path}:{number}", RowError(f"{counted(len(cells), 'cell')}, but {counted(len(header), 'column')}")
         else:
             raw = {name: cell for name, cell in zip(header, cells, strict=True) if name}
             yield f"{path}:{number}", _parse(form, raw)

@@ -16,7 +16,7 @@ from utils.training.arguments import LOGGING_STEPS
 from utils.training.preflight import TrainingInputs
 
 LEARNING_RATES = (1e-7, 1e-2)  # adapters train between about 1e-5 and 1e-3
-FEW_STEPS = 20  # packed rows that give fewer train little
+FEW_STEPS = 20  # an adapter hardly changes in fewer
 # A run shorter than a default is no surprise.
 DEFAULTS = {each.name: each.default for each in fields(TrainingArguments)} | {"logging_steps": LOGGING_STEPS}
 
@@ -65,9 +65,9 @@ def describe_surprises(args: TrainingArguments, inputs: TrainingInputs, pack_tok
         f"{rate} is high: the loss may diverge (usual: 1e-5 to 1e-3)": args.learning_rate > most,
         f"{rate} is low: the adapter hardly changes (usual: 1e-5 to 1e-3)": args.learning_rate < least,
     }
-    if pack_tokens and args.max_steps <= 0:
+    if args.max_steps <= 0:
+        packs = f"{counted(items, 'pack')} an epoch; a smaller --pack_tokens makes more, " if pack_tokens else ""
         is_surprising[
-            f"--packing makes {counted(items, 'pack')} of these rows, {counted(steps, 'step')} in all: "
-            "leave it out, or give a smaller --pack_tokens, for more steps"
+            f"{counted(steps, 'step')} in all, in which an adapter hardly changes: {packs}--num_train_epochs repeats"
         ] = steps < FEW_STEPS
     return [note for note, applies in is_surprising.items() if applies]

@@ -15,7 +15,8 @@ import numpy as np
 from utils.common.terminal import escape_controls
 
 INK, TRAINING, EVALUATION, RATE, FAULT = "#333333", "#1f77b4", "#d9730d", "#2e8b57", "#c62828"
-SMOOTHED_FROM = 10  # points; fewer are a line that needs no smoothing
+SMOOTHED_FROM = 30  # points; fewer are drawn as they are
+LEAST_FALL = 0.8  # of the axis' top, at which it ends at most
 CHINESE_FONTS = ("Noto Sans CJK SC", "Source Han Sans SC", "WenQuanYi Micro Hei", "Microsoft YaHei", "SimHei")
 
 
@@ -118,9 +119,9 @@ def _draw_losses(axes, rows: list[dict[str, Any]]) -> None:
     if faults:
         axes.plot([], [], color=FAULT, label=f"NaN or infinite at {len(faults)} step{'s' * (len(faults) > 1)}")
     if len(steps) or len(eval_steps):
-        if tops:
-            bottom = min([*values, *evaluations])
-            axes.set_ylim(bottom - 0.05 * (max(tops) - bottom), max(tops))
+        top = max(tops, default=1.05 * max([*values, *evaluations]))
+        bottom = min(*values, *evaluations, LEAST_FALL * top)  # else a loss that hardly moves would seem to fall
+        axes.set_ylim(bottom - 0.05 * (top - bottom), top)
         axes.legend(loc="upper right", facecolor="white", edgecolor="none", framealpha=0.8)
     elif faults:
         _say(axes, "every logged loss is NaN or infinite:\na lower --learning_rate, or --bf16, may mend it")

@@ -15,7 +15,7 @@ from huggingface_hub import ModelCardData
 from transformers import TrainerState
 
 from utils import __version__
-from utils.common.numbers import format_loss
+from utils.common.numbers import counted, format_loss
 from utils.common.redaction import hide_secrets
 from utils.training.run_config import RunConfig, global_batch
 
@@ -85,7 +85,7 @@ def _settings(config: RunConfig, state: TrainerState) -> dict[str, object]:
     flags, args, inputs = config.flags, config.training_args, config.inputs
     bits = inputs.checkpoint.quantization and f"int{inputs.checkpoint.quantization.bits}"
     base = " in ".join(filter(None, [_name(flags.model_name_or_path), bits or flags.quantize]))
-    packs = f"packs of {config.pack_tokens:,} tokens" if config.pack_tokens else "rows"
+    noun, length = ("pack", f" of at most {config.pack_tokens:,} tokens") if config.pack_tokens else ("row", "")
     return {
         "base model": base,
         "data": f"{_name(flags.dataset_path)}, {len(inputs.dataset):,} rows",
@@ -94,7 +94,7 @@ def _settings(config: RunConfig, state: TrainerState) -> dict[str, object]:
         "LoRA": f"rank {flags.lora_rank}, alpha {flags.lora_alpha}, dropout {flags.lora_dropout}",
         "target modules": ", ".join(flags.lora_target_modules),
         "learning rate": f"{args.learning_rate:g}, {args.lr_scheduler_type.value}",
-        "global batch": f"{global_batch(args)} {packs}",
+        "global batch": f"{counted(global_batch(args), noun)}{length}",
         "steps": f"{state.global_step:,}, {state.epoch or 0:.3g} epochs",
         "precision": str(config.dtype).removeprefix("torch."),
         "launcher": f"{config.launcher}, {args.world_size} processes" if args.world_size > 1 else config.launcher,

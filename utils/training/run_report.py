@@ -17,6 +17,7 @@ from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 from utils.checkpoint.directory import DEFAULT_MODEL
 from utils.common.console import WARNING, duration, print_facts, print_line
 from utils.common.numbers import counted, format_loss
+from utils.common.processes import is_main_process, local_rank, process_rank, world_size
 from utils.data.arrow_reader import row_lengths, trained_tokens
 from utils.data.collators import RowsByLength
 from utils.data.input_facts import describe_size
@@ -29,7 +30,7 @@ from utils.training.memory import MemoryDecision
 from utils.training.run_config import RunConfig, data_seed, global_batch
 from utils.training.run_log import LOG_FILE, RUN_FILE
 
-SAMPLE_ROWS = "data/sample.heldout.json"  # rows with targets that come with the repository
+HELD_OUT_ROWS = "HELD_OUT_ROWS.json"  # in place of a file that the reader has
 
 
 def short_count(number: int) -> str:
@@ -46,7 +47,13 @@ def short_count(number: int) -> str:
 
 
 def print_run(config: RunConfig, batches: Batches, decision: MemoryDecision, places: dict[str, str | None]) -> None:
-    """Print the header of a run: what it resolved and why, `places`, and what may surprise."""
+    """
+    Print the header of a run: what it resolved and why, `places`, and what may surprise.
+
+    Other machines than the first print one line, which says that they take part.
+    """
+    if local_rank() == 0 and not is_main_process():
+        print(f"rank {process_rank()} of {world_size()} has started: rank 0 prints the progress", flush=True)
     print_facts(Path(sys.argv[0]).name, describe_run(config, batches, decision) | places)
     for note in (*config.notes, *decision.hints):
         print_line(f"note: {note}", WARNING)
@@ -190,8 +197,8 @@ def next_commands(model_name_or_path: str, output_dir: str) -> list[tuple[str, s
     return [
         ("answer prompts with it", f"python chatglm_milti_gpu_inference.py {used}"),
         (
-            "compare it with the base",
-            f"python tools/evaluate.py {used} --input_path {SAMPLE_ROWS}",
+            "compare it with the base on rows of yours that it was not trained on",
+            f"python tools/evaluate.py {used} --input_path {HELD_OUT_ROWS}",
         ),
         ("talk to it", f"python tools/chat.py {used}"),
         ("merge it into the base", f"python chatglm_milti_gpu_inference.py {used} --merge_and_save {merged}"),
