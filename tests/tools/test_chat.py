@@ -35,6 +35,7 @@ from utils.models.templates import encode_prompt, template_for
 
 BASE = TINY  # trained, so its answers are text
 QUESTIONS = ("把下面的句子写成日记:老李今天在家里拍照", "老王昨天在家里喝茶")
+IN_TWO_LINES = ("把下面的句子写成日记:\\", "老李今天在家里拍照")
 PAGE, JSON = "http://127.0.0.1:7860", {"content-type": "application/json"}
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
@@ -57,8 +58,8 @@ def flags(adapter):
     return f"--model_name_or_path {BASE} --adapter_path {adapter} --max_new_tokens 8"
 
 
-def expected_answers(adapter):
-    """Return the engine's answers to the questions, one after another, each with its history."""
+def expected_answers(adapter, questions=QUESTIONS):
+    """Return the engine's answers to `questions`, one after another, each with its history."""
     model, tokenizer = load_model(str(BASE)), load_tokenizer(str(BASE))
     if adapter:
         model = load_adapter(model, adapter).merge_and_unload()
@@ -66,7 +67,7 @@ def expected_answers(adapter):
     template, messages, answers = template_for(tokenizer, "native"), [], []
     settings, device = AnswerSettings(max_new_tokens=8), torch.device("cpu")
     generator = BatchGenerator(model, PromptCodec(tokenizer, template), settings, device)
-    for question in QUESTIONS:
+    for question in questions:
         messages.append(Message("user", question))
         request = PromptRow(0, "", encode_prompt(tokenizer, messages, template))
         (answer,) = generator.run([request])
@@ -84,16 +85,18 @@ def expected(adapter):
 
 
 def test_terminal(run_script, monkeypatch, flags, expected):
-    typed = [*QUESTIONS, "/clear", "/base", *QUESTIONS, "/help", "/nothing", "/quit"]
+    typed = [*QUESTIONS, "/clear", "/base", *QUESTIONS, "/help", "/nothing", "/clear", *IN_TWO_LINES, "/quit"]
     monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(typed) + "\n"))
     out = run_script(f"tools/chat.py {flags}").check().out
-    for words in (f"model     {BASE} (ChatGLM-6B)", "device    cpu", "Ctrl-C stops an answer", "no command /nothing"):
+    for words in (f"model     {BASE} (ChatGLM-6B)", "float32 on cpu", "Ctrl-C stops an answer", "no command /nothing"):
         assert words in out
+    assert "\n> " not in out
     assert set(re.findall(r"^  (/[a-z]+)  ", out, flags=re.MULTILINE)) == {
         *("/help", "/clear", "/adapter", "/base", "/quit")
     }
+    in_two_lines = expected_answers(None, ["".join(IN_TWO_LINES).replace("\\", "\n")])[0]
     end = 0
-    for answer in (*expected["adapter"], "the base answers", *expected["base"]):
+    for answer in (*expected["adapter"], "the base answers", *expected["base"], "forgotten", in_two_lines):
         end = out.index(answer, end) + len(answer)
 
 
@@ -122,16 +125,16 @@ def test_ctrl_c_stops_the_answer_and_not_the_program():
         shown = shown.split(words.encode(), 1)[1]
 
     try:
-        wait_for("问> ")
+        wait_for("> ")
         os.write(master, "你好\r".encode())
         wait_for("我是一个很小的模型")  # without a stop it would be said for 450 tokens
         os.write(master, b"\x03")
         wait_for("(stopped)")
-        wait_for("问> ")
+        wait_for("> ")
         time.sleep(1.1)  # one Ctrl-C counts once within a second
         os.write(master, b"\x03")
         wait_for("/quit or Ctrl-D ends")
-        wait_for("问> ")
+        wait_for("> ")
         os.write(master, b"\x04")
         assert process.wait(timeout=30) == 0
     finally:
