@@ -32,22 +32,29 @@ from utils.lora.adapter import load_adapter
 from utils.models.conversation import Message
 
 LOOPBACK = "127.0.0.1"
+CONTINUES = "\\"  # at the end of a line
+ADAPTER_COMMANDS = ("/adapter", "/base")
 COMMANDS = {
     "/help": "list the commands",
     "/clear": "forget the conversation",
     "/adapter": "let the adapter answer",
     "/base": "let the base model answer",
     "/quit": "end (so does Ctrl-D)",
+    CONTINUES: "at the end of a line: the question continues on the next",
 }
+HINT = f"/help lists them, a line that ends in {CONTINUES} continues, Ctrl-C stops an answer, /quit or Ctrl-D ends"
 
 
 @dataclass(kw_only=True)
 class ChatModelFlags(ModelFlags):
-    """ModelFlags of a chat, which has one adapter."""
+    """ModelFlags of a chat, which has one adapter: parsed as one value, kept as the list that the checks take."""
 
     _argument_group_name = "model"
 
-    adapter_path: list[str] = flag("adapter to talk to", [], metavar="ADAPTER")
+    adapter_path: str | None = flag("adapter to talk to", metavar="ADAPTER")
+
+    def __post_init__(self) -> None:
+        self.adapter_path = [self.adapter_path] if self.adapter_path else []
 
 
 @dataclass(kw_only=True)
@@ -70,8 +77,6 @@ class ChatArguments(ChatModelFlags, ChatSettings, PageFlags):
         faults = Faults()
         check_minimums(self, faults, max_new_tokens=1)
         check_sampling(self.temperature, self.top_p, self.repetition_penalty, faults)
-        if len(self.adapter_path) > 1:
-            faults.add(f"--adapter_path: {len(self.adapter_path)} adapters, but a chat has one: give one")
         return faults
 
 
@@ -102,11 +107,13 @@ def talk(chat: Chat, settings: ChatSettings) -> None:
         if question == "/quit":
             return
         if question == "/help":
-            print_facts("commands", COMMANDS)
+            has_adapter = chat.has_adapter
+            shown = {name: use for name, use in COMMANDS.items() if has_adapter or name not in ADAPTER_COMMANDS}
+            print_facts("commands", shown)
         elif question == "/clear":
             messages.clear()
             print_line("the conversation is forgotten", DIM)
-        elif question in ("/base", "/adapter"):
+        elif question in ADAPTER_COMMANDS:
             use_adapter = question == "/adapter" and chat.has_adapter
             missing = " (there is no adapter)" if question == "/adapter" and not use_adapter else ""
             print_line(f"the {'adapter' if use_adapter else 'base'} answers{missing}", DIM)
@@ -120,20 +127,29 @@ def talk(chat: Chat, settings: ChatSettings) -> None:
 
 def read_question() -> str:
     """
-    Return the line that the user types; Ctrl-C drops it.
+    Return what the user types: a line, and those after it as long as they continue; Ctrl-C drops it.
 
     Raises:
         EOFError: the input ends.
     """
     while True:
         try:
-            return input("问> ").strip()
+            lines = [read_line("> ")]
+            while lines[-1].endswith(CONTINUES):
+                lines[-1] = lines[-1].removesuffix(CONTINUES)
+                lines.append(read_line("  "))
+            return "\n".join(lines).strip()
         except UnicodeDecodeError as error:
             print_line(f"the line is not {error.encoding}: type it again")
         except KeyboardInterrupt as stop:
             if "SIGINT" not in str(stop):
                 raise
             print_line("\n/quit or Ctrl-D ends", DIM)
+
+
+def read_line(prompt: str) -> str:
+    """Return a line of the input, without blanks around it; a terminal shows `prompt`."""
+    return input(prompt if sys.stdin.isatty() else "").strip()
 
 
 def print_answer(chat: Chat, messages: list[Message], settings: ChatSettings, use_adapter: bool) -> str:
@@ -204,7 +220,7 @@ def main() -> None:
         serve_page(args, checkpoint)
     else:
         chat = open_chat(args, checkpoint)
-        print_banner("chat.py", chat, {"commands": "/help lists them, Ctrl-C stops an answer, /quit or Ctrl-D ends"})
+        print_banner("chat.py", chat, {"commands": HINT})
         talk(chat, args)
 
 

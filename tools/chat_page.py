@@ -24,12 +24,12 @@ BOUNDS = {  # of the settings on the page: (lowest, highest)
     "max_new_tokens": (1, 4096),
     "temperature": (0, 2),
     "top_p": (0.05, 1),
-    "repetition_penalty": (0.5, 2),
+    "repetition_penalty": (1, 2),
 }
 TEXTS = {  # key -> (English, Chinese); the texts of errors have values in braces
     "hint": (
-        "Each side has its own history; the bin clears it, for the model too.",
-        "两边各有自己的对话历史；点垃圾桶图标即清空，模型也不再记得。",
+        "Each side has its own history; once there is one, the bin above it clears it, for the model too.",
+        "两边各有自己的对话历史；有了对话，点其上方的垃圾桶图标即清空，模型也不再记得。",
     ),
     "adapter": ("with the adapter", "使用 adapter"),
     "base": ("base model", "基座模型"),
@@ -37,23 +37,35 @@ TEXTS = {  # key -> (English, Chinese); the texts of errors have values in brace
     "placeholder": ("Ask something; Enter sends it, Shift+Enter begins a line", "输入问题，回车发送，Shift+回车换行"),
     "send": ("Send", "发送"),
     "stop": ("Stop", "停止"),
-    "clear": ("Clear both", "清空对话"),
+    "clear": ("Clear", "清空对话"),
+    "clear_both": ("Clear both", "清空两边"),
     "settings": ("Settings", "生成设置"),
-    "max_new_tokens": ("max_new_tokens: most tokens of an answer", "max_new_tokens：回答最多的 token 数"),
-    "temperature": ("temperature, 0: greedy", "temperature：采样温度，0 为贪心"),
-    "top_p": ("top_p: share of the likely tokens", "top_p：核采样的概率"),
-    "repetition_penalty": ("repetition_penalty", "repetition_penalty：重复惩罚"),
+    "max_new_tokens": ("Longest answer, in tokens", "回答最多的 token 数"),
+    "temperature": ("Randomness; 0: always the likeliest token", "随机程度；0：总取最可能的 token"),
+    "top_p": ("Share of the likely tokens to choose from; 1: all", "候选 token 的累计概率；1：全部"),
+    "repetition_penalty": (
+        "Against repetition; 1: off, above: words that occurred become less likely",
+        "避免重复；1：关闭，越大越少重复出现过的词",
+    ),
     "too_long": ("a question has {most} characters at most", "问题最多 {most} 个字符"),
-    "not_a_number": ("{name} is a number from {low} to {high}", "{name} 应为 {low} 到 {high} 之间的数"),
-    "too_many_tokens": (
-        "the conversation has {tokens} tokens, the model takes {most}: clear it",
-        "对话有 {tokens} 个 token，模型最多 {most} 个：请清空对话",
+    "not_a_number": ("{name}: a number from {low} to {high}", "{name}：应为 {low} 到 {high} 之间的数"),
+    "message_too_long": (
+        "this message has {tokens} tokens, the model takes {most}: shorten it",
+        "这条消息有 {tokens} 个 token，模型最多 {most} 个：请缩短",
+    ),
+    "conversation_too_long": (
+        "the conversation has {tokens} tokens with this message, the model takes {most}: clear it",
+        "加上这条消息，对话有 {tokens} 个 token，模型最多 {most} 个：请清空对话",
     ),
 }
 STYLE = """
 #heading, #heading * { padding: 0 !important }
 #heading h1 { font-size: 1.4rem; margin: 0; overflow-wrap: anywhere }
 #heading p { margin: 0; opacity: .75; overflow-wrap: anywhere }
+#adapter .bubble-wrap, #base .bubble-wrap { margin-top: 28px; height: calc(100% - 28px) }  /* below the label */
+#notice * { color: #b45309 }
+.dark #adapter .bubble-wrap, #base .bubble-wrap { margin-top: 28px; height: calc(100% - 28px) }  /* below the label */
+#notice * { color: #fbbf24 }
 @media (max-width: 700px) {
   #adapter, #base { height: 28vh !important }
   .gradio-container > main { padding: 10px !important }
@@ -88,7 +100,10 @@ def make_page(chat: Chat, defaults: ChatSettings) -> gradio.Blocks:
     """Return the page: a box for adapter and base each, with its own history."""
     sides = ["adapter", "base"] if chat.has_adapter else ["base"]
     max_tokens = chat.model.config.max_position_embeddings
-    bounds = {name: (low, max(high, getattr(defaults, name))) for name, (low, high) in BOUNDS.items()}
+    bounds = {}
+    for name, (low, high) in BOUNDS.items():
+        default = getattr(defaults, name)
+        bounds[name] = (min(low, default), max(high, default))
     text = translations()
 
     def as_dicts(history: list[Message]) -> list[dict[str, str]]:
@@ -98,53 +113,74 @@ def make_page(chat: Chat, defaults: ChatSettings) -> gradio.Blocks:
         """Send, or stop while an answer grows."""
         return gradio.Button(visible=not is_answering), gradio.Button(visible=is_answering)
 
-    def check(question, histories, values: Sequence[float], request: gradio.Request) -> ChatSettings:
-        """Return the settings that a browser sent, or raise gradio.Error."""
+    def find_fault(question: str, histories, values: Sequence[float], request: gradio.Request) -> str | None:
+        """Return what is wrong with what a browser sent, in its language."""
         if len(question) > MAX_QUESTION:
-            raise gradio.Error(in_language_of(request, "too_long", most=MAX_QUESTION))
+            return in_language_of(request, "too_long", most=MAX_QUESTION)
         for (name, (low, high)), value in zip(bounds.items(), values, strict=True):
             if not isinstance(value, int | float) or not low <= value <= high:
-                raise gradio.Error(in_language_of(request, "not_a_number", name=name, low=low, high=high))
-        for history in histories:
-            tokens = len(encode_prompt(chat.tokenizer, [*history, Message("user", question)], chat.template))
-            if tokens > max_tokens:
-                raise gradio.Error(in_language_of(request, "too_many_tokens", tokens=tokens, most=max_tokens))
-        return ChatSettings(int(values[0]), *map(float, values[1:]))
+                label = in_language_of(request, name).partition(";")[0].partition("；")[0]
+                return in_language_of(request, "not_a_number", name=label, low=low, high=high)
+        for key, earlier in (("message_too_long", [[]]), ("conversation_too_long", histories)):
+            for history in earlier:
+                tokens = len(encode_prompt(chat.tokenizer, [*history, Message("user", question)], chat.template))
+                if tokens > max_tokens:
+                    return in_language_of(request, key, tokens=tokens, most=max_tokens)
+        return None
 
-    def respond(request: gradio.Request, question, histories, *values):
-        if not question or not question.strip():
-            yield "", histories, *map(as_dicts, histories), *buttons(False)
-            return
+    def accept(request: gradio.Request, question, histories, pending, *values):
+        """Show the question without its answer, or a notice; a question while an answer grows stays in the box."""
+        if pending is not None or not question or not question.strip():
+            return [gradio.skip()] * (6 + len(sides))
         histories = [answered(history) for history in histories]
-        before = histories
-        settings = check(question, histories, values, request)
-        histories = [[*history, Message("user", question)] for history in histories]
-        yield "", histories, *map(as_dicts, histories), *buttons(True)
+        fault = find_fault(question, histories, values, request)
+        if fault is None:
+            pending = ChatSettings(int(values[0]), *map(float, values[1:]))
+            histories = [[*history, Message("user", question)] for history in histories]
+        return (
+            gradio.skip() if fault else "",
+            histories,
+            pending,
+            *map(as_dicts, histories),
+            gradio.Markdown(fault, visible=fault is not None),
+            *buttons(fault is None),
+        )
+
+    def respond(histories, pending):
+        """Answer the question that `accept` put into the histories; `pending` has the settings."""
+        unchanged = [gradio.skip()] * 3  # question, send and stop
+        if pending is None:
+            yield *unchanged, histories, pending, *map(as_dicts, histories)
+            return
+        asked = histories
         try:
             for index, side in enumerate(sides):
-                messages = histories[index]
-                with contextlib.closing(chat.answer(messages, settings, side == "adapter")) as texts:
+                with contextlib.closing(chat.answer(asked[index], pending, side == "adapter")) as texts:
                     for answer in texts:
-                        histories[index] = [*messages, Message("assistant", answer)]
-                        yield "", histories, *map(as_dicts, histories), gradio.skip(), gradio.skip()
+                        messages = [*asked[index], Message("assistant", answer)]
+                        histories = [*histories[:index], messages, *histories[index + 1 :]]
+                        yield *unchanged, histories, pending, *map(as_dicts, histories)
         except Exception:
-            yield question, before, *map(as_dicts, before), *buttons(False)
+            before = [history[:-1] for history in asked]
+            yield asked[0][-1].content, *buttons(False), before, None, *map(as_dicts, before)
             raise
-        yield "", histories, *map(as_dicts, histories), *buttons(False)
+        yield gradio.skip(), *buttons(False), histories, None, *map(as_dicts, histories)
 
     def clear_side(index: int):
         """Return a handler that empties one side's history, or both for -1."""
 
         def clear(histories):
             histories = [[] if index in (-1, i) else history for i, history in enumerate(histories)]
-            return histories, *map(as_dicts, histories), *buttons(False)
+            return histories, None, *map(as_dicts, histories), *buttons(False)
 
         return clear
 
     with gradio.Blocks(title=f"{chat.model_name}: chat", analytics_enabled=False) as page:
         histories = gradio.State([[] for _ in sides])
+        pending = gradio.State(None)  # the ChatSettings of the answer that grows
         gradio.HTML(heading(chat), elem_id="heading", padding=False)
-        gradio.Markdown(text("hint"))
+        if len(sides) > 1:
+            gradio.Markdown(text("hint"))
         with gradio.Row():
             boxes = [
                 gradio.Chatbot(label=text(side), elem_id=side, height=440, min_width=320, buttons=["copy"])
@@ -156,11 +192,13 @@ def make_page(chat: Chat, defaults: ChatSettings) -> gradio.Blocks:
             elem_id="question",
             autofocus=True,
             max_length=MAX_QUESTION,
+            max_lines=8,
         )
+        notice = gradio.Markdown(elem_id="notice", visible=False)
         with gradio.Row():
             send = gradio.Button(text("send"), variant="primary", elem_id="send", min_width=100)
             stop = gradio.Button(text("stop"), variant="stop", elem_id="stop", min_width=100, visible=False)
-            clear = gradio.Button(text("clear"), elem_id="clear", min_width=100)
+            clear = gradio.Button(text("clear_both" if len(sides) > 1 else "clear"), elem_id="clear", min_width=100)
         with gradio.Accordion(text("settings"), open=False):
             sliders = [
                 gradio.Slider(
@@ -168,25 +206,25 @@ def make_page(chat: Chat, defaults: ChatSettings) -> gradio.Blocks:
                     getattr(defaults, name),
                     step=1 if name == "max_new_tokens" else 0.05,
                     label=text(name),
+                    elem_id=name,
                 )
                 for name in bounds
             ]
-        private = {"api_visibility": "private"}
+        # hidden: else a spinner, and after an error a red mark, would cover what was typed
+        quiet = {"api_visibility": "private", "show_progress": "hidden"}
+        state = [histories, pending, *boxes]
+        accepted = [question, *state, notice, send, stop]
         answering = [
-            event(
-                respond,
-                [question, histories, *sliders],
-                [question, histories, *boxes, send, stop],
-                concurrency_id="model",
-                **private,
+            event(accept, [question, histories, pending, *sliders], accepted, concurrency_limit=None, **quiet).then(
+                respond, [histories, pending], [question, send, stop, *state], concurrency_id="model", **quiet
             )
             for event in (question.submit, send.click)
         ]
-        stop.click(lambda: buttons(False), None, [send, stop], cancels=answering, **private)
+        stop.click(lambda: (None, *buttons(False)), None, [pending, send, stop], cancels=answering, **quiet)
         for event, index in ((clear.click, -1), *((box.clear, i) for i, box in enumerate(boxes))):
             # first cancelled, then cleared: else an answer that still grows would bring the history back
-            event(None, None, None, cancels=answering, **private).then(
-                clear_side(index), [histories], [histories, *boxes, send, stop], **private
+            event(None, None, None, cancels=answering, **quiet).then(
+                clear_side(index), [histories], [*state, send, stop], **quiet
             )
     return page.queue(max_size=MAX_WAITING, api_open=False)
 

@@ -6,14 +6,16 @@ answer, LoRA training with ZeRO-3 on two processes, answer again. Shows each com
 on held-out prompts before and after. What the commands print is in demo.log beside their files; the last line is JSON.
 """
 
+import contextlib
 import json
+import os
 import shlex
 import shutil
 import subprocess
 import sys
 import time
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -23,7 +25,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from utils.common.script import run
 
-from utils.common.console import BOLD, DIM, WIDTH, Progress, is_terminal, print_facts, print_line, print_next, style
+from utils.common.console import (
+    BOLD,
+    DIM,
+    WIDTH,
+    Progress,
+    command_lines,
+    is_terminal,
+    print_facts,
+    print_line,
+    print_next,
+)
 from utils.common.errors import RunError, UsageError
 from utils.common.flags import FlagParser
 from utils.data.input_facts import describe_size, size_of
@@ -35,6 +47,7 @@ DEFAULT_DIR = ROOT / "data" / "demo"
 MARK = ".demo"  # a file that marks a directory as the demo's own, which it may empty
 LOG = "demo.log"
 SHOWN_ON_FAILURE = 40  # lines of the log
+SECONDS_BETWEEN_LOOKS = 0.5  # at how far a command is
 OWN_ROWS = "python process_belle_1M_data.py --input YOUR_ROWS.json"
 
 
@@ -73,7 +86,7 @@ def steps(work: str, port: int | None) -> list[Step]:
             "train",
             f"torchrun --nproc_per_node=2{listen} multi_gpu_fintune_belle.py --dataset_path {work}/tokens "
             "--lora_rank 8 --per_device_train_batch_size 16 --num_train_epochs 8 --learning_rate 6e-3 "
-            f"--save_steps 1000 --save_total_limit 2 --logging_steps 20 --fp16 --output_dir {work}/adapter "
+            f"--save_steps 1000 --save_total_limit 2 --logging_steps 5 --fp16 --output_dir {work}/adapter "
             f"--deepspeed ds_config_zero3.json --model_name_or_path {MODEL}",
             "{steps} steps on 2 processes, mean loss {train_loss:.2f}",
         ),
@@ -85,20 +98,11 @@ def steps(work: str, port: int | None) -> list[Step]:
     ]
 
 
-def wrapped(command: str) -> Iterator[str]:
-    """Yield the lines of a command, broken before flags so that they fit, to be pasted into a shell."""
-    line = "$"
-    for word in command.replace(" --", "\n--").split("\n"):
-        if len(line) + len(word) > WIDTH - 6:
-            yield f"{line} \\"
-            line = "   "
-        line += f" {word}"
-    yield line
-
-
-def run_step(step: Step, log: Path) -> dict[str, Any]:
+def run_step(step: Step, log: Path, while_it_runs: Callable[[], None] = lambda: None) -> dict[str, Any]:
     """
     Run a command, its output appended to `log`; return the JSON object on its last line.
+
+    `while_it_runs` is called every SECONDS_BETWEEN_LOOKS.
 
     Raises:
         RunError: it failed; the end of its output is on stderr.
@@ -107,13 +111,32 @@ def run_step(step: Step, log: Path) -> dict[str, Any]:
         file.write(f"$ {step.command}\n")
         file.flush()
         start = file.tell()
-        result = subprocess.run(shlex.split(step.command), cwd=ROOT, stdout=file, stderr=subprocess.STDOUT)
+        output = {"stdout": file, "stderr": subprocess.STDOUT}
+        with subprocess.Popen(shlex.split(step.command), cwd=ROOT, **output) as process:
+            try:
+                while process.poll() is None:
+                    with contextlib.suppress(subprocess.TimeoutExpired):
+                        process.wait(SECONDS_BETWEEN_LOOKS)
+                    while_it_runs()
+            except BaseException:
+                process.kill()
+                raise
         file.seek(start)
         lines = file.read().splitlines()
-    if result.returncode:
+    if process.returncode:
         print("\n".join(lines[-SHOWN_ON_FAILURE:]), file=sys.stderr)
         raise RunError(f"the step '{step.name}' failed: all that it printed is in {log}")
     return json.loads(next(line for line in reversed(lines) if line.startswith("{")))
+
+
+def training_state(adapter: Path) -> str:
+    """Return the step and the loss that a training run has logged last; nothing before its first."""
+    try:
+        *_, last = (adapter / "metrics.jsonl").read_bytes().splitlines()
+        values = json.loads(last)
+        return f"train: step {values['step']}, loss {values['loss']:.2f}"
+    except (OSError, ValueError, KeyError, TypeError):  # no line yet, the summary of the run, a loss of null
+        return ""
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
@@ -151,28 +174,33 @@ def empty_directory(directory: Path) -> None:
 
 def print_result(work: Path, before: float, after: float, seconds: float) -> None:
     """Print how the answers changed, where everything is, and what to do next."""
-    row, *_ = read_rows(ROOT / HELD_OUT)
+    rows = read_rows(ROOT / HELD_OUT)
+    first = rows[0]
     answers = [read_rows(work / name)[0]["answer"] for name in ("before.jsonl", "after.jsonl")]
     print_line()
     example = {
-        "prompt": f"{row['instruction']} {row['input']}",
-        "target": row["output"],
+        "prompt": f"{first['instruction']}\n{first['input']}",
+        "target": first["output"],
         "before": answers[0].replace("\n", " "),
         "after": answers[1].replace("\n", " "),
     }
     print_facts("a held-out row", example)
     print_line()
-    shares = {"before": f"{before:6.1%}", "after": style(f"{after:6.1%}", BOLD)}
-    print_facts(f"exact match on the {len(read_rows(ROOT / HELD_OUT))} rows of {HELD_OUT}", shares)
+    print_line(f"exact match on the {len(rows)} rows of {HELD_OUT}", BOLD)
+    print_line(f"  before  {before:6.1%}")
+    print_line(f"  after   {after:6.1%}", BOLD)
     print_line()
     adapter = shown(work / "adapter")
     weights = describe_size(size_of(work / "adapter" / "adapter_model.safetensors"))
     places = {"adapter": f"{adapter} ({weights} of weights)", "log": shown(work / LOG)}
     print_facts(f"done in {timedelta(seconds=round(seconds))}", places)
+    if Path(sys.prefix) == ROOT / ".venv" and "VIRTUAL_ENV" not in os.environ:
+        print_next([("use the environment that `make demo` installed", "source .venv/bin/activate")])
     model = f"--model_name_or_path {MODEL} --adapter_path {shlex.quote(adapter)}"
     print_next(
         [
             ("talk to it", f"python tools/chat.py {model}"),
+            ("type a sentence there, below the task", f"{first['instruction']}\\\n  {rows[1]['input']}"),
             ("teach it rows of your own, with the commands above", f"{OWN_ROWS} --output data/rows.json"),
         ]
     )
@@ -194,16 +222,22 @@ def main() -> None:
     size = describe_size(size_of(ROOT / MODEL / "model.safetensors"))
     print_line(f"A tiny ChatGLM-6B ({size}) learns to turn sentences into diary entries, on this machine alone", BOLD)
     pipeline = steps(shown(work), args.master_port)
-    with Progress("demo", len(pipeline), "steps").shown() as progress:
+
+    def show_state() -> None:
+        state = training_state(work / "adapter") if step.name == "train" else ""
+        if is_terminal() and state:
+            progress.advance(0, state)
+
+    with Progress("demo", len(pipeline), "steps done").shown() as progress:
         for number, step in enumerate(pipeline, start=1):
             print_line()
             print_line(f"{number}. {step.name}", BOLD)
-            for line in wrapped(step.command):
+            for line in command_lines(f"$ {step.command}", WIDTH - 3):
                 print_line(f"   {line}", DIM)
             if is_terminal():
                 progress.advance(int(number > 1), step.name)
             started = time.monotonic()
-            result = step.result.format(**run_step(step, work / LOG))
+            result = step.result.format(**run_step(step, work / LOG, show_state))
             taken = f"{time.monotonic() - started:.1f} s"
             print_line(f"   {result} {taken:>{WIDTH - 4 - len(result)}}")
     seconds = time.monotonic() - began

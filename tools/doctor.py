@@ -3,8 +3,8 @@ python tools/doctor.py --model_name_or_path data/chatglm-tiny
 
 Checks this machine and a model directory before a run: versions, devices, back ends, the compiler of DeepSpeed's
 extensions, free memory and disk, whether every weight file is whole. Prints one line a check, and the fix for what is
-wrong. Then it says what the machine's cards can train, or other cards: --gpus 2 --gpu A100 --gpu_gib 80. Exit code 0
-if nothing is wrong, else 1.
+wrong. Then it says what the machine's cards can train. With --gpus 2 --gpu A100 --gpu_gib 80 it says that of
+such cards, without the checks of this machine. Exit code 0 if nothing is wrong, else 1.
 """
 
 import json
@@ -17,6 +17,7 @@ import sys
 from argparse import Namespace
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,11 +37,12 @@ from utils.checkpoint.directory import (
 )
 from utils.checkpoint.tokenizer import load_tokenizer
 from utils.checkpoint.weight_files import read_index, weight_files
-from utils.common.console import BOLD, DIM, ERROR, print_facts, print_line
+from utils.common.console import BOLD, DIM, ERROR, WIDTH, command_lines, print_facts, print_line
 from utils.common.errors import UsageError
 from utils.common.flags import FlagParser
 
 ROOT = Path(__file__).resolve().parent.parent
+OPTIONAL = ("sacrebleu", "jieba", "rouge_score", "gradio")  # modules of tools/requirements.txt
 DEMO_MINUTES = 2
 DEFAULT_PORT = 29500  # of torchrun
 ZIP_END_BYTES = 65558  # the end record of a zip file, which a .bin is, and its longest comment
@@ -69,6 +71,9 @@ def check_versions() -> Iterator[Check]:
             yield Check(name, "not installed", "pip install -r requirements.txt")
             continue
         yield Check(name, installed if installed == pinned else f"{installed} (tested: {pinned})")
+    missing = [name for name in OPTIONAL if find_spec(name) is None]
+    install = "for tools/evaluate.py and tools/chat.py --web: pip install -r tools/requirements.txt"
+    yield Check("optional", f"no {', '.join(missing)} ({install})" if missing else " ".join(OPTIONAL))
 
 
 def check_gpus() -> Iterator[Check]:
@@ -185,27 +190,34 @@ def main() -> None:
     cards = asked_cards(args)
     if args.model_name_or_path:
         choose_generation(args.model_name_or_path, args.generation)
-    areas = [
-        check_versions(),
-        check_gpus(),
-        check_compiler(),
-        check_memory_and_disk(args.output_dir),
-        check_network(),
-    ]
+    print_line("doctor.py", BOLD)
+    areas = []
+    if cards is None:  # the question is about this machine
+        areas = [
+            check_versions(),
+            check_gpus(),
+            check_compiler(),
+            check_memory_and_disk(args.output_dir),
+            check_network(),
+        ]
     if args.model_name_or_path:
         areas.append(check_model(args.model_name_or_path))
-    wrong = 0
-    print_line("doctor.py", BOLD)
-    for checks in map(list, areas):
-        width = max(14, *(len(check.name) for check in checks))
-        for check in checks:
-            color = ERROR if check.fix else None
-            print_line(f"  {'BAD' if check.fix else 'ok '} {check.name:{width}}  {check.state}", color)
-            if check.fix:
-                print_line(f"      -> {check.fix}")
-                wrong += 1
+    wrong = sum(map(print_checks, areas))
     print(json.dumps({"wrong": wrong, "trains": print_trainable(cards or Cards.here())}))
     sys.exit(1 if wrong else 0)
+
+
+def print_checks(checks: Iterator[Check]) -> int:
+    """Print a line for each check, and the fix of what is wrong; return how many are."""
+    found = list(checks)
+    width = max(14, *(len(check.name) for check in found))
+    for check in found:
+        print_line(
+            f"  {'BAD' if check.fix else 'ok '} {check.name:{width}}  {check.state}", ERROR if check.fix else None
+        )
+        if check.fix:
+            print_line(f"      -> {check.fix}")
+    return sum(check.fix is not None for check in found)
 
 
 def asked_cards(args: Namespace) -> Cards | None:
@@ -243,7 +255,8 @@ def print_trainable(cards: Cards | None) -> dict[str, dict[str, Any]]:
     for plan in found:
         print_line(f"  {plan.model:{width}}  {plan.describe()}")
         if plan.command:
-            print_line(f"    {plan.command}")
+            for line in command_lines(plan.command, WIDTH - 4):
+                print_line(f"    {line}")
     for note in cards.notes():
         print_line(f"  {note}", DIM)
     fitting = [plan for plan in found if plan.recipe]

@@ -67,7 +67,7 @@ class Cards:
         if peak_tflops(self.name) is None:
             yield f"times are known of {', '.join(PEAK_TFLOPS)}; on another card --plan measures them"
         else:
-            yield "memory is estimated, and time by the MFU of H100s; --plan measures both on your rows"
+            yield "memory is estimated, time from the speed measured on H100s; --plan measures both on your rows"
         if self.has_fp8:
             yield "--quantize fp8 makes those without gradient checkpointing about 1.4 times as fast"
         if not self.has_bf16:

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import re
 import resource
 import shutil
 import subprocess
@@ -94,6 +95,22 @@ def test_faults_that_libraries_report(tmp_path, capsys, monkeypatch, fail, words
         run(lambda: fail(tmp_path))
     stderr = capsys.readouterr().err
     assert end.value.code == 1 and stderr.count("\n") == 1 and words in stderr, stderr
+
+
+@pytest.mark.parametrize("script", ["multi_gpu_fintune_belle.py", "chatglm_milti_gpu_inference.py", "tools/chat.py"])
+def test_a_python_without_the_packages(script):
+    """Without site-packages, as with the Python of another environment; an import in `main` ends in the same line."""
+    result = subprocess.run([sys.executable, "-S", script], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    words = rf"{Path(script).name}: error: \w+ is not installed in {sys.executable}: activate the environment"
+    assert result.returncode == 2 and result.stderr.count("\n") == 1 and re.match(words, result.stderr), result.stderr
+
+
+def test_a_package_that_is_missing_later(capsys):
+    with pytest.raises(SystemExit) as end:
+        run(lambda: __import__("absent_package.module"))
+    assert end.value.code == 2 and "absent_package is not installed in" in capsys.readouterr().err
+    with pytest.raises(ModuleNotFoundError):  # a bug
+        run(lambda: __import__("utils.absent"))
 
 
 def test_the_first_error_of_a_chain_is_explained():

@@ -35,6 +35,7 @@ from utils.models.templates import encode_prompt, template_for
 
 BASE = TINY  # trained, so its answers are text
 QUESTIONS = ("把下面的句子写成日记:老李今天在家里拍照", "老王昨天在家里喝茶")
+IN_TWO_LINES = ("把下面的句子写成日记:\\", "老李今天在家里拍照")
 PAGE, JSON = "http://127.0.0.1:7860", {"content-type": "application/json"}
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
@@ -57,8 +58,8 @@ def flags(adapter):
     return f"--model_name_or_path {BASE} --adapter_path {adapter} --max_new_tokens 8"
 
 
-def expected_answers(adapter):
-    """Return the engine's answers to the questions, one after another, each with its history."""
+def expected_answers(adapter, questions=QUESTIONS):
+    """Return the engine's answers to `questions`, one after another, each with its history."""
     model, tokenizer = load_model(str(BASE)), load_tokenizer(str(BASE))
     if adapter:
         model = load_adapter(model, adapter).merge_and_unload()
@@ -66,7 +67,7 @@ def expected_answers(adapter):
     template, messages, answers = template_for(tokenizer, "native"), [], []
     settings, device = AnswerSettings(max_new_tokens=8), torch.device("cpu")
     generator = BatchGenerator(model, PromptCodec(tokenizer, template), settings, device)
-    for question in QUESTIONS:
+    for question in questions:
         messages.append(Message("user", question))
         request = PromptRow(0, "", encode_prompt(tokenizer, messages, template))
         (answer,) = generator.run([request])
@@ -84,16 +85,18 @@ def expected(adapter):
 
 
 def test_terminal(run_script, monkeypatch, flags, expected):
-    typed = [*QUESTIONS, "/clear", "/base", *QUESTIONS, "/help", "/nothing", "/quit"]
+    typed = [*QUESTIONS, "/clear", "/base", *QUESTIONS, "/help", "/nothing", "/clear", *IN_TWO_LINES, "/quit"]
     monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(typed) + "\n"))
     out = run_script(f"tools/chat.py {flags}").check().out
-    for words in (f"model     {BASE} (ChatGLM-6B)", "device    cpu", "Ctrl-C stops an answer", "no command /nothing"):
+    for words in (f"model     {BASE} (ChatGLM-6B)", "float32 on cpu", "Ctrl-C stops an answer", "no command /nothing"):
         assert words in out
+    assert "\n> " not in out
     assert set(re.findall(r"^  (/[a-z]+)  ", out, flags=re.MULTILINE)) == {
         *("/help", "/clear", "/adapter", "/base", "/quit")
     }
+    in_two_lines = expected_answers(None, ["".join(IN_TWO_LINES).replace("\\", "\n")])[0]
     end = 0
-    for answer in (*expected["adapter"], "the base answers", *expected["base"]):
+    for answer in (*expected["adapter"], "the base answers", *expected["base"], "forgotten", in_two_lines):
         end = out.index(answer, end) + len(answer)
 
 
@@ -122,16 +125,16 @@ def test_ctrl_c_stops_the_answer_and_not_the_program():
         shown = shown.split(words.encode(), 1)[1]
 
     try:
-        wait_for("问> ")
+        wait_for("> ")
         os.write(master, "你好\r".encode())
         wait_for("我是一个很小的模型")  # without a stop it would be said for 450 tokens
         os.write(master, b"\x03")
         wait_for("(stopped)")
-        wait_for("问> ")
+        wait_for("> ")
         time.sleep(1.1)  # one Ctrl-C counts once within a second
         os.write(master, b"\x03")
         wait_for("/quit or Ctrl-D ends")
-        wait_for("问> ")
+        wait_for("> ")
         os.write(master, b"\x04")
         assert process.wait(timeout=30) == 0
     finally:
@@ -210,10 +213,10 @@ def reader(chat):
         yield client
 
 
-def ask(reader, session, *data, **headers):
-    """Return the last message about an event of the page with these values; the JSON may have NaN, as Python's."""
+def ask(reader, session, *data, event=0, **headers):
+    """Return the last message about an event of the page, by its number, with these values; the JSON may have NaN."""
     config = json.loads(re.search(r"window\.gradio_config = (.*?);</script>", reader.get("/").text)[1])
-    function = next(event["id"] for event in config["dependencies"] if event["inputs"])
+    function = [dependency["id"] for dependency in config["dependencies"] if dependency["inputs"]][event]
     body = json.dumps({"data": data, "fn_index": function, "session_hash": session})
     reader.post("/gradio_api/queue/join", content=body, headers=JSON | headers).raise_for_status()
     stream = reader.get("/gradio_api/queue/data", params={"session_hash": session})
@@ -223,7 +226,9 @@ def ask(reader, session, *data, **headers):
 
 def test_readers_have_their_own_history(reader, expected):
     for session in ("one", "two"):
-        boxes = ask(reader, session, QUESTIONS[0], None, 8, 0, 1, 1)["output"]["data"][2:4]
+        shown = ask(reader, session, QUESTIONS[0], None, None, 8, 0, 1, 1)["output"]["data"]
+        assert shown[0] == "" and all(len(box) == 1 and QUESTIONS[0] in str(box) for box in shown[3:5])
+        boxes = ask(reader, session, None, None, event=1)["output"]["data"][5:7]
         for box, side in zip(boxes, ("adapter", "base"), strict=True):
             assert len(box) == 2 and expected[side][0].strip() in str(box[1])
 
@@ -231,19 +236,30 @@ def test_readers_have_their_own_history(reader, expected):
 @pytest.mark.parametrize(
     "data, words",
     [
-        (("x" * 20_001, None, 8, 0, 1, 1), "a question has 20000 characters at most"),
-        (("你好" * 9_000, None, 8, 0, 1, 1), "the model takes 512: clear it"),
-        (("你好", None, 10**9, 0, 1, 1), "greater than maximum value 4096"),
-        (("你好", None, 8, float("nan"), 1, 1), "temperature is a number from 0 to 2"),
+        (("x" * 20_001, None, None, 8, 0, 1, 1), "a question has 20000 characters at most"),
+        (("你好" * 9_000, None, None, 8, 0, 1, 1), "tokens, the model takes 512: shorten it"),
+        (("你好", None, None, 10**9, 0, 1, 1), "greater than maximum value 4096"),
+        (("你好", None, None, 8, float("nan"), 1, 1), "Randomness: a number from 0 to 2"),
     ],
 )
 def test_what_a_browser_sends_is_checked(reader, data, words):
+    """A notice beside the box says what is wrong, and what was typed stays; Gradio's own checks are errors."""
     last = ask(reader, "wrong", *data)
-    assert not last["success"] and words in str(last["output"])
+    assert words in str(last["output"])
+    if last["success"]:
+        question, *_, notice, send, stop = last["output"]["data"]
+        assert question == {"__type__": "update"} and notice["visible"] and send["visible"] and not stop["visible"]
 
 
-def test_errors_are_in_the_browsers_language(reader):
-    last = ask(reader, "wrong", "x" * 20_001, None, 8, 0, 1, 1, **{"accept-language": "zh-CN,zh;q=0.9"})
+def test_a_conversation_that_is_too_long(reader):
+    ask(reader, "long", "你好" * 200, None, None, 8, 0, 1, 1)
+    ask(reader, "long", None, None, event=1)
+    last = ask(reader, "long", "你好" * 200, None, None, 8, 0, 1, 1)
+    assert "tokens with this message, the model takes 512: clear it" in str(last["output"])
+
+
+def test_faults_are_in_the_browsers_language(reader):
+    last = ask(reader, "wrong", "x" * 20_001, None, None, 8, 0, 1, 1, **{"accept-language": "zh-CN,zh;q=0.9"})
     assert "问题最多 20000 个字符" in str(last["output"])
 
 
@@ -343,7 +359,7 @@ def page(tmp_path, flags):
     port = free_port()
     with (tmp_path / "log").open("w") as log:
         process = subprocess.Popen(
-            [sys.executable, "tools/chat.py", *flags.split(), "--web", "--port", str(port)],
+            [sys.executable, "tools/chat.py", *f"{flags} --repetition_penalty 0.5 --web --port {port}".split()],
             cwd=ROOT,
             stdout=log,
             stderr=subprocess.STDOUT,
@@ -377,6 +393,11 @@ def test_page(page, tmp_path, expected, adapter):
         tab.locator("#question textarea").fill(question)
         tab.locator("#send").click()
 
+    def set_number(name, value):
+        number = tab.locator(f"#{name} input[type=number]")
+        number.fill(str(value))
+        number.press("Tab")
+
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         tab = browser.new_page(viewport={"width": 390, "height": 844}, color_scheme="dark", locale="zh-CN")
@@ -386,6 +407,8 @@ def test_page(page, tmp_path, expected, adapter):
         expect(tab.locator("#send")).to_have_text("发送")
         assert tab.evaluate("document.documentElement.scrollWidth") == 390
         assert tab.evaluate("getComputedStyle(document.body).backgroundColor") != "rgb(255, 255, 255)"
+        tab.get_by_text("生成设置").click()
+        set_number("repetition_penalty", 1)
         for number, question in enumerate(QUESTIONS):
             ask(question)
             for side in ("adapter", "base"):
@@ -413,11 +436,17 @@ def test_page(page, tmp_path, expected, adapter):
 
         tab.locator("#clear").click()
         expect(tab.locator("#base")).not_to_contain_text(QUESTIONS[0])
-        tab.get_by_text("生成设置").click()
-        for name, value in (("max_new_tokens", 400), ("repetition_penalty", 0.5)):  # an answer without end
-            tab.get_by_label(f"number input for {name}").fill(str(value))
-            tab.get_by_label(f"number input for {name}").press("Tab")
+        set_number("max_new_tokens", 400)
+        set_number("repetition_penalty", 0.5)  # an answer without end
+        ask("太长" * 900)
+        expect(tab.locator("#notice")).to_contain_text("模型最多 512 个：请缩短")
+        expect(tab.locator("#question textarea")).to_have_value("太长" * 900)
         ask(QUESTIONS[0])
+        expect(tab.locator("#stop")).to_be_visible(timeout=60_000)
+        expect(tab.locator("#notice")).to_be_hidden()
+        expect(tab.locator("#question textarea")).to_have_value("")
+        label, first = (tab.locator(f"#adapter {part}").bounding_box() for part in ("label", ".user .message"))
+        assert label["y"] + label["height"] <= first["y"]
         expect(tab.locator("#adapter .bot")).to_be_visible(timeout=60_000)
         tab.locator("#stop").click()
         expect(tab.locator("#send")).to_be_visible()

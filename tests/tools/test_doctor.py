@@ -96,10 +96,13 @@ def test_its_commands_are_those_of_the_training_script(count, gib, name):
 def test_what_it_prints_of_cards(run_script):
     out = run_script("tools/doctor.py --gpus 2 --gpu A100 --gpu_gib 40").out
     lines = out[out.index("what 2 x A100 of 40 GiB can train") :].splitlines()
-    assert len(lines) == 1 + 2 * 4 + 1 + 1 and all(len(line) <= 100 or "--packing" in line for line in lines[:-1])
+    commands = [lines.index(line) for line in lines if "torchrun" in line or "accelerate launch" in line]
+    assert len(commands) == 4 and all(lines[index].endswith(" \\") for index in commands)
+    assert all(len(line) <= 100 for line in lines[:-1]) and "speed measured on H100s" in out and "  ok  " not in out
     trains = json.loads(lines[-1])["trains"]
     assert len(trains) == 4 and all(1 < plan["hours"] < 10 and plan["gib"] < 38 for plan in trains.values())
     out = run_script("tools/doctor.py").out
+    assert "ok  optional        sacrebleu jieba rouge_score gradio\n" in out
     assert torch.cuda.is_available() or ("make demo" in out and json.loads(out.splitlines()[-1])["trains"] == {})
     for flags in ("--gpus 2", "--gpu A100", "--gpu_gib 0", "--gpu_gib 80 --gpus 0"):
         result = run_script(f"tools/doctor.py {flags}")

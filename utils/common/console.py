@@ -107,16 +107,16 @@ def print_next(commands: Sequence[tuple[str, str]]) -> None:
     """
     for purpose, command in commands:
         print_line(f"next, {purpose}:", DIM)
-        for line in _command_lines(command):
+        for line in command_lines(command):
             print_line(f"  {line}")
 
 
-def _command_lines(command: str) -> list[str]:
-    """Return a command as lines, split before flags where it exceeds WIDTH; a backslash ends all but the last."""
+def command_lines(command: str, width: int = WIDTH) -> list[str]:
+    """Return a command as lines of `width` columns, split before flags; a backslash ends all but the last."""
     first, *flags = command.split(" --")
     lines = [first]
     for flag in flags:
-        if len(lines[-1]) + len(flag) + len("   -- \\") <= WIDTH:
+        if len(lines[-1]) + len(flag) + len("   -- \\") <= width:
             lines[-1] += f" --{flag}"
         else:
             lines[-1] += " \\"

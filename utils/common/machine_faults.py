@@ -1,5 +1,5 @@
 """
-Recognises faults of the machine, a full or failing disk and exhausted memory, and explains them in one line.
+Recognises faults of the machine, a full or failing disk, exhausted memory, a missing package; explains each in a line.
 
 `utils.common.script.run` asks for each error that ends a script. Libraries report such faults as an OSError, as a
 RuntimeError with only a text, or as an error of their own, often while they handle the first one: so the whole chain
@@ -10,11 +10,13 @@ import errno
 import os
 import re
 import sys
+from pathlib import Path
 from types import TracebackType
 
-from utils.common.errors import RunError, UsageError
+from utils.common.errors import EXIT_USAGE, RunError, UsageError
 from utils.common.terminal import one_line, print_to_stderr
 
+ROOT = Path(__file__).resolve().parent.parent.parent
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
 FILE_GONE = (errno.ENOENT, errno.ESTALE)
 DISK_FAULTS = (errno.EROFS, errno.EACCES, errno.EIO, errno.EFBIG)
@@ -27,15 +29,30 @@ NO_MEMORY = re.compile("allocate memory|bad_alloc|out of memory|can't start new 
 
 def explain_uncaught(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     """
-    Print one line for a machine fault, a traceback for any other error.
+    Print one line for a missing package or a machine fault, a traceback for any other error.
 
     Set as `sys.excepthook`, for errors during the imports, which `utils.common.script.run` does not see.
+
+    Raises:
+        SystemExit: a package is missing; the exit code is that of a wrong request.
     """
-    line = explain_machine_fault(error)
+    missing = explain_missing_package(error)
+    line = missing or explain_machine_fault(error)
     if line is None:
         sys.__excepthook__(kind, error, trace)
     else:
         print_to_stderr(f"error: {one_line(line)}")
+    if missing:
+        sys.exit(EXIT_USAGE)
+
+
+def explain_missing_package(error: BaseException) -> str | None:
+    """Explain in one line that a package is not installed; None for any other error, as for a module of our own."""
+    name = (getattr(error, "name", None) or "").partition(".")[0]
+    if not isinstance(error, ModuleNotFoundError) or not name or (ROOT / name).is_dir():
+        return None
+    fix = "activate the environment, or pip install -r requirements.txt"
+    return f"{name} is not installed in {sys.executable}: {fix}"
 
 
 def explain_machine_fault(error: BaseException) -> str | None:

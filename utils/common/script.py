@@ -13,7 +13,7 @@ from utils import __version__
 from utils.common.console import print_line
 from utils.common.errors import EXIT_FAILED, EXIT_USAGE, RankError, RunError, UsageError
 from utils.common.launcher_report import print_lines, report_usage_error
-from utils.common.machine_faults import explain_machine_fault
+from utils.common.machine_faults import explain_machine_fault, explain_missing_package
 from utils.common.processes import local_rank
 from utils.common.signals import on_signals, raise_interrupted, restore_default_handlers
 from utils.common.terminal import drop_closed_outputs, one_line
@@ -45,6 +45,8 @@ def run(
         with on_signals(raise_interrupted()):
             main()
     except (Exception, KeyboardInterrupt) as error:
+        if missing := explain_missing_package(error):
+            error = UsageError(missing)
         with on_signals(lambda number: None):  # a launcher sends signals to all processes when one has failed
             if not _report(error, after_signal, show_traceback) or show_traceback:
                 raise
