@@ -28,7 +28,7 @@ class Replica:
     first: bool = True  # whether this process is the leader, which fetches rows and writes answers
     leader: int = 0  # its rank
     group: torch.distributed.ProcessGroup | None = None  # the replica's processes, over gloo; None for a single one
-    reason: str = ""  # why it has so many processes, for the header
+    reason: str = ""  # of its number of processes, for the header
 
     @property
     def processes(self) -> int:

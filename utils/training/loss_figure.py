@@ -124,7 +124,7 @@ def _draw_losses(axes, rows: list[dict[str, Any]]) -> None:
         axes.set_ylim(bottom - 0.05 * (top - bottom), top)
         axes.legend(loc="upper right", facecolor="white", edgecolor="none", framealpha=0.8)
     elif faults:
-        _say(axes, "every logged loss is NaN or infinite:\na lower --learning_rate, or --bf16, may mend it")
+        _say(axes, "every logged loss is NaN or infinite:\na lower --learning_rate, or --bf16, may help")
     else:
         _say(
             axes,
