@@ -1,11 +1,12 @@
 # docker build -t chatglm-lora --build-arg UID=$(id -u) --build-arg GID=$(id -g) .
 # mkdir -p output ~/.cache/huggingface
 # docker run --rm -it --gpus all --shm-size 8g -v "$PWD/data:/workspace/data" -v "$PWD/output:/workspace/output" \
-#     -v ~/.cache/huggingface:/home/trainer/.cache/huggingface chatglm-lora \
-#     bash -c 'python tokenize_dataset_rows_belle.py --model_name_or_path THUDM/chatglm3-6b \
-#         --jsonl_path data/alpaca_data.jsonl --save_path data/alpaca --max_seq_length 512 &&
-#     torchrun --nproc_per_node=2 multi_gpu_fintune_belle.py --model_name_or_path THUDM/chatglm3-6b \
-#         --dataset_path data/alpaca --output_dir output --bf16'
+#     -v ~/.cache/huggingface:/home/trainer/.cache/huggingface chatglm-lora bash
+#
+# In it, the commands of README.md, with rows in data/ and adapters in output/: tokenise, and then for instance
+#
+# torchrun --nproc_per_node=2 multi_gpu_fintune_belle.py --model_name_or_path THUDM/chatglm3-6b \
+#     --dataset_path data/mine --bf16 --output_dir output/mine
 #
 # For machines with NVIDIA GPUs, a driver of 580 or newer and the NVIDIA Container Toolkit. UID and GID are those of the
 # user who may write to the mounted directories. Also possible: --build-arg PIP_INDEX_URL=https://... for a mirror of PyPI,

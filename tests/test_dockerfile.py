@@ -31,10 +31,12 @@ def test_its_command_trains():
     """Its flags are those of the training script, and what it mounts is where the image has it."""
     text = (ROOT / "Dockerfile").read_text(encoding="utf-8")
     comment = re.match(r"(?:#.*\n)+", text).group().replace("# ", "").replace("\\\n", " ")
-    command = next(line for line in comment.splitlines() if line.startswith("docker run"))
-    words = shlex.split(command)
-    flags = words[words.index("multi_gpu_fintune_belle.py") + 1 :]
-    assert make_parser("").parse_args(flags).output_dir == "output"
+    words, training = (
+        shlex.split(next(line for line in comment.splitlines() if line.startswith(start)))
+        for start in ("docker run", "torchrun")
+    )
+    flags = training[training.index("multi_gpu_fintune_belle.py") + 1 :]
+    assert make_parser("").parse_args(flags).output_dir == "output/mine"
     mounted = [word.rpartition(":")[2] for word in words if word.startswith(("$PWD", "~"))]
     assert mounted == ["/workspace/data", "/workspace/output", "/home/trainer/.cache/huggingface"]
     assert "WORKDIR /workspace\n" in text and " --create-home " in text and "USER trainer\n" in text

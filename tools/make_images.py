@@ -5,7 +5,6 @@ Makes the pictures of the README in docs/images: demo.svg and train.svg (what tw
 report.png and chat.png (screenshots, which need Chromium and pip install playwright). Takes some minutes on two cores.
 """
 
-import argparse
 import os
 import pty
 import re
@@ -24,6 +23,7 @@ from utils.common.script import run
 
 from utils.common.console import print_facts, print_line
 from utils.common.errors import RunError, UsageError
+from utils.common.flags import FlagParser
 from utils.distributed.process_group import free_port
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -190,7 +190,7 @@ def photograph_chat(browser: str, command: str, port: int, work: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = FlagParser(description=__doc__)
     parser.add_argument(
         "--only", nargs="+", choices=PICTURES, default=PICTURES, help="pictures to make (default: all)"
     )

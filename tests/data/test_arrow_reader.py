@@ -182,7 +182,7 @@ def test_what_is_no_dataset(tmp_path):
     for name, words in (
         ("splits", f"holds the datasets test, train: give one of them, {tmp_path}/splits/test"),
         ("files", r"holds a parquet file: .*load_dataset\('parquet'"),
-        ("rows.jsonl", r"holds a jsonl file: .*load_dataset\('json'"),
+        ("rows.jsonl", rf"--jsonl_path {tmp_path}/rows.jsonl --save_path {tmp_path}/rows.tokens and give"),
         ("nowhere", "does not exist; make it with"),
     ):
         with pytest.raises(UsageError, match=words):

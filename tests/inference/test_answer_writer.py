@@ -172,7 +172,7 @@ def test_an_unfinished_command_is_refused_and_named(tmp_path):
         known(tmp_path / "o.jsonl")
     journal = tmp_path / "o.jsonl.partial-0"
     journal.write_bytes(journal.read_bytes().replace(b"version", b"wersion"))
-    with pytest.raises(UsageError, match="other settings; run that command"):
+    with pytest.raises(UsageError, match="other settings; give another"):
         known(tmp_path / "o.jsonl")
 
 

@@ -199,7 +199,7 @@ def workspace(run_script, tokens, tmp_path_factory):
     path = tmp_path_factory.mktemp("quantised")
     train = f"{TRAIN} --dataset_path {tokens} --quantize int4"
     result = run_script(f"{train} --per_device_train_batch_size 4 --output_dir {path}/adapter").check()
-    assert "weights int4, computing in float32" in result.out
+    assert "weights int4, computing in float32" in result.words
     return path
 
 
@@ -239,7 +239,7 @@ def test_every_generation_trains_and_answers(run_script, tmp_path, name):
         f"multi_gpu_fintune_belle.py --dataset_path {tmp_path}/tokens --lora_rank 4 --learning_rate 2e-3 "
         f"--max_steps 2 --output_dir {tmp_path}/adapter {flags}"
     ).check()
-    assert f"weights int{4 if 'int4' in name else 8}, computing in float32" in result.out
+    assert f"weights int{4 if 'int4' in name else 8}, computing in float32" in result.words
     run_script(
         f"chatglm_milti_gpu_inference.py --adapter_path {tmp_path}/adapter --output_path {tmp_path}/answers "
         f"--max_new_tokens 4 {flags}"

@@ -84,8 +84,9 @@ def open_table(path: Path) -> tuple[pa.Table, list[str]]:
     if path.is_file():
         tokens = path.with_suffix(".tokens")
         raise UsageError(
-            f"--dataset_path {path} is a file, and a dataset is a directory: if it holds rows, tokenise them with "
-            f"python tokenize_dataset_rows_belle.py --jsonl_path {path} --save_path {tokens} and give {tokens}"
+            f"--dataset_path {path} is a file, and a dataset is a directory: tokenise its rows with "
+            f"python tokenize_dataset_rows_belle.py --jsonl_path {path} --save_path {tokens} and give {tokens}; if "
+            "they are tokens already, save them with datasets' load_dataset(...).save_to_disk(DIRECTORY)"
         )
     if not is_dataset(path):
         raise UsageError(f"--dataset_path {path} {_describe_other(path)} {make_one}")
