@@ -31,6 +31,7 @@ IMAGES = ROOT / "docs" / "images"
 MODEL = "data/chatglm-tiny"
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 MOST_BYTES = 150_000  # of a picture: a README is read over slow lines too
+BAR = "━"  # of rich's progress bars
 COLUMNS, LINES = 100, 46  # of a terminal's picture: the first and the last lines of a longer output
 PICTURES = ("demo", "train", "loss", "report", "chat")
 CHROMIUM_FLAGS = (
@@ -110,6 +111,7 @@ def draw_terminal(command: str, output: bytes, path: Path, demo: Path) -> None:
     text = output.decode(errors="replace").replace(str(demo), "data/demo").replace(f"{ROOT}/", "")
     text = re.sub(r" --master_port \d+", "", text)  # a free port, so that no other run is in the way
     lines = [last_state(line) for line in text.replace("\r\n", "\n").split("\n")]
+    lines = [line for line in lines if BAR not in line]  # which the terminal has erased
     while lines and not lines[-1]:
         lines.pop()
     if len(lines) > LINES:
@@ -119,6 +121,8 @@ def draw_terminal(command: str, output: bytes, path: Path, demo: Path) -> None:
         console.print(Text.from_ansi(line), overflow="fold")
     picture = console.export_svg(title=command.split()[1], unique_id=path.stem)
     picture = re.sub(r"@font-face \{.*?\}", "", picture, flags=re.DOTALL)  # fonts from the network
+    # rich gives Chinese texts the length of as many Latin letters, which squeezes them.
+    picture = re.sub(r' textLength="[^"]*"(?=[^>]*>[^<]*[\u2e80-\uffef])', "", picture)
     path.write_text(picture, encoding="utf-8")
 
 
