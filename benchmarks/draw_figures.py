@@ -11,6 +11,12 @@ import re
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from utils.common.script import run
+
+from utils.common.flags import FlagParser
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "docs" / "benchmarks.json"
 PAGE = ROOT / "docs" / "benchmarks.md"
@@ -115,6 +121,7 @@ def draw_inference(tables: dict, path: Path) -> None:
 
 def main() -> None:
     """Write both figures and the page's tables."""
+    FlagParser(description=__doc__).parse_args()
     tables = json.loads(RESULTS.read_text(encoding="utf-8"))["tables"]
     IMAGES.mkdir(exist_ok=True)
     draw_training(tables, IMAGES / "training.svg")
@@ -123,4 +130,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)

@@ -8,8 +8,15 @@ the sample rows in `data/`; tools/train_tiny_checkpoint.py and the benchmarks im
 
 import json
 import random
+import sys
 from dataclasses import dataclass
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from utils.common.script import run
+
+from utils.common.flags import FlagParser
 
 
 def words(text: str) -> list[str]:
@@ -137,6 +144,7 @@ def sample_files() -> dict[str, list[dict[str, str]]]:
 
 
 def main() -> None:
+    FlagParser(description=__doc__).parse_args()
     data = Path(__file__).resolve().parent.parent / "data"
     for name, rows in sample_files().items():
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
@@ -144,4 +152,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)
