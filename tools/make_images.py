@@ -5,6 +5,7 @@ Makes the pictures of the README in docs/images: demo.svg and train.svg (what tw
 report.png and chat.png (screenshots, which need Chromium and pip install playwright). Takes some minutes on two cores.
 """
 
+import io
 import os
 import pty
 import re
@@ -116,7 +117,7 @@ def draw_terminal(command: str, output: bytes, path: Path, demo: Path) -> None:
         lines.pop()
     if len(lines) > LINES:
         lines = [*lines[: LINES // 2], f"\x1b[2m... {len(lines) - LINES} lines ...\x1b[0m", *lines[-LINES // 2 :]]
-    console = Console(record=True, width=COLUMNS, file=open(os.devnull, "w"), force_terminal=True)  # noqa: SIM115
+    console = Console(record=True, width=COLUMNS, file=io.StringIO(), force_terminal=True)
     for line in [f"\x1b[1m$ {command}\x1b[0m", *lines]:
         console.print(Text.from_ansi(line), overflow="fold")
     picture = console.export_svg(title=command.split()[1], unique_id=path.stem)

@@ -132,6 +132,9 @@ def test_the_commands_of_the_readme_run_in_order(run_command, tmp_path):
     joined = (clone / "data" / "Belle_0_1.train.json").read_text(encoding="utf-8").splitlines()
     assert [json.loads(line)["target"] for line in joined] == ["你好!", "昨天"]
     assert (clone / "output" / "adapter_model.safetensors").is_file()
+    record = json.loads((clone / "output" / "run.json").read_text(encoding="utf-8"))  # of the last training
+    words = {Path(word).name for word in shlex.split(record["launcher_command"])}
+    assert record["launcher"] == "DDP" and {"torchrun", "--nproc_per_node=2"} <= words
 
 
 BEFORE = (

@@ -2,8 +2,8 @@
 What to give in place of flags that no script has: names of transformers 4, of other toolkits, and of other scripts.
 
 Data only. utils/common/flags.py reads it once a flag is unknown, so a flag that a parser has is never looked up here.
-Sources: the fields of TrainingArguments in transformers 4.20 to 4.57, and the documented flags of
-LLaMA-Factory, ms-swift and ChatGLM's P-tuning.
+Sources: the fields of TrainingArguments in transformers 4.20 to 4.57; the others are the usual flags of LLaMA-Factory,
+ms-swift and ChatGLM's P-tuning, not compared with a version of theirs.
 """
 
 # Flag -> the names it may have here; the script's own comes first, else the message names the script that has it.

@@ -7,7 +7,7 @@ launchers leave, measured with 2 processes:
 
 - torchrun, and accelerate launch with several processes: they end with a traceback of their own and a report, whose
   last entry is the first error file (TORCHELASTIC_ERROR_FILE) that a process wrote. The fault goes there and not to
-  stderr: it is the last line, above a rule, of 35 (before: the first of 41, and 7 more for each further process). The
+  stderr: it is the last line, above a rule, of 35 (before: the first of 41). The
   exit code is 1, because the launcher raises an exception; nothing that a process does shortens that.
 - deepspeed: the fault is the last line of stderr, and the exit code is 2. The launcher's log, on stdout, ends with a
   line for each process that it ends, and one with the command and the exit code.
