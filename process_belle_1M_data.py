@@ -97,11 +97,12 @@ def parse_arguments() -> Namespace:
 def dump_conversation(conversation: Conversation) -> str:
     """One line of the output, newline included."""
     messages = conversation.messages
-    if len(messages) == 2 and not conversation.untrained:
+    if len(messages) == 2 and messages[1].is_plain:
         return dump_pair(messages[0].content, messages[1].content)
-    fields = [message._asdict() for message in messages]
-    for number in conversation.untrained:
-        fields[number]["loss"] = False
+    fields = [
+        {"role": message.role, "content": message.content} | ({"loss": False} if message.trained is False else {})
+        for message in messages
+    ]
     return dump_row({"messages": fields})
 
 

@@ -21,7 +21,7 @@ ARRAY = json.dumps(ROWS, ensure_ascii=False, indent=2)
 
 
 def turns(row):
-    return [content for _, content in row.messages]
+    return [message.content for message in row.messages]
 
 
 def sort_out(numbered):

@@ -22,7 +22,7 @@ PAIR = {"instruction": "那呢？", "output": "是的。"}
 
 
 def contents(row):
-    return [content for _, content in row.messages]
+    return [message.content for message in row.messages]
 
 
 @pytest.mark.parametrize(
@@ -57,7 +57,7 @@ def test_what_is_empty_says_nothing(empty):
         assert contents(parse_row(PAIR | {name: empty, "system": " "})) == ["那呢？", "是的。"]
     assert contents(parse_row({"messages": [SYSTEM | {"content": empty and " "}, USER, ANSWER]})) == ["问", "答"]
     trained = ANSWER | {"loss": True, "weight": 1, "train": "true", "tool_calls": empty}
-    assert parse_row({"messages": [USER | {"loss": False, "weight": 0}, trained]}).untrained == ()
+    assert parse_row({"messages": [USER | {"loss": False, "weight": 0}, trained]}).messages[0].trained is None
 
 
 @pytest.mark.parametrize(

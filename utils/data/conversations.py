@@ -106,8 +106,9 @@ def join_turns(system: str, columns: Sequence[tuple[str, list[Turn]]]) -> Conver
             raise RowError(f"messages of {names} must alternate between user and assistant, the user first")
     if system:
         turns.insert(0, Turn("system", system))
-    untrained = tuple(number for number, turn in enumerate(turns) if turn.role == "assistant" and not turn.trained)
-    return Conversation(tuple(Message(turn.role, turn.content) for turn in turns), untrained)
+    return Conversation(
+        tuple(Message(turn.role, turn.content, trained=None if turn.trained else False) for turn in turns)
+    )
 
 
 def _parse_message(item: Any, column: str) -> Turn:

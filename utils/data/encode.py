@@ -87,7 +87,7 @@ def rows_to_train(row: Conversation, template: ChatTemplate, loss_on: str) -> li
     """
     if loss_on == "every":
         return template.training_rows(row)
-    if len(row.messages) - 1 in row.untrained:
+    if row.messages[-1].trained is False:
         raise RowError("the last answer is not to be trained on, and --loss_on last trains on no other")
     return [row]
 
@@ -131,7 +131,7 @@ def encode_rows(
     template = template or template_for(tokenizer)
     drafts = []
     for row in rows:
-        drafts.append(template.unencoded_prompt(tokenizer, row.prompt, row.untrained))
+        drafts.append(template.unencoded_prompt(tokenizer, row.prompt))
         drafts.append(template.unencoded_target(tokenizer, row.target))
     encoded = encode_many(tokenizer, drafts)
     prompts, targets = encoded[::2], encoded[1::2]

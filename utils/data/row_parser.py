@@ -67,7 +67,7 @@ def parse_row(raw: Any, columns: ColumnMap = NO_RENAMES) -> Conversation:
         return row._replace(messages=(*row.messages, Message("assistant", _target(raw, schema))))
     if row.target is None:
         raise RowError("a training conversation must end with the assistant's answer to a user's message")
-    if not row.trained_ends:
+    if not row.trained_messages("every"):
         raise RowError("no answer of the conversation is to be trained on")
     return row
 

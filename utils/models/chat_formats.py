@@ -8,7 +8,7 @@ special token, and because truncation must not cut the template's own tokens.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -49,16 +49,9 @@ class ChatTemplate(ABC):
         """The prompt's text: what a one-text template encodes, and what answer files show."""
 
     @abstractmethod
-    def unencoded_prompt(
-        self, tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], untrained: Collection[int] = ()
-    ) -> UnencodedText:
+    def unencoded_prompt(self, tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> UnencodedText:
         """
-        The pieces of a prompt.
-
-        Args:
-            messages: up to the question.
-            untrained: numbers of the answers in `messages` that training on every turn leaves out.
-        """
+        The pieces of a prompt; `messages` end with the question."""
 
     @abstractmethod
     def unencoded_target(self, tokenizer: PreTrainedTokenizerBase, text: str) -> UnencodedText:
@@ -121,9 +114,7 @@ class OneTextTemplate(ChatTemplate):
     def special_tokens_around(self, tokenizer: PreTrainedTokenizerBase) -> tuple[list[TokenSpan], TokenSpan]:
         """The special tokens before and after a prompt's text."""
 
-    def unencoded_prompt(
-        self, tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], untrained: Collection[int] = ()
-    ) -> UnencodedText:
+    def unencoded_prompt(self, tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> UnencodedText:
         text = self.render(messages)
         opening, closing = computed_once(tokenizer, "around", lambda: self.special_tokens_around(tokenizer))
         return UnencodedText(opening, text, self.prompt_ending if text.endswith(self.prompt_ending) else "", closing)
@@ -137,7 +128,7 @@ class OneTextTemplate(ChatTemplate):
     def training_rows(self, row: Conversation) -> list[Conversation]:
         # One a turn. The prompt of ChatGLM-6B sees itself in both directions, so nothing can be learnt inside it; in
         # the one text of the others, the tokens of an answer may reach into what stands beside it.
-        return [row.first_messages(end) for end in row.trained_ends]
+        return [row.first_messages(number + 1) for number in row.trained_messages("every")]
 
     def encoded_chat(self, tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> list[int]:
         """
@@ -243,13 +234,11 @@ class ChatGLM3Template(ChatTemplate):
             return messages[0].content
         return "".join(f"<|{message.role}|>\n{message.content}" for message in messages) + "<|assistant|>"
 
-    def unencoded_prompt(
-        self, tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], untrained: Collection[int] = ()
-    ) -> UnencodedText:
+    def unencoded_prompt(self, tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> UnencodedText:
         newline = encode_template_text(tokenizer, "\n")
         spans, after_trained = [token_span(tokenizer, *self.opening_tokens)], False
-        for number, message in enumerate(messages):
-            trained = message.role == "assistant" and number not in untrained
+        for message in messages:
+            trained = message.role == "assistant" and message.trained is not False
             role = token_span(tokenizer, f"<|{message.role}|>")
             # The role token after an answer is what ends it, so it is trained with the answer.
             spans += [
@@ -271,7 +260,7 @@ class ChatGLM3Template(ChatTemplate):
 
     def training_rows(self, row: Conversation) -> list[Conversation]:
         # One has them all: turns are encoded apart, and a token sees only what precedes it.
-        return [row.first_messages(row.trained_ends[-1])]
+        return [row.first_messages(row.trained_messages("every")[-1] + 1)]
 
     def encoded_chat(self, tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> list[int]:
         """The ids of a conversation: a prompt without its final `<|assistant|>`."""
