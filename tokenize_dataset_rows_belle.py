@@ -28,12 +28,13 @@ from transformers import PreTrainedTokenizerBase
 
 from utils.checkpoint.directory import DEFAULT_MODEL, GENERATION_FLAGS, GENERATION_HELP, choose_generation
 from utils.checkpoint.flag_parser import DataclassFlagParser
+from utils.checkpoint.template import template_of_flags
 from utils.checkpoint.tokenizer import load_tokenizer
 from utils.common.console import Progress, print_facts, print_line, print_next
 from utils.common.errors import RowError, RunError, UsageError
 from utils.common.files import check_output_path
 from utils.data.arrow_writer import DatasetOrigin, check_target, complete_dataset, is_dataset
-from utils.data.dataset_report import LENGTHS_FIGURE_FILE, REPORT_FILE, TokenReport, import_matplotlib, preview
+from utils.data.dataset_report import LENGTHS_FIGURE_FILE, REPORT_FILE, TokenReport, import_matplotlib, print_preview
 from utils.data.encode import LOSS_ON, encode_rows, fingerprint, rows_to_train
 from utils.data.input_facts import MIB, describe_inputs, describe_size, size_of, whole_mib
 from utils.data.raw_reader import input_paths
@@ -51,6 +52,7 @@ from utils.data.shards import (
     publish_dataset,
     shards_directory,
 )
+from utils.models.chat_options import HELP, Switch, chat_options
 from utils.models.conversation import Conversation
 from utils.models.family import generation_of
 from utils.models.templates import TEMPLATES, ChatTemplate, template_for
@@ -66,6 +68,7 @@ class TokenizeArguments:
         "files": ("jsonl_path", "save_path"),
         "model": ("model_name_or_path", "generation"),
         "rows": ("max_seq_length", "skip_overlength", "template", "loss_on", "columns", "strict"),
+        "chats": ("thinking", "clear_thinking", "reasoning_effort"),
         "run": ("num_proc", "preview"),
     }
 
@@ -88,13 +91,20 @@ class TokenizeArguments:
     template: Literal[*TEMPLATES] = field(
         default="native",
         metadata={
-            "help": "form of the prompts: that of the model's own chat, or the first training script's "
-            "(default: %(default)s)"
+            "help": "form of the prompts: that of the model's own chat, the first training script's, or the "
+            "chat_template in the checkpoint's files (default: %(default)s)"
         },
     )
     loss_on: Literal[*LOSS_ON] = field(
-        default="last", metadata={"help": "assistant turns that are trained on (default: %(default)s)"}
+        default="last",
+        metadata={
+            "help": "what is trained on: what the assistant writes after the last question, or all it writes; a "
+            "message's own loss comes first (default: %(default)s)"
+        },
     )
+    thinking: Switch | None = field(default=None, metadata={"help": HELP["thinking"]})
+    clear_thinking: Switch | None = field(default=None, metadata={"help": HELP["clear_thinking"]})
+    reasoning_effort: str | None = field(default=None, metadata={"help": HELP["reasoning_effort"]})
     columns: str | None = field(default=None, metadata={"help": COLUMNS_HELP})
     strict: bool = field(
         default=False, metadata={"help": "stop with exit code 1 at the first rejected row (default: list it)"}
@@ -119,7 +129,10 @@ class TokenizeArguments:
             UsageError: --columns has no column map.
         """
         columns = ColumnMap.parse(self.columns)
-        return TokenizeOptions(self.template, self.max_seq_length, self.skip_overlength, self.loss_on, columns)
+        options = tuple(sorted(chat_options(self).items()))
+        return TokenizeOptions(
+            self.template, self.max_seq_length, self.skip_overlength, self.loss_on, columns, options
+        )
 
 
 def parse_arguments() -> tuple[TokenizeArguments, TokenizeOptions]:
@@ -151,9 +164,8 @@ def show_preview(
         if len(rows) >= n:
             break
     rows = rows[:n]
-    encoded = encode_rows(tokenizer, rows, options.max_seq_length, template, options.loss_on)
-    for line in preview(tokenizer, (row.example() for row in encoded if not isinstance(row, RowError))):
-        print_line(line)
+    encoded = encode_rows(tokenizer, rows, options.max_seq_length, template)
+    print_preview(tokenizer, (row.example() for row in encoded if not isinstance(row, RowError)))
 
 
 def load_report(target: Path, key: str, rejections: Rejections) -> TokenReport | None:
@@ -237,7 +249,7 @@ def print_header(args: TokenizeArguments, paths: list[str], tokenizer: PreTraine
         "rows": describe_inputs(paths, ColumnMap.parse(args.columns)),
         "tokenizer": f"{args.model_name_or_path} ({generation_of(tokenizer).name})",
         "template": f"{args.template} ({TEMPLATE_WORDS[args.template]})",
-        "loss on": {"last": "the last answer of a row", "every": "every answer of a row"}[args.loss_on],
+        "loss on": {"last": "what answers a row's last question", "every": "every answer of a row"}[args.loss_on],
         "length": f"at most {args.max_seq_length:,} tokens; longer rows are {longer} (--max_seq_length)",
         "processes": f"{args.num_proc:,}{f', on {cores} cores' if args.num_proc > cores else ''}",
         "dataset": f"{args.save_path}{', in place of the older one' if is_dataset(Path(args.save_path)) else ''}",
@@ -267,7 +279,7 @@ def main() -> None:
     check_output_path(rejections.path, paths, "--save_path")
     check_columns(options.columns, paths)
     tokenizer = load_tokenizer(args.model_name_or_path)
-    template = template_for(tokenizer, args.template)
+    template = template_of_flags(tokenizer, args.template, dict(options.chat_options))
     print_header(args, paths, tokenizer)
     if args.preview:
         show_preview(tokenizer, template, options, paths, args.preview)
@@ -281,7 +293,7 @@ def main() -> None:
             report, arrow_files = tokenize_rows(shard_tokenizer, paths, args.num_proc, rejections)
             origin = DatasetOrigin(
                 template=args.template,
-                tokenizer=fingerprint(tokenizer, template),
+                tokenizer=fingerprint(tokenizer, template_for(tokenizer, args.template)),
                 model_name_or_path=args.model_name_or_path,
                 loss_on=args.loss_on,
                 system_turns=template.has_system_role,

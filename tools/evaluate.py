@@ -34,7 +34,6 @@ from utils.inference.placement import dispatch, input_device, prepare_for_decodi
 from utils.inference.prompt_reader import BASE_NAME, PromptRow
 from utils.lora.multi_lora import add_adapters
 from utils.models.conversation import Conversation
-from utils.models.templates import encode_prompt
 from utils.training.run_log import describe_environment, shown_command
 
 OUTPUTS = ("report.html", "report.md", "scores.png", "lengths.png", "scores.json", "answers.jsonl")
@@ -138,7 +137,8 @@ def answer_all(
     systems = [BASE_NAME, *names]
     prompts = []
     for row in rows:
-        input_ids, text = encode_prompt(tokenizer, row.prompt, template), template.render(row.prompt)
+        prompt = row._replace(messages=row.prompt)
+        input_ids, text = template.encoded_prompt(tokenizer, prompt).ids(), template.render(prompt)
         for name in systems:
             prompts.append(PromptRow(len(prompts), text, input_ids, adapter=name if names else None))
     settings = AnswerSettings(args.max_new_tokens, adapters=tuple(names))

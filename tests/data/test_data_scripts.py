@@ -102,8 +102,8 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
 def test_chat_prompt_is_the_released_one(tokenizer):
     render = template_for(tokenizer).render
     messages = [Message(*pair) for pair in (("user", "你好"), ("assistant", "你好！"), ("user", "再见"))]
-    assert render(messages[:1]) == "你好"
-    assert render(messages) == "[Round 0]\n问：你好\n答：你好！\n[Round 1]\n问：再见\n答："
+    assert render(Conversation((messages[0],))) == "你好"
+    assert render(Conversation(tuple(messages))) == "[Round 0]\n问：你好\n答：你好！\n[Round 1]\n问：再见\n答："
 
 
 def test_example_layout(tokenizer):

@@ -177,7 +177,7 @@ def test_a_system_message_as_the_released_code_has_it(tokenizer):
     else:
         assert ids == encode_prompt(tokenizer, (Message("user", "说短些\n你好"),))
     alpaca = template_for(tokenizer, "alpaca")
-    assert alpaca.render(messages) == alpaca.render((Message("user", "说短些\n你好"),))
+    assert alpaca.render(Conversation(messages)) == alpaca.render(Conversation((Message("user", "说短些\n你好"),)))
 
 
 def test_a_turn_that_is_not_trained_on(tokenizer):
@@ -185,7 +185,7 @@ def test_a_turn_that_is_not_trained_on(tokenizer):
     chat = [SYSTEM, USER, ANSWER, USER, ANSWER | {"content": "二", "loss": False}, USER, ANSWER | {"content": "三"}]
     for answers, trained in ((chat, "答三"), ([*chat[:-1], ANSWER | {"content": "三", "weight": 0}], "答")):
         row = parse_row({"messages": answers})
-        encoded = encode_rows(tokenizer, rows_to_train(row, template, "every"), None, template, "every")
+        encoded = encode_rows(tokenizer, rows_to_train(row, template, "every"), None, template)
         ids = [label for encoded_row in encoded for label in encoded_row.example().labels if label >= 0]
         text = tokenizer.decode(ids, skip_special_tokens=True)
         assert [sign for sign in text if sign in "说短些问答二三"] == list(trained)
@@ -193,7 +193,8 @@ def test_a_turn_that_is_not_trained_on(tokenizer):
             with pytest.raises(RowError, match="last answer is not to be trained on"):
                 rows_to_train(row, template, "last")
         else:
-            assert rows_to_train(row, template, "last") == [row]
+            last = rows_to_train(row, template, "last")
+            assert [each.trained_messages("last") for each in last] == [[len(row.messages) - 1]]
     whole = Conversation(row.messages)
     assert encode_rows(tokenizer, [whole])[0].example() == encode_rows(tokenizer, [row])[0].example()
 

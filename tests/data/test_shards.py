@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 from collections import Counter
 
@@ -17,8 +18,8 @@ from utils.common.errors import RowError, UsageError
 from utils.data import shards
 from utils.data.arrow_reader import FEATURES, check_origin, load_examples
 from utils.data.arrow_writer import SCHEMA, DatasetOrigin, complete_dataset
-from utils.data.dataset_report import TokenReport, preview
-from utils.data.encode import encode_batch, encode_example, encode_rows
+from utils.data.dataset_report import TokenReport, print_preview
+from utils.data.encode import encode_batch, encode_example, encode_rows, rows_to_train
 from utils.data.shards import ShardTokenizer, TokenizeOptions, cache_key
 from utils.models.conversation import Conversation, Message
 from utils.models.templates import template_for
@@ -99,14 +100,15 @@ def test_flat_arrays_are_the_rows(tokenizer, name, loss_on):
     odd = Conversation((Message("user", f"问{template.prompt_ending}"), Message("assistant", "答")))
     for rows in (single, [*single, odd], [CHAT, *single], [single[0]], []):
         for limit in (None, 90, 60, 20, 5):
-            batch = encode_batch(tokenizer, rows, limit, template, loss_on)
-            expected = encode_rows(tokenizer, rows, limit, template, loss_on)
+            to_train = [each for row in rows for each in rows_to_train(row, template, loss_on)]
+            batch = encode_batch(tokenizer, to_train, limit, template)
+            expected = encode_rows(tokenizer, to_train, limit, template)
             examples = [None if isinstance(row, RowError) else row.example() for row in expected]
             assert {n: str(error) for n, error in batch.errors.items()} == {
                 n: str(row) for n, row in enumerate(expected) if isinstance(row, RowError)
             }
             ends = np.cumsum(batch.lengths)
-            assert len(batch.lengths) == len(rows) and (ends[-1] if rows else 0) == len(batch.input_ids)
+            assert len(batch.lengths) == len(to_train) and (ends[-1] if rows else 0) == len(batch.input_ids)
             for example, start, end, cut in zip(examples, ends - batch.lengths, ends, batch.tokens_cut, strict=True):
                 if example:
                     assert batch.input_ids[start:end].tolist() == example.input_ids
@@ -120,7 +122,8 @@ def test_flat_arrays_are_the_rows(tokenizer, name, loss_on):
 def test_loss_on_every_turn(tokenizer):
     """Each turn's tokens and the one that ends it are trained on; prompts stay as in inference."""
     template = template_for(tokenizer)
-    examples = [row.example() for row in encode_rows(tokenizer, template.training_rows(CHAT), None, template, "every")]
+    rows = rows_to_train(CHAT, template, "every")
+    examples = [row.example() for row in encode_rows(tokenizer, rows, None, template)]
     last = encode_example(tokenizer, CHAT, None, template)
     assert examples[-1].input_ids == last.input_ids
     trained = [[token for token in example.labels if token != IGNORE_INDEX] for example in examples]
@@ -138,9 +141,11 @@ def test_loss_on_every_turn(tokenizer):
 
 def test_loss_on_every_turn_of_a_single_turn_is_that_on_the_last(tokenizer):
     row, template = Conversation(CHAT.messages[:2]), template_for(tokenizer)
-    assert template.training_rows(row) == [row]
-    every = encode_rows(tokenizer, [row], None, template, "every")[0].example()
-    assert every == encode_example(tokenizer, row, None, template)
+    assert rows_to_train(row, template, "every") == rows_to_train(row, template, "last") == [row]
+    marked = template.training_rows(row, [1])
+    assert [each.example() for each in encode_rows(tokenizer, marked, None, template)] == [
+        encode_example(tokenizer, row, None, template)
+    ]
 
 
 @pytest.fixture
@@ -293,12 +298,19 @@ def test_advice():
     assert TokenReport.load(report.dump(200)) == report
 
 
-def test_preview_marks_what_is_trained_on():
+def test_preview_marks_what_is_trained_on(capsys, monkeypatch):
     tokenizer = load_tokenizer(str(MODELS[2]))
     template = template_for(tokenizer)
-    example = encode_rows(tokenizer, [CHAT], None, template, "every")[0].example()
-    text = list(preview(tokenizer, [example]))[1]
+    example = encode_rows(tokenizer, rows_to_train(CHAT, template, "every"), None, template)[0].example()
+    print_preview(tokenizer, [example])
+    plain = capsys.readouterr().out
+    text = plain.partition("\n")[2]
     assert text.count("⟦") == 2 and text.index("一问") < text.index("⟦") < text.index("一答") < text.index("⟧")
+    monkeypatch.setattr("utils.common.console.is_terminal", lambda: True)
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    print_preview(tokenizer, [example])
+    coloured = capsys.readouterr().out
+    assert coloured.count("\x1b[32m⟦") == 2 and re.sub("\x1b\\[[0-9]+m", "", coloured) == plain
 
 
 def test_key_reads_the_files_not_their_dates(tmp_path):

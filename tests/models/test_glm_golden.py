@@ -188,7 +188,7 @@ def test_truncation_keeps_the_template(golden, cut):
     example = encode_example(golden.tokenizer, row, len(whole.input_ids) - cut)
     assert len(example.input_ids) == len(whole.input_ids) - cut and example.tokens_cut == cut
     template = template_for(golden.tokenizer)
-    closing = template.encoded_prompt(golden.tokenizer, row.prompt).closing.ids.tolist()
+    closing = template.encoded_prompt(golden.tokenizer, row._replace(messages=row.prompt)).closing.ids.tolist()
     prompt = example.input_ids[: example.labels.count(-100)]
     assert closing and prompt[-len(closing) :] == closing
     assert example.input_ids[-1] == whole.input_ids[-1]

@@ -27,7 +27,7 @@ def tokenizer(request):
 def test_alpaca_is_between_the_generations_own_tokens(tokenizer):
     native, alpaca = template_for(tokenizer), template_for(tokenizer, "alpaca")
     text = ALPACA + "你好\n\n### Response:"
-    assert alpaca.render(QUESTION) == text
+    assert alpaca.render(Conversation(QUESTION)) == text
     ids = encode_prompt(tokenizer, QUESTION, alpaca)
     assert ids == tokenizer.encode(text)  # each generation's tokenizer puts its opening or closing tokens round a text
     example = encode_example(tokenizer, Conversation((*QUESTION, Message("assistant", "好"))), None, alpaca)
@@ -38,7 +38,7 @@ def test_alpaca_is_between_the_generations_own_tokens(tokenizer):
 
 def test_alpaca_repeats_its_form_for_earlier_turns(tokenizer):
     messages = [Message("user", "一"), Message("assistant", "二"), Message("user", "三")]
-    rendered = template_for(tokenizer, "alpaca").render(messages)
+    rendered = template_for(tokenizer, "alpaca").render(Conversation(tuple(messages)))
     assert rendered == ALPACA + "一\n\n### Response:二\n\n### Input:\n三\n\n### Response:"
 
 
@@ -46,7 +46,7 @@ def test_alpaca_survives_truncation(tokenizer):
     row = Conversation((Message("user", "公园" * 60), Message("assistant", "学校" * 60)))
     alpaca = template_for(tokenizer, "alpaca")
     whole, cut = encode_example(tokenizer, row, None, alpaca), encode_example(tokenizer, row, 120, alpaca)
-    closing = alpaca.encoded_prompt(tokenizer, row.prompt).closing.ids.tolist()
+    closing = alpaca.encoded_prompt(tokenizer, row._replace(messages=row.prompt)).closing.ids.tolist()
     prompt = cut.input_ids[: cut.labels.count(-100)]
     assert len(cut.input_ids) == 120 and cut.input_ids[-1] == whole.input_ids[-1]
     assert prompt[-len(closing) :] == closing and tokenizer.encode("Response", add_special_tokens=False)[-1] in closing

@@ -22,7 +22,7 @@ SECONDS_BETWEEN_LINES = 60  # without a terminal: progress is printed if nothing
 SECONDS_BETWEEN_DRAWINGS = 0.25  # of the bar
 ROWS_BELOW_HEADING = 40  # of a table; then its heading is printed again
 
-BOLD, DIM, WARNING, ERROR = "1", "2", "33", "31"  # SGR codes of ECMA-48
+BOLD, DIM, WARNING, ERROR, TRAINED = "1", "2", "33", "31", "32"  # SGR codes of ECMA-48
 
 _bar: Any = None  # the rich.progress.Progress that is on the screen
 _copy: Callable[[str], object] | None = None  # gets each line that is printed
@@ -55,14 +55,19 @@ def duration(seconds: float) -> str:
 
 def print_line(text: str = "", code: str | None = None) -> None:
     """Print a line above the progress bar, on rank 0, with control characters escaped."""
+    print_styled([(text, code)])
+
+
+def print_styled(parts: Sequence[tuple[str, str | None]]) -> None:
+    """Print a line as `print_line` does, each part in its own style."""
     global _last_line
     if not is_main_process():
         return
     _last_line = time.monotonic()
-    text = escape_controls(text)
+    parts = [(escape_controls(text), code) for text, code in parts]
     if _copy is not None:
-        _copy(f"{text}\n")
-    line = style(text, code) if code else text
+        _copy("".join(text for text, _ in parts) + "\n")
+    line = "".join(style(text, code) if code else text for text, code in parts)
     if _bar is None:
         print(line, flush=True)
         return

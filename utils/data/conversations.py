@@ -107,7 +107,10 @@ def join_turns(system: str, columns: Sequence[tuple[str, list[Turn]]]) -> Conver
     if system:
         turns.insert(0, Turn("system", system))
     return Conversation(
-        tuple(Message(turn.role, turn.content, trained=None if turn.trained else False) for turn in turns)
+        tuple(
+            Message(turn.role, turn.content, trained=False if turn.role == "assistant" and not turn.trained else None)
+            for turn in turns
+        )
     )
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from utils.common.terminal import escape_controls
+from utils.common.console import DIM, TRAINED, print_line, print_styled
 from utils.data.encode import Example
 from utils.models.token_spans import IGNORE_INDEX
 
@@ -168,18 +168,16 @@ def import_matplotlib() -> tuple[type, type]:
     return Figure, FigureCanvasAgg
 
 
-def preview(tokenizer: PreTrainedTokenizerBase, examples: Iterable[Example]) -> Iterable[str]:
-    """Yield each example as text, with TRAINED_MARKS around the tokens that are trained on."""
+def print_preview(tokenizer: PreTrainedTokenizerBase, examples: Iterable[Example]) -> None:
+    """Print each example as text, its trained tokens in TRAINED_MARKS and in colour."""
     for number, example in enumerate(examples, start=1):
-        yield f"--- row {number}: {len(example.input_ids)} tokens; trained on between {' and '.join(TRAINED_MARKS)}"
+        tokens = f"{len(example.input_ids)} tokens"
+        print_line(f"--- row {number}: {tokens}; trained on between {' and '.join(TRAINED_MARKS)}", DIM)
         runs: list[tuple[bool, list[int]]] = []
         for token, label in zip(example.input_ids, example.labels, strict=True):
             trained = label != IGNORE_INDEX
             if not runs or runs[-1][0] != trained:
                 runs.append((trained, []))
             runs[-1][1].append(token)
-        text = "".join(
-            TRAINED_MARKS[0] + tokenizer.decode(ids) + TRAINED_MARKS[1] if trained else tokenizer.decode(ids)
-            for trained, ids in runs
-        )
-        yield escape_controls(text)
+        texts = [(tokenizer.decode(ids), trained) for trained, ids in runs]
+        print_styled([(text.join(TRAINED_MARKS), TRAINED) if trained else (text, None) for text, trained in texts])

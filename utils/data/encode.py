@@ -19,7 +19,15 @@ from transformers import PreTrainedTokenizerBase
 from utils.common.errors import RowError
 from utils.models.conversation import Conversation, Message
 from utils.models.templates import ChatTemplate, template_for
-from utils.models.token_spans import IGNORE_INDEX, EncodedText, TokenSpan, encode_many, encode_texts, split_ending
+from utils.models.token_spans import (
+    IGNORE_INDEX,
+    EncodedText,
+    TokenSpan,
+    UnencodedText,
+    encode_many,
+    encode_texts,
+    split_ending,
+)
 
 LOSS_ON = ("last", "every")  # assistant turns that are trained on
 MIN_TEXT = 2  # tokens of text, one of the prompt and one of the target, below which a row teaches nothing
@@ -80,16 +88,21 @@ class TokenBatch:
 
 def rows_to_train(row: Conversation, template: ChatTemplate, loss_on: str) -> list[Conversation]:
     """
-    The rows whose examples have the targets that `loss_on` names.
+    The rows whose examples train on the messages that `loss_on` and the row itself name.
 
     Raises:
-        RowError: `loss_on` is "last", and the last answer is marked as not to be trained on.
+        RowError: there is no such message, or the template has no form of something in the row.
     """
-    if loss_on == "every":
-        return template.training_rows(row)
-    if row.messages[-1].trained is False:
+    if len(row.messages) == 2 and not row.tools and row.messages[1].is_plain:
+        return [row]
+    trained = row.trained_messages(loss_on)
+    if not trained:
         raise RowError("the last answer is not to be trained on, and --loss_on last trains on no other")
-    return [row]
+    try:
+        template.check_expressible(row)
+        return template.training_rows(row, trained)
+    except ValueError as error:
+        raise RowError(str(error)) from None
 
 
 def encode_example(
@@ -115,24 +128,33 @@ def encode_rows(
     rows: Sequence[Conversation],
     max_seq_length: int | None = None,
     template: ChatTemplate | None = None,
-    loss_on: str = "last",
 ) -> list[EncodedRow | RowError]:
     """
-    Encode rows in order.
+    Encode rows in order, with the loss on their last message and the earlier ones that are `trained`.
 
-    A RowError is in place of a row for which `max_seq_length` leaves no room.
+    A RowError is in place of a row for which `max_seq_length` leaves no room, or which the template cannot express.
 
     Args:
+        rows: as `rows_to_train` returns them.
         max_seq_length: tokens of a row at most, template included; see `truncate`.
         template: None for that of the tokenizer's generation.
-        loss_on: "last" trains on the last answer; "every" also on the earlier answers that are tokens of their own in
-            the row's prompt: `template.training_rows` returns rows of that kind.
     """
     template = template or template_for(tokenizer)
-    drafts = []
-    for row in rows:
-        drafts.append(template.unencoded_prompt(tokenizer, row.prompt))
-        drafts.append(template.unencoded_target(tokenizer, row.target))
+    drafts: list[UnencodedText] = []
+    errors: dict[int, RowError] = {}
+    for number, row in enumerate(rows):
+        try:
+            drafts += template.unencoded_row(tokenizer, row)
+        except ValueError as error:
+            errors[number] = RowError(str(error))
+    encoded = iter(_encode_drafts(tokenizer, drafts, max_seq_length))
+    return [errors[number] if number in errors else next(encoded) for number in range(len(rows))]
+
+
+def _encode_drafts(
+    tokenizer: PreTrainedTokenizerBase, drafts: Sequence[UnencodedText], max_seq_length: int | None
+) -> list[EncodedRow | RowError]:
+    """Encode rows, each a prompt and a target in `drafts`."""
     encoded = encode_many(tokenizer, drafts)
     prompts, targets = encoded[::2], encoded[1::2]
     template_tokens = np.array(
@@ -145,7 +167,7 @@ def encode_rows(
             encoded_rows.append(texts.errors[number])
             continue
         spans = [
-            *(prompt.opening if loss_on == "every" else map(_without_loss, prompt.opening)),
+            *prompt.opening,
             TokenSpan(texts.prompts[number]),
             prompt.closing,
             *target.opening,
@@ -161,23 +183,19 @@ def _template_tokens(encoded: EncodedText) -> int:
     return sum(len(span.ids) for span in encoded.opening) + len(encoded.closing.ids)
 
 
-def _without_loss(span: TokenSpan) -> TokenSpan:
-    return TokenSpan(span.ids)
-
-
 def encode_batch(
     tokenizer: PreTrainedTokenizerBase,
     rows: Sequence[Conversation],
     max_seq_length: int | None,
     template: ChatTemplate,
-    loss_on: str,
 ) -> TokenBatch:
     """Encode rows as `encode_rows` does, into flat arrays."""
-    if all(len(row.messages) == 2 for row in rows):
-        batch = _encode_single_turns(tokenizer, rows, max_seq_length, template)
+    texts = [template.single_turn_texts(row) for row in rows]
+    if None not in texts:
+        batch = _encode_single_turns(tokenizer, texts, max_seq_length, template)
         if batch is not None:
             return batch
-    encoded = encode_rows(tokenizer, rows, max_seq_length, template, loss_on)
+    encoded = encode_rows(tokenizer, rows, max_seq_length, template)
     errors = {number: row for number, row in enumerate(encoded) if isinstance(row, RowError)}
     lengths, tokens_cut = np.zeros(len(rows), np.int64), np.zeros(len(rows), np.int64)
     spans: list[TokenSpan] = []
@@ -192,24 +210,27 @@ def encode_batch(
 
 def _encode_single_turns(
     tokenizer: PreTrainedTokenizerBase,
-    rows: Sequence[Conversation],
+    texts: Sequence[tuple[str, str]],
     max_seq_length: int | None,
     template: ChatTemplate,
 ) -> TokenBatch | None:
     """
     Encode rows of one prompt and one answer, whose template tokens are the same.
 
+    Args:
+        texts: question and answer of each row, as `single_turn_texts` gives them.
+
     Returns:
         None if a prompt happens to end as the template does: then its last tokens belong to the template.
     """
     prompt_frame, target_frame = template.single_turn(tokenizer)
-    prompts = [template.render(row.messages[:1]) for row in rows]
+    prompts = [prompt for prompt, _ in texts]
     has_ending = bool(prompt_frame.ending)
     ending = template.prompt_ending
     if ending and any(prompt.endswith(ending) != has_ending for prompt in prompts):
         return None
-    count = len(rows)
-    encoded = encode_texts(tokenizer, [*prompts, *[row.messages[1].content for row in rows]])
+    count = len(texts)
+    encoded = encode_texts(tokenizer, [*prompts, *[answer for _, answer in texts]])
     prompt_ids, target_ids = encoded[:count], encoded[count:]
     endings = [np.empty(0, np.int32)] * count
     if has_ending:  # its first token may be one with the prompt's last character
@@ -218,15 +239,15 @@ def _encode_single_turns(
         prompt_ids, endings = [text for text, _ in pairs], [ending for _, ending in pairs]
     constants = [*prompt_frame.opening, prompt_frame.closing, *target_frame.opening, target_frame.closing]
     template_tokens = sum(len(span.ids) for span in constants) + _sizes(endings)
-    texts = truncate(prompt_ids, target_ids, template_tokens, max_seq_length)
+    cut = truncate(prompt_ids, target_ids, template_tokens, max_seq_length)
     # (content of each row, or of all rows; whether it is trained on)
     layout = [
         *[(span.ids, False) for span in prompt_frame.opening],
-        (texts.prompts, False),
+        (cut.prompts, False),
         *([(endings, False)] if has_ending else []),
         (prompt_frame.closing.ids, False),
         *[(span.ids, True) for span in target_frame.opening],
-        (texts.targets, True),
+        (cut.targets, True),
         (target_frame.closing.ids, True),
     ]
     layout = [(content, trained) for content, trained in layout if len(content)]
@@ -237,10 +258,10 @@ def _encode_single_turns(
         contents[place :: len(layout)] = [content] * count if is_constant else content
         sizes[:, place] = len(content) if is_constant else _sizes(content)
     input_ids, labels = _concatenate(contents, sizes.ravel(), np.tile([trained for _, trained in layout], count))
-    if texts.errors:  # their tokens were laid out with the others'
-        usable = np.repeat(texts.lengths > 0, sizes.sum(axis=1))
+    if cut.errors:  # their tokens were laid out with the others'
+        usable = np.repeat(cut.lengths > 0, sizes.sum(axis=1))
         input_ids, labels = input_ids[usable], labels[usable]
-    return TokenBatch(input_ids, labels, texts.lengths, texts.tokens_cut, texts.errors)
+    return TokenBatch(input_ids, labels, cut.lengths, cut.tokens_cut, cut.errors)
 
 
 class TruncatedTexts(NamedTuple):

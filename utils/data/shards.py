@@ -65,6 +65,7 @@ class TokenizeOptions:
     skip_overlength: bool
     loss_on: str
     columns: ColumnMap = NO_RENAMES
+    chat_options: tuple[tuple[str, Any], ...] = ()  # variables of the template that flags set
 
     def parse(self, raw: Any) -> Conversation:
         """
@@ -165,7 +166,7 @@ class ShardTokenizer:
                 rejections.append(Rejection(numbered.path, numbered.line, str(error)))
         report.read += len(usable) + len(rejections) - report.rejected
         options, rows = self.options, [row for _, _, row in usable]
-        batch = encode_batch(self.tokenizer, rows, options.max_seq_length, self.template, options.loss_on)
+        batch = encode_batch(self.tokenizer, rows, options.max_seq_length, self.template)
         for number, error in batch.errors.items():
             rejections.append(Rejection(usable[number].path, usable[number].line, f"--max_seq_length: {error}"))
         report.rejected = len(rejections)

@@ -15,6 +15,7 @@ from typing import Any
 from utils.inference.prompt_reader import MAX_CELL
 
 TABLE_COLUMNS = ("index", "prompt", "answer", "finish_reason", "prompt_tokens", "answer_tokens")
+JSON_COLUMNS = ("answers", "tool_calls")
 NUMBER_COLUMNS = ("index", "prompt_tokens", "answer_tokens")
 
 
@@ -58,7 +59,7 @@ def _answer_of_cells(cells: dict[str | None, str]) -> dict[str, Any]:
     for name, cell in cells.items():
         if name in NUMBER_COLUMNS:
             answer[name] = int(cell) if cell else None
-        elif name == "answers":
+        elif name in JSON_COLUMNS:
             answer[name] = json.loads(cell) if cell else None
         else:
             answer[name] = cell

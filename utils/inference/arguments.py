@@ -26,6 +26,7 @@ from utils.inference.prompt_reader import BASE_NAME
 from utils.layers.fp8 import FP8, check_device
 from utils.layers.quantization import BITS
 from utils.lora.formats import RAW_ALPHA, adapter_directory, files_of_adapter
+from utils.models.chat_options import HELP, Switch
 from utils.models.templates import TEMPLATES
 
 DEFAULT_PROMPTS = "data/sample_prompts.jsonl"
@@ -67,6 +68,9 @@ class ModelFlags:
     template: Literal[*TEMPLATES] | None = flag(
         "prompt template (default: the one that the adapter was trained with, else native)"
     )
+    thinking: Switch | None = flag(HELP["thinking"])
+    clear_thinking: Switch | None = flag(HELP["clear_thinking"])
+    reasoning_effort: str | None = flag(HELP["reasoning_effort"])
 
     def collect_faults(self) -> Faults:
         """Return every mistake in the flags that needs no file; a subclass adds those of its own."""

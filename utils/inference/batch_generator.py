@@ -24,7 +24,8 @@ from utils.inference.prompt_reader import BASE_NAME, PromptRow
 from utils.inference.sampling import GREEDY, Sampling
 from utils.inference.stop_strings import StopStrings, decode
 from utils.inference.work_queue import SINGLE_REPLICA, Replica, fetch_share
-from utils.models.templates import ChatTemplate
+from utils.models.chat_formats import ChatTemplate
+from utils.models.chat_pieces import ASSISTANT
 
 
 @dataclass(frozen=True)
@@ -48,10 +49,21 @@ class AnswerSettings:
 
 @dataclass(frozen=True)
 class PromptCodec:
-    """What turns tokens into an answer's text: a tokenizer, and the template that its prompts were made with."""
+    """What turns tokens into an answer: a tokenizer, and the template that its prompts were made with."""
 
     tokenizer: PreTrainedTokenizerBase
     template: ChatTemplate
+
+    def split_answer(self, ids: Sequence[int]) -> list[str]:
+        """The answer's texts between the `<|assistant|>` tokens, which open each of a message's calls."""
+        separator = self.tokenizer.get_added_vocab().get(ASSISTANT)
+        parts: list[list[int]] = [[]]
+        for token in ids:
+            if token == separator:
+                parts.append([])
+            else:
+                parts[-1].append(token)
+        return [decode(self.tokenizer, part) for part in parts]
 
 
 class BatchGenerator:
@@ -109,7 +121,8 @@ class BatchGenerator:
 
         Yields:
             `{"index", "prompt", "answer", "finish_reason", "prompt_tokens", "answer_tokens"}`. "finish_reason" is
-            "stop" when the model or a stop string ended the answer, "length" when `max_new_tokens` did. Rows of
+            "stop" when the model or a stop string ended the answer, "length" when `max_new_tokens` did. Where the
+            model wrote them, "reasoning_content" and "tool_calls" (in OpenAI's form) are beside "answer". Rows of
             several adapters have "adapter", rows of several answers "answers". A row that cannot be answered is
             `{"index", "prompt", "answer": None, "finish_reason": "error", "error"}`.
 
@@ -160,12 +173,11 @@ class BatchGenerator:
         ]
 
     def _answer_of(self, row: PromptRow, sequences: list[TokenSequence]) -> Answer:
-        answers = [self._text_of(sequence) for sequence in sequences]
+        answers = [self._message_of(sequence, row.tools) for sequence in sequences]
         answer = {
             "index": row.index,
             "prompt": row.prompt,
-            "answer": answers[0]["answer"],
-            "finish_reason": answers[0]["finish_reason"],
+            **answers[0],
             "prompt_tokens": len(row.input_ids),
             "answer_tokens": sum(answer["answer_tokens"] for answer in answers),
         }
@@ -175,14 +187,20 @@ class BatchGenerator:
             answer["answers"] = answers
         return answer
 
-    def _text_of(self, sequence: TokenSequence) -> Answer:
+    def _message_of(self, sequence: TokenSequence, tools: str) -> Answer:
+        """The answer's text, and its reasoning and calls in OpenAI's form where it has them."""
         ended_by_token = sequence.answer_ids[-1] in self.stop.token_ids
-        ids = sequence.answer_ids[:-1] if ended_by_token else sequence.answer_ids
-        text = decode(self.codec.tokenizer, ids)
-        answer = self.stop_strings.cut(text)
-        return {
-            "answer": self.codec.template.clean(answer),
-            "finish_reason": "stop" if ended_by_token or answer != text else "length",
+        texts = self.codec.split_answer(sequence.answer_ids[:-1] if ended_by_token else sequence.answer_ids)
+        text = "".join(texts)
+        cut = self.stop_strings.cut(text)
+        message = self.codec.template.parse_answer(texts if cut == text else [cut], tools)
+        answer: Answer = {"answer": message.content}
+        if message.reasoning:
+            answer["reasoning_content"] = message.reasoning
+        if message.tool_calls:
+            answer["tool_calls"] = [{"type": "function", "function": call._asdict()} for call in message.tool_calls]
+        return answer | {
+            "finish_reason": "stop" if ended_by_token or cut != text else "length",
             "answer_tokens": len(sequence.answer_ids),
         }
 

@@ -15,6 +15,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from utils.checkpoint.model import Checkpoint
+from utils.checkpoint.template import template_of_flags
 from utils.common.console import print_line
 from utils.common.errors import RunError, UsageError
 from utils.common.file_hashes import hash_files
@@ -43,7 +44,8 @@ from utils.layers.quantization import stored_bits
 from utils.lora.adapter import check_base, load_adapter, merge_adapter, read_origin, warn_of_old_ids
 from utils.lora.formats import files_of_adapter
 from utils.lora.multi_lora import add_adapters
-from utils.models.templates import ChatTemplate, template_for
+from utils.models.chat_options import chat_options
+from utils.models.templates import ChatTemplate
 
 
 class AttachAdapters(Protocol):
@@ -144,6 +146,7 @@ def open_job(args: InferenceArguments, prompts: Prompts, checkpoint: Checkpoint,
         generation=checkpoint.generation.name,
         lora_alpha=args.lora_alpha,
         template=prompts.template.name,
+        **prompts.template.options,
         stop_ids=prompts.template.stop_ids(prompts.tokenizer),
         dtype=str(dtype),
         quantize=args.quantize,
@@ -210,7 +213,7 @@ def choose_template(args: ModelFlags, tokenizer: PreTrainedTokenizerBase) -> tup
     The template of an adapter merged into the checkpoint counts where no adapter on the command line records one.
 
     Raises:
-        UsageError: several adapters were trained with different templates.
+        UsageError: several adapters were trained with different templates; or a flag sets what the template has not.
     """
     name, why = args.template, "flag"
     if name is None:
@@ -226,4 +229,4 @@ def choose_template(args: ModelFlags, tokenizer: PreTrainedTokenizerBase) -> tup
             name, why = merged, "the merged adapter's"
         else:
             name, why = "native", "default"
-    return template_for(tokenizer, name), why
+    return template_of_flags(tokenizer, name, chat_options(args)), why

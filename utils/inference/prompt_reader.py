@@ -25,8 +25,8 @@ from utils.data.encodings import decode_text
 from utils.data.json_lines import BLANKS
 from utils.data.row_parser import check_columns, parse_prompt, parse_question, read_rows
 from utils.data.row_schema import NO_RENAMES, ColumnMap, find_schema
-from utils.models.conversation import Message
-from utils.models.templates import ChatTemplate, encode_prompt
+from utils.models.conversation import Conversation, Message
+from utils.models.templates import ChatTemplate
 
 SEPARATORS = {".csv": ",", ".tsv": "\t"}
 TEXT_SUFFIX = ".txt"  # a prompt a line
@@ -46,6 +46,7 @@ class PromptRow:
     input_ids: list[int]
     error: str | None = None
     adapter: str | None = None  # name of the row's adapter, or BASE_NAME; None if rows have no choice
+    tools: str = ""  # JSON text of the tools that the answer may call
 
 
 @dataclass(frozen=True)
@@ -162,11 +163,27 @@ def read_prompt_rows(
         if isinstance(row, RowError):
             prompts.append(PromptRow(index, None, [], error=f"{source}: {row}"))
         else:
-            input_ids = encode_prompt(tokenizer, row.messages, template)
-            prompts.append(PromptRow(index, template.render(row.messages), input_ids, adapter=row.adapter))
+            try:
+                prompts.append(encode_row(index, row, tokenizer, template))
+            except ValueError as error:
+                prompts.append(PromptRow(index, None, [], error=f"{source}: {error}"))
     if not prompts:
         raise UsageError(f"--input_path {input_path} has no rows")
     return prompts
+
+
+def encode_row(index: int, row: ParsedPrompt, tokenizer: PreTrainedTokenizerBase, template: ChatTemplate) -> PromptRow:
+    """
+    Return a row's prompt as tokens.
+
+    Raises:
+        ValueError: the template has no form of something in the row.
+    """
+    prompt = Conversation(row.messages)
+    template.check_expressible(prompt)
+    tools = prompt.tools or ("[]" if any(message.tool_calls for message in prompt.messages) else "")
+    ids = template.encoded_prompt(tokenizer, prompt).ids()
+    return PromptRow(index, template.render(prompt), ids, adapter=row.adapter, tools=tools)
 
 
 def _rows(path: str, form: PromptForm) -> Iterator[tuple[str, ParsedPrompt | RowError]]:

@@ -1,14 +1,16 @@
 """
-How each generation writes a conversation: which special tokens and phrases stand around the messages.
+Chat templates as token ids: what a template is, and the forms that are one text (ChatGLM-6B, ChatGLM2-6B, alpaca).
 
 `utils/models/templates.py` picks the class of a tokenizer's generation (its row in `utils/models/family.py` names it)
 and encodes chats with it; `utils/data/encode.py` makes training rows of the same pieces. So training and inference
-share one form. A template makes token ids itself, rather than one text for the tokenizer, because a text may spell a
-special token, and because truncation must not cut the template's own tokens.
+share one form. The generations with role tokens are in `utils/models/turn_formats.py`. A template makes token ids
+itself, rather than one text for the tokenizer, because a text may spell a special token, and because truncation must
+not cut the template's own tokens.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -17,56 +19,77 @@ from utils.models.conversation import Conversation, Message
 from utils.models.token_spans import (
     NO_TOKENS,
     EncodedText,
-    TextSpan,
     TokenSpan,
     UnencodedText,
     computed_once,
     encode_many,
-    encode_template_text,
     encode_text,
-    token_ids,
     token_span,
 )
 from utils.models.tokenization_chatglm2 import ChatGLM2Tokenizer
-from utils.models.tokenization_glm4 import ChatGLM4Tokenizer
 
 
 class ChatTemplate(ABC):
     """
     The form of a conversation; a training row is the encoded prompt and the encoded target.
 
-    In every method `tokenizer` is one of the template's own generation.
+    In every method `tokenizer` is one of the template's own generation, and a prompt is a conversation that ends with
+    a message for the assistant to answer.
+
+    Args:
+        options: variables of the released template, such as `enable_thinking`; a conversation's own come first.
     """
 
     name = "native"  # the other template is "alpaca", see below
     ids_version = 1  # increment when the same texts get other ids: older datasets are then refused
     has_system_role = False  # whether a system message has a role token; else its text precedes the first question
+    has_tools = False  # whether there is a form of tools, their calls and results
+    has_reasoning = False  # whether there is a form of reasoning before an answer
+    known_options: tuple[str, ...] = ()  # names of `options` that have an effect
     opening_tokens: tuple[str, ...] = ()  # special tokens that open every conversation
     prompt_ending = ""  # of `render`, which truncation must keep; "" if special tokens end a prompt
 
+    def __init__(self, options: Mapping[str, Any] | None = None):
+        self.options = dict(options or {})
+
     @abstractmethod
-    def render(self, messages: Sequence[Message]) -> str:
+    def render(self, prompt: Conversation) -> str:
         """The prompt's text: what a one-text template encodes, and what answer files show."""
 
     @abstractmethod
-    def unencoded_prompt(self, tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> UnencodedText:
+    def unencoded_prompt(self, tokenizer: PreTrainedTokenizerBase, prompt: Conversation) -> UnencodedText:
         """
-        The pieces of a prompt; `messages` end with the question."""
+        The pieces of a prompt.
+
+        Earlier answers that are `trained` are marked so where the template encodes them apart.
+        """
 
     @abstractmethod
-    def unencoded_target(self, tokenizer: PreTrainedTokenizerBase, text: str) -> UnencodedText:
-        """The pieces of an answer that is trained on, with the token that ends it."""
+    def unencoded_row(
+        self, tokenizer: PreTrainedTokenizerBase, row: Conversation
+    ) -> tuple[UnencodedText, UnencodedText]:
+        """
+        The pieces of a training row: its prompt, and its last message with the token that ends it.
+
+        Raises:
+            ValueError: the template's options contradict the row.
+        """
 
     @abstractmethod
     def stop_ids(self, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-        """The tokens that end an answer; a target ends with the first."""
+        """The tokens that end an answer; the target of an answer without calls ends with the first."""
 
     @abstractmethod
-    def training_rows(self, row: Conversation) -> list[Conversation]:
-        """The conversations whose examples together have every trained answer of `row` as a target."""
+    def training_rows(self, row: Conversation, trained: Sequence[int]) -> list[Conversation]:
+        """
+        The rows whose examples together train on the messages with the numbers `trained`, each once.
+
+        Each row ends with a message that is trained on; in each, `Message.trained` of all the assistant's messages
+        says whether they are.
+        """
 
     @abstractmethod
-    def encoded_chat(self, tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> list[int]:
+    def encoded_chat(self, tokenizer: PreTrainedTokenizerBase, chat: Conversation) -> list[int]:
         """The ids of a conversation and nothing after its last message."""
 
     @abstractmethod
@@ -79,32 +102,72 @@ class ChatTemplate(ABC):
             ValueError: the generation has no form for messages in this order.
         """
 
+    def check_expressible(self, conversation: Conversation) -> None:
+        """
+        Check that the template has a form of everything in a conversation.
+
+        Raises:
+            ValueError: it has tools or reasoning, which this generation has no form of.
+        """
+        if not self.has_tools and (
+            conversation.tools
+            or any(message.tool_calls or message.role == "tool" for message in conversation.messages)
+        ):
+            raise ValueError("it has tools, and the chats of this model have no form of them")
+        if not self.has_reasoning and any(message.reasoning for message in conversation.messages):
+            raise ValueError(
+                "it has reasoning, and the chats of this model have no form of it: remove it, or write it into the "
+                "answer's text"
+            )
+
     def clean(self, answer: str) -> str:
         """The text that a user gets of a decoded answer."""
         return answer
 
-    def encoded_prompt(self, tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> EncodedText:
+    def parse_answer(self, texts: Sequence[str], tools: str) -> Message:
+        """
+        The message that a decoded answer is.
+
+        Args:
+            texts: the answer, split where the model wrote `<|assistant|>`.
+            tools: JSON text of the tools that the prompt offers; "": none, and nothing is read as a call.
+        """
+        return Message("assistant", self.clean("".join(texts)))
+
+    def encoded_prompt(self, tokenizer: PreTrainedTokenizerBase, prompt: Conversation) -> EncodedText:
         """A prompt as tokens."""
-        return encode_many(tokenizer, [self.unencoded_prompt(tokenizer, messages)])[0]
+        return encode_many(tokenizer, [self.unencoded_prompt(tokenizer, prompt)])[0]
+
+    def single_turn_texts(self, row: Conversation) -> tuple[str, str] | None:
+        """
+        The texts of question and answer, between which all rows of one turn have the tokens of `single_turn`.
+
+        None if this row has others: several turns, tools, reasoning or options.
+        """
+        messages = row.messages
+        if len(messages) != 2 or row.tools or row.options or messages[1].tool_calls or messages[1].reasoning:
+            return None
+        return self.render(row._replace(messages=messages[:1])), messages[1].content
 
     def single_turn(self, tokenizer: PreTrainedTokenizerBase) -> tuple[UnencodedText, UnencodedText]:
-        """
-        The tokens of every row of one turn: an empty question and answer.
-
-        Such a row's prompt text is `render` of its question, and all spans in both openings are tokens.
-        """
-        empty_question = (Message("user", ""),)
-        return computed_once(
-            tokenizer,
-            (type(self), "single turn"),
-            lambda: (self.unencoded_prompt(tokenizer, empty_question), self.unencoded_target(tokenizer, "")),
-        )
+        """The pieces of a row of one turn, whose opening and closing all such rows share."""
+        row = Conversation((Message("user", "?"), Message("assistant", "!")))
+        return computed_once(tokenizer, (type(self), "single turn"), lambda: self.unencoded_row(tokenizer, row))
 
     def stop_span(self, tokenizer: PreTrainedTokenizerBase) -> TokenSpan:
-        """The token that ends a target."""
+        """The token that ends the target of an answer."""
         return computed_once(
             tokenizer, "stop", lambda: TokenSpan(np.array(self.stop_ids(tokenizer)[:1], np.int32), trained=True)
         )
+
+
+def only_trained(row: Conversation, trained: Sequence[int]) -> Conversation:
+    """The row up to the last message in `trained`, with each of the assistant's messages marked."""
+    messages = tuple(
+        message._replace(trained=number in trained) if message.role == "assistant" else message
+        for number, message in enumerate(row.messages[: trained[-1] + 1])
+    )
+    return row._replace(messages=messages)
 
 
 class OneTextTemplate(ChatTemplate):
@@ -114,32 +177,36 @@ class OneTextTemplate(ChatTemplate):
     def special_tokens_around(self, tokenizer: PreTrainedTokenizerBase) -> tuple[list[TokenSpan], TokenSpan]:
         """The special tokens before and after a prompt's text."""
 
-    def unencoded_prompt(self, tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> UnencodedText:
-        text = self.render(messages)
+    def unencoded_prompt(self, tokenizer: PreTrainedTokenizerBase, prompt: Conversation) -> UnencodedText:
+        text = self.render(prompt)
         opening, closing = computed_once(tokenizer, "around", lambda: self.special_tokens_around(tokenizer))
         return UnencodedText(opening, text, self.prompt_ending if text.endswith(self.prompt_ending) else "", closing)
 
-    def unencoded_target(self, tokenizer: PreTrainedTokenizerBase, text: str) -> UnencodedText:
-        return UnencodedText([], text, "", self.stop_span(tokenizer))
+    def unencoded_row(
+        self, tokenizer: PreTrainedTokenizerBase, row: Conversation
+    ) -> tuple[UnencodedText, UnencodedText]:
+        prompt = self.unencoded_prompt(tokenizer, row._replace(messages=row.prompt))
+        return prompt, UnencodedText([], row.messages[-1].content, "", self.stop_span(tokenizer))
 
     def stop_ids(self, tokenizer: PreTrainedTokenizerBase) -> list[int]:
         return [tokenizer.eos_token_id]
 
-    def training_rows(self, row: Conversation) -> list[Conversation]:
+    def training_rows(self, row: Conversation, trained: Sequence[int]) -> list[Conversation]:
         # One a turn. The prompt of ChatGLM-6B sees itself in both directions, so nothing can be learnt inside it; in
         # the one text of the others, the tokens of an answer may reach into what stands beside it.
-        return [row.first_messages(number + 1) for number in row.trained_messages("every")]
+        return [only_trained(row, [number]) for number in trained]
 
-    def encoded_chat(self, tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> list[int]:
+    def encoded_chat(self, tokenizer: PreTrainedTokenizerBase, chat: Conversation) -> list[int]:
         """
         The ids of a conversation.
 
         After a question that is the whole prompt: its closing belongs to the question. An answer's ids follow the
         prompt that it answers, without the token that ends it.
         """
-        if messages[-1].role != "assistant":
-            return self.encoded_prompt(tokenizer, messages).ids()
-        return self.encoded_prompt(tokenizer, messages[:-1]).ids() + encode_text(tokenizer, messages[-1].content)
+        if chat.target is None:
+            return self.encoded_prompt(tokenizer, chat).ids()
+        prompt = self.encoded_prompt(tokenizer, chat._replace(messages=chat.prompt)).ids()
+        return prompt + encode_text(tokenizer, chat.target)
 
     def check_roles(self, messages: Sequence[Message], add_generation_prompt: bool) -> None:
         first = 1 if messages[0].role == "system" else 0
@@ -179,8 +246,8 @@ class ChatGLMTemplate(OneTextTemplate):
     first_round = 0
     prompt_ending = "\n答："
 
-    def render(self, messages: Sequence[Message]) -> str:
-        messages = fold_system(messages)
+    def render(self, prompt: Conversation) -> str:
+        messages = fold_system(prompt.messages)
         return messages[0].content if len(messages) == 1 else self.render_rounds(messages)
 
     def render_rounds(self, messages: Sequence[Message]) -> str:
@@ -211,80 +278,11 @@ class ChatGLM2Template(ChatGLMTemplate):
     first_round = 1
     prompt_ending = "\n\n答："
 
-    def render(self, messages: Sequence[Message]) -> str:
-        return self.render_rounds(fold_system(messages))
+    def render(self, prompt: Conversation) -> str:
+        return self.render_rounds(fold_system(prompt.messages))
 
     def special_tokens_around(self, tokenizer: PreTrainedTokenizerBase) -> tuple[list[TokenSpan], TokenSpan]:
         return [token_span(tokenizer, *self.opening_tokens)], NO_TOKENS
-
-
-class ChatGLM3Template(ChatTemplate):
-    """
-    ChatGLM3-6B: `[gMASK] sop <|user|> \\n prompt <|assistant|> \\n target </s>`.
-
-    A system message is a turn of its own before the user's: `<|system|> \\n text`. Source: `build_chat_input` of
-    THUDM/chatglm3-6b's tokenizer; each newline is encoded apart from the text.
-    """
-
-    opening_tokens = ChatGLM2Tokenizer.opening_tokens
-    has_system_role = True
-
-    def render(self, messages: Sequence[Message]) -> str:
-        if len(messages) == 1:
-            return messages[0].content
-        return "".join(f"<|{message.role}|>\n{message.content}" for message in messages) + "<|assistant|>"
-
-    def unencoded_prompt(self, tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> UnencodedText:
-        newline = encode_template_text(tokenizer, "\n")
-        spans, after_trained = [token_span(tokenizer, *self.opening_tokens)], False
-        for message in messages:
-            trained = message.role == "assistant" and message.trained is not False
-            role = token_span(tokenizer, f"<|{message.role}|>")
-            # The role token after an answer is what ends it, so it is trained with the answer.
-            spans += [
-                TokenSpan(role.ids, after_trained),
-                TokenSpan(newline, trained),
-                TextSpan(message.content, trained),
-            ]
-            after_trained = trained
-        return UnencodedText(spans[:-1], messages[-1].content, "", token_span(tokenizer, "<|assistant|>"))
-
-    def unencoded_target(self, tokenizer: PreTrainedTokenizerBase, text: str) -> UnencodedText:
-        newline = computed_once(
-            tokenizer, "trained newline", lambda: TokenSpan(encode_template_text(tokenizer, "\n"), trained=True)
-        )
-        return UnencodedText([newline], text, "", self.stop_span(tokenizer))
-
-    def stop_ids(self, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-        return [tokenizer.eos_token_id, *token_ids(tokenizer, "<|user|>", "<|observation|>")]
-
-    def training_rows(self, row: Conversation) -> list[Conversation]:
-        # One has them all: turns are encoded apart, and a token sees only what precedes it.
-        return [row.first_messages(row.trained_messages("every")[-1] + 1)]
-
-    def encoded_chat(self, tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> list[int]:
-        """The ids of a conversation: a prompt without its final `<|assistant|>`."""
-        return self.encoded_prompt(tokenizer, messages)._replace(closing=NO_TOKENS).ids()
-
-    def check_roles(self, messages: Sequence[Message], add_generation_prompt: bool) -> None:
-        """Accept every order, as the released template does."""
-
-    def clean(self, answer: str) -> str:
-        return answer.strip()  # the model writes the newline after <|assistant|>
-
-
-class GLM4Template(ChatGLM3Template):
-    """
-    GLM-4-9B: `[gMASK] <sop> <|user|> \\n prompt <|assistant|> \\n target <|user|>`.
-
-    The next role token ends an answer. Source: `apply_chat_template` of THUDM/glm-4-9b-chat's tokenizer.
-    """
-
-    opening_tokens = ChatGLM4Tokenizer.opening_tokens
-    ids_version = 2  # in version 1 the tokenizer lacked most of tiktoken's merges: other ids in 40 % of Chinese rows
-
-    def stop_ids(self, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-        return token_ids(tokenizer, "<|user|>", "<|endoftext|>", "<|observation|>")
 
 
 class AlpacaTemplate(OneTextTemplate):
@@ -304,13 +302,14 @@ class AlpacaTemplate(OneTextTemplate):
     prompt_ending = "\n\n### Response:"
 
     def __init__(self, native: ChatTemplate):
+        super().__init__()
         self.native = native
         self.ids_version, self.opening_tokens = native.ids_version, native.opening_tokens
 
-    def render(self, messages: Sequence[Message]) -> str:
+    def render(self, prompt: Conversation) -> str:
         turns = [
             self.question_form.format(question=message.content) if message.role == "user" else f"{message.content}\n\n"
-            for message in fold_system(messages)
+            for message in fold_system(prompt.messages)
         ]
         return self.instruction + "".join(turns)
 

@@ -16,17 +16,12 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from utils.models.chat_formats import (
-    ChatGLM2Template,
-    ChatGLM3Template,
-    ChatGLMTemplate,
-    ChatTemplate,
-    GLM4Template,
-)
+from utils.models.chat_formats import ChatGLM2Template, ChatGLMTemplate, ChatTemplate
 from utils.models.tokenization_base import VocabFileTokenizer
 from utils.models.tokenization_chatglm import ChatGLMTokenizer
 from utils.models.tokenization_chatglm2 import ROLE_TOKENS, ChatGLM2Tokenizer, ChatGLM3Tokenizer
 from utils.models.tokenization_glm4 import ChatGLM4Tokenizer, is_tiktoken_file
+from utils.models.turn_formats import ChatGLM3Template, GLM4Template
 
 SUPPORTED = (
     "ChatGLM-6B (-int4, -int8), ChatGLM2-6B (-32k, -int4), ChatGLM3-6B (-base, -32k, -128k), CodeGeeX2-6B, "

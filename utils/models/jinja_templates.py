@@ -14,8 +14,9 @@ from jinja2 import Environment, TemplateError, meta, nodes
 from tokenizers import Tokenizer, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerBase
 
-from utils.models.chat_formats import AlpacaTemplate, ChatGLM2Template, ChatGLM3Template, GLM4Template
+from utils.models.chat_formats import AlpacaTemplate, ChatGLM2Template
 from utils.models.family import generation_of
+from utils.models.turn_formats import ChatGLM3Template, GLM4Template
 
 NO_TOKEN, APART = "\ufdd0", "\ufdd1"
 FIRST_LINE = "{#- The FORM form that rows were trained with -#}"  # marks templates that were made here
@@ -133,13 +134,18 @@ def chat_template(
     return complete(REFUSE)
 
 
+def is_made_here(template: Any) -> bool:
+    """Whether a chat template is one that `chat_template` made."""
+    return isinstance(template, str) and template.startswith(FIRST_LINE.partition("FORM")[0])
+
+
 def _tools_branch(template: Any) -> str | None:
     """
     The base's own template as the branch that renders chats with tools.
 
     None if that template knows no tools. It is parsed, and not run.
     """
-    if not isinstance(template, str) or template.startswith(FIRST_LINE.partition("FORM")[0]):
+    if not isinstance(template, str) or is_made_here(template):
         return None
     try:
         parsed = Environment(extensions=["jinja2.ext.loopcontrols"]).parse(template)

@@ -6,13 +6,16 @@ The templates (`utils/models/templates.py`) write `UnencodedText`s, `encode_many
 is special: a row that spells out "<eop>" does not end the answer.
 """
 
+import json
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
+from utils.models.chat_pieces import TAGS
 from utils.models.tokenization_base import VocabFileTokenizer
 
 IGNORE_INDEX = -100  # labels where there is no loss, as torch's cross_entropy has it
@@ -67,8 +70,24 @@ def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> li
         return tokenizer.encode_texts(texts)
     if not texts:
         return []
-    encoded = tokenizer(list(texts), add_special_tokens=False, split_special_tokens=True, return_attention_mask=False)
-    return [np.array(ids, np.int32) for ids in encoded["input_ids"]]
+    plain = computed_once(tokenizer, "plain", lambda: _without_control_tokens(tokenizer))
+    return [np.array(each.ids, np.int32) for each in plain.encode_batch(list(texts), add_special_tokens=False)]
+
+
+def _without_control_tokens(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
+    """
+    The vocabulary of a tokenizer.json without special tokens and the TAGS of chats, which texts may spell.
+
+    TAGS are tokens that the files do not call special, so `split_special_tokens` would leave them.
+    """
+    content = json.loads(tokenizer.backend_tokenizer.to_str())
+    content["added_tokens"] = [
+        token for token in content["added_tokens"] if not (token["special"] or token["content"] in TAGS)
+    ]
+    plain = Tokenizer.from_str(json.dumps(content))
+    plain.no_truncation()
+    plain.no_padding()
+    return plain
 
 
 def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:

@@ -1,0 +1,491 @@
+"""
+Chat templates of the generations whose turns follow role tokens: ChatGLM3-6B, GLM-4-9B and all later ones.
+
+A conversation becomes the pieces that the released template is made of (`utils/models/chat_renderers.py`), and the
+pieces become tokens, with what the model writes itself marked as trained. `utils/models/family.py` names the class of
+each generation.
+"""
+
+import ast
+import contextlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from keyword import iskeyword
+from typing import Any, NamedTuple
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from utils.models.chat_formats import ChatTemplate, only_trained
+from utils.models.chat_pieces import ASSISTANT, OBSERVATION, THINK, THINK_END, Piece
+from utils.models.chat_renderers import render_pieces
+from utils.models.conversation import Conversation, Message, ToolCall
+from utils.models.token_spans import (
+    NO_TOKENS,
+    TextSpan,
+    TokenSpan,
+    UnencodedText,
+    encode_many,
+    encode_template_text,
+    token_ids,
+    token_span,
+)
+from utils.models.tokenization_chatglm2 import ChatGLM2Tokenizer
+from utils.models.tokenization_glm4 import ChatGLM4Tokenizer
+
+_TAGGED_CALL = re.compile(r"<tool_call>(.*?)</tool_call>", re.DOTALL)
+_TAGGED_ARGUMENT = re.compile(r"<arg_key>(.*?)</arg_key>\s*<arg_value>(.*?)</arg_value>", re.DOTALL)
+
+
+class ReleasedChat(NamedTuple):
+    """A conversation in the form that the released template takes."""
+
+    messages: list[dict[str, Any]]
+    tools: list[Any] | None
+    numbers: list[int]  # of the message of the conversation that each of `messages` comes from
+
+
+class TurnTemplate(ChatTemplate):
+    """
+    Turns between role tokens: `[gMASK] <sop> <|user|> question <|assistant|> answer <|user|>`.
+
+    The next role token ends what the model writes: `<|observation|>` a call of a tool, `<|user|>` an answer.
+    """
+
+    renderer: str  # name of the generation in utils/models/chat_renderers.py
+    has_system_role = True
+    has_tools = True
+    joins_texts = True  # whether neighbouring texts are one text for the tokenizer
+    opening_tokens = ChatGLM4Tokenizer.opening_tokens
+
+    def released_chat(self, conversation: Conversation) -> ReleasedChat:
+        """
+        The conversation as ChatGLM3-6B to GLM-Z1 take it.
+
+        A call is a message of its own: its `metadata` is the tool's name, its content the arguments. The role of a
+        result is "observation".
+        """
+        chat = ReleasedChat([], json.loads(conversation.tools) if conversation.tools else None, [])
+        for number, message in enumerate(conversation.messages):
+            role = "observation" if message.role == "tool" else message.role
+            released = (
+                [{"role": role, "content": message.content}] if message.content or not message.tool_calls else []
+            )
+            released += [
+                {"role": role, "metadata": call.name, "content": call.arguments} for call in message.tool_calls
+            ]
+            chat.messages.extend(released)
+            chat.numbers.extend([number] * len(released))
+        return chat
+
+    def pieces(self, conversation: Conversation, add_generation_prompt: bool) -> list[Piece]:
+        """
+        The pieces of the released template; `Piece.message` counts the messages of `conversation`.
+
+        Raises:
+            ValueError: the released template errs.
+        """
+        messages, tools, numbers = self.released_chat(conversation)
+        options = self.options | dict(conversation.options)
+        return [
+            piece if piece.message is None else piece._replace(message=numbers[piece.message])
+            for piece in self.render_released(messages, tools, add_generation_prompt, options)
+        ]
+
+    def render_released(
+        self,
+        messages: Sequence[Any],
+        tools: Sequence[Any] | None,
+        add_generation_prompt: bool,
+        options: dict[str, Any],
+    ) -> list[Piece]:
+        """The pieces of messages in the form of the released template; raises ValueError where that errs."""
+        return render_pieces(self.renderer, messages, tools, add_generation_prompt, options)
+
+    def target_pieces(self, row: Conversation, prompt: Sequence[Piece]) -> list[Piece]:
+        """
+        What the model writes in the row's last message, behind the pieces of its prompt.
+
+        Raises:
+            ValueError: the template opens this answer in another way than the prompt ends.
+        """
+        last = len(row.messages) - 1
+        pieces = self.pieces(row, add_generation_prompt=False)
+        start = next(index for index, piece in enumerate(pieces) if piece.message == last)
+        opening = _last_turn(pieces[:start])
+        if [piece.text for piece in opening] != [piece.text for piece in _last_turn(prompt)]:
+            raise ValueError("thinking is on, and its answer has no reasoning: turn thinking off for it")
+        return pieces[start:]
+
+    def spans(
+        self, tokenizer: PreTrainedTokenizerBase, pieces: Sequence[Piece], trained: Sequence[int]
+    ) -> list[TextSpan | TokenSpan]:
+        """
+        The pieces as spans; what the model writes in the messages `trained` is marked.
+
+        So is the token after such a message, which ends it.
+        """
+        spans: list[TextSpan | TokenSpan] = []
+        after_trained = False
+        for text, is_token, message in pieces:
+            is_trained = message in trained
+            if is_token:
+                token = token_span(tokenizer, text)
+                spans.append(TokenSpan(token.ids, is_trained or after_trained))
+            elif not self.joins_texts and text == "\n":
+                spans.append(TokenSpan(encode_template_text(tokenizer, text), is_trained))
+            elif self.joins_texts and spans and _continues(spans[-1], is_trained):
+                spans[-1] = TextSpan(spans[-1].text + text, is_trained)
+            else:
+                spans.append(TextSpan(text, is_trained))
+            after_trained = is_trained
+        return spans
+
+    def single_turn_texts(self, row: Conversation) -> tuple[str, str] | None:
+        texts = super().single_turn_texts(row)
+        return (f"\n{texts[0]}", f"\n{texts[1]}") if texts and self.joins_texts else texts
+
+    def render(self, prompt: Conversation) -> str:
+        if len(prompt.messages) == 1 and not prompt.tools:
+            return prompt.messages[0].content
+        text = "".join(piece.text for piece in self.pieces(prompt, add_generation_prompt=True))
+        return text.removeprefix("".join(self.opening_tokens))
+
+    def unencoded_prompt(self, tokenizer: PreTrainedTokenizerBase, prompt: Conversation) -> UnencodedText:
+        trained = [number for number, message in enumerate(prompt.messages) if message.trained]
+        return self._unencoded_prompt(tokenizer, self.pieces(prompt, add_generation_prompt=True), trained)
+
+    def _unencoded_prompt(
+        self, tokenizer: PreTrainedTokenizerBase, pieces: Sequence[Piece], trained: Sequence[int]
+    ) -> UnencodedText:
+        closing = _last_turn(pieces)
+        spans = self.spans(tokenizer, pieces[: len(pieces) - len(closing)], trained)
+        text = spans.pop().text if isinstance(spans[-1], TextSpan) and not spans[-1].trained else ""
+        closing_ids = [
+            encode_template_text(tokenizer, span.text) if isinstance(span, TextSpan) else span.ids
+            for span in self.spans(tokenizer, closing, ())
+        ]
+        return UnencodedText(spans, text, "", TokenSpan(np.concatenate(closing_ids)))
+
+    def unencoded_row(
+        self, tokenizer: PreTrainedTokenizerBase, row: Conversation
+    ) -> tuple[UnencodedText, UnencodedText]:
+        *earlier, last = range(len(row.messages))
+        pieces = self.pieces(row._replace(messages=row.prompt), add_generation_prompt=True)
+        spans = self.spans(tokenizer, self.target_pieces(row, pieces), [last])
+        trained = [number for number in earlier if row.messages[number].trained]
+        prompt = self._unencoded_prompt(tokenizer, pieces, trained)
+        text = ""
+        if row.messages[-1].tool_calls:  # a call that is cut short is no call
+            ending = TokenSpan(token_span(tokenizer, OBSERVATION).ids, trained=True)
+        else:
+            ending = self.stop_span(tokenizer)
+            if isinstance(spans[-1], TextSpan):
+                text = spans.pop().text
+        return prompt, UnencodedText(spans, text, "", ending)
+
+    def stop_ids(self, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+        return token_ids(tokenizer, "<|user|>", "<|endoftext|>", OBSERVATION)
+
+    def training_rows(self, row: Conversation, trained: Sequence[int]) -> list[Conversation]:
+        # One has them all: turns are encoded apart, and a token sees only what precedes it.
+        return [only_trained(row, trained)]
+
+    def encoded_chat(self, tokenizer: PreTrainedTokenizerBase, chat: Conversation) -> list[int]:
+        """The ids of a conversation, without the start of an answer."""
+        return self.encoded_pieces(tokenizer, self.pieces(chat, add_generation_prompt=False))
+
+    def encoded_pieces(self, tokenizer: PreTrainedTokenizerBase, pieces: Sequence[Piece]) -> list[int]:
+        """The ids of pieces."""
+        spans = UnencodedText(self.spans(tokenizer, pieces, ()), "", "", NO_TOKENS)
+        return encode_many(tokenizer, [spans])[0].ids()
+
+    def check_roles(self, messages: Sequence[Message], add_generation_prompt: bool) -> None:
+        """Accept every order, as the released template does."""
+
+    def clean(self, answer: str) -> str:
+        return answer.strip()  # the model writes the newline after <|assistant|>
+
+    def parse_answer(self, texts: Sequence[str], tools: str) -> Message:
+        calls = [self.parse_call(text) if tools else None for text in texts]
+        contents = [text for text, call in zip(texts, calls, strict=True) if call is None]
+        return Message("assistant", self.clean("".join(contents)), tool_calls=tuple(call for call in calls if call))
+
+    def parse_call(self, text: str) -> ToolCall | None:
+        """The call in a text of the form `name \\n arguments`; None for another text."""
+        name, _, arguments = text.partition("\n")
+        name, arguments = name.strip(), self.parse_arguments(arguments.strip())
+        return ToolCall(name, arguments) if name and arguments is not None else None
+
+    def parse_arguments(self, text: str) -> str | None:
+        """The JSON text of a call's arguments, None if they are none."""
+        try:
+            return text if isinstance(json.loads(text), dict) else None
+        except (ValueError, RecursionError):
+            return None
+
+
+class ChatGLM3Template(TurnTemplate):
+    """
+    ChatGLM3-6B: `[gMASK] sop <|user|> \\n prompt <|assistant|> \\n target </s>`.
+
+    Source: `build_chat_input` of THUDM/chatglm3-6b's tokenizer, which encodes each text and each newline apart; a call
+    is a line of Python as in `process_response` of its model and in its tool_using/README.
+    """
+
+    joins_texts = False
+    opening_tokens = ChatGLM2Tokenizer.opening_tokens
+    tools_sentence = "Answer the following questions as best as you can. You have access to the following tools:"
+
+    def render_released(self, messages, tools, add_generation_prompt, options) -> list[Piece]:
+        pieces = [Piece(token, is_token=True) for token in self.opening_tokens]
+        for number, message in enumerate(messages):
+            content = message["content"]
+            if message.get("tools"):
+                content += "\n" + json.dumps(message["tools"], indent=4, ensure_ascii=False)
+            writer = number if message["role"] == "assistant" else None
+            pieces += [
+                Piece(f"<|{message['role']}|>", is_token=True),
+                Piece(f"{message.get('metadata', '')}\n", message=writer),
+                Piece(content, message=writer),
+            ]
+        return [*pieces, Piece(ASSISTANT, is_token=True)] if add_generation_prompt else pieces
+
+    def released_chat(self, conversation: Conversation) -> ReleasedChat:
+        chat = super().released_chat(conversation)
+        for message in chat.messages:
+            if "metadata" in message:
+                message["content"] = f"```python\n{python_call(message['content'])}\n```"
+        tools = chat.tools and [tool.get("function", tool) for tool in chat.tools]
+        return tools_in_system(chat._replace(tools=tools), self.tools_sentence)
+
+    def stop_ids(self, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+        return [tokenizer.eos_token_id, *token_ids(tokenizer, "<|user|>", OBSERVATION)]
+
+    def parse_arguments(self, text: str) -> str | None:
+        code = text.removeprefix("```python").removesuffix("```").strip()
+        try:
+            call = ast.parse(code, mode="eval").body
+            if not (isinstance(call, ast.Call) and getattr(call.func, "id", "") == "tool_call" and not call.args):
+                return None
+            values: dict[str, Any] = {}
+            for keyword in call.keywords:
+                value = ast.literal_eval(keyword.value)
+                values |= value if keyword.arg is None else {keyword.arg: value}
+            return json.dumps(values, ensure_ascii=False)
+        except (SyntaxError, ValueError, TypeError, MemoryError, RecursionError):
+            return None
+
+
+class GLM4Template(TurnTemplate):
+    """
+    GLM-4-9B: `[gMASK] <sop> <|user|> \\n prompt <|assistant|> \\n target <|user|>`.
+
+    Source: `apply_chat_template` of THUDM/glm-4-9b-chat's tokenizer, which encodes each text and each newline apart.
+    """
+
+    renderer = "glm-4-9b-chat"
+    joins_texts = False
+    ids_version = 2  # in version 1 the tokenizer lacked most of tiktoken's merges: other ids in 40 % of Chinese rows
+
+    def released_chat(self, conversation: Conversation) -> ReleasedChat:
+        return tools_in_system(super().released_chat(conversation), "")
+
+
+class GLM40414Template(TurnTemplate):
+    """GLM-4-9B-0414 and GLM-4-32B-0414: as GLM-4-9B, but role, newline and text are one text for the tokenizer."""
+
+    renderer = "glm-4-0414"
+
+
+class GLMZ1Template(TurnTemplate):
+    """
+    GLM-Z1-9B-0414 and GLM-Z1-32B-0414: as GLM-4-0414, and the prompt ends in `<think>`.
+
+    The released template has no form of an answer with reasoning; what the model writes behind the prompt is the
+    reasoning, `</think>` and the answer. Earlier answers stand without their reasoning.
+    """
+
+    renderer = "glm-z1-0414"
+    has_reasoning = True
+
+    def target_pieces(self, row: Conversation, prompt: Sequence[Piece]) -> list[Piece]:
+        last, message = len(row.messages) - 1, row.messages[-1]
+        pieces = [Piece(self.written(message), message=last)]
+        for call in message.tool_calls:
+            pieces += [Piece(ASSISTANT, True, last), Piece(f"{call.name}\n{call.arguments}", message=last)]
+        return pieces
+
+    def written(self, message: Message) -> str:
+        """What the model writes of an answer behind `<think>`, calls left out."""
+        if message.reasoning:
+            return f"{message.reasoning}{THINK_END}{message.content}"
+        if THINK_END in message.content:
+            return message.content.lstrip().removeprefix(THINK)
+        return f"{THINK_END}{message.content}"
+
+    def parse_answer(self, texts: Sequence[str], tools: str) -> Message:
+        reasoning, ended, answer = texts[0].partition(THINK_END)  # the prompt ends in <think>
+        message = super().parse_answer([answer, *texts[1:]] if ended else texts[1:], tools)
+        return message._replace(reasoning=reasoning.strip())
+
+    def single_turn_texts(self, row: Conversation) -> tuple[str, str] | None:
+        texts = super().single_turn_texts(row)
+        if texts is None:
+            return None
+        question = row.messages[0].content.rpartition(THINK_END)[2].strip()
+        return f"\n{question}", self.written(row.messages[1])
+
+    def training_rows(self, row: Conversation, trained: Sequence[int]) -> list[Conversation]:
+        # One an answer, since earlier ones have another form.
+        return [only_trained(row, [number]) for number in trained]
+
+
+class ThinkingTemplate(TurnTemplate):
+    """
+    GLM-4.5 and later: reasoning between `<think>` and `</think>`, calls between `<tool_call>` and `</tool_call>`.
+
+    Where neither a flag nor the row says whether thinking is on, it is on for the rows whose answer has reasoning: an
+    answer without it then continues the prompt that inference has with thinking off.
+    """
+
+    has_reasoning = True
+    known_options = ("enable_thinking", "clear_thinking")
+
+    def released_chat(self, conversation: Conversation) -> ReleasedChat:
+        messages = []
+        for message in conversation.messages:
+            released: dict[str, Any] = {"role": message.role, "content": message.content}
+            if message.reasoning:
+                released["reasoning_content"] = message.reasoning
+            if message.tool_calls:
+                released["tool_calls"] = [
+                    {"name": call.name, "arguments": json.loads(call.arguments)} for call in message.tool_calls
+                ]
+            messages.append(released)
+        tools = json.loads(conversation.tools) if conversation.tools else None
+        return ReleasedChat(messages, tools, list(range(len(messages))))
+
+    def single_turn_texts(self, row: Conversation) -> tuple[str, str] | None:
+        return None  # the answer decides how the prompt ends
+
+    def unencoded_row(
+        self, tokenizer: PreTrainedTokenizerBase, row: Conversation
+    ) -> tuple[UnencodedText, UnencodedText]:
+        return super().unencoded_row(tokenizer, self._with_thinking(row))
+
+    def training_rows(self, row: Conversation, trained: Sequence[int]) -> list[Conversation]:
+        together = only_trained(row, trained)
+        apart = [only_trained(row, [number]) for number in trained]
+        pieces = [piece.text for piece in self.pieces(self._with_thinking(together), add_generation_prompt=False)]
+        for one in map(self._with_thinking, apart[:-1]):  # an earlier answer may have lost its reasoning
+            prompt = self.pieces(one._replace(messages=one.prompt), add_generation_prompt=True)
+            written = [piece.text for piece in (*prompt, *self.target_pieces(one, prompt))]
+            if pieces[: len(written)] != written:
+                return apart
+        return [together]
+
+    def parse_answer(self, texts: Sequence[str], tools: str) -> Message:
+        text = "".join(texts)
+        reasoning, ended, answer = text.partition(THINK_END)
+        if not ended:
+            reasoning, answer = "", text
+        calls = []
+        if tools:
+            types = argument_types(tools)
+            calls = [parse_tagged_call(call, types) for call in _TAGGED_CALL.findall(answer)]
+            answer = _TAGGED_CALL.sub("", answer)
+        reasoning = reasoning.strip().removeprefix(THINK).strip()
+        return Message("assistant", self.clean(answer), reasoning, tuple(calls))
+
+    def _with_thinking(self, row: Conversation) -> Conversation:
+        if "enable_thinking" in self.options | dict(row.options):
+            return row
+        answer = row.messages[-1]
+        thinks = bool(answer.reasoning.strip()) or THINK_END in answer.content
+        return row._replace(options=(*row.options, ("enable_thinking", thinks)))
+
+
+class GLM45Template(ThinkingTemplate):
+    """GLM-4.5, GLM-4.5-Air and GLM-4.6."""
+
+    renderer = "glm-4.5"
+    known_options = ("enable_thinking",)
+
+
+class GLM47Template(ThinkingTemplate):
+    """GLM-4.7, GLM-4.7-Flash and GLM-5."""
+
+    renderer = "glm-4.7"
+
+
+class GLM51Template(ThinkingTemplate):
+    """GLM-5.1."""
+
+    renderer = "glm-5.1"
+
+
+class GLM52Template(ThinkingTemplate):
+    """GLM-5.2."""
+
+    renderer = "glm-5.2"
+    known_options = (*ThinkingTemplate.known_options, "reasoning_effort")
+
+
+def tools_in_system(chat: ReleasedChat, text: str) -> ReleasedChat:
+    """The chat with its tools in its system message, with `text` if it has none."""
+    messages, tools, numbers = chat
+    if not tools:
+        return chat
+    if messages[0]["role"] != "system":
+        messages, numbers = [{"role": "system", "content": text}, *messages], [0, *numbers]
+    return ReleasedChat([messages[0] | {"tools": tools}, *messages[1:]], None, numbers)
+
+
+def argument_types(tools: str) -> dict[tuple[str, str], Any]:
+    """(name of a tool, name of an argument) -> the type that its JSON schema says."""
+    types = {}
+    for tool in json.loads(tools):
+        function = tool.get("function", tool)
+        properties = (function.get("parameters") or {}).get("properties") or {}
+        for name, schema in properties.items():
+            types[function["name"], name] = schema.get("type") if isinstance(schema, dict) else None
+    return types
+
+
+def parse_tagged_call(text: str, types: Mapping[tuple[str, str], Any]) -> ToolCall:
+    """
+    The call in the text between `<tool_call>` and `</tool_call>`.
+
+    A value is JSON, unless its type in `types` is "string" or it is no JSON.
+    """
+    name = text.partition("<arg_key>")[0].strip()
+    arguments = {}
+    for key, value in _TAGGED_ARGUMENT.findall(text):
+        if types.get((name, key)) != "string":
+            with contextlib.suppress(ValueError, RecursionError):
+                value = json.loads(value)
+        arguments[key] = value
+    return ToolCall(name, json.dumps(arguments, ensure_ascii=False))
+
+
+def python_call(arguments: str) -> str:
+    """The JSON text of a call's arguments as the line of Python that ChatGLM3-6B writes."""
+    values = json.loads(arguments)
+    if all(name.isidentifier() and not iskeyword(name) for name in values):
+        return f"tool_call({', '.join(f'{name}={value!r}' for name, value in values.items())})"
+    return f"tool_call(**{values!r})"
+
+
+def _last_turn(pieces: Sequence[Piece]) -> Sequence[Piece]:
+    """The pieces from the last `<|assistant|>` on."""
+    for index in range(len(pieces) - 1, -1, -1):
+        if pieces[index].is_token and pieces[index].text == ASSISTANT:
+            return pieces[index:]
+    return []
+
+
+def _continues(span: TextSpan | TokenSpan, is_trained: bool) -> bool:
+    """Whether a text behind `span` is part of it."""
+    return isinstance(span, TextSpan) and span.trained == is_trained
