@@ -58,6 +58,7 @@ class Form:
     opens_empty_reasoning: bool = False  # of a turn without reasoning: see `reasoning_of`
     bare_tools: bool = False  # the function part of a tool alone, without deferred tools; results of 5.1 on
     says_effort: bool = False  # a system turn of the reasoning effort comes first
+    splits_outputs: bool = False  # a result list of `output` objects is one response each; 5.1 takes only text parts
     reminds_of_media: bool = False  # an image, video or audio part becomes a sentence
 
 
@@ -81,6 +82,7 @@ GLM_5_2 = Form(
     strips_reasoning=False,
     bare_tools=True,
     says_effort=True,
+    splits_outputs=True,
     reminds_of_media=True,
 )
 
@@ -268,7 +270,7 @@ class Conversation:
         first = content[0] if isinstance(content, Sequence) and content else MISSING
         if value_of(first, "type") == "tool_reference":
             return opening + self.response(self.referenced_tools(content))
-        if value_of(first, "output") is not MISSING:
+        if self.form.splits_outputs and value_of(first, "output") is not MISSING:
             outputs = [value_of(item, "output") for item in content]
             if not all(isinstance(output, str) for output in outputs):
                 raise ValueError("an output of the tool is not text")
