@@ -139,10 +139,7 @@ class Conversation:
                 result += self.turn(number, role, message)
             except ValueError as error:
                 raise ValueError(f"message {number}: {error}") from error
-        if prompt:
-            ending = self.form.thinking_on if self.thinks else self.form.thinking_off
-            result += [token("<|assistant|>"), *tokens(*ending)]
-        return result
+        return result + self.prompt(self.thinks) if prompt else result
 
     def turn(self, number: int, role: Any, message: Mapping[str, Any]) -> list[Piece]:
         """Return the turn of a message; nothing for an unknown role."""
@@ -192,7 +189,7 @@ class Conversation:
         return "{" + ", ".join(pairs) + "}"
 
     def assistant_turn(self, number: int, message: Mapping[str, Any]) -> list[Piece]:
-        """Return an assistant's turn: reasoning, answer, calls; all behind the prompt that it begins with are its."""
+        """Return an assistant's turn: the generation prompt that it begins with, then what the model writes."""
         form = self.form
         reasoning, answer = self.reasoning_of(number, message)
         if reasoning is not None and (self.keeps_thinking or number > self.last_user):
@@ -200,13 +197,17 @@ class Conversation:
         else:
             thinking = tokens(*form.no_reasoning)
         answer = answer.strip()
-        written = [token("<|assistant|>"), *thinking, Piece(form.newline + answer if answer else "")]
-        written += self.calls(value_of(message, "tool_calls"))
-        written = [piece for piece in written if piece.text]
-        prompts = ([token("<|assistant|>"), *tokens(*ending)] for ending in (form.thinking_on, form.thinking_off))
-        prompts = ([piece for piece in prompt if piece.text] for prompt in prompts)
-        prompt_length = max(len(prompt) for prompt in prompts if written[: len(prompt)] == prompt) if written else 0
-        return written[:prompt_length] + [piece._replace(message=number) for piece in written[prompt_length:]]
+        turn = [token("<|assistant|>"), *thinking, Piece(form.newline + answer if answer else "")]
+        turn += self.calls(value_of(message, "tool_calls"))
+        turn = [piece for piece in turn if piece.text]
+        prompts = [self.prompt(thinks) for thinks in (True, False)]
+        length = max([len(prompt) for prompt in prompts if turn[: len(prompt)] == prompt], default=1)
+        return turn[:length] + [piece._replace(message=number) for piece in turn[length:]]
+
+    def prompt(self, thinks: bool) -> list[Piece]:
+        """Return the generation prompt with thinking on or off."""
+        ending = self.form.thinking_on if thinks else self.form.thinking_off
+        return [piece for piece in (token("<|assistant|>"), *tokens(*ending)) if piece.text]
 
     def reasoning_of(self, number: int, message: Mapping[str, Any]) -> tuple[str | None, str]:
         """Return a message's reasoning (None: without) and answer; the content may hold both, around `</think>`."""
