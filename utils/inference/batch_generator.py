@@ -25,7 +25,7 @@ from utils.inference.sampling import GREEDY, Sampling
 from utils.inference.stop_strings import StopStrings, decode
 from utils.inference.work_queue import SINGLE_REPLICA, Replica, fetch_share
 from utils.models.chat_formats import ChatTemplate
-from utils.models.chat_pieces import ASSISTANT
+from utils.models.turn_formats import ASSISTANT
 
 
 @dataclass(frozen=True)

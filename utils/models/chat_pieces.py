@@ -1,43 +1,68 @@
-"""`Piece`: what the chat renderers make a chat of, and how their fixed texts become pieces."""
+"""
+The pieces that a rendered conversation consists of, and how its values read where the official templates print them.
 
-import re
+The modules `chat_renderers*.py` build their texts of these. The official templates are jinja, so the helpers follow
+jinja's rules for what a value lacks: a missing key prints as nothing, and asking more of it is an error.
+"""
+
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
-
-OPENING = "[gMASK]<sop>"
-THINK, THINK_END = "<think>", "</think>"
-ASSISTANT, OBSERVATION = "<|assistant|>", "<|observation|>"
-# From GLM-4.5 on these are tokens too, though the tokenizer does not call them special.
-TAGS = tuple(
-    f"<{slash}{name}>"
-    for name in ("think", "tool_call", "tool_response", "arg_key", "arg_value")
-    for slash in ("", "/")
-)
-NOTHINK = "/nothink"
-_TOKENS = re.compile(r"(\[gMASK\]|<sop>|<\|\w+\|>|" + "|".join(map(re.escape, (*TAGS, NOTHINK))) + ")")
 
 
 class Piece(NamedTuple):
-    """A text or token of a rendered chat."""
+    """A part of a rendered conversation: one special token, or plain text."""
 
     text: str
-    is_token: bool = False  # one token that the template writes; else plain text, whatever it spells
-    message: int | None = None  # number, from 0, of the assistant's message that the model writes here
+    is_token: bool = False  # one special token of the template; a token that a message spells out is plain text
+    message: int | None = None  # number of the assistant message that the model writes here; None: not the model's
 
 
-def literal(text: str, message: int | None = None) -> list[Piece]:
-    """A template's own text, split into its tokens and the text between them."""
-    return [
-        Piece(part, is_token=bool(index % 2), message=message)
-        for index, part in enumerate(_TOKENS.split(text))
-        if part
-    ]
+class Missing:
+    """The value of a key that is not there: false, empty, and printed as nothing."""
+
+    def __bool__(self) -> bool:
+        return False
+
+    def __str__(self) -> str:
+        return ""
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(())
 
 
-def role_token(role: str) -> list[Piece]:
-    """The token that opens a message."""
-    return [Piece(f"<|{role}|>", is_token=True)]
+MISSING = Missing()
 
 
-def printed(value: Any) -> str:
-    """A value as Jinja prints it; None stands for a missing key."""
-    return "" if value is None else str(value)
+def value_of(holder: Any, key: str) -> Any:
+    """Return a mapping's value for a key; MISSING where there is none."""
+    return holder.get(key, MISSING) if isinstance(holder, Mapping) else MISSING
+
+
+def items_of(value: Any, name: str) -> Iterable[Any]:
+    """Return what a loop over a value yields; raises ValueError for a number, true, false or null."""
+    if isinstance(value, (str, Mapping, Sequence, Missing)):
+        return value
+    raise ValueError(f"{name} is {value!r}, not a list")
+
+
+def json_text(value: Any, indent: int | None = None) -> str:
+    """Return a value as JSON with characters as they are; raises ValueError for what JSON cannot say."""
+    try:
+        return json.dumps(value, ensure_ascii=False, indent=indent)
+    except TypeError as error:
+        raise ValueError(f"JSON cannot say {value!r}") from error
+
+
+def joined(pieces: Iterable[Piece]) -> list[Piece]:
+    """Return the pieces without empty ones, and with neighbouring plain texts of one writer as one."""
+    result: list[Piece] = []
+    for piece in pieces:
+        if not piece.text:
+            continue
+        last = result[-1] if result else None
+        if last is not None and not last.is_token and not piece.is_token and last.message == piece.message:
+            result[-1] = last._replace(text=last.text + piece.text)
+        else:
+            result.append(piece)
+    return result

@@ -1,286 +1,311 @@
 """
-The chat templates from GLM-4.5 on, which tag reasoning, calls and results; see `utils/models/chat_renderers.py`.
+The conversations of GLM-4.5 to GLM-5.2, as their official templates write them.
 
-They are one form with the differences that `TaggedForm` names. Sources: chat_template of zai-org/GLM-4.5, GLM-4.7,
-GLM-5.1 and GLM-5.2.
+`chat_renderers.py` calls `render_glm45` with the form of a generation. All of them write reasoning as
+`<think>...</think>`, calls as `<tool_call>` with one `<arg_key>` and `<arg_value>` an argument, and results as
+`<tool_response>`; a `Form` holds what differs. No token ends an assistant turn.
 """
 
-import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from utils.models.chat_pieces import (
-    ASSISTANT,
-    NOTHINK,
-    OBSERVATION,
-    OPENING,
-    THINK,
-    THINK_END,
-    Piece,
-    literal,
-    printed,
-    role_token,
-)
+from utils.models.chat_pieces import MISSING, Piece, items_of, json_text, value_of
 
-TOOLS_HEAD = (
-    "\n# Tools\n\nYou may call one or more functions to assist with the user query.\n\nYou are provided with function "
-    "signatures within <tools></tools> XML tags:\n<tools>\n"
+TOKENS = re.compile(r"(</?(?:think|tool_call|tool_response|arg_key|arg_value)>)")  # of the template's own text
+TOOLS_TEXT = (
+    "\n# Tools\n\nYou may call one or more functions to assist with the user query.\n\n"
+    "You are provided with function signatures within <tools></tools> XML tags:\n<tools>\n{tools}</tools>\n\n"
+    "For each function call, output the function name and arguments within the following XML format:\n"
 )
-TOOLS_TAIL = (
-    "</tools>\n\nFor each function call, output the function name and arguments within the following XML format:\n"
-    "<tool_call>{{function-name}}{gap}<arg_key>{{arg-key-1}}</arg_key>{gap}<arg_value>{{arg-value-1}}</arg_value>{gap}"
-    "<arg_key>{{arg-key-2}}</arg_key>{gap}<arg_value>{{arg-value-2}}</arg_value>{gap}...{gap}</tool_call>"
+CALL_EXAMPLE = (
+    "<tool_call>{function-name}",
+    "<arg_key>{arg-key-1}</arg_key>",
+    "<arg_value>{arg-value-1}</arg_value>",
+    "<arg_key>{arg-key-2}</arg_key>",
+    "<arg_value>{arg-value-2}</arg_value>",
+    "...",
+    "</tool_call>",
 )
-REMINDER = (
+MEDIA_REMINDER = (
     "<reminder>You are unable to process this {medium} because you don't have multi-modal input ability. "
     "Try different methods.</reminder>"
 )
 MEDIA = {
-    name: medium
-    for medium, names in {
-        "image": ("image", "image_url"),
-        "video": ("video", "video_url"),
-        "audio": ("audio", "audio_url", "input_audio"),
-    }.items()
-    for name in names
+    "image": "image",
+    "image_url": "image",
+    "video": "video",
+    "video_url": "video",
+    "audio": "audio",
+    "audio_url": "audio",
+    "input_audio": "audio",
 }
+HIDDEN_TOOL_KEYS = ("defer_loading", "strict")
 
 
 @dataclass(frozen=True)
-class TaggedForm:
-    """What differs between the templates from GLM-4.5 on."""
+class Form:
+    """What the official template of one generation writes differently from the others'."""
 
-    gap: str = ""  # between a tag and what is beside it
-    has_nothink: bool = False  # whether thinking is turned off by a suffix of the user's messages
-    strips_reasoning: bool = True
-    knows_clear_thinking: bool = True
-    thinking_off: str = THINK_END  # how a prompt ends with thinking off
-    # How an answer begins that shows no reasoning: "never" with thinking_off, "pair" always with <think></think>,
-    # "turn" with that where thinking is on, or another answer to the same question has reasoning.
-    empty_reasoning: str = "never"
-    unwraps_tools: bool = False  # whether a tool is shown as its function, and may be deferred
-    joins_results: bool = False  # whether the parts of a result are one text
-    has_effort: bool = False  # whether a system message says the effort of reasoning
-    names_media: bool = False  # whether a sentence stands for a picture, video or sound
+    newline: str = ""  # behind role tokens, and between the parts of calls and results
+    thinking_off: tuple[str, ...] = ("</think>",)  # ends the prompt with thinking off
+    thinking_on: tuple[str, ...] = ("<think>",)  # ends the prompt with thinking on
+    no_reasoning: tuple[str, ...] = ("</think>",)  # opens a turn whose reasoning is not written
+    nothink_mark: bool = False  # thinking off: `/nothink` ends each user message
+    can_keep_thinking: bool = True  # `clear_thinking=False` keeps the reasoning of turns before the last user message
+    strips_reasoning: bool = True  # and takes an empty reasoning for none
+    opens_empty_reasoning: bool = False  # of a turn without reasoning: see `reasoning_of`
+    bare_tools: bool = False  # the function part of a tool alone, without deferred tools; results of 5.1 on
+    says_effort: bool = False  # a system turn of the reasoning effort comes first
+    splits_outputs: bool = False  # a result list of `output` objects is one response each; 5.1 takes only text parts
+    reminds_of_media: bool = False  # an image, video or audio part becomes a sentence
 
 
-GLM_4_5 = TaggedForm(gap="\n", has_nothink=True, knows_clear_thinking=False, thinking_off=f"\n{THINK}{THINK_END}")
-GLM_4_7 = TaggedForm()
-GLM_5_1 = TaggedForm(strips_reasoning=False, empty_reasoning="turn", unwraps_tools=True, joins_results=True)
-GLM_5_2 = TaggedForm(
+# Sources: chat_template.jinja of zai-org/GLM-4.5 and GLM-4.5-Air, and of zai-org/GLM-4.6.
+GLM_4_5 = Form(
+    newline="\n",
+    thinking_off=("\n", "<think>", "</think>"),
+    thinking_on=(),
+    no_reasoning=("\n", "<think>", "</think>"),
+    nothink_mark=True,
+    can_keep_thinking=False,
+)
+# Source: chat_template.jinja of zai-org/GLM-4.7 and GLM-4.7-Flash; zai-org/GLM-5 has the same text.
+GLM_4_7 = Form()
+# Source: chat_template.jinja of zai-org/GLM-5.1.
+GLM_5_1 = Form(strips_reasoning=False, opens_empty_reasoning=True, bare_tools=True)
+# Source: chat_template.jinja of zai-org/GLM-5.2.
+GLM_5_2 = Form(
+    thinking_off=("<think>", "</think>"),
+    no_reasoning=("<think>", "</think>"),
     strips_reasoning=False,
-    thinking_off=f"{THINK}{THINK_END}",
-    empty_reasoning="pair",
-    unwraps_tools=True,
-    joins_results=True,
-    has_effort=True,
-    names_media=True,
+    bare_tools=True,
+    says_effort=True,
+    splits_outputs=True,
+    reminds_of_media=True,
 )
 
 
-def render_tagged(
+def render_glm45(
+    form: Form,
     messages: Sequence[Mapping[str, Any]],
-    tools: Sequence[Any] | None,
-    add_generation_prompt: bool,
+    tools: Sequence[Mapping[str, Any]] | None,
+    prompt: bool,
     options: Mapping[str, Any],
-    *,
-    form: TaggedForm,
 ) -> list[Piece]:
-    """The pieces of a chat from GLM-4.5 on; messages of roles that a template does not know are left out."""
-    return _Chat(messages, tools, options, form).render(add_generation_prompt)
+    """Return the pieces of a conversation; a message of a role that the template does not know is left out."""
+    return Conversation(form, messages, tools, options).pieces(prompt)
 
 
-class _Chat:
-    """One chat while it is rendered."""
+def tokens(*texts: str) -> list[Piece]:
+    """Return the template's own texts as pieces, each special token in them on its own."""
+    return [Piece(part, is_token=bool(TOKENS.fullmatch(part))) for text in texts for part in TOKENS.split(text)]
+
+
+def token(text: str) -> Piece:
+    """Return the piece of a special token."""
+    return Piece(text, is_token=True)
+
+
+class Conversation:
+    """A conversation in the form of one generation."""
 
     def __init__(
         self,
+        form: Form,
         messages: Sequence[Mapping[str, Any]],
-        tools: Sequence[Any] | None,
+        tools: Sequence[Mapping[str, Any]] | None,
         options: Mapping[str, Any],
-        form: TaggedForm,
     ):
-        self.messages, self.options, self.form = messages, options, form
-        unwrap = form.unwraps_tools
-        self.tools = [_unwrapped(tool) if unwrap else tool for tool in tools or ()]
-        self.has_tools = bool(tools)
-        self.thinking_off = "enable_thinking" in options and not options["enable_thinking"]
-        users = [number for number, message in enumerate(messages) if message.get("role") == "user"]
-        self.last_user = users[-1] if users else -1
+        self.form = form
+        self.messages = messages
+        self.roles = [value_of(message, "role") for message in messages]
+        self.tools = tools
+        self.thinks = bool(options.get("enable_thinking", True))
+        self.keeps_thinking = form.can_keep_thinking and not options.get("clear_thinking", True)
+        self.effort = "High" if options.get("reasoning_effort") == "high" else "Max"
+        self.last_user = max((number for number, role in enumerate(self.roles) if role == "user"), default=-1)
 
-    def render(self, add_generation_prompt: bool) -> list[Piece]:
-        pieces = literal(OPENING)
-        if self.form.has_effort and not self.thinking_off:
-            effort = "High" if self.options.get("reasoning_effort") == "high" else "Max"
-            pieces += literal(f"<|system|>Reasoning Effort: {effort}")
-        if self.has_tools:
-            pieces += self.describe_tools()
-        for number, message in enumerate(self.messages):
-            role = message.get("role")
-            if role == "user":
-                pieces += self.user(message)
-            elif role == "assistant":
-                pieces += self.assistant(number, message)
-            elif role == "tool":
-                pieces += self.result(number, message)
-            elif role == "system":
-                text = self.visible_text(message.get("content"))
-                pieces += [*role_token("system"), *literal(self.form.gap), Piece(text)]
-        if add_generation_prompt:
-            pieces += literal(ASSISTANT + self.prompt_end)
-        return pieces
+    def pieces(self, prompt: bool) -> list[Piece]:
+        """Return all pieces, those of the generation prompt last."""
+        result = [token("[gMASK]"), token("<sop>")]
+        if self.form.says_effort and self.thinks:
+            result += [token("<|system|>"), Piece(f"Reasoning Effort: {self.effort}")]
+        if self.tools:
+            result += self.tools_turn(self.tools)
+        for number, (role, message) in enumerate(zip(self.roles, self.messages, strict=True)):
+            try:
+                result += self.turn(number, role, message)
+            except ValueError as error:
+                raise ValueError(f"message {number}: {error}") from error
+        return result + self.prompt(self.thinks) if prompt else result
 
-    @property
-    def prompt_end(self) -> str:
-        if self.thinking_off:
-            return self.form.thinking_off
-        return "" if self.form.has_nothink else THINK
-
-    def describe_tools(self) -> list[Piece]:
-        pieces = literal(f"<|system|>{TOOLS_HEAD}")
-        for tool in self.tools:
-            if not (self.form.unwraps_tools and isinstance(tool, Mapping) and tool.get("defer_loading")):
-                pieces.append(Piece(f"{self.schema(tool)}\n"))
-        return [*pieces, *literal(TOOLS_TAIL.format(gap=self.form.gap))]
-
-    def schema(self, tool: Any) -> str:
-        if self.form.unwraps_tools and isinstance(tool, Mapping):
-            tool = {name: value for name, value in tool.items() if name not in ("defer_loading", "strict")}
-        return json.dumps(tool, ensure_ascii=False)
-
-    def user(self, message: Mapping[str, Any]) -> list[Piece]:
-        text = self.visible_text(message.get("content"))
-        pieces = [*role_token("user"), *literal(self.form.gap), Piece(text)]
-        if self.form.has_nothink and self.thinking_off and not text.endswith(NOTHINK):
-            pieces += literal(NOTHINK)
-        return pieces
-
-    def assistant(self, number: int, message: Mapping[str, Any]) -> list[Piece]:
-        form, gap = self.form, self.form.gap
-        content = self.visible_text(message.get("content"))
-        reasoning = message.get("reasoning_content")
-        if not isinstance(reasoning, str):
-            reasoning = None
-            if THINK_END in content:
-                reasoning, content = content.split(THINK_END)[0], content.split(THINK_END)[-1]
-                if form.strips_reasoning:
-                    reasoning = reasoning.rstrip("\n").split(THINK)[-1].lstrip("\n")
-                else:
-                    reasoning = reasoning.split(THINK)[-1]
-        keeps = form.knows_clear_thinking and "clear_thinking" in self.options and not self.options["clear_thinking"]
-        if form.empty_reasoning == "turn" and reasoning is None and self.is_thinking_turn(number):
-            reasoning = ""
-        shown = (keeps or number > self.last_user) and reasoning is not None
-        if form.empty_reasoning == "never":
-            shown = shown and bool(reasoning)
-        pieces = [Piece(ASSISTANT, is_token=True)]
-        if shown and (reasoning or form.empty_reasoning == "turn" and not self.thinking_off):
-            if form.strips_reasoning:
-                reasoning = reasoning.strip()
-            if gap:  # the model writes the newline and <think>
-                pieces += literal(f"{gap}{THINK}", number)
-            else:
-                pieces += literal(THINK)
-            pieces += [Piece(reasoning, message=number)] if reasoning else []
-            pieces += literal(THINK_END, number)
-        else:
-            pair = shown and form.empty_reasoning == "turn"
-            pieces += literal(f"{THINK}{THINK_END}" if pair else form.thinking_off)
-        if content.strip():
-            pieces.append(Piece(gap + content.strip(), message=number))
-        for call in message.get("tool_calls") or ():
-            pieces += self.call(number, call)
-        return pieces
-
-    def is_thinking_turn(self, number: int) -> bool:
-        """Whether an answer without reasoning belongs to a turn with thinking on."""
-        if number > self.last_user and not self.thinking_off:
-            return True
-        question = max((index for index in range(number) if self.messages[index].get("role") == "user"), default=-1)
-        for message in self.messages[question + 1 :]:
-            if message.get("role") == "user":
-                break
-            if message.get("role") == "assistant" and isinstance(message.get("reasoning_content"), str):
-                return True
-        return False
-
-    def call(self, number: int, call: Any) -> list[Piece]:
-        gap = self.form.gap
-        function = call.get("function") or call if isinstance(call, Mapping) else {}
-        name, arguments = function.get("name"), function.get("arguments")
-        if not isinstance(name, str):
-            raise ValueError(f"message {number + 1}: a call has no name")
-        if not isinstance(arguments, Mapping):
-            raise ValueError(
-                f"message {number + 1}: the arguments of {name} are a {type(arguments).__name__}, not a dict"
-            )
-        pieces = [*literal(f"{gap}<tool_call>", number), Piece(name + gap, message=number)]
-        for key, value in arguments.items():
-            text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-            pieces += [
-                *literal("<arg_key>", number),
-                Piece(printed(key), message=number),
-                *literal(f"</arg_key>{gap}<arg_value>", number),
-                Piece(text, message=number),
-                *literal(f"</arg_value>{gap}", number),
-            ]
-        return [*pieces, *literal("</tool_call>", number)]
-
-    def result(self, number: int, message: Mapping[str, Any]) -> list[Piece]:
-        content, gap = message.get("content"), self.form.gap
-        follows = number > 0 and self.messages[number - 1].get("role") == "tool"
-        opening = [] if follows else literal(OBSERVATION)
-        if isinstance(content, str):
-            texts = [content]
-        elif self.form.joins_results:
-            texts = [self.referenced_tools(content) or self.visible_text(content)]
-        else:
-            opening = literal(OBSERVATION)
-            if content is not None and not isinstance(content, Sequence | Mapping):
-                raise ValueError(
-                    f"message {number + 1}: the content is a {type(content).__name__}, not a text or list"
-                )
-            texts = [
-                printed(part["output"]) if isinstance(part, Mapping) and "output" in part else str(part)
-                for part in content or ()
-            ]
-        pieces = opening
-        for text in texts:
-            pieces += [*literal(f"{gap}<tool_response>{gap}"), Piece(text), *literal(f"{gap}</tool_response>")]
-        return pieces
-
-    def referenced_tools(self, content: Any) -> str:
-        """The tools that the parts of a result refer to; "" if they refer to none."""
-        if not isinstance(content, Sequence) or not content:
-            return ""
-        if not (isinstance(content[0], Mapping) and content[0].get("type") == "tool_reference"):
-            return ""
-        text = "<tools>\n"
-        for part in content:
-            for tool in self.tools:
-                if isinstance(tool, Mapping) and isinstance(part, Mapping) and tool.get("name") == part.get("name"):
-                    text += f"{self.schema(tool)}\n"
-        return f"{text}</tools>"
+    def turn(self, number: int, role: Any, message: Mapping[str, Any]) -> list[Piece]:
+        """Return the turn of a message; nothing for an unknown role."""
+        content = value_of(message, "content")
+        if role == "user":
+            text = self.visible_text(content)
+            is_marked = self.form.nothink_mark and not self.thinks and not text.endswith("/nothink")
+            return [token("<|user|>"), Piece(self.form.newline + text), *[token("/nothink")] * is_marked]
+        if role == "system":
+            return [token("<|system|>"), Piece(self.form.newline + self.visible_text(content))]
+        if role == "tool":
+            return self.result_turn(number, content)
+        return self.assistant_turn(number, message) if role == "assistant" else []
 
     def visible_text(self, content: Any) -> str:
-        """The texts of a content's parts; another value as Jinja prints it."""
-        if content is None:
-            return ""
-        if not isinstance(content, Sequence) or isinstance(content, str):
+        """Return a content as text: of a list its strings and text parts, of another type what Python prints."""
+        if isinstance(content, Mapping) or not isinstance(content, Sequence) or isinstance(content, str):
             return str(content)
-        text = ""
+        texts = []
         for part in content:
+            kind = value_of(part, "type")
             if isinstance(part, str):
-                text += part
-            elif isinstance(part, Mapping):
-                kind = part.get("type")
-                if kind == "text":
-                    text += printed(part.get("text"))
-                elif self.form.names_media and kind in MEDIA:
-                    text += REMINDER.format(medium=MEDIA[kind])
-        return text
+                texts.append(part)
+            elif kind == "text":
+                texts.append(str(value_of(part, "text")))
+            elif self.form.reminds_of_media and isinstance(kind, str) and kind in MEDIA:
+                texts.append(MEDIA_REMINDER.format(medium=MEDIA[kind]))
+        return "".join(texts)
+
+    def tools_turn(self, tools: Sequence[Mapping[str, Any]]) -> list[Piece]:
+        """Return the system turn that lists the tools and shows how to call them."""
+        listed = tools
+        if self.form.bare_tools:
+            listed = [tool for tool in map(bare_tool, tools) if not value_of(tool, "defer_loading")]
+        lines = [self.tool_text(tool) + "\n" for tool in listed]
+        before, after = TOOLS_TEXT.split("{tools}")
+        example = tokens(self.form.newline.join(CALL_EXAMPLE))
+        return [token("<|system|>"), Piece(before + "".join(lines) + after), *example]
+
+    def tool_text(self, tool: Any) -> str:
+        """Return a tool as JSON; raises ValueError for a function that is no object where its keys are written."""
+        if not self.form.bare_tools:
+            return json_text(tool)
+        if not isinstance(tool, Mapping):
+            raise ValueError(f"the function of a tool is {tool!r}, not an object")
+        pairs = [f'"{key}": {json_text(value)}' for key, value in tool.items() if key not in HIDDEN_TOOL_KEYS]
+        return "{" + ", ".join(pairs) + "}"
+
+    def assistant_turn(self, number: int, message: Mapping[str, Any]) -> list[Piece]:
+        """Return an assistant's turn: the generation prompt that it begins with, then what the model writes."""
+        form = self.form
+        reasoning, answer = self.reasoning_of(number, message)
+        if reasoning is not None and (self.keeps_thinking or number > self.last_user):
+            thinking = [Piece(form.newline), token("<think>"), Piece(reasoning), token("</think>")]
+        else:
+            thinking = tokens(*form.no_reasoning)
+        answer = answer.strip()
+        turn = [token("<|assistant|>"), *thinking, Piece(form.newline + answer if answer else "")]
+        turn += self.calls(value_of(message, "tool_calls"))
+        turn = [piece for piece in turn if piece.text]
+        prompts = [self.prompt(thinks) for thinks in (True, False)]
+        length = max([len(prompt) for prompt in prompts if turn[: len(prompt)] == prompt], default=1)
+        return turn[:length] + [piece._replace(message=number) for piece in turn[length:]]
+
+    def prompt(self, thinks: bool) -> list[Piece]:
+        """Return the generation prompt with thinking on or off."""
+        ending = self.form.thinking_on if thinks else self.form.thinking_off
+        return [piece for piece in (token("<|assistant|>"), *tokens(*ending)) if piece.text]
+
+    def reasoning_of(self, number: int, message: Mapping[str, Any]) -> tuple[str | None, str]:
+        """Return a message's reasoning (None: without) and answer; the content may hold both, around `</think>`."""
+        form = self.form
+        reasoning, answer = value_of(message, "reasoning_content"), self.visible_text(value_of(message, "content"))
+        if not isinstance(reasoning, str):
+            reasoning = None
+            if "</think>" in answer:
+                before = answer.split("</think>")[0]
+                if form.strips_reasoning:
+                    before = before.rstrip("\n")
+                reasoning = before.split("<think>")[-1]
+                if form.strips_reasoning:
+                    reasoning = reasoning.lstrip("\n")
+                answer = answer.split("</think>")[-1]
+        if form.strips_reasoning:
+            reasoning = reasoning.strip() if reasoning else None
+        elif reasoning is None and form.opens_empty_reasoning:
+            opens = self.thinks if number > self.last_user else self.thinks_elsewhere(number)
+            reasoning = "" if opens else None
+        return reasoning, answer
+
+    def thinks_elsewhere(self, number: int) -> bool:
+        """Return whether an assistant message behind the same user message has reasoning of its own key."""
+        users = [index for index, role in enumerate(self.roles) if role == "user"]
+        start = max((user for user in users if user < number), default=None)
+        if start is None:  # in front of the first user message
+            return False
+        end = min((user for user in users if user > number), default=len(self.roles))
+        return any(
+            self.roles[index] == "assistant" and isinstance(value_of(self.messages[index], "reasoning_content"), str)
+            for index in range(start, end)
+        )
+
+    def calls(self, calls: Any) -> list[Piece]:
+        """Return the calls of a message; raises ValueError for one without name or argument object."""
+        newline, pieces = self.form.newline, []
+        for call in items_of(calls, "tool_calls") if calls else ():
+            call = value_of(call, "function") or call
+            name, arguments = value_of(call, "name"), value_of(call, "arguments")
+            if not isinstance(name, str):
+                raise ValueError("a tool call has no name")
+            if not isinstance(arguments, Mapping):
+                raise ValueError(f"the arguments of the call of {name} are {arguments!r}, not an object")
+            pieces += [Piece(newline), token("<tool_call>"), Piece(name + newline)]
+            for key, value in arguments.items():
+                shown = value if isinstance(value, str) else json_text(value)
+                pieces += [token("<arg_key>"), Piece(str(key)), token("</arg_key>"), Piece(newline)]
+                pieces += [token("<arg_value>"), Piece(shown), token("</arg_value>"), Piece(newline)]
+            pieces.append(token("</tool_call>"))
+        return pieces
+
+    def result_turn(self, number: int, content: Any) -> list[Piece]:
+        """Return a tool's results; results of neighbouring messages share one role token."""
+        opening = [] if number and self.roles[number - 1] == "tool" else [token("<|observation|>")]
+        if isinstance(content, str):
+            return opening + self.response(content)
+        if not self.form.bare_tools:
+            texts = [output_text(item) for item in items_of(content, "the content of the tool")]
+            return [token("<|observation|>"), *(piece for text in texts for piece in self.response(text))]
+        first = content[0] if isinstance(content, Sequence) and content else MISSING
+        if value_of(first, "type") == "tool_reference":
+            return opening + self.response(self.referenced_tools(content))
+        if self.form.splits_outputs and value_of(first, "output") is not MISSING:
+            outputs = [value_of(item, "output") for item in content]
+            if not all(isinstance(output, str) for output in outputs):
+                raise ValueError("an output of the tool is not text")
+            return opening + [piece for output in outputs for piece in self.response(output)]
+        return opening + self.response(self.visible_text(content))
+
+    def response(self, text: str) -> list[Piece]:
+        """Return one result of a tool."""
+        newline = self.form.newline
+        return [
+            Piece(newline),
+            token("<tool_response>"),
+            Piece(newline + text + newline),
+            token("</tool_response>"),
+        ]
+
+    def referenced_tools(self, references: Sequence[Any]) -> str:
+        """Return the tools that a result refers to by name; raises ValueError without tools."""
+        if self.tools is None:
+            raise ValueError("a tool_reference needs tools")
+        lines = ["<tools>\n"]
+        for reference in references:
+            for tool in map(bare_tool, self.tools):
+                if value_of(tool, "name") == value_of(reference, "name"):  # none on both sides is equal too
+                    lines.append(self.tool_text(tool) + "\n")
+        return "".join(lines) + "</tools>"
 
 
-def _unwrapped(tool: Any) -> Any:
-    return tool["function"] if isinstance(tool, Mapping) and "function" in tool else tool
+def bare_tool(tool: Mapping[str, Any]) -> Any:
+    """Return the function part of a tool, wrapped or bare."""
+    return tool.get("function", tool)
+
+
+def output_text(item: Any) -> str:
+    """Return a result's `output`; what Python prints of it where it has none."""
+    output = value_of(item, "output")
+    return str(item if output is MISSING else output)

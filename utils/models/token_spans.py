@@ -15,9 +15,12 @@ import numpy as np
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
-from utils.models.chat_pieces import TAGS
 from utils.models.tokenization_base import VocabFileTokenizer
 
+# From GLM-4.5 on these are tokens of a chat too, though the tokenizer's files do not call them special.
+TAGS = [
+    f"<{end}{name}>" for name in ("think", "tool_call", "tool_response", "arg_key", "arg_value") for end in ("", "/")
+]
 IGNORE_INDEX = -100  # labels where there is no loss, as torch's cross_entropy has it
 
 

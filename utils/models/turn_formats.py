@@ -18,7 +18,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from utils.models.chat_formats import ChatTemplate, only_trained
-from utils.models.chat_pieces import ASSISTANT, OBSERVATION, THINK, THINK_END, Piece
+from utils.models.chat_pieces import Piece
 from utils.models.chat_renderers import render_pieces
 from utils.models.conversation import Conversation, Message, ToolCall
 from utils.models.token_spans import (
@@ -34,6 +34,8 @@ from utils.models.token_spans import (
 from utils.models.tokenization_chatglm2 import ChatGLM2Tokenizer
 from utils.models.tokenization_glm4 import ChatGLM4Tokenizer
 
+ASSISTANT, OBSERVATION = "<|assistant|>", "<|observation|>"
+THINK, THINK_END = "<think>", "</think>"
 _TAGGED_CALL = re.compile(r"<tool_call>(.*?)</tool_call>", re.DOTALL)
 _TAGGED_ARGUMENT = re.compile(r"<arg_key>(.*?)</arg_key>\s*<arg_value>(.*?)</arg_value>", re.DOTALL)
 
@@ -133,8 +135,13 @@ class TurnTemplate(ChatTemplate):
             if is_token:
                 token = token_span(tokenizer, text)
                 spans.append(TokenSpan(token.ids, is_trained or after_trained))
-            elif not self.joins_texts and text == "\n":
-                spans.append(TokenSpan(encode_template_text(tokenizer, text), is_trained))
+            elif not self.joins_texts:
+                metadata, newline, content = text.partition("\n")
+                head = encode_template_text(tokenizer, newline) if not metadata else None
+                spans += [
+                    TextSpan(f"{metadata}\n", is_trained) if head is None else TokenSpan(head, is_trained),
+                    TextSpan(content, is_trained),
+                ]
             elif self.joins_texts and spans and _continues(spans[-1], is_trained):
                 spans[-1] = TextSpan(spans[-1].text + text, is_trained)
             else:
@@ -245,11 +252,8 @@ class ChatGLM3Template(TurnTemplate):
             if message.get("tools"):
                 content += "\n" + json.dumps(message["tools"], indent=4, ensure_ascii=False)
             writer = number if message["role"] == "assistant" else None
-            pieces += [
-                Piece(f"<|{message['role']}|>", is_token=True),
-                Piece(f"{message.get('metadata', '')}\n", message=writer),
-                Piece(content, message=writer),
-            ]
+            text = f"{message.get('metadata', '')}\n{content}"
+            pieces += [Piece(f"<|{message['role']}|>", is_token=True), Piece(text, message=writer)]
         return [*pieces, Piece(ASSISTANT, is_token=True)] if add_generation_prompt else pieces
 
     def released_chat(self, conversation: Conversation) -> ReleasedChat:
