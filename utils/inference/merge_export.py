@@ -33,7 +33,7 @@ from utils.data.collators import left_pad
 from utils.lora.adapter import load_adapter, read_origin
 from utils.models.conversation import Message
 from utils.models.convert_tokenizer import fast_tokenizer, special_tokens
-from utils.models.family import CHATGLM_6B, MERGED, MERGED_FROM
+from utils.models.family import CHATGLM_6B, GENERATION_KEY, MERGED
 from utils.models.jinja_templates import chat_template, keep_apart
 from utils.models.templates import TEMPLATES, AlpacaTemplate, ChatTemplate, encode_prompt, template_for
 
@@ -269,7 +269,7 @@ def _save_glm(model: PreTrainedModel, source: MergeSource, directory: Path, alpa
         tokenizer.chat_template = chat_template(tokenizer, special_tokens(tokenizer.backend_tokenizer), opening)
         tokenizer.save_pretrained(directory)
         return
-    _edit(directory / "config.json", **{MERGED_FROM: source.checkpoint.generation.name})
+    _edit(directory / "config.json", **{GENERATION_KEY: source.checkpoint.generation.name})
     try:
         fast_tokenizer(tokenizer, opening).save_pretrained(directory)
         _edit(directory / "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast")  # any version knows it
