@@ -27,14 +27,18 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
 )
-from transformers.models.glm.modeling_glm import GlmDecoderLayer
-from transformers.models.glm4.modeling_glm4 import Glm4DecoderLayer
+from transformers.models.glm.modeling_glm import GlmAttention, GlmDecoderLayer, GlmMLP
+from transformers.models.glm4.modeling_glm4 import Glm4Attention, Glm4DecoderLayer, Glm4MLP
 
 from utils.models.configuration_chatglm import ChatGLMConfig
 from utils.models.convert_checkpoint import glm_config, to_glm
 from utils.models.family import Generation
 from utils.models.modeling_chatglm import ChatGLMBlock, ChatGLMForConditionalGeneration
 from utils.models.tokenization_chatglm import ChatGLMTokenizer
+
+# Stock layers that compute the same: the two architectures differ in the norms of a block.
+GLM_ATTENTIONS = (GlmAttention, Glm4Attention)  # rotary embedding on interleaved pairs, fewer key/value heads
+GLM_MLPS = (GlmMLP, Glm4MLP)  # gate and up in one matrix
 
 AutoConfig.register("chatglm", ChatGLMConfig)
 for auto_class in (AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM):
