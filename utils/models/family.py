@@ -169,6 +169,7 @@ class Generation:
     architecture: str  # of `utils.models.architectures.ARCHITECTURES`: model class, configuration, key map
     layers: LayerNames
     required_tokens: tuple[str, ...] = ()  # of its chats, where the tokenizer of another family may lack them
+    keeps_tokenizer: bool = False  # a merged checkpoint has the files of the base's tokenizer, chat template included
 
     @property
     def lora_target_modules(self) -> tuple[str, ...]:
@@ -246,6 +247,7 @@ GLM4_0414 = Generation(
     architecture="glm4",
     layers=GLM_LAYERS,
     required_tokens=GLM4_TOKENS,
+    keeps_tokenizer=True,
 )
 GLM_Z1 = Generation(
     name="GLM-Z1-0414",
@@ -257,6 +259,7 @@ GLM_Z1 = Generation(
     architecture="glm4",
     layers=GLM_LAYERS,
     required_tokens=GLM4_TOKENS,
+    keeps_tokenizer=True,
 )
 # The first row that is in a checkpoint directory is its generation.
 GENERATIONS = (GLM4_HF, GLM_Z1, GLM4_0414, CHATGLM_6B, GLM4, CHATGLM3, CHATGLM2)
