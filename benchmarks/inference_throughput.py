@@ -27,7 +27,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from tools.random_checkpoint import CHATGLM, SHAPES, random_model
+from tools.random_checkpoint import CHATGLM, SHAPES, generation_of_shape, random_model
 from utils.inference.engine import Engine
 from utils.inference.engine.kv_cache import kv_bytes_per_token
 from utils.inference.engine.model_runner import EngineConfig
@@ -35,7 +35,6 @@ from utils.inference.engine.scheduler import StopRule, TokenSequence
 from utils.inference.placement import prepare_for_decoding
 from utils.layers.fp8 import FP8, convert_to_fp8
 from utils.layers.fused_qkv import QKV_PROJ, fuse_qkv
-from utils.models.family import CHATGLM3, CHATGLM_6B
 
 
 def timed(call) -> float:
@@ -116,7 +115,7 @@ def main() -> None:
             result["generate_agreement"] = agreement(model, prompts, output[0][:, args.prompt_tokens :])
         result["generate_batch_tokens_per_second"] = generate_batch_rate(model, prompts, args.new_tokens)
 
-    linear_layers = (CHATGLM_6B if is_chatglm else CHATGLM3).linear_layers
+    linear_layers = generation_of_shape(args.shape).linear_layers
     if args.quantize:
         fuse_qkv(model)
         convert_to_fp8(model, {*linear_layers, QKV_PROJ}, trains=False)

@@ -36,9 +36,8 @@ import datasets
 import torch
 from peft import LoraConfig, get_peft_model
 
-from tools.random_checkpoint import CHATGLM, SHAPES, random_model, write_checkpoint
+from tools.random_checkpoint import SHAPES, generation_of_shape, random_model, write_checkpoint
 from utils.data.collators import PaddingCollator
-from utils.models.family import CHATGLM3, CHATGLM_6B
 from utils.training.optimize import decoder_blocks
 from utils.training.throughput import Throughput
 
@@ -178,8 +177,7 @@ def run_baseline(shape: str, rows: Path, device: str, batch_size: int, steps: in
     """
     try:
         model = random_model(shape, device, torch.bfloat16 if device == "cuda" else torch.float32)
-        generation = CHATGLM_6B if shape in CHATGLM else CHATGLM3
-        targets = list(generation.lora_target_modules)
+        targets = list(generation_of_shape(shape).lora_target_modules)
         model.config.use_cache = False
         model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=8, lora_alpha=32, target_modules=targets))
         model.enable_input_require_grads()

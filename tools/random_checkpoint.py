@@ -20,16 +20,19 @@ from utils.common.script import run
 
 import torch
 from huggingface_hub import save_torch_state_dict
-from transformers import GlmForCausalLM, PretrainedConfig, PreTrainedModel
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from transformers import Glm4Config, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from utils.checkpoint.model import Checkpoint
 from utils.checkpoint.tokenizer import load_tokenizer
 from utils.common.files import apply_umask
 from utils.common.flags import FlagParser
-from utils.models import ChatGLMConfig, ChatGLMForConditionalGeneration
+from utils.models import ChatGLMConfig
+from utils.models.architectures import architecture_of
 from utils.models.convert_checkpoint import REQUIRED, glm_config, to_released_layout
-from utils.models.family import CHATGLM2, CHATGLM_6B, GLM4
+from utils.models.family import CHATGLM2, CHATGLM_6B, GLM4, GLM4_0414, Generation, record_generation
 from utils.models.family import CHATGLM3 as CHATGLM3_6B
+from utils.models.tokenization_glm4 import GLM4_SPECIAL_TOKENS
 
 TOKENIZER = Path(__file__).resolve().parent.parent / "data" / "chatglm-tiny"
 CHATGLM = {
@@ -86,14 +89,65 @@ GLM = {
         "kv_channels": 16,
     },
 }
-SHAPES = (*CHATGLM, *GLM)
-RELEASED = {"chatglm-6b": CHATGLM_6B, "chatglm2-6b": CHATGLM2, "chatglm3-6b": CHATGLM3_6B, "glm-4-9b": GLM4}
+GLM4_9B_0414 = {
+    "vocab_size": 151552,
+    "hidden_size": 4096,
+    "intermediate_size": 13696,
+    "num_hidden_layers": 40,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 2,
+    "head_dim": 128,
+    "attention_bias": True,
+    "rms_norm_eps": 1e-5,
+    "max_position_embeddings": 32768,
+    # Ids in the vocabulary of `write_tokenizer`, as those of glm-4-9b.
+    "eos_token_id": [256, 263, 265],
+    "pad_token_id": 256,
+}
+GLM_0414 = {
+    "glm-4-9b-0414": GLM4_9B_0414,
+    "glm-4-32b-0414": GLM4_9B_0414
+    | {
+        "hidden_size": 6144,
+        "intermediate_size": 23040,
+        "num_hidden_layers": 61,
+        "num_attention_heads": 48,
+        "attention_bias": False,
+    },
+    "tiny-glm4": GLM4_9B_0414
+    | {
+        "vocab_size": 1024,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "head_dim": 16,
+    },
+}
+SHAPES = (*CHATGLM, *GLM, *GLM_0414)
+RELEASED = {
+    "chatglm-6b": CHATGLM_6B,
+    "chatglm2-6b": CHATGLM2,
+    "chatglm3-6b": CHATGLM3_6B,
+    "glm-4-9b": GLM4,
+    "glm-4-9b-0414": GLM4_0414,
+    "glm-4-32b-0414": GLM4_0414,
+}
+
+
+def generation_of_shape(shape: str) -> Generation:
+    """Return a generation whose model class and layers one of SHAPES has."""
+    if shape in CHATGLM:
+        return CHATGLM_6B
+    return GLM4_0414 if shape in GLM_0414 else CHATGLM3_6B
 
 
 def make_config(shape: str) -> PretrainedConfig:
     """Return the configuration of one of SHAPES, without a tokenizer's special tokens."""
     if shape in CHATGLM:
         return ChatGLMConfig(**CHATGLM[shape])
+    if shape in GLM_0414:
+        return Glm4Config(**GLM_0414[shape])
     return glm_config(GLM[shape], positions_interpolated=shape == "chatglm2-6b")
 
 
@@ -112,23 +166,36 @@ def random_model(shape: str, device: str, dtype: torch.dtype, seed: int = 0) -> 
         tokenizer = load_tokenizer(str(TOKENIZER))
         names = {field.name for field in dataclasses.fields(ChatGLMConfig) if field.name.endswith("_token_id")}
         special = {name: getattr(tokenizer, name) for name in names if hasattr(tokenizer, name)}
-        model_class, config = ChatGLMForConditionalGeneration, ChatGLMConfig(**CHATGLM[shape], **special)
+        config = ChatGLMConfig(**CHATGLM[shape], **special)
     else:
-        model_class, config = GlmForCausalLM, make_config(shape)
+        config = make_config(shape)
     torch.manual_seed(seed)
     torch.set_default_dtype(dtype)
     try:
         with torch.device(device):
-            return model_class(config)
+            return architecture_of(generation_of_shape(shape)).model_class(config)
     finally:
         torch.set_default_dtype(torch.float32)
 
 
 def write_tokenizer(shape: str, directory: Path) -> None:
-    """Write the embedded SentencePiece model, or for GLM-4 a vocabulary of 256 bytes."""
+    """Write the embedded SentencePiece model, or for GLM-4 a vocabulary of 256 bytes and the special tokens."""
     if shape in CHATGLM:
         for name in ("ice_text.model", "tokenizer_config.json"):
             shutil.copyfile(TOKENIZER / name, directory / name)
+        return
+    if shape in GLM_0414:
+        fast = Tokenizer(
+            models.BPE({byte: i for i, byte in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, [])
+        )
+        fast.pre_tokenizer, fast.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+        special = GLM4_SPECIAL_TOKENS.split()
+        fast.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
+        tokenizer = PreTrainedTokenizerFast(
+            tokenizer_object=fast, eos_token=special[0], pad_token=special[0], padding_side="left"
+        )
+        record_generation(tokenizer, GLM4_0414)
+        tokenizer.save_pretrained(directory)
         return
     name = shape if "glm-4" in shape or "chatglm" in shape else f"chatglm3-{shape}"  # identifies the generation
     (directory / "tokenizer_config.json").write_text(json.dumps({"name_or_path": name}) + "\n", encoding="utf-8")
@@ -141,7 +208,7 @@ def write_tokenizer(shape: str, directory: Path) -> None:
 
 def silence_unused_ids(shape: str, model: PreTrainedModel) -> None:
     """Give ids without a token the logit 0, which greedy decoding never chooses."""
-    size = 256 if shape == "glm-4-9b" else len(load_tokenizer(str(TOKENIZER)))
+    size = 256 if shape == "glm-4-9b" or shape in GLM_0414 else len(load_tokenizer(str(TOKENIZER)))
     with torch.no_grad():
         model.get_output_embeddings().weight[size:] = 0
 
@@ -149,7 +216,7 @@ def silence_unused_ids(shape: str, model: PreTrainedModel) -> None:
 def save_checkpoint(shape: str, model: PreTrainedModel, directory: Path) -> None:
     """Write a model of one of SHAPES under the released names, and a tokenizer."""
     directory.mkdir(parents=True, exist_ok=True)
-    if shape in CHATGLM:
+    if shape not in GLM:
         model.save_pretrained(directory, max_shard_size="2GB")
     else:
         save_torch_state_dict(to_released_layout(model.state_dict()), directory, max_shard_size="2GB")

@@ -25,6 +25,8 @@ HUB_IDS = {
     "chatglm2-6b": "THUDM/chatglm2-6b",
     "chatglm3-6b": "THUDM/chatglm3-6b",
     "glm-4-9b": "THUDM/glm-4-9b-chat",
+    "glm-4-9b-0414": "zai-org/GLM-4-9B-0414",
+    "glm-4-32b-0414": "zai-org/GLM-4-32B-0414",
 }
 # Of a card's advertised memory, what torch can take: some is reserved, some is the CUDA context's.
 AVAILABLE_SHARE, CONTEXT_GIB = 0.98, 0.5

@@ -31,9 +31,9 @@ def trained_chatglm() -> tuple:
     ]
 
 
-def random_glm() -> tuple:
+def random_glm(shape: str = "tiny-glm") -> tuple:
     """With weights so large that answers differ."""
-    model = random_model("tiny-glm", "cpu", torch.float32, seed=3).eval()
+    model = random_model(shape, "cpu", torch.float32, seed=3).eval()
     torch.manual_seed(0)
     for parameter in model.parameters():
         if parameter.ndim == 2:
@@ -41,11 +41,16 @@ def random_glm() -> tuple:
     return model, [torch.randint(10, 900, (length,)).tolist() for length in (5, 9, 14, 30, 1, 22, 2)]
 
 
+def random_glm4() -> tuple:
+    """GLM-4-0414."""
+    return random_glm("tiny-glm4")
+
+
 def sequences_of(prompts: list[list[int]], max_new_tokens: int) -> list[TokenSequence]:
     return [TokenSequence(number, prompt, max_new_tokens) for number, prompt in enumerate(prompts)]
 
 
-@pytest.mark.parametrize("build", [trained_chatglm, random_glm])
+@pytest.mark.parametrize("build", [trained_chatglm, random_glm, random_glm4])
 def test_answers_are_those_of_generate(build):
     model, prompts = build()
     expected = []
@@ -64,7 +69,7 @@ def test_answers_are_those_of_generate(build):
     prepare_for_decoding(model)
     for max_batch_size, decode_steps, compiles in (
         *((1, 1, False), (3, 1, False), (7, 1, False), (1, 3, False), (7, 2, False)),
-        (3, 4, build is random_glm),
+        (3, 4, build is random_glm4),
     ):
         config = EngineConfig(
             max_batch_size, 64, StopRule(frozenset(stops)), compile_layers=compiles, decode_steps=decode_steps
@@ -74,7 +79,7 @@ def test_answers_are_those_of_generate(build):
         assert [sequence.answer_ids for sequence in by_id] == expected
 
 
-@pytest.mark.parametrize("build", [trained_chatglm, random_glm])
+@pytest.mark.parametrize("build", [trained_chatglm, random_glm, random_glm4])
 @torch.no_grad()
 def test_a_prepared_model_computes_as_before(build):
     """Forward passes with padding, and `generate`; preparing twice changes nothing more."""
@@ -227,7 +232,7 @@ def attend_by_lengths(query, keys, values, lengths, scaling):
     return output
 
 
-@pytest.mark.parametrize("build", [trained_chatglm, random_glm])
+@pytest.mark.parametrize("build", [trained_chatglm, random_glm, random_glm4])
 def test_the_path_of_a_gpu_with_kernels_answers_the_same(build, monkeypatch):
     monkeypatch.setattr(varlen_attention, "varlen_attn", varlen_attn_reference)
     monkeypatch.setattr(
@@ -249,7 +254,7 @@ def test_the_path_of_a_gpu_with_kernels_answers_the_same(build, monkeypatch):
     assert list(runners[1].graphs) == [("prefill", 128)]
 
 
-@pytest.mark.parametrize("build", [trained_chatglm, random_glm])
+@pytest.mark.parametrize("build", [trained_chatglm, random_glm, random_glm4])
 @torch.inference_mode()
 def test_prefill_without_a_mask(build, monkeypatch):
     """A padded batch for the varlen kernel, as on a GPU, leaves the same in cache and state as one with a mask."""

@@ -14,6 +14,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
+    Glm4ForCausalLM,
     GlmConfig,
     GlmForCausalLM,
 )
@@ -25,7 +26,7 @@ from utils.inference import merge_export
 from utils.lora.adapter import AdapterOrigin, LoraSettings, attach_adapter, merge_adapter, save_adapter
 from utils.models.conversation import Message
 from utils.models.convert_tokenizer import fast_tokenizer
-from utils.models.family import CHATGLM_6B, GLM4_HF
+from utils.models.family import CHATGLM_6B, GLM4_0414, GLM4_HF, GLM_Z1, generation_of
 from utils.models.templates import encode_prompt, template_for
 from utils.models.token_spans import encode_text
 
@@ -35,6 +36,7 @@ BASES = {
     "chatglm2-6b-tiny": GOLDEN / "adapters" / "v2" / "all",
     "chatglm3-6b-tiny": GOLDEN / "adapters" / "v3" / "all",
     "glm-4-9b-chat-tiny": None,  # made below
+    "glm4-9b-0414-tiny": GOLDEN / "glm4-9b-0414-tiny" / "adapters" / "all-linear",
 }
 CHAT = [Message("user", "今天天气怎么样？"), Message("assistant", "晴。"), Message("user", "hello")]
 
@@ -93,7 +95,8 @@ def test_layout(merged):
     assert all(torch.equal(state[key], expected[key]) for key in expected)
 
 
-@pytest.mark.parametrize("merged", list(BASES)[1:], indirect=True)  # ChatGLM-6B is no model of transformers
+# ChatGLM-6B is no model of transformers, and the tiny GLM-4-0414 has no chat template.
+@pytest.mark.parametrize("merged", list(BASES)[1:-1], indirect=True)
 def test_transformers_opens_it_alone(merged, run_command):
     """In a process where no code of this repository can be imported."""
     code = (
@@ -267,6 +270,43 @@ def test_merging_what_was_merged(tmp_path):
     assert type(AutoModelForCausalLM.from_pretrained(tmp_path / "twice")) is GlmForCausalLM
     assert AutoTokenizer.from_pretrained(tmp_path / "twice").encode("你好") == load_tokenizer(base).encode("你好")
     assert Checkpoint.open(str(tmp_path / "twice")).generation.name == "ChatGLM3-6B"
+
+
+@pytest.mark.parametrize("name", ["GLM-4-9B-0414", "GLM-Z1-9B-0414"])
+@pytest.mark.parametrize("in_a_file", [False, True])
+def test_glm_4_0414_keeps_its_tokenizer_and_chat_template(tmp_path, name, in_a_file):
+    """Merged once and twice, it is of the same generation, and transformers alone gives it the same logits."""
+    text = "{{ '[gMASK]<sop>' }}{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}{% endfor %}<|assistant|>"
+    text += "\n<think>" if "Z1" in name else ""
+    base = shutil.copytree(GOLDEN / "glm4-9b-0414-tiny", tmp_path / "base")
+    if in_a_file:
+        (base / "chat_template.jinja").write_text(text)
+    else:
+        change(base / "tokenizer_config.json", chat_template=text)
+    adapter = base / "adapters" / "attention"
+    merge(base, adapter, tmp_path / "once")
+    merge(tmp_path / "once", adapter, tmp_path / "twice")
+    generation = Checkpoint.open(str(base)).generation
+    assert generation is (GLM_Z1 if "Z1" in name else GLM4_0414)
+    kept = [file.name for file in base.iterdir() if "token" in file.name or file.name == "chat_template.jinja"]
+    assert len(kept) == 2 + in_a_file
+    for merged in (tmp_path / "once", tmp_path / "twice"):
+        assert Checkpoint.open(str(merged)).generation is generation
+        assert generation_of(load_tokenizer(str(merged))) is generation
+        assert all((merged / name).read_bytes() == (base / name).read_bytes() for name in kept)
+        assert AutoTokenizer.from_pretrained(merged).chat_template == text
+        settings, released = (
+            json.loads((path / "generation_config.json").read_text()) | {"transformers_version": None}
+            for path in (merged, base)
+        )
+        assert settings == released
+        config = json.loads((merged / "config.json").read_text())
+        assert (config["model_type"], config["rope_theta"], config["rms_norm_eps"]) == ("glm4", 10000, 1e-5)
+    expected = merge_adapter(load_model(str(base)), adapter)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "once")
+    assert type(theirs) is Glm4ForCausalLM
+    input_ids = load_file(base / "golden.safetensors")["prompt.0.input_ids"]
+    assert torch.equal(theirs(input_ids).logits, expected(input_ids).logits)
 
 
 def test_half_precision_is_what_is_asked_for(tmp_path, run_script):

@@ -6,8 +6,9 @@ import pytest
 import torch
 from kernel_checks import DEVICE, DTYPE, FP8_ROUNDING, ON_GPU, ROUNDING, assert_close, random
 from torch import nn
-from transformers import GlmConfig, GlmForCausalLM
+from transformers import Glm4Config, Glm4ForCausalLM, GlmConfig, GlmForCausalLM
 from transformers.models.glm.modeling_glm import GlmAttention, GlmMLP, GlmRotaryEmbedding
+from transformers.models.glm4.modeling_glm4 import Glm4Attention, Glm4MLP, Glm4RotaryEmbedding
 
 from utils.kernels import skinny_gemm
 from utils.layers.fp8 import convert_to_fp8
@@ -21,6 +22,7 @@ from utils.models.modeling_chatglm import ChatGLMAttention, ChatGLMMLP, ChatGLMR
 MLP_LAYERS = ("gate_up_proj", "down_proj", "dense_h_to_4h", "dense_4h_to_h")
 MLPS = {
     "GLM": lambda: GlmMLP(GlmConfig(hidden_size=512, intermediate_size=1200, hidden_act="silu")),
+    "GLM-4-0414": lambda: Glm4MLP(Glm4Config(hidden_size=512, intermediate_size=1200, hidden_act="silu")),
     "ChatGLM-6B": lambda: ChatGLMMLP(ChatGLMConfig(hidden_size=512, inner_hidden_size=2048)),
 }
 fp8_on_a_gpu = pytest.mark.skipif(not ON_GPU, reason="needs a GPU: torch multiplies FP8 matrices only there")
@@ -35,7 +37,7 @@ def test_fused_mlp(family, is_fp8):
         convert_to_fp8(block, MLP_LAYERS, trains=True)
     fuse_mlps(block)
     fused = block["mlp"]
-    assert type(fused) is (FusedGlmMLP if family == "GLM" else FusedChatGLMMLP)
+    assert isinstance(fused, FusedChatGLMMLP if family == "ChatGLM-6B" else FusedGlmMLP)
     hidden_states = random(2, 40, 512).requires_grad_()
     exact_states = hidden_states.detach().float().requires_grad_()
     gradient = torch.randn_like(hidden_states)
@@ -54,7 +56,7 @@ def test_skinny_mlp():
     exact = copy.deepcopy(block["mlp"]).float()
     use_skinny_layers(block)
     converted = block["mlp"]
-    assert type(converted) is SkinnyMLP
+    assert isinstance(converted, SkinnyMLP)
     assert {type(layer) for layer in (converted.gate_up_proj, converted.down_proj)} == {SkinnyLinear}
     for shape in ((3, 1, 512), (1, 3, 512), (skinny_gemm.MAX_ROWS + 1, 1, 512)):
         hidden_states = random(*shape)
@@ -72,24 +74,37 @@ def chatglm(hidden_size: int, head_count: int):
     return ChatGLMForConditionalGeneration(config), ["query_key_value"], ChatGLMRotaryEmbedding(config)
 
 
-def glm(key_heads: int, rotated_share: float):
-    config = GlmConfig(
+GLM_CLASSES = (GlmConfig, GlmForCausalLM, GlmRotaryEmbedding)
+GLM4_CLASSES = (Glm4Config, Glm4ForCausalLM, Glm4RotaryEmbedding)
+
+
+def glm(key_heads: int, rotated_share: float, classes=GLM_CLASSES):
+    config_class, model_class, rotary_class = classes
+    config = config_class(
         hidden_size=192, num_attention_heads=4, num_key_value_heads=key_heads, head_dim=64, num_hidden_layers=1,
         intermediate_size=64, vocab_size=64, attention_bias=True, pad_token_id=0,
         rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": rotated_share},
     )  # fmt: skip
-    return GlmForCausalLM(config), ["q_proj", "k_proj", "v_proj"], GlmRotaryEmbedding(config).to(DEVICE)
+    return model_class(config), ["q_proj", "k_proj", "v_proj"], rotary_class(config).to(DEVICE)
 
 
 @pytest.mark.parametrize(
     "build, sizes",
-    [(chatglm, (256, 4)), (chatglm, (96, 3)), (glm, (2, 0.5)), (glm, (4, 1.0)), (glm, (1, 0.25))],
+    [
+        (chatglm, (256, 4)),
+        (chatglm, (96, 3)),
+        (glm, (2, 0.5)),
+        (glm, (4, 1.0)),
+        (glm, (1, 0.25)),
+        (glm, (2, 0.5, GLM4_CLASSES)),
+    ],
     ids=[
         "ChatGLM-6B, 4 heads",
         "ChatGLM-6B, 3 heads",
         "GLM, half rotated",
         "GLM, all rotated",
         "GLM, a quarter rotated",
+        "GLM-4-0414",
     ],
 )
 def test_attention_with_adapters(build, sizes):
@@ -103,7 +118,9 @@ def test_attention_with_adapters(build, sizes):
     fused_model = copy.deepcopy(model)
     use_qkv_kernel(fused_model)
     plain, fused = (
-        next(module for module in each.modules() if isinstance(module, GlmAttention | ChatGLMAttention))
+        next(
+            module for module in each.modules() if isinstance(module, GlmAttention | Glm4Attention | ChatGLMAttention)
+        )
         for each in (model, fused_model)
     )
     if build is glm:

@@ -7,8 +7,9 @@ import pytest
 import torch
 from reference_ops import reference_ops
 from torch import nn
-from transformers import GlmConfig
+from transformers import Glm4Config, GlmConfig
 from transformers.models.glm.modeling_glm import GlmMLP
+from transformers.models.glm4.modeling_glm4 import Glm4MLP
 
 from utils.layers.fp8 import convert_to_fp8
 from utils.layers.fused_mlp import FusedChatGLMMLP, FusedGlmMLP, fuse_mlps
@@ -16,10 +17,11 @@ from utils.models import ChatGLMConfig
 from utils.models.modeling_chatglm import ChatGLMMLP
 
 LAYERS = ("gate_up_proj", "down_proj", "dense_h_to_4h", "dense_4h_to_h")
-FUSED = {"gated": FusedGlmMLP, "gelu": FusedChatGLMMLP}
+FUSED = {"gated": FusedGlmMLP, "gated, GLM-4-0414": FusedGlmMLP, "gelu": FusedChatGLMMLP}
 KERNEL = SimpleNamespace(supports_intermediate_size=lambda size: size == 96)
 MLPS = {
     "gated": lambda: GlmMLP(GlmConfig(hidden_size=64, intermediate_size=96, hidden_act="silu")),
+    "gated, GLM-4-0414": lambda: Glm4MLP(Glm4Config(hidden_size=64, intermediate_size=96, hidden_act="silu")),
     "gelu": lambda: ChatGLMMLP(ChatGLMConfig(hidden_size=64, num_attention_heads=4, inner_hidden_size=96)),
 }
 
@@ -39,7 +41,7 @@ def test_fused_mlps_compute_what_others_do(kind, is_fp8, is_compiled):
         convert_to_fp8(plain, LAYERS, trains=True, device="cpu")
     fused = copy.deepcopy(plain)
     fuse_mlps(fused, KERNEL)
-    assert type(fused["mlp"]) is FUSED[kind]
+    assert isinstance(fused["mlp"], FUSED[kind]) and isinstance(fused["mlp"], type(plain["mlp"]))
     hidden_states = torch.randn(2, 24, 64, dtype=torch.bfloat16)
     gradient = torch.randn_like(hidden_states)
     results = []
@@ -60,7 +62,7 @@ def test_fused_mlps_share_weights_and_names(kind):
     names, parameters = list(model.state_dict()), list(model.parameters())
     for _ in range(2):
         fuse_mlps(model, KERNEL)
-        assert type(model["mlp"]) is FUSED[kind] and not model["mlp"].training
+        assert isinstance(model["mlp"], FUSED[kind]) and not model["mlp"].training
         assert list(model.state_dict()) == names
         assert all(after is before for after, before in zip(model.parameters(), parameters, strict=True))
 

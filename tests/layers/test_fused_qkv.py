@@ -8,8 +8,9 @@ import torch
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from reference_ops import reference_ops
 from torch import nn
-from transformers import GlmConfig, GlmForCausalLM
+from transformers import Glm4Config, Glm4ForCausalLM, GlmConfig, GlmForCausalLM
 from transformers.models.glm.modeling_glm import GlmAttention, GlmRotaryEmbedding, apply_rotary_pos_emb
+from transformers.models.glm4.modeling_glm4 import Glm4Attention, Glm4RotaryEmbedding
 
 from utils.layers.fused_qkv import (
     FusedChatGLMAttention,
@@ -29,6 +30,7 @@ from utils.models import ChatGLMConfig, ChatGLMForConditionalGeneration
 from utils.models.modeling_chatglm import CACHE_KEY, ChatGLMAttention, ChatGLMRotaryEmbedding
 
 QKV = ["q_proj", "k_proj", "v_proj"]
+STOCK = (GlmAttention, Glm4Attention, ChatGLMAttention)
 OF_THE_LAYER = ("config", "layer_idx", "head_dim", "num_key_value_groups", "scaling", "attention_dropout", "is_causal")
 
 
@@ -64,16 +66,26 @@ def chatglm():
     return ChatGLMForConditionalGeneration(config)
 
 
+GLM_SIZES = {
+    "hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "num_hidden_layers": 1,
+    "intermediate_size": 64, "vocab_size": 64, "pad_token_id": 0,
+}  # fmt: skip
+
+
 def glm():
-    config = GlmConfig(
-        hidden_size=64, num_attention_heads=4, num_key_value_heads=2, head_dim=16, num_hidden_layers=1,
-        intermediate_size=64, vocab_size=64, attention_bias=True, pad_token_id=0,
-    )  # fmt: skip
-    return GlmForCausalLM(config)
+    return GlmForCausalLM(GlmConfig(**GLM_SIZES, attention_bias=True))
+
+
+def glm4(attention_bias=True):
+    return Glm4ForCausalLM(Glm4Config(**GLM_SIZES, attention_bias=attention_bias))
+
+
+def glm4_without_bias():
+    return glm4(attention_bias=False)
 
 
 def with_adapter(model, lora_dropout=0.0):
-    targets = QKV if isinstance(model, GlmForCausalLM) else ["query_key_value"]
+    targets = ["query_key_value"] if isinstance(model, ChatGLMForConditionalGeneration) else QKV
     model = attach_adapter(model, LoraSettings(4, 8, lora_dropout, targets), seed=0)
     for parameter in model.parameters():
         if parameter.requires_grad:
@@ -82,13 +94,16 @@ def with_adapter(model, lora_dropout=0.0):
 
 
 def attention_of(model):
-    return next(module for module in model.modules() if isinstance(module, GlmAttention | ChatGLMAttention))
+    return next(module for module in model.modules() if isinstance(module, STOCK))
 
 
 def rotary_factors(model):
     """cos and sin of 9 tokens of two sequences."""
-    if isinstance(attention_of(model), GlmAttention):
-        return GlmRotaryEmbedding(model.config)(torch.zeros(1), torch.randint(0, 300, (2, 9)))
+    embedding = {GlmForCausalLM: GlmRotaryEmbedding, Glm4ForCausalLM: Glm4RotaryEmbedding}.get(
+        type(model.get_base_model())
+    )
+    if embedding:
+        return embedding(model.config)(torch.zeros(1), torch.randint(0, 300, (2, 9)))
     return ChatGLMRotaryEmbedding(model.config)(torch.zeros(1), torch.randint(0, 300, (2, 2, 9)))
 
 
@@ -100,7 +115,7 @@ def fuse(model, sharded, kernel):
 
 @pytest.mark.parametrize("is_compiled", [False, True])
 @pytest.mark.parametrize("has_kernel", [False, True])
-@pytest.mark.parametrize("build, sharded", [(chatglm, False), (glm, False), (glm, True)])
+@pytest.mark.parametrize("build, sharded", [(chatglm, False), (glm, False), (glm, True), (glm4, False), (glm4, True)])
 def test_attention_and_gradients_are_those_of_stock_layers(build, sharded, has_kernel, is_compiled):
     torch.manual_seed(0)
     stock_model = with_adapter(build())
@@ -108,7 +123,7 @@ def test_attention_and_gradients_are_those_of_stock_layers(build, sharded, has_k
     kernel = Kernel(fits=True) if has_kernel else None
     fuse(fused_model, sharded, kernel)
     stock, fused = attention_of(stock_model), attention_of(fused_model)
-    if build is glm:
+    if build is not chatglm:
         assert fused.project is (project_lora_with_kernel if has_kernel else project_lora)
     else:
         assert type(fused) is (FusedChatGLMAttention if has_kernel else ChatGLMAttention)
@@ -160,7 +175,7 @@ def test_dropout_keeps_the_three_projections():
     assert type(attention_of(model)) is GlmAttention
 
 
-@pytest.mark.parametrize("build, sharded", [(chatglm, False), (glm, False), (glm, True)])
+@pytest.mark.parametrize("build, sharded", [(chatglm, False), (glm, False), (glm, True), (glm4, False), (glm4, True)])
 def test_a_fused_attention_is_the_stock_one_for_other_libraries(build, sharded):
     """PEFT's names, the order of the trained weights, which optimizers save, and attributes; twice as once."""
     model = with_adapter(build()).eval()
@@ -169,19 +184,19 @@ def test_a_fused_attention_is_the_stock_one_for_other_libraries(build, sharded):
     for _ in range(2):
         fuse(model, sharded, Kernel(fits=True))
         fused = attention_of(model)
-        assert type(fused) is (FusedQKVAttention if build is glm else FusedChatGLMAttention)
+        assert isinstance(fused, FusedChatGLMAttention if build is chatglm else FusedQKVAttention)
         assert isinstance(fused, type(stock)) and not fused.training
         assert all(getattr(fused, name) == getattr(stock, name) for name in OF_THE_LAYER if hasattr(stock, name))
         after = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         assert [name for name, _ in after] == [name for name, _ in trained]
         assert all(p is before for (_, p), (_, before) in zip(after, trained, strict=True))
-    if build is glm:
+    if build is not chatglm:
         assert type(fused.qkv_proj) is (ShardedLinear if sharded else nn.Linear)
         kinds = {type(getattr(fused, name).base_layer) for name in QKV}
         assert kinds == {nn.Linear if sharded else MovedToFusedQKV}
 
 
-@pytest.mark.parametrize("build, sharded", [(chatglm, False), (glm, False), (glm, True)])
+@pytest.mark.parametrize("build, sharded", [(chatglm, False), (glm, False), (glm, True), (glm4, False), (glm4, True)])
 def test_adapters_are_saved_and_loaded_as_before(build, sharded):
     model, other = with_adapter(build()), with_adapter(build())
     saved = {name: value.clone() for name, value in get_peft_model_state_dict(model).items()}
@@ -196,16 +211,18 @@ def test_adapters_are_saved_and_loaded_as_before(build, sharded):
     assert all(torch.equal(value, saved[name]) for name, value in get_peft_model_state_dict(other).items())
 
 
-def test_inference_computes_what_the_stock_layers_compute():
+@pytest.mark.parametrize("build", [glm, glm4, glm4_without_bias])
+def test_inference_computes_what_the_stock_layers_compute(build):
     torch.manual_seed(0)
-    stock_model = glm().eval()
-    nn.init.normal_(attention_of(stock_model).q_proj.bias)
+    stock_model = build().eval()
+    if build is not glm4_without_bias:
+        nn.init.normal_(attention_of(stock_model).q_proj.bias)
     stock_model.set_attn_implementation("eager")  # which returns attention weights
     model = copy.deepcopy(stock_model)
     for _ in range(2):
         fuse_qkv(model)
         fused = attention_of(model)
-        assert type(fused) is FusedQKVAttention and fused.project is project_frozen
+        assert isinstance(fused, FusedQKVAttention) and fused.project is project_frozen
         assert [name for name, _ in fused.named_children()] == ["o_proj", "qkv_proj"]
     ids = torch.randint(1, 64, (2, 7))
     with torch.no_grad():

@@ -12,9 +12,9 @@ from utils.checkpoint.model import load_model
 from utils.layers.quantization import QuantizedLinear
 from utils.lora.adapter import LoraSettings, attach_adapter
 from utils.training.loss import (
-    WITH_TARGET_LOSS,
     FrozenHeadCrossEntropy,
     QuantizedHeadCrossEntropy,
+    WithTargetLoss,
     cross_entropy,
     use_target_loss,
 )
@@ -23,6 +23,7 @@ MODELS = {
     "chatglm-6b-tiny": ["query_key_value"],
     "chatglm-6b-int4-qe-tiny": ["query_key_value"],
     "chatglm2-6b-tiny": ["q_proj", "k_proj", "v_proj"],
+    "glm4-9b-0414-tiny": ["q_proj", "k_proj", "v_proj"],
 }
 
 
@@ -55,7 +56,7 @@ def test_the_model_stays_what_others_look_for(name):
     for _ in range(2):
         use_target_loss(model)
         base = model.get_base_model()
-        assert type(base) is WITH_TARGET_LOSS[stock_class] and isinstance(base, stock_class)
+        assert isinstance(base, WithTargetLoss) and isinstance(base, stock_class)
         assert list(model.state_dict()) == names
         assert all(value is parameters[key] for key, value in model.named_parameters())
         assert find_labels(type(base)) == ["labels"]  # as Trainer asks

@@ -19,17 +19,18 @@ from utils.common.errors import UsageError
 from utils.common.json_files import read_json_object
 from utils.models.family import (
     BY_FLAG,
-    LOOK_ALIKES,
     SUPPORTED,
+    TEMPLATE_FILE,
     CheckpointFiles,
     Generation,
     chosen_by_flag,
     identify,
+    look_alikes_of,
 )
 
 DEFAULT_MODEL = "THUDM/chatglm-6b"
 GENERATION_FLAGS = tuple(BY_FLAG)
-GENERATION_HELP = "the model's generation, needed if its files fit ChatGLM2-6B and ChatGLM3-6B"
+GENERATION_HELP = "the model's generation, needed if its files fit two"
 # Keys of a config.json by which libraries find code or packages to run; none decides what a model of this family is.
 CODE_KEYS = {
     "auto_map",
@@ -65,6 +66,7 @@ TOKENIZER_FILES = [
     "tokenizer.json",
     "added_tokens.json",
     "special_tokens_map.json",
+    TEMPLATE_FILE,
     "tokenization_chatglm.py",
     "modeling_chatglm.py",
 ]
@@ -104,7 +106,7 @@ def open_directory(path_or_id: str, weights: bool) -> OpenedDirectory:
     """
     Find or download a checkpoint and identify its generation.
 
-    Prints one line if the generation is a guess, because the files fit both ChatGLM2-6B and ChatGLM3-6B.
+    Prints one line if the generation is a guess, because the files fit two of them.
 
     Args:
         weights: whether to download the weights, or only the tokenizer's files.
@@ -129,8 +131,8 @@ def open_directory(path_or_id: str, weights: bool) -> OpenedDirectory:
             raise UsageError(f"--generation {flag}: the files in {directory} are those of {generation.name}")
         generation = chosen
     elif guess:
-        names = " or ".join(row.name for row in LOOK_ALIKES)
-        flags = " or ".join(row.flag for row in LOOK_ALIKES)
+        names = " or ".join(row.name for row in look_alikes_of(generation))
+        flags = " or ".join(row.flag for row in look_alikes_of(generation))
         print_first_time(
             f"{directory}: its files do not say whether it is {names}; it is taken for {generation.name} ({guess}): "
             f"--generation {flags} decides"

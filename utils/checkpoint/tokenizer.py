@@ -14,7 +14,7 @@ from utils.checkpoint.directory import (
 )
 from utils.common.errors import UsageError
 from utils.common.json_files import read_json_object
-from utils.models.family import SUPPORTED, Generation
+from utils.models.family import SUPPORTED, Generation, record_generation
 
 SIDE_FILES = ("added_tokens.json", "special_tokens_map.json")  # transformers reads them beside tokenizer_config.json
 BYTE_TOKENS = 256  # of a byte-level BPE: the only ones that no merge makes
@@ -72,6 +72,7 @@ def _read_tokenizer(opened: OpenedDirectory) -> PreTrainedTokenizerBase:
         from transformers import AutoTokenizer  # imports torch
 
         tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+        record_generation(tokenizer, generation)
         if lacks_merges(read_json_object(vocab_file)):
             print_first_time(
                 f"{vocab_file} was exported by an older version of this toolkit, lacks merges, and gives other "

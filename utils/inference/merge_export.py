@@ -33,7 +33,7 @@ from utils.data.collators import left_pad
 from utils.lora.adapter import load_adapter, read_origin
 from utils.models.conversation import Message
 from utils.models.convert_tokenizer import fast_tokenizer, special_tokens
-from utils.models.family import CHATGLM_6B, MERGED, MERGED_FROM
+from utils.models.family import CHATGLM_6B, GENERATION_KEY, MERGED
 from utils.models.jinja_templates import chat_template, keep_apart
 from utils.models.templates import TEMPLATES, AlpacaTemplate, ChatTemplate, encode_prompt, template_for
 
@@ -51,17 +51,18 @@ RELEASED_FILES = (
     "added_tokens.json",
     CHATGLM_6B.vocab_file,
 )
-# Files of a base whose content gets into the merged checkpoint.
-COPIED_FILES = (
-    *RELEASED_FILES,
-    "tokenizer.model",
+# Files of a base with a tokenizer.json, which GLM-4-0414 and GLM-Z1 keep; the last is a directory.
+TOKENIZER_FILES = (
     "tokenizer.json",
-    GENERATION_FILE,
-    TEMPLATE_FILE,
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
     "chat_template.jinja",
     "chat_template.json",
     "additional_chat_templates",
 )
+# Files of a base whose content gets into the merged checkpoint.
+COPIED_FILES = (*RELEASED_FILES, *TOKENIZER_FILES, "tokenizer.model", GENERATION_FILE, TEMPLATE_FILE)
 
 
 @dataclass(frozen=True)
@@ -78,8 +79,9 @@ def merge_and_save(source: MergeSource, directory: str | Path, dtype: torch.dtyp
     """
     Write base and adapter, merged in `dtype`, to `directory`: all of it or nothing.
 
-    ChatGLM-6B keeps its released layout. The others become what transformers saves of `GlmForCausalLM`, with a
-    `tokenizer.json`, a chat template and the stop tokens in `generation_config.json`.
+    ChatGLM-6B keeps its released layout. The others become what transformers saves of `GlmForCausalLM` or
+    `Glm4ForCausalLM`, with a `tokenizer.json`, a chat template and the stop tokens in `generation_config.json`.
+    GLM-4-0414 and GLM-Z1 keep the tokenizer and the chat template of their base.
 
     Raises:
         UsageError: the base is quantised, a file of it is a link to elsewhere, `directory` holds something already,
@@ -123,7 +125,7 @@ def merge_and_save(source: MergeSource, directory: str | Path, dtype: torch.dtyp
         print_line(f"greedy tokens before and after merging: {equal} of {before.numel()} equal")
         if equal < before.numel() and dtype == torch.float32:
             raise RuntimeError(f"{target} is not written: it does not answer as the base with the adapter does")
-        if (complete / "tokenizer.json").is_file():
+        if (complete / "tokenizer.json").is_file() and not checkpoint.generation.keeps_tokenizer:
             _check_chats(complete, tokenizer, template_for(tokenizer, template or ChatTemplate.name))
         apply_umask(complete)
         if target.exists():
@@ -188,7 +190,10 @@ def _generation_config(checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerBas
     """
     file = checkpoint.directory / GENERATION_FILE
     settings = {"bos_token_id": checkpoint.config.bos_token_id} | (read_json_object(file) if file.exists() else {})
-    settings |= {"eos_token_id": template_for(tokenizer).stop_ids(tokenizer), "pad_token_id": tokenizer.pad_token_id}
+    stop_ids = template_for(tokenizer).stop_ids(tokenizer)
+    if checkpoint.generation.keeps_tokenizer:
+        stop_ids = sorted(stop_ids)  # as released
+    settings |= {"eos_token_id": stop_ids, "pad_token_id": tokenizer.pad_token_id}
     without_effect: list[str] = []
     while True:
         try:
@@ -254,7 +259,7 @@ def _save_released_layout(model: PreTrainedModel, checkpoint: Checkpoint, direct
 
 
 def _save_glm(model: PreTrainedModel, source: MergeSource, directory: Path, alpaca: bool) -> None:
-    """Write transformers' layout of `GlmForCausalLM`: weights, configuration, tokenizer and chat template."""
+    """Write transformers' layout of its model class: weights, configuration, tokenizer and chat template."""
     tokenizer, settings = source.tokenizer, model.generation_config
     model.config.eos_token_id, model.config.pad_token_id = settings.eos_token_id, settings.pad_token_id
     model.save_pretrained(directory)
@@ -263,13 +268,17 @@ def _save_glm(model: PreTrainedModel, source: MergeSource, directory: Path, alpa
     if rope["rope_type"] != "default":
         older["rope_scaling"] = {key: rope[key] for key in ("rope_type", "factor")}
     _edit(directory / "config.json", **older)
+    if source.checkpoint.generation.keeps_tokenizer:
+        _edit(directory / "config.json", **{GENERATION_KEY: source.checkpoint.generation.name})
+        _copy_tokenizer(source.checkpoint.directory, directory)
+        return
     opening = AlpacaTemplate.instruction if alpaca else None
     if source.checkpoint.generation.tokenizer_class is None:  # the base has a tokenizer.json already
         keep_apart(tokenizer.backend_tokenizer)
         tokenizer.chat_template = chat_template(tokenizer, special_tokens(tokenizer.backend_tokenizer), opening)
         tokenizer.save_pretrained(directory)
         return
-    _edit(directory / "config.json", **{MERGED_FROM: source.checkpoint.generation.name})
+    _edit(directory / "config.json", **{GENERATION_KEY: source.checkpoint.generation.name})
     try:
         fast_tokenizer(tokenizer, opening).save_pretrained(directory)
         _edit(directory / "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast")  # any version knows it
@@ -278,6 +287,15 @@ def _save_glm(model: PreTrainedModel, source: MergeSource, directory: Path, alpa
     if MERGED[source.checkpoint.generation.name].tokenizer_class:  # our scripts read the release's own file
         tokenizer.save_vocabulary(str(directory))
         _edit(directory / "tokenizer_config.json", pad_with_unk=tokenizer.pad_with_unk)
+
+
+def _copy_tokenizer(base: Path, directory: Path) -> None:
+    """Copy the files of a tokenizer that transformers reads, and its chat templates, as they are."""
+    for name in TOKENIZER_FILES:
+        if (base / name).is_dir():
+            shutil.copytree(base / name, directory / name)
+        elif (base / name).is_file():
+            shutil.copyfile(base / name, directory / name)
 
 
 def _edit(file: Path, **changes: Any) -> None:

@@ -10,11 +10,11 @@ from types import ModuleType
 
 import torch
 from torch import nn
-from transformers.models.glm.modeling_glm import GlmMLP
 
 from utils.kernels import load_mlp_activation
 from utils.layers.fp8 import Fp8TrainLinear, fp8_matmul, quantize_rows
-from utils.layers.replace import replace_layers, share_state
+from utils.layers.replace import replace_layers, share_state, subclass_with
+from utils.models.architectures import GLM_MLPS
 from utils.models.modeling_chatglm import ChatGLMMLP
 
 
@@ -102,13 +102,13 @@ def _mlp(first: nn.Module, second: nn.Module, hidden_states: torch.Tensor, gated
     return output.view(hidden_states.shape)
 
 
-class FusedGlmMLP(GlmMLP):
-    """`GlmMLP` with a fused activation and gradient."""
+class FusedGlmMLP:
+    """Methods of one of GLM_MLPS with a fused activation and gradient."""
 
     @classmethod
-    def from_stock(cls, stock: GlmMLP) -> "FusedGlmMLP":
+    def from_stock(cls, stock: nn.Module) -> nn.Module:
         """Build the layer that stands in for `stock`, whose linear layers it shares."""
-        return share_state(stock, cls)
+        return share_state(stock, subclass_with(cls, type(stock)))
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """(..., K) in 16 bits -> (..., K)."""
@@ -140,7 +140,7 @@ def fuse_mlps(model: nn.Module, kernel: ModuleType | None = None) -> None:
         return
 
     def build(_: str, mlp: nn.Module) -> nn.Module | None:
-        if type(mlp) is GlmMLP and mlp.config.hidden_act == "silu":
+        if type(mlp) in GLM_MLPS and mlp.config.hidden_act == "silu":
             layer_class, intermediate_size = FusedGlmMLP, mlp.down_proj.in_features
         elif type(mlp) is ChatGLMMLP:
             layer_class, intermediate_size = FusedChatGLMMLP, mlp.dense_4h_to_h.in_features

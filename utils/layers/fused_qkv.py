@@ -18,11 +18,12 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.glm.modeling_glm import GlmAttention, apply_rotary_pos_emb, eager_attention_forward
+from transformers.models.glm.modeling_glm import apply_rotary_pos_emb, eager_attention_forward
 
 from utils.kernels import load_qkv_rope_lora
 from utils.layers.lora_linear import LoraLinear, add_lora
-from utils.layers.replace import replace_layers, share_state
+from utils.layers.replace import replace_layers, share_state, subclass_with
+from utils.models.architectures import GLM_ATTENTIONS
 from utils.models.family import QKV
 from utils.models.modeling_chatglm import ChatGLMAttention
 
@@ -30,12 +31,12 @@ QKV_PROJ = "qkv_proj"  # name of the fused layer; FP8 is applied by name
 Heads = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # query (B, H, T, D), key and value (B, K, T, D)
 
 
-class FusedQKVAttention(GlmAttention):
+class FusedQKVAttention:
     """
-    `GlmAttention` whose base weights of q, k and v are one layer, `qkv_proj`.
+    Methods of one of GLM_ATTENTIONS whose base weights of q, k and v are one layer, `qkv_proj`.
 
     Its submodules are `q_proj`, `k_proj` and `v_proj` where they hold adapters, under the names that PEFT saves, then
-    `o_proj` and `qkv_proj`. It stays a `GlmAttention` for transformers, which records attention weights by class.
+    `o_proj` and `qkv_proj`. It stays of the stock class for transformers, which records attention weights by class.
     `project` is one of the functions below.
     """
 
@@ -43,9 +44,7 @@ class FusedQKVAttention(GlmAttention):
     project: Callable[..., Heads]
 
     @classmethod
-    def from_stock(
-        cls, stock: GlmAttention, qkv_proj: nn.Module, project: Callable[..., Heads]
-    ) -> "FusedQKVAttention":
+    def from_stock(cls, stock: nn.Module, qkv_proj: nn.Module, project: Callable[..., Heads]) -> nn.Module:
         """
         Build the layer that stands in for `stock`, whose q, k and v layers it keeps.
 
@@ -53,7 +52,7 @@ class FusedQKVAttention(GlmAttention):
             qkv_proj: (..., in) -> (..., (H + 2 K) D), the base's query, key and value heads in this order.
             project: called with the layer, hidden states (B, T, E) and cos and sin; returns rotated heads.
         """
-        attention = share_state(stock, cls)
+        attention = share_state(stock, subclass_with(cls, type(stock)))
         attention.head_counts = [getattr(stock, name).out_features // stock.head_dim for name in QKV]
         attention.qkv_proj = qkv_proj
         attention.project = project
@@ -78,7 +77,7 @@ class FusedQKVAttention(GlmAttention):
     def forward(
         self, hidden_states, position_embeddings=None, attention_mask=None, past_key_values=None, cache=None, **kwargs
     ):
-        """As `GlmAttention`: hidden states (B, T, E) -> output (B, T, E) and the attention weights or None."""
+        """As the stock class: hidden states (B, T, E) -> output (B, T, E) and the attention weights or None."""
         query, key, value = self.project_qkv(hidden_states, position_embeddings)
         cache = cache if cache is not None else past_key_values
         if cache is not None:
@@ -159,10 +158,10 @@ class MovedToFusedQKV(nn.Module):
 
 
 def fuse_qkv(model: nn.Module) -> None:
-    """Fuse the plain q, k and v layers of every `GlmAttention`, in place; other attentions stay."""
+    """Fuse the plain q, k and v layers of every one of GLM_ATTENTIONS, in place; other attentions stay."""
 
     def build(_: str, attention: nn.Module) -> nn.Module | None:
-        if type(attention) is not GlmAttention:
+        if type(attention) not in GLM_ATTENTIONS:
             return None
         layers = [getattr(attention, name) for name in QKV]
         if any(type(layer) is not nn.Linear for layer in layers):
@@ -177,14 +176,14 @@ def fuse_qkv(model: nn.Module) -> None:
 
 def fuse_lora_qkv(model: nn.Module, sharded: bool = False) -> None:
     """
-    Fuse q, k and v of every `GlmAttention` where all three are an adapter over a plain layer, in place.
+    Fuse q, k and v of every one of GLM_ATTENTIONS where all three are an adapter over a plain layer, in place.
 
     Args:
         sharded: whether ZeRO-3 shards the weights, which then stay where they are.
     """
 
     def build(_: str, attention: nn.Module) -> nn.Module | None:
-        if type(attention) is not GlmAttention:
+        if type(attention) not in GLM_ATTENTIONS:
             return None
         layers = [getattr(attention, name) for name in QKV]
         if not all(_is_plain_lora(layer) and type(layer.base_layer) is nn.Linear for layer in layers):
@@ -228,7 +227,7 @@ def use_qkv_kernel(model: nn.Module, kernel: ModuleType | None = None) -> None:
     Let every attention with plain adapters on query, key and value compute its heads by the kernel, in place.
 
     Args:
-        model: in 16 bits on a GPU, its `GlmAttention` fused by `fuse_lora_qkv`.
+        model: in 16 bits on a GPU, its GLM attention fused by `fuse_lora_qkv`.
         kernel: utils/kernels/qkv_rope_lora.py (default: where it runs, else nothing changes).
     """
     kernel = load_qkv_rope_lora() if kernel is None else kernel

@@ -7,6 +7,7 @@ A library's class is never changed on an instance: whoever prints the model read
 """
 
 from collections.abc import Callable
+from functools import cache
 from typing import TypeVar
 
 from torch import nn
@@ -34,6 +35,16 @@ def replace_layers(
             setattr(model, name, layer)
         else:
             replace_layers(child, build, f"{path}.")
+
+
+@cache
+def subclass_with(methods: type, stock: type[nn.Module]) -> type[nn.Module]:
+    """
+    Return a subclass of `stock` with the methods of `methods`, and its name.
+
+    For stock layers that several architectures define alike, under a class each.
+    """
+    return type(methods.__name__, (methods, stock), {"__doc__": methods.__doc__})
 
 
 def share_state(stock: nn.Module, layer_class: type[Layer]) -> Layer:

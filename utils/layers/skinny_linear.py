@@ -11,10 +11,10 @@ from types import ModuleType
 
 import torch
 from torch import nn
-from transformers.models.glm.modeling_glm import GlmMLP
 
 from utils.kernels import load_skinny_gemm
-from utils.layers.replace import replace_layers, share_state
+from utils.layers.replace import replace_layers, share_state, subclass_with
+from utils.models.architectures import GLM_MLPS
 
 
 def is_decode_batch(hidden_states: torch.Tensor, max_rows: int) -> bool:
@@ -47,15 +47,15 @@ class SkinnyLinear(nn.Linear):
         return torch.ops.chatglm_family.skinny_gemm(rows, self.weight, self.bias, gated)[:, None]
 
 
-class SkinnyMLP(GlmMLP):
-    """`GlmMLP` whose activation and gate end the first skinny GEMM."""
+class SkinnyMLP:
+    """Methods of one of GLM_MLPS whose activation and gate end the first skinny GEMM."""
 
     max_skinny_rows: int
 
     @classmethod
-    def from_stock(cls, stock: GlmMLP) -> "SkinnyMLP":
+    def from_stock(cls, stock: nn.Module) -> nn.Module:
         """Build the layer that stands in for `stock`, whose linear layers, the first one skinny, it shares."""
-        mlp = share_state(stock, cls)
+        mlp = share_state(stock, subclass_with(cls, type(stock)))
         mlp.max_skinny_rows = stock.gate_up_proj.max_skinny_rows
         return mlp
 
@@ -84,7 +84,7 @@ def use_skinny_layers(blocks: nn.Module, kernel: ModuleType | None = None) -> No
         return None
 
     def build_mlp(_: str, mlp: nn.Module) -> nn.Module | None:
-        is_gated = type(mlp) is GlmMLP and mlp.config.hidden_act == "silu"
+        is_gated = type(mlp) in GLM_MLPS and mlp.config.hidden_act == "silu"
         return SkinnyMLP.from_stock(mlp) if is_gated and getattr(mlp.gate_up_proj, "is_skinny", False) else None
 
     replace_layers(blocks, build_linear)  # also of MLPs that are no gated ones

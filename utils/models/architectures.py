@@ -8,7 +8,7 @@ because model classes import torch.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -20,18 +20,25 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     AutoTokenizer,
+    Glm4Config,
+    Glm4ForCausalLM,
     GlmConfig,
     GlmForCausalLM,
     PretrainedConfig,
     PreTrainedModel,
 )
-from transformers.models.glm.modeling_glm import GlmDecoderLayer
+from transformers.models.glm.modeling_glm import GlmAttention, GlmDecoderLayer, GlmMLP
+from transformers.models.glm4.modeling_glm4 import Glm4Attention, Glm4DecoderLayer, Glm4MLP
 
 from utils.models.configuration_chatglm import ChatGLMConfig
 from utils.models.convert_checkpoint import glm_config, to_glm
 from utils.models.family import Generation
 from utils.models.modeling_chatglm import ChatGLMBlock, ChatGLMForConditionalGeneration
 from utils.models.tokenization_chatglm import ChatGLMTokenizer
+
+# Stock layers that compute the same: the two architectures differ in the norms of a block.
+GLM_ATTENTIONS = (GlmAttention, Glm4Attention)  # rotary embedding on interleaved pairs, fewer key/value heads
+GLM_MLPS = (GlmMLP, Glm4MLP)  # gate and up in one matrix
 
 AutoConfig.register("chatglm", ChatGLMConfig)
 for auto_class in (AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM):
@@ -81,6 +88,7 @@ GLM_PLAN = TensorParallelPlan(
     row_parallel=("self_attn.o_proj", "mlp.down_proj"),
     packed_column_parallel=("gate_up_proj",),
 )
+GLM4_PLAN = replace(GLM_PLAN, block=Glm4DecoderLayer)
 ARCHITECTURES = {
     "chatglm": Architecture(ChatGLMForConditionalGeneration, chatglm_config, CHATGLM_PLAN, has_prefix=True),
     "released_chatglm2": Architecture(
@@ -88,6 +96,7 @@ ARCHITECTURES = {
     ),
     "released_glm": Architecture(GlmForCausalLM, partial(glm_config, positions_interpolated=False), GLM_PLAN, to_glm),
     "glm": Architecture(GlmForCausalLM, GlmConfig.from_dict, GLM_PLAN),
+    "glm4": Architecture(Glm4ForCausalLM, Glm4Config.from_dict, GLM4_PLAN),
 }
 
 

@@ -8,6 +8,7 @@ torch, which tokenising can do without.
 """
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -25,9 +26,15 @@ from utils.models.turn_formats import ChatGLM3Template, GLM4Template
 
 SUPPORTED = (
     "ChatGLM-6B (-int4, -int8), ChatGLM2-6B (-32k, -int4), ChatGLM3-6B (-base, -32k, -128k), CodeGeeX2-6B, "
-    "GLM-4-9B (-chat, -chat-1m, -hf), CodeGeeX4-9B"
+    "GLM-4-9B (-chat, -chat-1m, -hf), CodeGeeX4-9B, GLM-4-9B-0414, GLM-4-32B-0414 (-Base), "
+    "GLM-Z1-9B-0414, GLM-Z1-32B-0414"
 )
 CODE_FILES = ("tokenization_chatglm.py", "modeling_chatglm.py")  # of a release: read as text, never run
+TEMPLATE_FILE = (
+    "chat_template.jinja"  # where newer releases keep the template that older ones have in tokenizer_config.json
+)
+# A generation prompt that opens the reasoning, as GLM-Z1's ends; an early revision writes the newline as "\\n".
+OPENED_REASONING = re.compile(r"""<\|assistant\|>(\s|\\+n|[-"'{}%~+])*<think>(?!</think>)""")
 MAX_CHATGLM3_VOCAB = 100_000  # rows of an embedding: ChatGLM3-6B has 65,024, GLM-4-9B 151,552
 
 
@@ -57,6 +64,28 @@ class CheckpointFiles:
         """The text of the release's code files."""
         files = [self.directory / name for name in CODE_FILES if (self.directory / name).is_file()]
         return [file.read_text(encoding="utf-8", errors="replace") for file in files]
+
+    @property
+    def is_multimodal(self) -> bool:
+        """Whether the language model is a part of one that also sees, like GLM-4.1V."""
+        return bool({"vision_config", "text_config"} & self.config.keys())
+
+    @cached_property
+    def chat_templates(self) -> list[str]:
+        """The text of the release's chat templates: of the file, else of the tokenizer's configuration."""
+        file = self.directory / TEMPLATE_FILE
+        if file.is_file():
+            return [file.read_text(encoding="utf-8", errors="replace")]
+        template = self.tokenizer_config.get("chat_template")
+        named = template if isinstance(template, list) else [template]
+        texts = [entry.get("template") if isinstance(entry, dict) else entry for entry in named]
+        return [text for text in texts if isinstance(text, str)]
+
+    @property
+    def recorded_generation(self) -> str | None:
+        """The name of the generation that this toolkit wrote into a checkpoint."""
+        name = self.config.get(GENERATION_KEY) or self.tokenizer_config.get(GENERATION_KEY)
+        return name if isinstance(name, str) else None
 
 
 def is_chatglm_6b(files: CheckpointFiles) -> bool:
@@ -89,7 +118,22 @@ def is_glm4(files: CheckpointFiles) -> bool:
 
 def is_glm4_hf(files: CheckpointFiles) -> bool:
     """The checkpoint is transformers' own `GlmForCausalLM`."""
-    return files.config.get("model_type") == "glm"
+    return files.config.get("model_type") == "glm" and not files.is_multimodal
+
+
+def is_glm4_architecture(files: CheckpointFiles) -> bool:
+    """The checkpoint is transformers' own `Glm4ForCausalLM`."""
+    return files.config.get("model_type") == "glm4" and not files.is_multimodal
+
+
+def is_glm4_0414(files: CheckpointFiles) -> bool:
+    """Its chat template begins an answer without reasoning (`is_glm_z1` is asked first)."""
+    return is_glm4_architecture(files) and bool(files.chat_templates)
+
+
+def is_glm_z1(files: CheckpointFiles) -> bool:
+    """Its chat template begins every answer with `<think>`."""
+    return is_glm4_architecture(files) and any(OPENED_REASONING.search(text) for text in files.chat_templates)
 
 
 @dataclass(frozen=True)
@@ -120,6 +164,7 @@ class Generation:
     architecture: str  # of `utils.models.architectures.ARCHITECTURES`: model class, configuration, key map
     layers: LayerNames
     required_tokens: tuple[str, ...] = ()  # of its chats, where the tokenizer of another family may lack them
+    keeps_tokenizer: bool = False  # a merged checkpoint has the files of the base's tokenizer, chat template included
 
     @property
     def lora_target_modules(self) -> tuple[str, ...]:
@@ -133,6 +178,7 @@ class Generation:
 
 
 QKV = ("q_proj", "k_proj", "v_proj")
+GLM4_TOKENS = ("[gMASK]", "<sop>", "<|user|>", "<|assistant|>", "<|observation|>", "<|endoftext|>")
 GLM_LAYERS = LayerNames(QKV, attention_output="o_proj", mlp_up="gate_up_proj", mlp_down="down_proj")
 
 CHATGLM_6B = Generation(
@@ -184,56 +230,113 @@ GLM4_HF = Generation(
     chat_template=GLM4Template,
     architecture="glm",
     layers=GLM_LAYERS,
-    required_tokens=("[gMASK]", "<sop>", "<|user|>", "<|assistant|>", "<|observation|>", "<|endoftext|>"),
+    required_tokens=GLM4_TOKENS,
+)
+GLM4_0414 = Generation(
+    name="GLM-4-0414",
+    flag="glm4-0414",
+    is_in=is_glm4_0414,
+    tokenizer_class=None,
+    vocab_file="tokenizer.json",
+    chat_template=GLM4Template,
+    architecture="glm4",
+    layers=GLM_LAYERS,
+    required_tokens=GLM4_TOKENS,
+    keeps_tokenizer=True,
+)
+GLM_Z1 = Generation(
+    name="GLM-Z1-0414",
+    flag="glm-z1",
+    is_in=is_glm_z1,
+    tokenizer_class=None,
+    vocab_file="tokenizer.json",
+    chat_template=GLM4Template,
+    architecture="glm4",
+    layers=GLM_LAYERS,
+    required_tokens=GLM4_TOKENS,
+    keeps_tokenizer=True,
 )
 # The first row that is in a checkpoint directory is its generation.
-GENERATIONS = (GLM4_HF, CHATGLM_6B, GLM4, CHATGLM3, CHATGLM2)
-BY_FLAG = {row.flag: row for row in (CHATGLM_6B, CHATGLM2, CHATGLM3, GLM4)}  # what --generation takes
-BY_TOKENIZER = {row.tokenizer_class: row for row in BY_FLAG.values()}
-# They share one architecture and one SentencePiece model, so files may fit both.
-LOOK_ALIKES = (CHATGLM2, CHATGLM3)
-# A word in the name of a release -> its generation, for files that fit both.
-RELEASE_NAMES = {"chatglm2": CHATGLM2, "codegeex2": CHATGLM2, "chatglm3": CHATGLM3}
+GENERATIONS = (GLM4_HF, GLM_Z1, GLM4_0414, CHATGLM_6B, GLM4, CHATGLM3, CHATGLM2)
+# What --generation takes.
+BY_FLAG = {row.flag: row for row in (CHATGLM_6B, CHATGLM2, CHATGLM3, GLM4, GLM4_0414, GLM_Z1)}
+BY_TOKENIZER = {row.tokenizer_class: row for row in BY_FLAG.values() if row.tokenizer_class}
 
-# A generation -> what a merged checkpoint of it is: saved by transformers as "glm". ChatGLM2-6B and ChatGLM3-6B keep
-# their tokenizer file beside it. ChatGLM-6B is not here: it keeps its released layout.
-MERGED = {row.name: replace(row, architecture="glm") for row in LOOK_ALIKES} | {
-    row.name: GLM4_HF for row in (GLM4, GLM4_HF)
+
+@dataclass(frozen=True)
+class LookAlikes:
+    """Two generations of one architecture and one vocabulary, whose files may fit both."""
+
+    older: Generation  # what files are taken for that nothing tells apart
+    newer: Generation
+    is_in: Callable[[CheckpointFiles], bool]  # whether a directory holds one of them
+    release_names: dict[str, Generation]  # a word in the name of a release -> its generation
+
+    @property
+    def rows(self) -> tuple[Generation, Generation]:
+        """Both."""
+        return self.older, self.newer
+
+    def released_under(self, path: Any) -> set[str]:
+        """The flags of the generations whose release the last part of a path names."""
+        name = str(path or "").replace("\\", "/").rstrip("/").rpartition("/")[2].lower()
+        return {row.flag for word, row in self.release_names.items() if word in name}
+
+
+LOOK_ALIKES = (
+    LookAlikes(
+        CHATGLM2,
+        CHATGLM3,
+        lambda files: files.is_released_glm,
+        {"chatglm2": CHATGLM2, "codegeex2": CHATGLM2, "chatglm3": CHATGLM3},
+    ),
+    LookAlikes(GLM4_0414, GLM_Z1, is_glm4_architecture, {"glm-4": GLM4_0414, "glm4": GLM4_0414, "z1": GLM_Z1}),
+)
+
+# A generation -> what a merged checkpoint of it is: saved by transformers as "glm" or "glm4". ChatGLM2-6B and
+# ChatGLM3-6B keep their tokenizer file beside it. ChatGLM-6B is not here: it keeps its released layout.
+MERGED = {row.name: replace(row, architecture="glm") for row in (CHATGLM2, CHATGLM3)} | {
+    GLM4.name: GLM4_HF,
+    GLM4_HF.name: GLM4_HF,
+    GLM4_0414.name: GLM4_0414,
+    GLM_Z1.name: GLM_Z1,
 }
-MERGED_FROM = "chatglm_generation"  # the key of a merged `config.json` with the generation's name
+# The key of a merged `config.json`, and of a `tokenizer_config.json` that we saved, with the generation's name.
+GENERATION_KEY = "chatglm_generation"
 
 
 def identify(files: CheckpointFiles) -> tuple[Generation | None, str | None]:
     """
     The generation in a checkpoint directory, and the reason where it is a guess.
 
-    Where the files fit both ChatGLM2-6B and ChatGLM3-6B, the name of the release decides: the last part of a path in
-    the two configurations, else of the directory.
+    A name that this toolkit recorded comes first, then the table. Where the files fit both of two look-alikes, the
+    name of the release decides: the last part of a path in the two configurations, else of the directory.
 
     Returns:
         The row, None for a model that is not supported; and None, or the reason of a guess.
     """
+    merged = MERGED.get(files.recorded_generation or "")
+    if merged and merged.architecture == files.config.get("model_type") and not files.is_multimodal:
+        return merged, None
     for row in GENERATIONS:
         if row.is_in(files):
-            if row is GLM4_HF:
-                return MERGED.get(str(files.config.get(MERGED_FROM)), GLM4_HF), None
             return row, None
-    if not files.is_released_glm:
+    pair = next((pair for pair in LOOK_ALIKES if pair.is_in(files)), None)
+    if pair is None:
         return None, None
-    recorded = _released_under(files.config.get("_name_or_path"))
-    recorded |= _released_under(files.tokenizer_config.get("name_or_path"))
+    recorded = pair.released_under(files.config.get("_name_or_path"))
+    recorded |= pair.released_under(files.tokenizer_config.get("name_or_path"))
     if len(recorded) == 1:
         return BY_FLAG[recorded.pop()], None
-    by_directory = _released_under(files.directory.resolve())
+    by_directory = pair.released_under(files.directory.resolve())
     if len(by_directory) == 1:
         return BY_FLAG[by_directory.pop()], "by the name of the directory"
-    return CHATGLM2, "the older of the two"
+    return pair.older, "the older of the two"
 
 
-def _released_under(path: Any) -> set[str]:
-    """The flags of the generations whose release the last part of a path names."""
-    name = str(path or "").replace("\\", "/").rstrip("/").rpartition("/")[2].lower()
-    return {row.flag for word, row in RELEASE_NAMES.items() if word in name}
+def look_alikes_of(generation: Generation) -> tuple[Generation, ...]:
+    """The generations whose files may be taken for those of `generation`, it among them; empty without one."""
+    return next((pair.rows for pair in LOOK_ALIKES if generation in pair.rows), ())
 
 
 def chosen_by_flag(identified: Generation, flag: str) -> Generation | None:
@@ -241,18 +344,27 @@ def chosen_by_flag(identified: Generation, flag: str) -> Generation | None:
     if identified.flag == flag:
         return identified
     chosen = BY_FLAG[flag]
-    return chosen if {chosen, identified} == set(LOOK_ALIKES) else None
+    return chosen if chosen in look_alikes_of(identified) else None
+
+
+def record_generation(tokenizer: PreTrainedTokenizerBase, generation: Generation) -> None:
+    """
+    Note the generation on a tokenizer that transformers read, in place, for `generation_of`.
+
+    Their special tokens are the same from GLM-4-9B-hf to GLM-Z1. Copies, pickles and `save_pretrained` keep the note.
+    """
+    tokenizer.init_kwargs[GENERATION_KEY] = generation.name
 
 
 def generation_of(tokenizer: PreTrainedTokenizerBase) -> Generation:
     """
     The generation of a tokenizer that `load_tokenizer` returned.
 
-    Its class tells; of those that transformers reads itself, the special tokens.
+    Its class tells; of those that transformers reads itself, what `record_generation` noted.
     """
     for tokenizer_class in type(tokenizer).__mro__:
         if tokenizer_class in BY_TOKENIZER:
             return BY_TOKENIZER[tokenizer_class]
-    tokens = tokenizer.get_added_vocab()
-    rows = [row for row in GENERATIONS if row.tokenizer_class is None and tokens.keys() >= set(row.required_tokens)]
-    return rows[0] if rows else GLM4_HF
+    recorded = tokenizer.init_kwargs.get(GENERATION_KEY)
+    rows = (row for row in GENERATIONS if row.tokenizer_class is None)
+    return next((row for row in rows if row.name == recorded), GLM4_HF)

@@ -13,12 +13,10 @@ gathers a weight only in its module's own forward.
 import torch
 from peft import PeftModel
 from torch import nn
-from transformers import GlmForCausalLM
 from transformers.modeling_outputs import CausalLMOutput
 
 from utils.layers.quantization import QuantizedLinear, dequantize
-from utils.layers.replace import share_state
-from utils.models.modeling_chatglm import ChatGLMForConditionalGeneration
+from utils.layers.replace import share_state, subclass_with
 
 CHUNK_TOKENS = 2048  # targets whose logits exist at once: 0.6 GiB of a 150,000-token vocabulary in 16 bits
 
@@ -108,8 +106,8 @@ class QuantizedHeadCrossEntropy(FrozenHeadCrossEntropy, QuantizedLinear):
         return dequantize(self.weight, self.weight_scale, self.bits, dtype)
 
 
-class _TargetLoss:
-    """What the two models below add to their stock class: a forward that returns the loss of targets."""
+class WithTargetLoss:
+    """What is added to a stock model class: a forward that returns the loss of targets."""
 
     def forward(self, *args, target_positions=None, target_ids=None, labels=None, num_items_in_batch=None, **kwargs):
         """
@@ -133,20 +131,6 @@ class _TargetLoss:
         return CausalLMOutput(loss=total / (len(target_ids) if num_items_in_batch is None else num_items_in_batch))
 
 
-class GlmForCausalLMWithTargetLoss(_TargetLoss, GlmForCausalLM):
-    """`GlmForCausalLM` that can return the loss of targets alone."""
-
-
-class ChatGLMForConditionalGenerationWithTargetLoss(_TargetLoss, ChatGLMForConditionalGeneration):
-    """`ChatGLMForConditionalGeneration` that can return the loss of targets alone."""
-
-
-WITH_TARGET_LOSS = {
-    GlmForCausalLM: GlmForCausalLMWithTargetLoss,
-    ChatGLMForConditionalGeneration: ChatGLMForConditionalGenerationWithTargetLoss,
-}
-
-
 def use_target_loss(model: PeftModel, compiled: bool = False) -> None:
     """
     Let `model(..., target_positions=..., target_ids=...)` return the loss of those targets, in place.
@@ -155,15 +139,15 @@ def use_target_loss(model: PeftModel, compiled: bool = False) -> None:
     without targets return what they did. The head must be frozen and without a bias.
 
     Args:
-        model: either class with its adapter attached.
+        model: of any generation, with its adapter attached.
         compiled: whether torch.compile fuses what is done with the logits.
     """
     stock = model.get_base_model()
-    if type(stock) not in WITH_TARGET_LOSS:  # done already
+    if isinstance(stock, WithTargetLoss):  # done already
         return
     stock_head = stock.get_output_embeddings()
     head_class = QuantizedHeadCrossEntropy if isinstance(stock_head, QuantizedLinear) else FrozenHeadCrossEntropy
-    base_model = share_state(stock, WITH_TARGET_LOSS[type(stock)])
+    base_model = share_state(stock, subclass_with(WithTargetLoss, type(stock)))
     base_model.set_output_embeddings(head_class.from_stock(stock_head, compiled))
     model.base_model.model = base_model
     # PEFT holds a method of the stock model, which would keep weights alive that FSDP2 shards in the new one.

@@ -6,7 +6,7 @@ run_report.py) and advises in dry_run.py. No library does this: DeepSpeed's esti
 not activations.
 
 Bytes of weights, adapter and optimizer follow from their shapes. What a block saves for the backward pass is counted
-from the tensors that autograd saves there: the inputs of both norms, the input of the adapter's layers, query, key,
+from the tensors that autograd saves there: the inputs of the norms, the input of the adapter's layers, query, key,
 value and output of attention, and the input of the MLP's activation function.
 
 The fitted constants below match peaks (`max_memory_allocated`) on H100s with torch 2.11 and LoRA rank 8 on query, key
@@ -57,6 +57,7 @@ class ModelSizes:
     block_bytes: int  # weights of one block
     parameters: int
     blocks: int
+    norms: int  # of a block
     hidden: int
     vocabulary: int
     linear: dict[str, tuple[int, int]]  # name of a block's linear layer -> input and output features
@@ -82,6 +83,7 @@ class ModelSizes:
             block_bytes=bytes_of([*blocks[0].parameters(), *blocks[0].buffers()]),
             parameters=sum(parameter.numel() for parameter in plain.parameters()),
             blocks=len(blocks),
+            norms=sum(path.endswith("norm") for path, _ in blocks[0].named_children()),
             hidden=model.config.hidden_size,
             vocabulary=model.config.vocab_size,
             linear={name: (layer.in_features, layer.out_features) for name, layer in linear.items()},
@@ -163,7 +165,7 @@ class MemoryModel:
         layers = sizes.layers
         attended = sizes.linear[layers.attention_output][0]
         qkv = sum(sizes.linear[name][1] for name in layers.qkv)
-        values = 2 * sizes.hidden + qkv + attended + sizes.linear[layers.mlp_up][1]
+        values = sizes.norms * sizes.hidden + qkv + attended + sizes.linear[layers.mlp_up][1]
         values += sizes.hidden * bool(targets & set(layers.qkv)) + sizes.hidden * (layers.mlp_up in targets)
         values += sizes.linear[layers.mlp_down][0] * (layers.mlp_down in targets)
         if sizes.has_prefix:
