@@ -22,7 +22,7 @@ from utils.models.tokenization_base import VocabFileTokenizer
 from utils.models.tokenization_chatglm import ChatGLMTokenizer
 from utils.models.tokenization_chatglm2 import ROLE_TOKENS, ChatGLM2Tokenizer, ChatGLM3Tokenizer
 from utils.models.tokenization_glm4 import ChatGLM4Tokenizer, is_tiktoken_file
-from utils.models.turn_formats import ChatGLM3Template, GLM4Template
+from utils.models.turn_formats import ChatGLM3Template, GLM4Template, GLM40414Template, GLMZ1Template
 
 SUPPORTED = (
     "ChatGLM-6B (-int4, -int8), ChatGLM2-6B (-32k, -int4), ChatGLM3-6B (-base, -32k, -128k), CodeGeeX2-6B, "
@@ -238,7 +238,7 @@ GLM4_0414 = Generation(
     is_in=is_glm4_0414,
     tokenizer_class=None,
     vocab_file="tokenizer.json",
-    chat_template=GLM4Template,
+    chat_template=GLM40414Template,
     architecture="glm4",
     layers=GLM_LAYERS,
     required_tokens=GLM4_TOKENS,
@@ -250,7 +250,7 @@ GLM_Z1 = Generation(
     is_in=is_glm_z1,
     tokenizer_class=None,
     vocab_file="tokenizer.json",
-    chat_template=GLM4Template,
+    chat_template=GLMZ1Template,
     architecture="glm4",
     layers=GLM_LAYERS,
     required_tokens=GLM4_TOKENS,
