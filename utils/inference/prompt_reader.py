@@ -25,7 +25,7 @@ from utils.data.encodings import decode_text
 from utils.data.json_lines import BLANKS
 from utils.data.row_parser import check_columns, parse_prompt, parse_question, read_rows
 from utils.data.row_schema import NO_RENAMES, ColumnMap, find_schema
-from utils.models.conversation import Message
+from utils.models.conversation import Conversation
 from utils.models.templates import ChatTemplate, encode_prompt
 
 SEPARATORS = {".csv": ",", ".tsv": "\t"}
@@ -61,7 +61,7 @@ class Prompts:
 class ParsedPrompt(NamedTuple):
     """A row's prompt before it is encoded, and the adapter it names."""
 
-    messages: tuple[Message, ...]
+    conversation: Conversation
     adapter: str | None
 
 
@@ -70,7 +70,7 @@ class PromptForm:
     """
     How a row becomes a prompt.
 
-    A row's system text and history come before the prompt, unless the template contains them.
+    A row's system text, tools and history come before the prompt, unless the template contains them.
 
     Args:
         column: the column that is the whole prompt; None: utils/data/row_parser.py finds the prompt.
@@ -97,12 +97,12 @@ class PromptForm:
             if adapter not in self.adapters:
                 raise RowError(f'"{ADAPTER_COLUMN}" is {adapter!r}, not one of {", ".join(self.adapters)}')
         if self.column is None and self.template is None:
-            return ParsedPrompt(parse_prompt(raw, self.columns).messages, adapter)
+            return ParsedPrompt(parse_prompt(raw, self.columns), adapter)
         if not isinstance(raw, dict):
             raise RowError(f"a row must be an object, not {type(raw).__name__}")
         text = _PLACEHOLDER.sub(lambda match: _cell(raw, match[1]), self._text)
         used_columns = _PLACEHOLDER.findall(self._text)
-        return ParsedPrompt(parse_question(self.columns.rename(raw), text, used_columns).messages, adapter)
+        return ParsedPrompt(parse_question(self.columns.rename(raw), text, used_columns), adapter)
 
     @property
     def _text(self) -> str:
@@ -162,8 +162,9 @@ def read_prompt_rows(
         if isinstance(row, RowError):
             prompts.append(PromptRow(index, None, [], error=f"{source}: {row}"))
         else:
-            input_ids = encode_prompt(tokenizer, row.messages, template)
-            prompts.append(PromptRow(index, template.render(row.messages), input_ids, adapter=row.adapter))
+            messages = row.conversation.messages
+            input_ids = encode_prompt(tokenizer, messages, template)
+            prompts.append(PromptRow(index, template.render(messages), input_ids, adapter=row.adapter))
     if not prompts:
         raise UsageError(f"--input_path {input_path} has no rows")
     return prompts
