@@ -48,6 +48,8 @@ _UNUSED_FIELDS = (
     "function_calls",
     "tool_responses",
 )
+# Of OpenAI's lists of parts as a text; another list is a tool's result as JSON.
+_PART_TYPES = ("text", "image", "image_url", "input_image", "audio", "input_audio", "video", "video_url", "file")
 _FIELDS_OF_ASSISTANT = (*_CALL_FIELDS, *REASONING_FIELDS)
 
 
@@ -139,6 +141,8 @@ def _assistant_turn(item: dict[str, Any], place: str) -> Turn:
         if calls:
             raise RowError(f'{place} has "metadata" and other calls: keep one of them')
         calls, text = [(parse_metadata_call(name.strip(), text, place), "")], ""
+    if not calls and reasoning and not text.strip():
+        raise RowError(f"{place} has reasoning, but neither an answer nor a call after it")
     if not calls:
         _not_blank(text, place)
     return Turn(
@@ -199,7 +203,7 @@ def _result(value: Any, place: str) -> str:
         return ""
     if isinstance(value, str):
         return value
-    if isinstance(value, list) and value and all(isinstance(part, dict) and part.get("type") for part in value):
+    if isinstance(value, list) and value and all(isinstance(v, dict) and v.get("type") in _PART_TYPES for v in value):
         return _text(value, place)
     return to_json(value, f"the result in {place}")
 

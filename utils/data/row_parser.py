@@ -55,8 +55,8 @@ def parse_prompt(raw: Any, columns: ColumnMap = NO_RENAMES) -> Conversation:
     Raises:
         RowError: no known column, a blank prompt, or something that would be lost.
     """
-    raw = columns.rename(raw)
-    conversation = _conversation(raw, _schema_of(raw))
+    raw, schema = _find_schema(raw, columns)
+    conversation = _conversation(raw, schema)
     return conversation._replace(messages=conversation.prompt)
 
 
@@ -67,8 +67,7 @@ def parse_row(raw: Any, columns: ColumnMap = NO_RENAMES) -> Conversation:
     Raises:
         RowError: see `parse_prompt`; or the target is blank, or marked as not to be trained on.
     """
-    raw = columns.rename(raw)
-    schema = _schema_of(raw)
+    raw, schema = _find_schema(raw, columns)
     row = _conversation(raw, schema)
     if schema.context:
         _check_training(raw)
@@ -115,10 +114,28 @@ def _check_training(raw: dict[str, Any]) -> None:
             raise RowError(f'"{name}" is {weight}: rows cannot count more or less than others')
 
 
-def _schema_of(raw: Any) -> Schema:
+def _find_schema(raw: Any, columns: ColumnMap) -> tuple[dict[str, Any], Schema]:
+    """The row with its columns renamed, and its schema."""
+    raw = columns.rename(raw)
     if not isinstance(raw, dict):
         raise RowError(f"a row must be a JSON object, not {type(raw).__name__}")
-    return find_schema(tuple(raw))
+    schema = find_schema(tuple(raw))
+    if not schema.chat and isinstance(raw[schema.prompts[0]], list):
+        raw = _as_chat(raw, schema)
+        schema = find_schema(tuple(raw))
+    return raw, schema
+
+
+def _as_chat(raw: dict[str, Any], schema: Schema) -> dict[str, Any]:
+    """A row whose prompt and answer are lists of messages, as TRL has them, as a row with one list."""
+    messages = list(raw[schema.prompts[0]])
+    for name in schema.answers:
+        answer = raw[name]
+        messages += (
+            answer if isinstance(answer, list) else [{"role": "assistant", "content": answer}] if answer else []
+        )
+    others = {name: value for name, value in raw.items() if name not in (*schema.prompts, *schema.answers)}
+    return {"messages": messages, **others}
 
 
 def _conversation(raw: dict[str, Any], schema: Schema) -> Conversation:

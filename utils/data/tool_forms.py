@@ -151,7 +151,7 @@ def call_before_result(text: str) -> tuple[str, list[ToolCall]] | None:
     GLM-4's own data has calls as such texts: JSON of {"name", "arguments"}, or the name, a newline and the arguments.
     """
     try:
-        if match := _NAME_LINE.match(text):
+        if (match := _NAME_LINE.match(text)) and text[match.end() :].lstrip().startswith("{"):
             return "", [ToolCall(match[1], parse_arguments(text[match.end() :], "they"))]
         thought, calls = parse_call_text(text, "it")
     except RowError:
