@@ -6,7 +6,8 @@ BELLE's 1M file, data/belle_open_source_1M.train.json, to data/Belle_1M.train.js
 
     cat data/Belle.train.json data/Belle_1M.train.json > data/Belle_0_1.train.json
 
-is one valid file. Conversations of several turns become {"messages"}. All steps in one command:
+is one valid file. Conversations of several turns become {"messages"}, with their tools in {"tools"}. All steps in one
+command:
 
     python process_belle_1M_data.py --input data/Belle.train.json data/belle_*.json --output data/rows.json \\
         --dedup --shuffle --seed 0 --split 0.98,0.01,0.01
@@ -35,9 +36,9 @@ from utils.common.errors import RowError, RunError, UsageError
 from utils.common.files import atomic_writer, check_output_path, scratch_directory
 from utils.common.flags import FlagParser
 from utils.common.numbers import counted
-from utils.data.dedup import TURN_END, Deduplicator, hash_text
+from utils.data.conversation_rows import dump_conversation, prompt_of
+from utils.data.dedup import Deduplicator, hash_text
 from utils.data.input_facts import MIB, describe_inputs, describe_size, size_of, whole_mib
-from utils.data.json_lines import dump_pair, dump_row
 from utils.data.raw_reader import input_paths, read_blocks
 from utils.data.rejections import Rejections, check_share
 from utils.data.row_parser import check_columns, parse_row, rows_in_block
@@ -92,23 +93,6 @@ def parse_arguments() -> Namespace:
     if args.max_rows is not None and args.max_rows < 1:
         raise UsageError(f"--max_rows {args.max_rows} must be at least 1")
     return args
-
-
-def dump_conversation(conversation: Conversation) -> str:
-    """One line of the output, newline included."""
-    messages = conversation.messages
-    if len(messages) == 2 and messages[1].is_plain:
-        return dump_pair(messages[0].content, messages[1].content)
-    fields = [
-        {"role": message.role, "content": message.content} | ({"loss": False} if message.trained is False else {})
-        for message in messages
-    ]
-    return dump_row({"messages": fields})
-
-
-def prompt_of(conversation: Conversation) -> str:
-    """The prompt as `Deduplicator` takes it."""
-    return TURN_END.join(message.content for message in conversation.messages[:-1])
 
 
 def read_conversations(

@@ -140,7 +140,8 @@ def answer_all(
         prompt = row._replace(messages=row.prompt)
         input_ids, text = template.encoded_prompt(tokenizer, prompt).ids(), template.render(prompt)
         for name in systems:
-            prompts.append(PromptRow(len(prompts), text, input_ids, adapter=name if names else None))
+            adapter = name if names else None
+            prompts.append(PromptRow(len(prompts), text, input_ids, adapter=adapter, tools=row.callable_tools))
     settings = AnswerSettings(args.max_new_tokens, adapters=tuple(names))
     answers: list[dict[str, Any]] = []
     generator = BatchGenerator(model, codec, settings, input_device(model))

@@ -63,8 +63,9 @@ def test_what_is_empty_says_nothing(empty):
 @pytest.mark.parametrize(
     "more, words",
     [
-        ({"tools": '[{"name": "get_weather"}]'}, '"tools" is not empty: tools'),
-        ({"functions": [{}]}, '"functions"'),
+        ({"tools": '[{"description": "get_weather"}]'}, 'tool 1 of "tools" has no "name"'),
+        ({"functions": [{}]}, 'tool 1 of "functions"'),
+        ({"tool_calls": [{"name": "get_weather"}]}, '"tool_calls" is not empty: calls and results are messages'),
         ({"images": ["a.png"]}, '"images"'),
         ({"history": "从前"}, '"history" is text'),
         ({"history": [["问"]]}, '"history" must be a list of'),
@@ -86,14 +87,14 @@ def test_what_cannot_be_used_is_named(more, words):
 @pytest.mark.parametrize(
     "message, words",
     [
-        ({"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}, '"tool_calls"'),
-        *(({"role": role, "content": "x"}, f'role "{role}"') for role in ("tool", "function", "observation")),
-        ({"role": "<|observation|>", "content": "x"}, "tools cannot be used"),
-        ({"from": "function_call", "value": "x"}, 'role "function_call"'),
-        (ANSWER | {"metadata": "get_weather"}, '"metadata"'),
+        ({"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}, "call 1 of message 2 .* has no name"),
+        *(({"role": role, "content": "x"}, "follows no call") for role in ("tool", "function", "observation")),
+        ({"role": "<|observation|>", "content": "x"}, "follows no call"),
+        ({"from": "function_call", "value": "x"}, "message 2 of .* is no call: it must be JSON"),
+        (ANSWER | {"metadata": "get_weather"}, '"metadata" in message 2'),
         (ANSWER | {"weight": 0.5}, '"weight" .* is 0.5'),
         (ANSWER | {"loss": "half"}, '"loss"'),
-        (ANSWER | {"reasoning_content": "嗯"}, '"reasoning_content"'),
+        (USER | {"reasoning_content": "嗯"}, '"reasoning_content" in message 2 .* only a message of the assistant'),
         ({"role": "robot", "content": "x"}, "'robot'"),
         (SYSTEM, "one system message, at the start"),
     ],
@@ -208,22 +209,22 @@ ROWS = [
     PAIR,
     {"messages": [USER, ANSWER | {"loss": False}, USER, ANSWER]},
 ]
-TOOLS = PAIR | {"tools": [{"name": "get_weather"}]}
+IMAGES = PAIR | {"images": ["a.png"]}
 
 
 @pytest.mark.parametrize("dedup", ["exact", "near"])
 def test_rows_of_another_history_are_no_repeats(run_script, tmp_path, dedup):
-    (tmp_path / "rows.json").write_text("".join(json.dumps(row) + "\n" for row in [*ROWS, TOOLS]))
+    (tmp_path / "rows.json").write_text("".join(json.dumps(row) + "\n" for row in [*ROWS, IMAGES]))
     result = run_script(f"process_belle_1M_data.py --input rows.json --output out.json --dedup {dedup}", cwd=tmp_path)
     summary = json.loads(result.check().out.splitlines()[-1])
     assert (summary["written"], summary["rejected"], summary["skipped"]) == (6, 1, 1)
-    assert 'rows.json:8: "tools" is not empty' in result.err
+    assert 'rows.json:8: "images" is not empty' in result.err
     written = [json.loads(line) for line in (tmp_path / "out.json").read_text().splitlines()]
     assert [parse_row(raw) for raw in written] == [parse_row(raw) for raw in (*ROWS[:4], *ROWS[5:])]
 
 
 def test_raw_and_processed_rows_make_the_same_tokens(run_script, tmp_path):
-    (tmp_path / "rows.json").write_text("".join(json.dumps(row) + "\n" for row in [*ROWS, TOOLS]))
+    (tmp_path / "rows.json").write_text("".join(json.dumps(row) + "\n" for row in [*ROWS, IMAGES]))
     run_script("process_belle_1M_data.py --input rows.json --output out.json", cwd=tmp_path).check()
     tokens = []
     for name in ("rows", "out"):
@@ -258,12 +259,12 @@ def test_mapped_columns_in_every_script(run_script, tmp_path):
 
 def test_prompts_with_system_and_history(run_script, tmp_path):
     """In JSON and in a table, also if a flag names the prompt; a row that cannot be used is an error row."""
-    cells = {"text": "那呢？", "system": "说短些", "history": '[["问", "答"]]', "tools": "[]"}
+    cells = {"text": "那呢？", "system": "说短些", "history": '[["问", "答"]]', "images": "[]"}
     with (tmp_path / "rows.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, list(cells))
         writer.writeheader()
-        writer.writerows([cells, cells | {"tools": "[{}]"}])
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in (cells, cells | {"tools": [{}]})))
+        writer.writerows([cells, cells | {"images": "[{}]"}])
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in (cells, cells | {"images": [{}]})))
     answer = (
         f"chatglm_milti_gpu_inference.py --model_name_or_path {MODELS[2]} --max_new_tokens 1 --output_path answers"
     )
@@ -272,4 +273,4 @@ def test_prompts_with_system_and_history(run_script, tmp_path):
             run_script(f"{answer} --overwrite --input_path {name} {flags}", cwd=tmp_path)
             good, bad = map(json.loads, (tmp_path / "answers").read_text().splitlines())
             assert good["prompt"] == "<|system|>\n说短些<|user|>\n问<|assistant|>\n答<|user|>\n那呢？<|assistant|>"
-            assert '"tools" is not empty' in bad["error"]
+            assert '"images" is not empty' in bad["error"]

@@ -1,46 +1,20 @@
 """
 Parses the chats and histories of raw rows, and joins their turns to a `Conversation`.
 
-utils/data/row_parser.py calls it. A turn that cannot be used is a `RowError` that names it: nothing is dropped.
+utils/data/row_parser.py calls it; utils/data/messages.py parses the messages. Turns that do not follow each other as
+in a conversation are a `RowError`: nothing is dropped.
 """
 
-import ast
-import json
-import warnings
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from utils.common.errors import RowError
-from utils.data.row_schema import MEDIA_COLUMNS, TOOL_COLUMNS, check_refused, is_empty
+from utils.data.cell_values import parse_list
+from utils.data.messages import Turn, parse_message
+from utils.data.tool_forms import call_before_result, same_tools
 from utils.models.conversation import Conversation, Message
 
-ROLE_ALIASES = {
-    **dict.fromkeys(("user", "human"), "user"),
-    **dict.fromkeys(("assistant", "gpt", "chatgpt", "chatglm", "bot", "ai", "model"), "assistant"),
-    **dict.fromkeys(("system", "developer"), "system"),
-}
-TOOL_ROLES = (
-    *("function_call", "function", "function_response", "observation", "ipython"),
-    *("tool", "tools", "tool_call", "tool_calls", "tool_response", "tool_responses", "tool_result"),
-)
-# Fields of a message that say whether it is trained on: true, false, 1 or 0.
-LOSS_FIELDS = ("loss", "weight", "train", "training", "trainable", "loss_weight", "loss_scale", "output_with_loss")
-_TRAINED = (True, "true", "True", "1", "1.0")  # 1 and 1.0 equal True
-_NOT_TRAINED = (False, "false", "False", "0", "0.0")
-_REFUSED_FIELDS = (*TOOL_COLUMNS, *MEDIA_COLUMNS)
-_UNUSED_FIELDS = (
-    *("mask", "masked", "train_detail", "train_details", "prefix"),
-    *("reasoning_content", "reasoning", "thinking", "refusal"),
-    "metadata",  # in ChatGLM3 and GLM-4 the name of a tool
-)
-
-
-class Turn(NamedTuple):
-    """A message of a raw row, and whether it is trained on."""
-
-    role: str
-    content: str
-    trained: bool = True
+_MESSAGE_FIELDS = len(Message._fields)
 
 
 def parse_chat(raw: Any, column: str) -> list[Turn]:
@@ -52,10 +26,13 @@ def parse_chat(raw: Any, column: str) -> list[Turn]:
     Raises:
         RowError: a message cannot be used.
     """
-    items = parse_list(raw, column)
+    items = parse_list(raw, f'"{column}"')
     if not items:
         raise RowError(f'"{column}" must be a list with at least one message')
-    return [_parse_message(item, column) for item in items]
+    turns: list[Turn] = []
+    for number, item in enumerate(items, start=1):
+        turns += parse_message(item, column, number)
+    return turns
 
 
 def parse_history(raw: Any, column: str) -> list[Turn]:
@@ -67,10 +44,10 @@ def parse_history(raw: Any, column: str) -> list[Turn]:
     Raises:
         RowError: a pair or a message cannot be used.
     """
-    turns = []
-    for item in parse_list(raw, column):
+    turns: list[Turn] = []
+    for number, item in enumerate(parse_list(raw, f'"{column}"'), start=1):
         if isinstance(item, dict):
-            turns.append(_parse_message(item, column))
+            turns += parse_message(item, column, number)
         elif isinstance(item, list | tuple) and len(item) == 2 and all(isinstance(text, str) for text in item):
             if not all(text.strip() for text in item):
                 raise RowError(f'a question or an answer in "{column}" is blank')
@@ -80,118 +57,129 @@ def parse_history(raw: Any, column: str) -> list[Turn]:
     return turns
 
 
-def join_turns(system: str, columns: Sequence[tuple[str, list[Turn]]]) -> Conversation:
+def join_turns(system: str, columns: Sequence[tuple[str, list[Turn]]], tools: str = "") -> Conversation:
     """
     Join turns to one conversation.
 
     Args:
         system: the system text, "" for none.
         columns: the row's columns and their turns, in order.
+        tools: the row's tools as JSON text, "" for none.
 
     Raises:
-        RowError: turns do not alternate, or there is a system message other than one at the start.
+        RowError: a turn cannot follow the one before, or there is a system message other than one at the start.
     """
-    turns = [turn for _, column_turns in columns for turn in column_turns if turn != Turn("system", "")]
+    turns = [turn for _, column_turns in columns for turn in column_turns]
     names = " and ".join(f'"{column}"' for column, column_turns in columns if column_turns)
-    if turns and turns[0].role == "system":
-        if system and system != turns[0].content:
-            raise RowError(f'a system message in {names} and another in "system"')
-        system = turns.pop(0).content
     if any(turn.role == "system" for turn in turns):
-        raise RowError("there may be one system message, at the start")
+        system, tools, turns = _take_system(system, tools, turns, names)
     if not turns:
         raise RowError(f"{names} holds only a system message")
-    for number, turn in enumerate(turns):
-        if turn.role != ("user", "assistant")[number % 2]:
-            raise RowError(f"messages of {names} must alternate between user and assistant, the user first")
+    if not _alternate(turns):
+        turns = _join_calls(turns, names)
+        _check_order(turns, names)
+        turns = _order_results(turns)
+    messages = [Message._make(turn[:_MESSAGE_FIELDS]) for turn in turns]
     if system:
-        turns.insert(0, Turn("system", system))
-    return Conversation(
-        tuple(
-            Message(turn.role, turn.content, trained=False if turn.role == "assistant" and not turn.trained else None)
-            for turn in turns
+        messages.insert(0, Message("system", system))
+    return Conversation(tuple(messages), tools)
+
+
+def _take_system(system: str, tools: str, turns: list[Turn], names: str) -> tuple[str, str, list[Turn]]:
+    """The system text, the tools and the other turns."""
+    if turns[0].role == "system":
+        first, turns = turns[0], turns[1:]
+        if system and first.content and system != first.content:
+            raise RowError(f'a system message in {names} and another in "system"')
+        system = system or first.content
+        tools = same_tools({"the row": tools, "its system message": first.tools})
+    others = [turn for turn in turns if turn.role != "system"]
+    if any(turn.role == "system" and (turn.content or turn.tools) for turn in turns):
+        raise RowError("there may be one system message, at the start")
+    return system, tools, others
+
+
+def _alternate(turns: list[Turn]) -> bool:
+    return all(turn.role == ("user", "assistant")[number % 2] for number, turn in enumerate(turns))
+
+
+def _join_calls(turns: list[Turn], names: str) -> list[Turn]:
+    """
+    The turns with each call in one turn with the assistant's text before it, and with the calls before it.
+
+    A text before a result, if it is a call, becomes one.
+    """
+    joined: list[Turn] = []
+    for turn in turns:
+        last = joined[-1] if joined else None
+        if last and last.role == "assistant":
+            if turn.role == "assistant" and turn.tool_calls and not turn.content and not turn.reasoning:
+                joined[-1] = _with_calls(last, turn, names)
+                continue
+            if turn.role == "tool" and not last.tool_calls and (parsed := call_before_result(last.content)):
+                thought, calls = parsed
+                ids = ("",) * len(calls)
+                joined[-1] = last._replace(content=thought, tool_calls=tuple(calls), call_ids=ids)
+        joined.append(turn)
+    return joined
+
+
+def _with_calls(turn: Turn, calls: Turn, names: str) -> Turn:
+    if turn.trained is not calls.trained:
+        raise RowError(
+            f"in {names} the assistant's turn and the call after it are one message, but differ in whether they are "
+            "trained on: give both the same loss"
         )
-    )
+    ids = turn.call_ids + calls.call_ids
+    return turn._replace(tool_calls=turn.tool_calls + calls.tool_calls, call_ids=ids)
 
 
-def _parse_message(item: Any, column: str) -> Turn:
-    role = _either(item, "role", "from") if isinstance(item, dict) else None
-    name = (role or "").strip().removeprefix("<|").removesuffix("|>").lower()
-    if name.replace("-", "_") in TOOL_ROLES:
-        raise RowError(f'a turn of the role "{role}" in "{column}": tools cannot be used yet')
-    if name not in ROLE_ALIASES:
-        raise RowError(f'each message needs a "role" (or "from") of "user" or "assistant", not {role!r}')
-    _check_fields(item, column)
-    content = _either(item, "content", "value")
-    if ROLE_ALIASES[name] == "system" and is_empty(content):
-        return Turn("system", "")
-    if not isinstance(content, str) or not content.strip():
-        raise RowError('each message needs a "content" (or "value") that holds text')
-    return Turn(ROLE_ALIASES[name], content, _is_trained(item, column))
-
-
-def _check_fields(item: dict[str, Any], column: str) -> None:
-    if len(item) == 2:  # nearly every message
-        return
-    place = f' in a message of "{column}"'
-    check_refused(item, [name for name in _REFUSED_FIELDS if name in item], place)
-    for name in _UNUSED_FIELDS:
-        value = item.get(name)
-        if not is_empty(value) and (name != "metadata" or isinstance(value, str)):
-            raise RowError(f'"{name}"{place} is not empty: it cannot be used')
-
-
-def _is_trained(item: dict[str, Any], column: str) -> bool:
-    trained = True
-    if len(item) == 2:  # nearly every message
-        return trained
-    for name in LOSS_FIELDS:
-        value = item.get(name)
-        if value in (None, "", []) or value in _TRAINED:
-            continue
-        if value not in _NOT_TRAINED:
-            raise RowError(f'"{name}" in a message of "{column}" is {value!r}: a turn is trained on (1) or not (0)')
-        trained = False
-    return trained
-
-
-def _either(item: dict[str, Any], *keys: str) -> str | None:
-    value = next((item[key] for key in keys if key in item), None)
-    return value if isinstance(value, str) else None
-
-
-def parse_list(value: Any, column: str) -> list[Any]:
+def _check_order(turns: list[Turn], names: str) -> None:
     """
-    The list that a value is, or that its text holds.
-
-    A table's cell holds one in JSON, or as Python prints it.
-
     Raises:
-        RowError: there is no list.
+        RowError: a turn cannot follow the one before.
     """
-    if isinstance(value, str):
-        value = _literal(value, column)
-    if is_empty(value):
-        return []
-    if not isinstance(value, list):
-        raise RowError(f'"{column}" must be a list, not {type(value).__name__}')
-    return value
+    previous, open_calls = "", 0
+    for turn in turns:
+        if turn.role == "tool":
+            if previous not in ("assistant", "tool") or (previous == "assistant" and not open_calls):
+                raise RowError(
+                    f"in {names} a tool's result follows no call: the assistant's message before it needs tool_calls"
+                )
+            if not open_calls:
+                raise RowError(f"in {names} are more results of tools than calls before them: leave the others out")
+            open_calls -= 1
+        else:
+            expected = ("user", "tool") if turn.role == "assistant" else ("", "assistant")
+            if previous not in expected:
+                results = ", and results of tools come before an answer" if "tool" in [t.role for t in turns] else ""
+                raise RowError(
+                    f"messages of {names} must alternate between user and assistant, the user first{results}"
+                )
+            open_calls = len(turn.tool_calls)
+        previous = turn.role
 
 
-def _literal(text: str, column: str) -> Any:
-    if is_empty(text):
-        return None
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", SyntaxWarning)  # of odd escapes
-                value = ast.literal_eval(text.strip())
-        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
-            raise RowError(f'"{column}" is text, but neither a JSON list nor a Python list') from None
-    try:
-        json.dumps(value, ensure_ascii=False).encode()  # half a surrogate pair, which no encoding can write
-    except (UnicodeEncodeError, TypeError, ValueError, RecursionError) as error:
-        raise RowError(f'"{column}" holds text that cannot be written: {error}') from None
-    return value
+def _order_results(turns: list[Turn]) -> list[Turn]:
+    """The turns with the results of several calls in the order of the calls."""
+    ordered: list[Turn] = []
+    results: list[Turn] = []
+    for turn in turns:
+        if turn.role == "tool":
+            results.append(turn)
+            continue
+        ordered += _in_order_of_calls(results, ordered[-1]) if results else []
+        ordered.append(turn)
+        results = []
+    return ordered + (_in_order_of_calls(results, ordered[-1]) if results else [])
+
+
+def _in_order_of_calls(results: list[Turn], calls: Turn) -> list[Turn]:
+    """The results in the order of their calls where all have ids, or else names, of distinct calls."""
+    ids = [result.call_ids[0] if result.call_ids else "" for result in results]
+    names = [result.tool_name for result in results]
+    for own, of_calls in ((ids, calls.call_ids), (names, [call.name for call in calls.tool_calls])):
+        places = {key: place for place, key in enumerate(of_calls) if key}
+        if len(places) == len(of_calls) and len(set(own)) == len(own) and set(own) <= places.keys():
+            return [result for _, result in sorted(zip(map(places.get, own), results, strict=True))]
+    return results

@@ -97,4 +97,4 @@ def _first_columns(block: Block, columns: ColumnMap) -> str:
     own_name = dict(columns.pairs).get  # of a column that has the name of its role now
     prompts, answers = ([own_name(name, name) for name in names] for names in (schema.prompts, schema.answers))
     used = own_name(schema.chat, schema.chat) or " + ".join(prompts) + "".join(f" -> {answer}" for answer in answers)
-    return " + ".join([*(name for name in schema.context if name in ("system", "history")), used])
+    return " + ".join([*(name for name in schema.context if name in ("system", "history", "tools")), used])

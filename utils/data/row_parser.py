@@ -11,24 +11,31 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from utils.common.errors import RowError
-from utils.data.conversations import ROLE_ALIASES, Turn, join_turns, parse_chat, parse_history
+from utils.data.conversations import join_turns, parse_chat, parse_history
+from utils.data.messages import ROLE_ALIASES, Turn
 from utils.data.raw_reader import Block, read_blocks
+from utils.data.row_options import parse_options
 from utils.data.row_schema import (
     ANSWER_COLUMNS,
     DOCUMENT_COLUMNS,
     HISTORY_COLUMN,
     NO_RENAMES,
+    OPTION_COLUMNS,
     PREFERENCE_COLUMNS,
     PROMPT_MORE,
+    REASONING_COLUMN,
     SYSTEM_COLUMNS,
+    TOOL_COLUMNS,
     VERDICT_COLUMNS,
     WEIGHT_COLUMNS,
     ColumnMap,
     Schema,
     check_refused,
     find_schema,
+    is_empty,
     texts_of,
 )
+from utils.data.tool_forms import parse_tools, same_tools
 from utils.models.conversation import Conversation, Message
 
 # BELLE's multi-turn files have the conversation in `instruction`: "Human:...\nAssistant:...\nHuman:...\nAssistant:".
@@ -41,14 +48,16 @@ def parse_prompt(raw: Any, columns: ColumnMap = NO_RENAMES) -> Conversation:
 
     `instruction` and `input` are joined by a newline if both hold text. A chat is
     `{"messages": [{"role": "user", "content": ...}, ...]}` or
-    `{"conversations": [{"from": "human", "value": ...}, ...]}` and ends with the user's turn. The text of `system`, or
-    a system message at a chat's start, is the first message; the turns of `history` come before the others.
+    `{"conversations": [{"from": "human", "value": ...}, ...]}` and ends with the user's turn or with a tool's result.
+    The text of `system`, or a system message at a chat's start, is the first message; the turns of `history` come
+    before the others.
 
     Raises:
         RowError: no known column, a blank prompt, or something that would be lost.
     """
-    raw = columns.rename(raw)
-    return Conversation(_conversation(raw, _schema_of(raw)).prompt)
+    raw, schema = _find_schema(raw, columns)
+    conversation = _conversation(raw, schema)
+    return conversation._replace(messages=conversation.prompt)
 
 
 def parse_row(raw: Any, columns: ColumnMap = NO_RENAMES) -> Conversation:
@@ -58,15 +67,15 @@ def parse_row(raw: Any, columns: ColumnMap = NO_RENAMES) -> Conversation:
     Raises:
         RowError: see `parse_prompt`; or the target is blank, or marked as not to be trained on.
     """
-    raw = columns.rename(raw)
-    schema = _schema_of(raw)
+    raw, schema = _find_schema(raw, columns)
     row = _conversation(raw, schema)
     if schema.context:
         _check_training(raw)
     if not schema.chat:
-        return row._replace(messages=(*row.messages, Message("assistant", _target(raw, schema))))
+        reasoning = _reasoning(raw) if schema.context else ""
+        return row._replace(messages=(*row.messages, Message("assistant", _target(raw, schema), reasoning)))
     if row.target is None:
-        raise RowError("a training conversation must end with the assistant's answer to a user's message")
+        raise RowError("a training conversation must end with the assistant's answer or calls")
     if not row.trained_messages("every"):
         raise RowError("no answer of the conversation is to be trained on")
     return row
@@ -105,16 +114,36 @@ def _check_training(raw: dict[str, Any]) -> None:
             raise RowError(f'"{name}" is {weight}: rows cannot count more or less than others')
 
 
-def _schema_of(raw: Any) -> Schema:
+def _find_schema(raw: Any, columns: ColumnMap) -> tuple[dict[str, Any], Schema]:
+    """The row with its columns renamed, and its schema."""
+    raw = columns.rename(raw)
     if not isinstance(raw, dict):
         raise RowError(f"a row must be a JSON object, not {type(raw).__name__}")
-    return find_schema(tuple(raw))
+    schema = find_schema(tuple(raw))
+    if not schema.chat and isinstance(raw[schema.prompts[0]], list):
+        raw = _as_chat(raw, schema)
+        schema = find_schema(tuple(raw))
+    return raw, schema
+
+
+def _as_chat(raw: dict[str, Any], schema: Schema) -> dict[str, Any]:
+    """A row whose prompt and answer are lists of messages, as TRL has them, as a row with one list."""
+    messages = list(raw[schema.prompts[0]])
+    for name in schema.answers:
+        answer = raw[name]
+        messages += (
+            answer if isinstance(answer, list) else [{"role": "assistant", "content": answer}] if answer else []
+        )
+    others = {name: value for name, value in raw.items() if name not in (*schema.prompts, *schema.answers)}
+    return {"messages": messages, **others}
 
 
 def _conversation(raw: dict[str, Any], schema: Schema) -> Conversation:
     """The row's messages: all of a chat, or those before the target."""
     if schema.chat:
         turns = parse_chat(raw[schema.chat], schema.chat)
+        if schema.context and not is_empty(raw.get(REASONING_COLUMN)):
+            raise RowError(f'"{REASONING_COLUMN}" is not empty: in a chat it is a field of the assistant\'s message')
         contents = [turn.content for turn in turns]
         for name in schema.prompts:
             if isinstance(raw[name], str) and raw[name].strip() and raw[name] not in contents:
@@ -132,7 +161,7 @@ def _conversation(raw: dict[str, Any], schema: Schema) -> Conversation:
 
 def _in_context(raw: dict[str, Any], context: Sequence[str], column: str, turns: list[Turn]) -> Conversation:
     """
-    The turns of `column` after the row's system text and history.
+    The turns of `column` after the row's system text and history, with its tools and options.
 
     Those are among the columns `context`.
     """
@@ -142,7 +171,16 @@ def _in_context(raw: dict[str, Any], context: Sequence[str], column: str, turns:
     if len(set(systems.values())) > 1:
         raise RowError(f"{' and '.join(systems)} hold different system texts: keep one of them")
     history = parse_history(raw[HISTORY_COLUMN], HISTORY_COLUMN) if HISTORY_COLUMN in context else []
-    return join_turns(next(iter(systems.values()), ""), [(HISTORY_COLUMN, history), (column, turns)])
+    tools = same_tools({f'"{name}"': parse_tools(raw[name], f'"{name}"') for name in TOOL_COLUMNS if name in context})
+    joined = join_turns(next(iter(systems.values()), ""), [(HISTORY_COLUMN, history), (column, turns)], tools)
+    options = [name for name in OPTION_COLUMNS if name in context]
+    return joined._replace(options=parse_options(raw, options)) if options else joined
+
+
+def _reasoning(raw: dict[str, Any]) -> str:
+    """The reasoning before the target of a row that is no chat."""
+    reasoning = texts_of(raw, [REASONING_COLUMN]).get(REASONING_COLUMN, "")
+    return "" if is_empty(reasoning) else reasoning
 
 
 def _prompt(raw: dict[str, Any], columns: Sequence[str]) -> str:

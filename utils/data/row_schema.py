@@ -20,34 +20,34 @@ PROMPT_MORE = ("input", "query", "context")
 ANSWER_COLUMNS = ("output", "target", "completion", "response", "answer", "reply", "solution", "summary")
 SYSTEM_COLUMNS = ("system", "system_prompt", "system_message", "meta_instruction")
 HISTORY_COLUMN = "history"
-TOOL_COLUMNS = (
-    "tools",
-    "functions",
-    "function_call",
-    "function_calls",
-    "tool_calls",
-    "tool_call_id",
-    "tool_responses",
-)
+TOOL_COLUMNS = ("tools", "functions")  # what may be called
+CALL_COLUMNS = ("function_call", "function_calls", "tool_calls", "tool_call_id", "tool_responses")
+# Options of the chat template, by themselves or in an object.
+KWARGS_COLUMN = "chat_template_kwargs"
+OPTION_COLUMNS = (KWARGS_COLUMN, "enable_thinking", "thinking", "clear_thinking", "reasoning_effort")
+REASONING_COLUMN = "reasoning_content"  # what is thought before the answer
 MEDIA_COLUMNS = ("image", "images", "image_url", "video", "videos", "audio", "audios", "objects")
 PREFERENCE_COLUMNS = ("chosen", "rejected", "rejected_response", "rejected_messages")
 VERDICT_COLUMNS = ("label", "kto_tag")  # false marks an answer that is not wanted
 WEIGHT_COLUMNS = ("weight", "loss_weight", "sample_weight")  # a number: how much the row counts
 REFUSED_COLUMNS = (
-    dict.fromkeys(TOOL_COLUMNS, "tools cannot be used yet")
+    dict.fromkeys(CALL_COLUMNS, 'calls and results are messages: write the row as a chat, in "messages"')
     | dict.fromkeys(MEDIA_COLUMNS, "only text can be used")
     | dict.fromkeys(PREFERENCE_COLUMNS, "training on preferences is not supported")
 )
-_CONTEXT_COLUMNS = {*SYSTEM_COLUMNS, HISTORY_COLUMN, *REFUSED_COLUMNS, *VERDICT_COLUMNS, *WEIGHT_COLUMNS}
+_CONTEXT_COLUMNS = {
+    *(*SYSTEM_COLUMNS, HISTORY_COLUMN, *TOOL_COLUMNS, *OPTION_COLUMNS, REASONING_COLUMN),
+    *(*REFUSED_COLUMNS, *VERDICT_COLUMNS, *WEIGHT_COLUMNS),
+}
 # Roles that --columns may name, by the names that people use for them.
 COLUMN_ROLES = {
-    **{name: name for name in ("prompt", "input", "response", "system", HISTORY_COLUMN, "messages")},
+    **{name: name for name in ("prompt", "input", "response", "system", HISTORY_COLUMN, "messages", "tools")},
     **{"instruction": "prompt", "question": "prompt", "output": "response", "target": "response"},
     **{"answer": "response", "completion": "response", "conversations": "messages"},
 }
 COLUMNS_HELP = (
-    "which columns hold prompt, input, response, system, history or messages: prompt=q,response=a (default: columns "
-    "with known names)"
+    "which columns hold prompt, input, response, system, history, messages or tools: prompt=q,response=a (default: "
+    "columns with known names)"
 )
 _REPLACED = {  # role that --columns gives to a column -> the columns that would have it by their name
     "prompt": {*PROMPT_COLUMNS, *DOCUMENT_COLUMNS, *CHAT_COLUMNS},
@@ -56,6 +56,7 @@ _REPLACED = {  # role that --columns gives to a column -> the columns that would
     "system": {*SYSTEM_COLUMNS},
     HISTORY_COLUMN: {HISTORY_COLUMN},
     "messages": {*PROMPT_COLUMNS, *DOCUMENT_COLUMNS, *CHAT_COLUMNS, *ANSWER_COLUMNS},
+    "tools": {*TOOL_COLUMNS},
 }
 
 
@@ -65,7 +66,7 @@ class Schema(NamedTuple):
     chat: str | None
     prompts: tuple[str, ...]
     answers: tuple[str, ...]
-    context: tuple[str, ...]  # system, history, and what cannot be used
+    context: tuple[str, ...]  # system, history, tools, options, and what cannot be used
 
 
 @functools.lru_cache(maxsize=4096)

@@ -25,7 +25,7 @@ from utils.data.encodings import decode_text
 from utils.data.json_lines import BLANKS
 from utils.data.row_parser import check_columns, parse_prompt, parse_question, read_rows
 from utils.data.row_schema import NO_RENAMES, ColumnMap, find_schema
-from utils.models.conversation import Conversation, Message
+from utils.models.conversation import Conversation
 from utils.models.templates import ChatTemplate
 
 SEPARATORS = {".csv": ",", ".tsv": "\t"}
@@ -62,7 +62,7 @@ class Prompts:
 class ParsedPrompt(NamedTuple):
     """A row's prompt before it is encoded, and the adapter it names."""
 
-    messages: tuple[Message, ...]
+    conversation: Conversation
     adapter: str | None
 
 
@@ -71,7 +71,7 @@ class PromptForm:
     """
     How a row becomes a prompt.
 
-    A row's system text and history come before the prompt, unless the template contains them.
+    A row's system text, tools and history come before the prompt, unless the template contains them.
 
     Args:
         column: the column that is the whole prompt; None: utils/data/row_parser.py finds the prompt.
@@ -98,12 +98,12 @@ class PromptForm:
             if adapter not in self.adapters:
                 raise RowError(f'"{ADAPTER_COLUMN}" is {adapter!r}, not one of {", ".join(self.adapters)}')
         if self.column is None and self.template is None:
-            return ParsedPrompt(parse_prompt(raw, self.columns).messages, adapter)
+            return ParsedPrompt(parse_prompt(raw, self.columns), adapter)
         if not isinstance(raw, dict):
             raise RowError(f"a row must be an object, not {type(raw).__name__}")
         text = _PLACEHOLDER.sub(lambda match: _cell(raw, match[1]), self._text)
         used_columns = _PLACEHOLDER.findall(self._text)
-        return ParsedPrompt(parse_question(self.columns.rename(raw), text, used_columns).messages, adapter)
+        return ParsedPrompt(parse_question(self.columns.rename(raw), text, used_columns), adapter)
 
     @property
     def _text(self) -> str:
@@ -179,11 +179,10 @@ def encode_row(index: int, row: ParsedPrompt, tokenizer: PreTrainedTokenizerBase
     Raises:
         ValueError: the template has no form of something in the row.
     """
-    prompt = Conversation(row.messages)
+    prompt = row.conversation
     template.check_expressible(prompt)
-    tools = prompt.tools or ("[]" if any(message.tool_calls for message in prompt.messages) else "")
     ids = template.encoded_prompt(tokenizer, prompt).ids()
-    return PromptRow(index, template.render(prompt), ids, adapter=row.adapter, tools=tools)
+    return PromptRow(index, template.render(prompt), ids, adapter=row.adapter, tools=prompt.callable_tools)
 
 
 def _rows(path: str, form: PromptForm) -> Iterator[tuple[str, ParsedPrompt | RowError]]:

@@ -53,6 +53,11 @@ class Conversation(NamedTuple):
         """The text of the answer; None for a prompt."""
         return self.messages[-1].content if self.messages[-1].role == "assistant" else None
 
+    @property
+    def callable_tools(self) -> str:
+        """JSON text of the tools that an answer may call: "[]" where earlier calls show that there are some."""
+        return self.tools or ("[]" if any(message.tool_calls for message in self.messages) else "")
+
     def trained_messages(self, loss_on: str) -> list[int]:
         """
         Numbers of the messages that are trained on.

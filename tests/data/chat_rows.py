@@ -1,0 +1,528 @@
+"""
+Raw rows of chats with tools, reasoning, loss and options in the forms of many projects, and what each must become.
+
+ROWS: name -> (row, conversation). FAULTS: name -> (row, words of the message). For test_chat_forms.py.
+"""
+
+import json
+
+from utils.models.conversation import Conversation, Message, ToolCall
+
+WEATHER = {
+    "type": "function",
+    "function": {
+        "name": "get_weather",
+        "description": "查天气",
+        "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
+    },
+}
+CLOCK = {"type": "function", "function": {"name": "now", "description": "what time it is"}}
+TOOLS, ONE_TOOL = json.dumps([WEATHER, CLOCK], ensure_ascii=False), json.dumps([WEATHER], ensure_ascii=False)
+QUESTION, ANSWER = "北京天气？", "北京晴，3 度。"
+ARGUMENTS = '{"city": "北京"}'
+CALL = ToolCall("get_weather", ARGUMENTS)
+NOW = ToolCall("now", "{}")
+RESULT = '{"t": 3}'
+
+ASK = {"role": "user", "content": QUESTION}
+SAY = {"role": "assistant", "content": ANSWER}
+HUMAN, GPT = {"from": "human", "value": QUESTION}, {"from": "gpt", "value": ANSWER}
+CALL_JSON = json.dumps({"name": "get_weather", "arguments": {"city": "北京"}}, ensure_ascii=False)
+
+
+def openai_call(name, arguments, call_id="call_1"):
+    """A call as OpenAI's API returns it."""
+    return {"id": call_id, "type": "function", "function": {"name": name, "arguments": arguments}}
+
+
+def calls_message(*calls, **fields):
+    """A message of the assistant with calls and no text."""
+    return {"role": "assistant", "content": None, "tool_calls": list(calls), **fields}
+
+
+def conversation(*messages, tools="", options=()):
+    """A conversation that begins with QUESTION."""
+    return Conversation((Message("user", QUESTION), *messages), tools, options)
+
+
+def assistant(content="", reasoning="", calls=(), trained=None):
+    """A message of the assistant."""
+    return Message("assistant", content, reasoning, tuple(calls), trained)
+
+
+def result(content):
+    """A message with a call's result."""
+    return Message("tool", content)
+
+
+CALLED = (assistant(calls=[CALL]), result(RESULT), assistant(ANSWER))
+CALLED_TWICE = (assistant(calls=[CALL, NOW]), result(RESULT), result("9:00"), assistant(ANSWER))
+RESULT_MESSAGE = {"role": "tool", "tool_call_id": "call_1", "content": RESULT}
+TWO_CALLS = calls_message(openai_call("get_weather", ARGUMENTS, "a"), openai_call("now", "{}", "b"))
+LAST_CALL = conversation(assistant(calls=[CALL]), tools=ONE_TOOL)
+THINK = "<think>\n先查。\n</think>"
+
+ROWS = {
+    # OpenAI's messages
+    "openai, arguments as text": (
+        {
+            "messages": [ASK, calls_message(openai_call("get_weather", ARGUMENTS)), RESULT_MESSAGE, SAY],
+            "tools": [WEATHER],
+            "parallel_tool_calls": False,
+        },
+        conversation(*CALLED, tools=ONE_TOOL),
+    ),
+    "openai, arguments as an object": (
+        {
+            "messages": [ASK, calls_message(openai_call("get_weather", {"city": "北京"})), RESULT_MESSAGE, SAY],
+            "tools": [WEATHER, CLOCK],
+        },
+        conversation(*CALLED, tools=TOOLS),
+    ),
+    "the letters of arguments stay": (
+        {"messages": [ASK, calls_message(openai_call("get_weather", '{"city":"\\u5317\\u4eac"}'))]},
+        conversation(assistant(calls=[ToolCall("get_weather", '{"city":"\\u5317\\u4eac"}')])),
+    ),
+    "openai, a text beside the calls": (
+        {
+            "messages": [
+                ASK,
+                calls_message(openai_call("get_weather", ARGUMENTS), content="我查一下。"),
+                RESULT_MESSAGE,
+                SAY,
+            ]
+        },
+        conversation(assistant("我查一下。", calls=[CALL]), *CALLED[1:]),
+    ),
+    "openai, two calls, results in another order": (
+        {
+            "messages": [
+                ASK,
+                TWO_CALLS,
+                {"role": "tool", "tool_call_id": "b", "content": "9:00"},
+                {"role": "tool", "tool_call_id": "a", "content": RESULT},
+                SAY,
+            ]
+        },
+        conversation(*CALLED_TWICE),
+    ),
+    "two calls, results told apart by name": (
+        {
+            "messages": [
+                ASK,
+                {
+                    "role": "assistant",
+                    "tool_calls": [{"name": "get_weather", "arguments": {"city": "北京"}}, {"name": "now"}],
+                },
+                {"role": "tool", "name": "now", "content": "9:00"},
+                {"role": "tool", "name": "get_weather", "content": {"t": 3}},
+                SAY,
+            ]
+        },
+        conversation(*CALLED_TWICE),
+    ),
+    "fewer results than calls": (
+        {"messages": [ASK, TWO_CALLS, RESULT_MESSAGE, SAY]},
+        conversation(assistant(calls=[CALL, NOW]), result(RESULT), assistant(ANSWER)),
+    ),
+    "openai, the legacy function_call and functions": (
+        {
+            "messages": [
+                ASK,
+                {
+                    "role": "assistant",
+                    "content": None,
+                    "function_call": {"name": "get_weather", "arguments": ARGUMENTS},
+                },
+                {"role": "function", "name": "get_weather", "content": RESULT},
+                SAY,
+            ],
+            "functions": [WEATHER["function"]],
+        },
+        conversation(*CALLED, tools=ONE_TOOL),
+    ),
+    "openai, content in parts": (
+        {
+            "messages": [
+                {"role": "developer", "content": [{"type": "text", "text": "说短些"}]},
+                {"role": "user", "content": [{"type": "text", "text": "北京"}, {"type": "text", "text": "天气？"}]},
+                calls_message(openai_call("get_weather", ARGUMENTS), content=[]),
+                {"role": "tool", "content": [{"type": "text", "text": RESULT}]},
+                SAY,
+            ]
+        },
+        Conversation((Message("system", "说短些"), *conversation(*CALLED).messages)),
+    ),
+    "calls, results and questions over several turns": (
+        {
+            "messages": [
+                *(ASK, calls_message(openai_call("get_weather", ARGUMENTS)), RESULT_MESSAGE),
+                *(calls_message(openai_call("now", "")), {"role": "tool", "content": ""}, SAY, ASK, SAY),
+            ]
+        },
+        conversation(
+            *(*CALLED[:2], assistant(calls=[NOW]), result(""), assistant(ANSWER)),
+            *(Message("user", QUESTION), assistant(ANSWER)),
+        ),
+    ),
+    "fields that a table filled with null": (
+        {
+            "messages": [
+                ASK | {"tool_calls": None, "reasoning_content": None, "tool_call_id": None},
+                SAY | {"tool_calls": [], "function_call": None, "loss": None, "refusal": None},
+            ],
+            "tools": None,
+            "enable_thinking": None,
+            "chat_template_kwargs": {},
+        },
+        conversation(assistant(ANSWER)),
+    ),
+    "a result that is a list": (
+        {
+            "messages": [
+                ASK,
+                calls_message(openai_call("now", None)),
+                {"role": "tool", "content": [{"type": "雨"}]},
+                SAY,
+            ]
+        },
+        conversation(assistant(calls=[NOW]), result('[{"type": "雨"}]'), assistant(ANSWER)),
+    ),
+    # TRL's prompt and completion
+    "trl, two lists of messages": (
+        {
+            "prompt": [ASK],
+            "completion": [calls_message(openai_call("get_weather", {"city": "北京"}))],
+            "tools": [WEATHER],
+        },
+        LAST_CALL,
+    ),
+    # ShareGPT as LLaMA-Factory writes it
+    "llama-factory, a call": (
+        {
+            "conversations": [
+                HUMAN,
+                {"from": "function_call", "value": CALL_JSON},
+                {"from": "observation", "value": RESULT},
+                GPT,
+            ],
+            "system": "说短些",
+            "tools": json.dumps([WEATHER["function"]], ensure_ascii=False),
+        },
+        Conversation((Message("system", "说短些"), *conversation(*CALLED).messages), ONE_TOOL),
+    ),
+    "llama-factory, a list of calls and one result for both": (
+        {
+            "conversations": [
+                HUMAN,
+                {"from": "function_call", "value": f'[{CALL_JSON}, {{"name": "now", "arguments": {{}}}}]'},
+                {"from": "observation", "value": '[{"t": 3}, "9:00"]'},
+                GPT,
+            ]
+        },
+        conversation(assistant(calls=[CALL, NOW]), result('[{"t": 3}, "9:00"]'), assistant(ANSWER)),
+    ),
+    "llama-factory, a thought before the call": (
+        {"conversations": [HUMAN, {"from": "function_call", "value": f"{THINK}\n\n{CALL_JSON}"}]},
+        conversation(assistant(THINK, calls=[CALL])),
+    ),
+    "llama-factory, alpaca with tools": (
+        {
+            "instruction": QUESTION,
+            "input": "",
+            "output": ANSWER,
+            "history": [["一", "二"]],
+            "tools": ONE_TOOL,
+            "system": "短",
+        },
+        Conversation(
+            (
+                *(Message("system", "短"), Message("user", "一"), assistant("二")),
+                *(Message("user", QUESTION), assistant(ANSWER)),
+            ),
+            ONE_TOOL,
+        ),
+    ),
+    # ms-swift
+    "ms-swift, calls and results in turns of their own": (
+        {
+            "tools": TOOLS,
+            "messages": [
+                ASK,
+                {"role": "tool_call", "content": CALL_JSON},
+                {"role": "tool_call", "content": '{"name": "now", "arguments": "{}"}'},
+                {"role": "tool_response", "content": RESULT},
+                {"role": "tool_response", "content": "9:00"},
+                SAY,
+            ],
+        },
+        conversation(*CALLED_TWICE, tools=TOOLS),
+    ),
+    "ms-swift, a text before the call": (
+        {"messages": [ASK, {"role": "assistant", "content": THINK}, {"role": "tool_call", "content": CALL_JSON}]},
+        conversation(assistant(THINK, calls=[CALL])),
+    ),
+    "ms-swift, sharegpt in pairs": (
+        {
+            "system": "短",
+            "conversation": [{"human": "一", "assistant": "二"}, {"human": QUESTION, "assistant": ANSWER}],
+        },
+        Conversation(
+            (
+                *(Message("system", "短"), Message("user", "一"), assistant("二")),
+                *(Message("user", QUESTION), assistant(ANSWER)),
+            )
+        ),
+    ),
+    "ms-swift, query, response and history": (
+        {
+            "system": "短",
+            "query": QUESTION,
+            "response": ANSWER,
+            "history": [["一", "二"]],
+            "tools": [CLOCK["function"]],
+        },
+        Conversation(
+            (
+                *(Message("system", "短"), Message("user", "一"), assistant("二")),
+                *(Message("user", QUESTION), assistant(ANSWER)),
+            ),
+            json.dumps([CLOCK], ensure_ascii=False),
+        ),
+    ),
+    # ChatGLM3
+    "chatglm3, call and result in one message": (
+        {
+            "tools": [WEATHER["function"]],
+            "conversations": [
+                ASK,
+                {"role": "assistant", "content": "我查一下。"},
+                {"role": "tool", "name": "get_weather", "parameters": {"city": "北京"}, "observation": {"t": 3}},
+                SAY,
+            ],
+        },
+        conversation(assistant("我查一下。", calls=[CALL]), *CALLED[1:], tools=ONE_TOOL),
+    ),
+    "chatglm3, metadata and code": (
+        {
+            "messages": [
+                ASK,
+                {"role": "assistant", "metadata": "get_weather", "content": "```python\ntool_call(city='北京')\n```"},
+                {"role": "<|observation|>", "content": RESULT},
+                SAY | {"metadata": ""},
+            ]
+        },
+        conversation(*CALLED),
+    ),
+    # GLM-4
+    "glm-4, tools in the system message": (
+        {
+            "messages": [
+                {"role": "system", "content": "", "tools": [WEATHER]},
+                ASK,
+                {"role": "assistant", "content": CALL_JSON},
+                {"role": "observation", "content": RESULT},
+                SAY,
+            ]
+        },
+        conversation(*CALLED, tools=ONE_TOOL),
+    ),
+    "glm-4, metadata": (
+        {
+            "messages": [
+                ASK,
+                {"role": "assistant", "content": "我查一下。"},
+                {"role": "assistant", "metadata": "get_weather", "content": ARGUMENTS},
+                {"role": "observation", "content": RESULT},
+                SAY,
+            ]
+        },
+        conversation(assistant("我查一下。", calls=[CALL]), *CALLED[1:]),
+    ),
+    "glm-4, the name and the arguments as text": (
+        {
+            "messages": [
+                ASK,
+                {"role": "assistant", "content": f"get_weather\n{ARGUMENTS}"},
+                {"role": "observation", "content": RESULT},
+                SAY,
+            ]
+        },
+        conversation(*CALLED),
+    ),
+    # thinking
+    "reasoning_content": (
+        {"messages": [ASK, SAY | {"reasoning_content": "看看天。"}], "enable_thinking": True},
+        conversation(assistant(ANSWER, "看看天。"), options=(("enable_thinking", True),)),
+    ),
+    "reasoning before a call, as vLLM returns it": (
+        {
+            "messages": [
+                ASK,
+                calls_message(openai_call("get_weather", ARGUMENTS), reasoning="查。", reasoning_content="查。"),
+            ]
+        },
+        conversation(assistant(reasoning="查。", calls=[CALL])),
+    ),
+    "a thought in the content": (
+        {"messages": [ASK, {"role": "assistant", "content": f"{THINK}\n{ANSWER}"}]},
+        conversation(assistant(f"{THINK}\n{ANSWER}")),
+    ),
+    "reasoning beside a prompt and an answer": (
+        {"prompt": QUESTION, "reasoning_content": "看看天。", "response": ANSWER},
+        conversation(assistant(ANSWER, "看看天。")),
+    ),
+    "options in chat_template_kwargs": (
+        {
+            "messages": [ASK, SAY],
+            "chat_template_kwargs": {"enable_thinking": False, "reasoning_effort": "high"},
+            "clear_thinking": False,
+        },
+        conversation(
+            assistant(ANSWER),
+            options=(("clear_thinking", False), ("enable_thinking", False), ("reasoning_effort", "high")),
+        ),
+    ),
+    "thinking off, in words": (
+        {"messages": [ASK, SAY], "thinking": "off"},
+        conversation(assistant(ANSWER), options=(("enable_thinking", False),)),
+    ),
+    "thinking as in the public API": (
+        {"messages": [ASK, SAY], "thinking": {"type": "enabled", "clear_thinking": True}},
+        conversation(assistant(ANSWER), options=(("clear_thinking", True), ("enable_thinking", True))),
+    ),
+    # loss
+    "loss of each message": (
+        {"messages": [ASK | {"loss": True}, SAY | {"loss": True}, ASK | {"weight": 0.5}, SAY | {"weight": 0}]},
+        conversation(assistant(ANSWER, trained=True), Message("user", QUESTION), assistant(ANSWER, trained=False)),
+    ),
+    "loss of calls": (
+        {
+            "messages": [
+                *(ASK, {"role": "tool_call", "content": CALL_JSON, "loss": False}),
+                *({"role": "tool_response", "content": RESULT, "loss": True}, SAY),
+            ]
+        },
+        conversation(assistant(calls=[CALL], trained=False), result(RESULT), assistant(ANSWER)),
+    ),
+    "chatglm3, loss of a call": (
+        {
+            "conversations": [
+                ASK,
+                {"role": "tool", "name": "now", "parameters": {}, "observation": "9:00", "loss": False},
+                SAY | {"loss": True},
+            ]
+        },
+        conversation(assistant(calls=[NOW], trained=False), result("9:00"), assistant(ANSWER, trained=True)),
+    ),
+}
+
+FAULTS = {
+    "arguments of no JSON": (
+        {"messages": [ASK, calls_message(openai_call("now", "{'a': 1}"))]},
+        'the arguments of "now" in call 1 of message 2 of "messages" are text, but not JSON',
+    ),
+    "arguments of a list": (
+        {"messages": [ASK, calls_message(openai_call("now", "{}"), openai_call("now", [1]))]},
+        'the arguments of "now" in call 2 of message 2 of "messages" must be an object or its JSON text, not list',
+    ),
+    "arguments of JSON of no object": (
+        {"messages": [ASK, calls_message(openai_call("now", "[1]"))]},
+        "must be JSON of an object, not of list",
+    ),
+    "arguments that hold NaN": (
+        {"messages": [ASK, calls_message(openai_call("now", '{"a": NaN}'))]},
+        "are text, but not JSON",
+    ),
+    "a call without a name": (
+        {"messages": [ASK, calls_message({"id": "1"})]},
+        'call 1 of message 2 of "messages" has no name of a tool: write a call as {"name"',
+    ),
+    "a call that is text": (
+        {"conversations": [HUMAN, {"from": "function_call", "value": "get_weather(北京)"}]},
+        'message 2 of "conversations" is no call: it must be JSON such as {"name"',
+    ),
+    "calls of the user": (
+        {"messages": [ASK | {"tool_calls": [{"name": "now"}]}, SAY]},
+        '"tool_calls" in message 1 of "messages" is not empty, but only a message of the assistant has it',
+    ),
+    "reasoning of the user": (
+        {"messages": [ASK | {"reasoning_content": "嗯"}, SAY]},
+        '"reasoning_content" in message 1 of "messages" is not empty, but only a message of the assistant has it',
+    ),
+    "reasoning alone": (
+        {"messages": [ASK, {"role": "assistant", "content": "", "reasoning_content": "嗯"}]},
+        'message 2 of "messages" has reasoning, but neither an answer nor a call after it',
+    ),
+    "two reasonings": (
+        {"messages": [ASK, SAY | {"reasoning_content": "嗯", "thinking": "哦"}]},
+        'reasoning_content and thinking in message 2 of "messages" hold different texts: keep one of them',
+    ),
+    "reasoning beside a chat": (
+        {"messages": [ASK, SAY], "reasoning_content": "嗯"},
+        '"reasoning_content" is not empty: in a chat it is a field of the assistant\'s message',
+    ),
+    "a tool without a name": (
+        {"messages": [ASK, SAY], "tools": [WEATHER, {"type": "function", "function": {"description": "x"}}]},
+        'tool 2 of "tools" has no "name"',
+    ),
+    "tools in words": (
+        {"messages": [ASK, SAY], "tools": "get_weather: 查天气"},
+        '"tools" is text, but no JSON list of tools: put a description in words into the system text',
+    ),
+    "tools of no list": ({"messages": [ASK, SAY], "tools": {"get_weather": {}}}, '"tools" must be a list, not dict'),
+    "two lists of tools": (
+        {"messages": [{"role": "system", "content": "", "tools": [CLOCK]}, ASK, SAY], "tools": [WEATHER]},
+        "the row and its system message hold different tools: keep one of them",
+    ),
+    "a result without a call": (
+        {"messages": [ASK, SAY, RESULT_MESSAGE, SAY]},
+        "in \"messages\" a tool's result follows no call: the assistant's message before it needs tool_calls",
+    ),
+    "more results than calls": (
+        {"messages": [ASK, calls_message(openai_call("now", "{}")), RESULT_MESSAGE, RESULT_MESSAGE, SAY]},
+        'in "messages" are more results of tools than calls before them',
+    ),
+    "a question after a result": (
+        {"messages": [ASK, calls_message(openai_call("now", "{}")), RESULT_MESSAGE, ASK, SAY]},
+        "must alternate between user and assistant, the user first, and results of tools come before an answer",
+    ),
+    "two answers": ({"messages": [ASK, SAY, SAY]}, "must alternate between user and assistant"),
+    "a call before the question": (
+        {"conversations": [{"from": "function_call", "value": CALL_JSON}, HUMAN, GPT]},
+        "must alternate between user and assistant, the user first",
+    ),
+    "a call of other loss than the text before it": (
+        {"messages": [ASK, SAY | {"loss": True}, {"role": "tool_call", "content": CALL_JSON, "loss": False}]},
+        "are one message, but differ in whether they are trained on: give both the same loss",
+    ),
+    "a fraction of loss": ({"messages": [ASK, SAY | {"weight": 0.5}]}, '"weight" in message 2 of "messages" is 0.5'),
+    "a picture": (
+        {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}, SAY]},
+        'a part of the type image_url in message 1 of "messages": only text can be used',
+    ),
+    "an unknown option": (
+        {"messages": [ASK, SAY], "chat_template_kwargs": {"add_generation_prompt": True}},
+        '"add_generation_prompt" in "chat_template_kwargs" cannot be used: the options of a row are enable_thinking',
+    ),
+    "an option given twice": (
+        {"messages": [ASK, SAY], "enable_thinking": True, "thinking": "off"},
+        '"thinking" gives "enable_thinking" a second value: keep one of them',
+    ),
+    "an option of no such value": (
+        {"messages": [ASK, SAY], "enable_thinking": "maybe"},
+        "is 'maybe': it must be true",
+    ),
+    "calls beside a prompt": (
+        {"prompt": QUESTION, "response": ANSWER, "tool_calls": [{"name": "now"}]},
+        '"tool_calls" is not empty: calls and results are messages: write the row as a chat, in "messages"',
+    ),
+    "an unknown role": (
+        {"messages": [{"role": "robot", "content": "x"}]},
+        'message 1 of "messages" needs a "role" (or "from") of system, user, assistant or tool, not \'robot\'',
+    ),
+    "code of ChatGLM3's interpreter": (
+        {"messages": [ASK, {"role": "assistant", "metadata": "interpreter", "content": "print(1)"}]},
+        '"metadata" in message 2 of "messages" names the tool "interpreter", but the text is no JSON of its arguments',
+    ),
+}
