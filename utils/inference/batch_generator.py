@@ -25,7 +25,6 @@ from utils.inference.sampling import GREEDY, Sampling
 from utils.inference.stop_strings import StopStrings, decode
 from utils.inference.work_queue import SINGLE_REPLICA, Replica, fetch_share
 from utils.models.chat_formats import ChatTemplate
-from utils.models.turn_formats import ASSISTANT
 
 
 @dataclass(frozen=True)
@@ -55,8 +54,8 @@ class PromptCodec:
     template: ChatTemplate
 
     def split_answer(self, ids: Sequence[int]) -> list[str]:
-        """The answer's texts between the `<|assistant|>` tokens, which open each of a message's calls."""
-        separator = self.tokenizer.get_added_vocab().get(ASSISTANT)
+        """The answer's texts, as `ChatTemplate.parse_answer` takes them."""
+        separator = self.template.separator_id(self.tokenizer)
         parts: list[list[int]] = [[]]
         for token in ids:
             if token == separator:

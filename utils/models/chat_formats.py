@@ -124,12 +124,16 @@ class ChatTemplate(ABC):
         """The text that a user gets of a decoded answer."""
         return answer
 
+    def separator_id(self, tokenizer: PreTrainedTokenizerBase) -> int | None:
+        """The token that the model writes between the parts of an answer, if its calls are parts of their own."""
+        return None
+
     def parse_answer(self, texts: Sequence[str], tools: str) -> Message:
         """
         The message that a decoded answer is.
 
         Args:
-            texts: the answer, split where the model wrote `<|assistant|>`.
+            texts: the answer, split at `separator_id`.
             tools: JSON text of the tools that the prompt offers; "": none, and nothing is read as a call.
         """
         return Message("assistant", self.clean("".join(texts)))

@@ -113,6 +113,9 @@ class CheckpointTemplate(TurnTemplate):
     def stop_ids(self, tokenizer: PreTrainedTokenizerBase) -> list[int]:
         return self.native.stop_ids(tokenizer)
 
+    def separator_id(self, tokenizer: PreTrainedTokenizerBase) -> int | None:
+        return self.native.separator_id(tokenizer)
+
     def parse_answer(self, texts: Sequence[str], tools: str) -> Message:
         return self.native.parse_answer(texts, tools)
 

@@ -168,12 +168,14 @@ class TurnTemplate(ChatTemplate):
     ) -> UnencodedText:
         closing = _last_turn(pieces)
         spans = self.spans(tokenizer, pieces[: len(pieces) - len(closing)], trained)
-        text = spans.pop().text if isinstance(spans[-1], TextSpan) and not spans[-1].trained else ""
+        closing_spans = self.spans(tokenizer, closing, ())
+        while isinstance(spans[-1], TokenSpan):  # </tool_response>, /nothink
+            closing_spans.insert(0, spans.pop())
         closing_ids = [
             encode_template_text(tokenizer, span.text) if isinstance(span, TextSpan) else span.ids
-            for span in self.spans(tokenizer, closing, ())
+            for span in closing_spans
         ]
-        return UnencodedText(spans, text, "", TokenSpan(np.concatenate(closing_ids)))
+        return UnencodedText(spans[:-1], spans[-1].text, "", TokenSpan(np.concatenate(closing_ids)))
 
     def unencoded_row(
         self, tokenizer: PreTrainedTokenizerBase, row: Conversation
@@ -207,6 +209,9 @@ class TurnTemplate(ChatTemplate):
         """The ids of pieces."""
         spans = UnencodedText(self.spans(tokenizer, pieces, ()), "", "", NO_TOKENS)
         return encode_many(tokenizer, [spans])[0].ids()
+
+    def separator_id(self, tokenizer: PreTrainedTokenizerBase) -> int | None:
+        return token_ids(tokenizer, ASSISTANT)[0]
 
     def check_roles(self, messages: Sequence[Message], add_generation_prompt: bool) -> None:
         """Accept every order, as the released template does."""
