@@ -185,6 +185,8 @@ def test_replicas_that_are_sharded(answer):
         ("chatglm2-6b-tiny", 2, "2 compiled"),
         ("glm-4-9b-chat-tiny", 2, 2),
         ("glm-4-9b-chat-tiny", 4, 4),
+        ("glm4-9b-0414-tiny", 2, 2),
+        ("glm4-9b-0414-tiny", 4, 4),
     ],
 )
 def test_shards_are_shards_and_logits_agree(run_ranks, name, processes, flags):
