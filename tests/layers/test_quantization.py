@@ -227,7 +227,9 @@ def test_every_placement_gives_the_same_answers(run_ranks, workspace):
     assert output.count("int4 weights are not sharded") == 1 and replicated == plain
 
 
-@pytest.mark.parametrize("name", ("chatglm2-6b-tiny", "chatglm3-6b-tiny", "glm-4-9b-chat-tiny", "glm4-9b-0414-tiny", *RELEASED))
+@pytest.mark.parametrize(
+    "name", ("chatglm2-6b-tiny", "chatglm3-6b-tiny", "glm-4-9b-chat-tiny", "glm4-9b-0414-tiny", *RELEASED)
+)
 def test_every_generation_trains_and_answers(run_script, tmp_path, name):
     """Released integers are recognised; full weights are quantised on load."""
     flags = f"--model_name_or_path {GOLDEN / name}" + (" --quantize int8" if name not in RELEASED else "")
