@@ -235,7 +235,7 @@ def test_parts_that_grow_when_they_are_read(tmp_path):
         list(read_tensors(tmp_path / "grown.bin"))
 
 
-@pytest.mark.parametrize("name", ("chatglm-6b-tiny", "chatglm3-6b-tiny", "glm-4-9b-chat-tiny"))
+@pytest.mark.parametrize("name", ("chatglm-6b-tiny", "chatglm3-6b-tiny", "glm-4-9b-chat-tiny", "glm4-9b-0414-tiny"))
 def test_a_checkpoint_with_an_expanded_norm(tmp_path, name):
     """In the fingerprint too, which is made before the model is loaded."""
     directory = shutil.copytree(GOLDEN / name, tmp_path / "checkpoint")

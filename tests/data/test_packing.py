@@ -17,7 +17,8 @@ from utils.data.row_parser import parse_row
 from utils.lora.adapter import LoraSettings, attach_adapter
 from utils.training.loss import use_target_loss
 
-MODELS = [TINY, *(GOLDEN / n for n in ("chatglm-6b-int4-qe-tiny", "chatglm2-6b-tiny", "glm-4-9b-chat-tiny"))]
+NAMES = ("chatglm-6b-int4-qe-tiny", "chatglm2-6b-tiny", "glm-4-9b-chat-tiny", "glm4-9b-0414-tiny")
+MODELS = [TINY, *(GOLDEN / name for name in NAMES)]
 TRAIN = f"multi_gpu_fintune_belle.py --model_name_or_path {TINY} --lora_rank 4 --learning_rate 2e-3 --max_steps 3"
 
 

@@ -5,6 +5,7 @@ Checks that what the inference scripts load is sharded and has the whole model's
 engine answers the same with it, its layers compiled as on a GPU.
 """
 
+import math
 import sys
 
 import torch
@@ -32,9 +33,10 @@ for name, module in whole.named_modules():
         whole_size, shard_size = module.weight.shape[dimension], shards[name].weight.shape[dimension]
         sizes = torch.tensor(shard_size)
         torch.distributed.all_reduce(sizes)
-        repeats = max(1, tp_size // getattr(whole.config, "num_key_value_heads", tp_size))
+        heads = getattr(whole.config, "num_key_value_heads", tp_size)
+        repeats = math.lcm(heads, tp_size) // heads
         expected = whole_size * (repeats if name.endswith(("k_proj", "v_proj")) else 1)
-        assert 0 < shard_size < whole_size and sizes == replica.replicas * expected, (name, shard_size, whole_size)
+        assert 0 < shard_size < expected and sizes == replica.replicas * expected, (name, shard_size, whole_size)
         split += 1
 assert (
     split

@@ -64,7 +64,7 @@ def test_quantising_on_load_makes_the_released_integers(quantize_to):
     assert all(torch.equal(quantised[key], released[key]) for key in quantised)
 
 
-@pytest.mark.parametrize("name", ("chatglm3-6b-tiny", "glm-4-9b-chat-tiny"))
+@pytest.mark.parametrize("name", ("chatglm3-6b-tiny", "glm-4-9b-chat-tiny", "glm4-9b-0414-tiny"))
 @pytest.mark.parametrize("quantize_to, tolerance", [("int8", 0.01), ("int4", 0.15)])
 def test_quantised_weights_are_near_the_full_ones(name, quantize_to, tolerance):
     full = load_model(str(GOLDEN / name)).state_dict()
@@ -227,7 +227,9 @@ def test_every_placement_gives_the_same_answers(run_ranks, workspace):
     assert output.count("int4 weights are not sharded") == 1 and replicated == plain
 
 
-@pytest.mark.parametrize("name", ("chatglm2-6b-tiny", "chatglm3-6b-tiny", "glm-4-9b-chat-tiny", *RELEASED))
+@pytest.mark.parametrize(
+    "name", ("chatglm2-6b-tiny", "chatglm3-6b-tiny", "glm-4-9b-chat-tiny", "glm4-9b-0414-tiny", *RELEASED)
+)
 def test_every_generation_trains_and_answers(run_script, tmp_path, name):
     """Released integers are recognised; full weights are quantised on load."""
     flags = f"--model_name_or_path {GOLDEN / name}" + (" --quantize int8" if name not in RELEASED else "")

@@ -1,5 +1,5 @@
 """
-README's commands on tiny ChatGLM2-6B, ChatGLM3-6B and GLM-4-9B, end to end.
+README's commands on tiny ChatGLM2-6B, ChatGLM3-6B, GLM-4-9B and GLM-4-0414, end to end.
 
 Each launcher starts one training or inference itself; other commands of the same launcher run in forked processes.
 """
@@ -13,10 +13,16 @@ from documents import on_a_free_port, readme_commands
 from safetensors.torch import load_file
 
 # Model -> CPU memory for half of it; the rest goes to disk.
-NAMES = {"chatglm2-6b-tiny": "1MB", "chatglm3-6b-tiny": "1MB", "glm-4-9b-chat-tiny": "1600KB"}
+NAMES = {
+    "chatglm2-6b-tiny": "1MB",
+    "chatglm3-6b-tiny": "1MB",
+    "glm-4-9b-chat-tiny": "1600KB",
+    "glm4-9b-0414-tiny": "1MB",
+}
 TRAINING = [command for command in readme_commands() if "multi_gpu_fintune_belle.py" in command]
 TORCHRUN = "torchrun --nproc_per_node=2 "
 DDP = next(command for command in TRAINING if command.startswith(TORCHRUN) and "--deepspeed" not in command)
+LAUNCHED = "chatglm2-6b-tiny"  # the one model whose ZeRO-3 torchrun itself starts
 REPLICAS = "deepspeed --num_gpus 2 chatglm_milti_gpu_inference.py"  # by the launcher that the shards have
 INFERENCE = [command for command in readme_commands() if "_inference.py" in command and "--merge" not in command]
 PROMPTS = [
@@ -55,9 +61,9 @@ class Trained:
         )
 
     def train(self, command: str) -> Path:
-        """Runs a training command, with its launcher except for plain DDP: torchrun starts ZeRO-3 the same way."""
+        """Runs a training command, with its launcher except for torchrun's after the first: it starts all alike."""
         output_dir = self.directory / f"adapter{len(list(self.directory.iterdir()))}"
-        if command == DDP:
+        if command == DDP or (command.startswith(TORCHRUN) and self.model.name != LAUNCHED):
             result = self.run_ranks(2, f"{command.removeprefix(TORCHRUN)} {self.flags(output_dir)}").check()
         else:
             result = self.run_command(f"{on_a_free_port(command)} {self.flags(output_dir)}").check()

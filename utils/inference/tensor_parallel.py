@@ -7,6 +7,7 @@ an error. So each generation names its layers split by output rows and by input 
 through the hook that its layer replacement reads.
 """
 
+import math
 from types import SimpleNamespace
 from typing import Any
 
@@ -55,10 +56,7 @@ def shard_with_deepspeed(
     """
     Split attention heads and MLPs over the processes of `group`, and move this process's shard to its device.
 
-    All processes of the group must then give the same inputs; they get the same logits.
-
-    Raises:
-        UsageError: the key/value heads cannot be repeated evenly.
+    All processes of the group must then give the same inputs; they get the same logits. Needs `check_heads`.
     """
     from deepspeed.comm import comm
     from deepspeed.inference.config import DeepSpeedInferenceConfig
@@ -108,19 +106,15 @@ def shard_with_deepspeed(
 
 def repeat_key_value_heads(model: PreTrainedModel, processes: int) -> None:
     """
-    Repeat key/value heads, in place, if there are fewer than processes, so that every process holds one.
+    Repeat key/value heads, in place, until every process has as many: 2 become 4 for 4 processes, and 6 for 3.
 
-    The repeated heads serve fewer query heads each, so attention computes the same.
-
-    Raises:
-        UsageError: they cannot be repeated evenly.
+    The repeated heads serve fewer query heads each, so attention computes the same. The number of query heads, which
+    both divide, is a multiple of theirs.
     """
     groups = getattr(model.config, "num_key_value_heads", processes)
-    if groups % processes == 0:
+    times = math.lcm(groups, processes) // groups
+    if times == 1:
         return
-    if processes % groups:
-        raise UsageError(f"{groups} key/value heads cannot be repeated evenly over {processes} processes")
-    times = processes // groups
     for module in model.modules():
         if not hasattr(module, "num_key_value_groups"):
             continue
