@@ -420,11 +420,11 @@ ROWS = {
 FAULTS = {
     "arguments of no JSON": (
         {"messages": [ASK, calls_message(openai_call("now", "{'a': 1}"))]},
-        'the arguments of "now" in call 1 of message 2 of "messages" are text, but not JSON',
+        'the arguments of call 1 of message 2 of "messages" are text, but not JSON',
     ),
     "arguments of a list": (
         {"messages": [ASK, calls_message(openai_call("now", "{}"), openai_call("now", [1]))]},
-        'the arguments of "now" in call 2 of message 2 of "messages" must be an object or its JSON text, not list',
+        'the arguments of call 2 of message 2 of "messages" must be an object or its JSON text, not list',
     ),
     "arguments of JSON of no object": (
         {"messages": [ASK, calls_message(openai_call("now", "[1]"))]},
@@ -499,11 +499,11 @@ FAULTS = {
     "a fraction of loss": ({"messages": [ASK, SAY | {"weight": 0.5}]}, '"weight" in message 2 of "messages" is 0.5'),
     "a picture": (
         {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}, SAY]},
-        'a part of the type image_url in message 1 of "messages": only text can be used',
+        "a part of the type 'image_url' in message 1 of \"messages\": only text can be used",
     ),
     "an unknown option": (
         {"messages": [ASK, SAY], "chat_template_kwargs": {"add_generation_prompt": True}},
-        '"add_generation_prompt" in "chat_template_kwargs" cannot be used: the options of a row are enable_thinking',
+        "'add_generation_prompt' in \"chat_template_kwargs\" cannot be used: the options of a row are enable_thinking",
     ),
     "an option given twice": (
         {"messages": [ASK, SAY], "enable_thinking": True, "thinking": "off"},
@@ -523,6 +523,6 @@ FAULTS = {
     ),
     "code of ChatGLM3's interpreter": (
         {"messages": [ASK, {"role": "assistant", "metadata": "interpreter", "content": "print(1)"}]},
-        '"metadata" in message 2 of "messages" names the tool "interpreter", but the text is no JSON of its arguments',
+        '"metadata" in message 2 of "messages" names the tool \'interpreter\', but its text is not',
     ),
 }
