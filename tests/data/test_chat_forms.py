@@ -3,7 +3,8 @@
 import json
 
 import pytest
-from chat_rows import ARGUMENTS, ASK, FAULTS, QUESTION, ROWS, SAY, WEATHER, calls_message, openai_call
+from chat_faults import FAULTS
+from chat_rows import ARGUMENTS, ASK, QUESTION, ROWS, SAY, WEATHER, calls_message, openai_call
 from conftest import ROOT
 from documents import blocks
 from hypothesis import given, settings

@@ -83,7 +83,7 @@ def parse_row(raw: Any, columns: ColumnMap = NO_RENAMES) -> Conversation:
 
 def parse_question(raw: Any, text: str, used: Sequence[str]) -> Conversation:
     """
-    The prompt whose last question is `text`, after the row's system text and history.
+    The prompt whose last question is `text`, after the row's system text and history, with its tools and options.
 
     Args:
         used: the columns that `text` was made from.
