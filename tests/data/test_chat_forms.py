@@ -3,7 +3,10 @@
 import json
 
 import pytest
-from chat_rows import ARGUMENTS, ASK, FAULTS, QUESTION, ROWS, SAY, WEATHER, calls_message, openai_call
+from chat_faults import FAULTS
+from chat_rows import ARGUMENTS, ASK, QUESTION, ROWS, SAY, WEATHER, calls_message, openai_call
+from conftest import ROOT
+from documents import blocks
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -205,3 +208,52 @@ def test_other_forms_of_a_conversation_are_parsed_to_the_same(conversation, form
         start = end + 1
     row = {"conversations": raw, "chat_template_kwargs": dict(conversation.options), "tools": conversation.tools}
     assert parse_row(json.loads(json.dumps(row))) == conversation
+
+
+def places(value, path=()):
+    """The paths of all values inside a value."""
+    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    return [path, *(place for key, item in inner for place in places(item, (*path, key)))]
+
+
+def with_value(value, path, new):
+    """The value with another one at a path; without it where `new` is ..."""
+    if not path:
+        return new
+    copy = value.copy()
+    if new is ... and len(path) == 1:
+        del copy[path[0]]
+    else:
+        copy[path[0]] = with_value(value[path[0]], path[1:], new)
+    return copy
+
+
+ODD_TEXTS = ["", " ", "[]", "null", "{", "[1]", '{"name": 1}', '"a"', "好的\n", "now\n{}", "[" * 3000]
+ODD = st.just(...) | st.sampled_from([*ODD_TEXTS, 10**400, -1.5, float("nan"), float("inf")])
+
+
+@settings(quick, max_examples=1500)
+@given(st.data())
+def test_any_change_of_a_row_is_a_conversation_or_a_fault(data):
+    """No other error; and what is a conversation is the same one after writing."""
+    raw, _ = data.draw(st.sampled_from(list(ROWS.values())))
+    for _ in range(data.draw(st.integers(1, 3))):
+        path = data.draw(st.sampled_from(places(raw)[1:] or [()]))
+        raw = with_value(raw, path, data.draw(ODD | VALUES)) if path else raw
+    for parse in (parse_row, parse_prompt):
+        try:
+            conversation = parse(raw)
+        except RowError as error:
+            assert len(str(error).splitlines()) == 1
+        else:
+            assert parse(json.loads(dump_conversation(conversation))) == conversation
+            prompt_of(conversation)
+
+
+def test_the_rows_of_the_documents_are_parsed():
+    rows = []
+    for name in ("docs/data_formats.md", "docs/zh/data_formats.md"):
+        block = next(block for block in blocks(ROOT / name, "json") if "tool_calls" in block.text)
+        rows.append([parse_row(json.loads(line)) for line in block.text.splitlines()])
+    assert rows[0] == rows[1] and len(rows[0]) == 7
+    assert sum(bool(row.tools) for row in rows[0]) == 5

@@ -17,8 +17,8 @@ def dump_conversation(conversation: Conversation) -> str:
     """One line of the output, newline included: {"input", "target"} for a plain single turn, else {"messages"}."""
     messages, tools, options = conversation
     if len(messages) == 2 and not tools and not options:  # nearly every row
-        _, content, reasoning, calls, trained = messages[1]
-        if not reasoning and not calls and trained is None:
+        role, content, reasoning, calls, trained = messages[1]
+        if role == "assistant" and not reasoning and not calls and trained is None:
             return dump_pair(messages[0].content, content)
     row: dict[str, Any] = {"messages": [_fields(message) for message in messages]}
     if tools:
@@ -46,7 +46,7 @@ def prompt_of(conversation: Conversation) -> str:
     Of a prompt that ends with a tool's result that text is empty: it repeats an earlier one only if all is equal.
     """
     messages, tools, options = conversation
-    if len(messages) == 2 and not tools and not options:  # nearly every row
+    if len(messages) == 2 and messages[0].role == "user" and not tools and not options:  # nearly every row
         return messages[0].content
     prompt = conversation.prompt
     is_plain = not any(message.role == "tool" or message.reasoning or message.tool_calls for message in prompt)

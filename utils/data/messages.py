@@ -219,7 +219,7 @@ def _text(value: Any, place: str) -> str:
     for part in value:
         kind = part.get("type") if isinstance(part, dict) else type(part).__name__
         if kind != "text" or not isinstance(part.get("text"), str):
-            raise RowError(f"a part of the type {kind} in {place}: only text can be used")
+            raise RowError(f"a part of the type {kind!r:.60} in {place}: only text can be used")
     return "".join(part["text"] for part in value)
 
 

@@ -33,7 +33,7 @@ def parse_options(raw: dict[str, Any], names: Iterable[str]) -> tuple[tuple[str,
             if not isinstance(values, dict):
                 raise RowError(f'"{name}" must be an object, not {type(values).__name__}')
             for inner, value in values.items():
-                _add(options, inner, value, f'"{inner}" in "{name}"')
+                _add(options, inner, value, f'{inner!r:.60} in "{name}"')
         else:
             _add(options, name, raw[name], f'"{name}"')
     return tuple(sorted(options.items()))
@@ -44,7 +44,7 @@ def _add(options: dict[str, Any], name: str, value: Any, place: str) -> None:
         return
     if name == "thinking" and isinstance(value, dict):  # of the public API: {"type": "enabled", "clear_thinking": ...}
         for inner, setting in value.items():
-            _add(options, "thinking" if inner == "type" else inner, setting, f'"{inner}" in {place}')
+            _add(options, "thinking" if inner == "type" else inner, setting, f"{inner!r:.60} in {place}")
         return
     if name in ("thinking", "enable_thinking", "clear_thinking"):
         parsed, official = _switch(value, place), "clear_thinking" if name == "clear_thinking" else "enable_thinking"

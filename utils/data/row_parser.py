@@ -57,7 +57,7 @@ def parse_prompt(raw: Any, columns: ColumnMap = NO_RENAMES) -> Conversation:
     """
     raw, schema = _find_schema(raw, columns)
     conversation = _conversation(raw, schema)
-    return conversation._replace(messages=conversation.prompt)
+    return Conversation(conversation.prompt, conversation.tools, conversation.options)
 
 
 def parse_row(raw: Any, columns: ColumnMap = NO_RENAMES) -> Conversation:
@@ -72,8 +72,8 @@ def parse_row(raw: Any, columns: ColumnMap = NO_RENAMES) -> Conversation:
     if schema.context:
         _check_training(raw)
     if not schema.chat:
-        reasoning = _reasoning(raw) if schema.context else ""
-        return row._replace(messages=(*row.messages, Message("assistant", _target(raw, schema), reasoning)))
+        answer = Message("assistant", _target(raw, schema), _reasoning(raw) if schema.context else "")
+        return Conversation((*row.messages, answer), row.tools, row.options)
     if row.target is None:
         raise RowError("a training conversation must end with the assistant's answer or calls")
     if not row.trained_messages("every"):
@@ -83,7 +83,7 @@ def parse_row(raw: Any, columns: ColumnMap = NO_RENAMES) -> Conversation:
 
 def parse_question(raw: Any, text: str, used: Sequence[str]) -> Conversation:
     """
-    The prompt whose last question is `text`, after the row's system text and history.
+    The prompt whose last question is `text`, after the row's system text and history, with its tools and options.
 
     Args:
         used: the columns that `text` was made from.
@@ -128,14 +128,16 @@ def _find_schema(raw: Any, columns: ColumnMap) -> tuple[dict[str, Any], Schema]:
 
 def _as_chat(raw: dict[str, Any], schema: Schema) -> dict[str, Any]:
     """A row whose prompt and answer are lists of messages, as TRL has them, as a row with one list."""
-    messages = list(raw[schema.prompts[0]])
+    prompt = schema.prompts[0]
+    if not all(isinstance(message, dict) for message in raw[prompt]):
+        raise RowError(f'"{prompt}" is list, not text')
+    messages = list(raw[prompt])
     for name in schema.answers:
-        answer = raw[name]
-        messages += (
-            answer if isinstance(answer, list) else [{"role": "assistant", "content": answer}] if answer else []
-        )
-    others = {name: value for name, value in raw.items() if name not in (*schema.prompts, *schema.answers)}
-    return {"messages": messages, **others}
+        if isinstance(raw[name], list):
+            messages += raw[name]
+        elif not is_empty(raw[name]):
+            messages.append({"role": "assistant", "content": raw[name]})
+    return {"messages": messages} | {n: value for n, value in raw.items() if n not in (prompt, *schema.answers)}
 
 
 def _conversation(raw: dict[str, Any], schema: Schema) -> Conversation:

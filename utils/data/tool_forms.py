@@ -94,7 +94,7 @@ def parse_call(value: Any, place: str) -> tuple[ToolCall, str]:
     if len(given) > 1:
         raise RowError(f'{place} has both "arguments" and "parameters": keep one of them')
     call_id = value.get("id")
-    arguments = parse_arguments(given[0] if given else None, f'the arguments of "{name}" in {place}')
+    arguments = parse_arguments(given[0] if given else None, f"the arguments of {place}")
     return ToolCall(name, arguments), call_id if isinstance(call_id, str) else ""
 
 
@@ -180,9 +180,9 @@ def parse_metadata_call(name: str, text: str, place: str) -> ToolCall:
         arguments = {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords}
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         raise RowError(
-            f'"metadata" in {place} names the tool "{name}", but the text is no JSON of its arguments: write an object'
+            f'"metadata" in {place} names the tool {name!r:.60}, but its text is not the arguments as JSON'
         ) from None
-    return ToolCall(name, to_json(arguments, f'the arguments of "{name}" in {place}'))
+    return ToolCall(name, to_json(arguments, f"the arguments of {place}"))
 
 
 def call_fields(call: ToolCall) -> dict[str, Any]:
