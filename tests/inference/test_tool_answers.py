@@ -18,25 +18,26 @@ from utils.models.family import GLM_Z1, record_generation
 from utils.models.templates import template_for
 
 TOOLS = [{"type": "function", "function": {"name": "look", "parameters": {}}}]
+WORDS = ["sea", "sky", "sun", "river", "mill", "boat", "door", "book", "rain", "snow"]
 STEPS, LEARNING_RATE = 150, 1e-2
 
 
 def call(number):
-    arguments = {"n": number, "t": "abcdefghij"[number]}
+    arguments = {"n": number, "t": WORDS[number]}
     return {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "look", "arguments": arguments}}]}
 
 
 CALLS = [
-    {"messages": [{"role": "user", "content": f"see {number}"}, call(number)], "tools": TOOLS} for number in range(10)
+    {"messages": [{"role": "user", "content": WORDS[number]}, call(number)], "tools": TOOLS} for number in range(10)
 ]
 
 
 def reasoned(number, has_form):
-    reasoning, answer = f"{number} and 1", f"it is {number + 1}"
+    reasoning, answer = f"see {WORDS[number]}", f"it is {number}"
     message = {"role": "assistant", "content": answer, "reasoning_content": reasoning}
     if not has_form:  # the generation learns it as text
         message = {"role": "assistant", "content": f"<think>{reasoning}</think>{answer}"}
-    return {"messages": [{"role": "user", "content": f"add {number}"}, message]}
+    return {"messages": [{"role": "user", "content": f"add {WORDS[number]}"}, message]}
 
 
 @pytest.mark.parametrize("name", ["chatglm3-6b-tiny", "glm-4-9b-chat-tiny", "glm4-9b-0414-tiny", "z1"])
