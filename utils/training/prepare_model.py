@@ -8,6 +8,7 @@ import torch
 from peft import PeftModel
 
 from utils.checkpoint.model import load_model
+from utils.common.processes import launched_by_accelerate_with_fsdp
 from utils.layers.fp8 import FP8
 from utils.layers.quantization import stored_bits
 from utils.lora.adapter import LoraSettings, attach_adapter, scale_losses_under_zero3
@@ -25,7 +26,9 @@ def prepare_model(config: RunConfig) -> PeftModel:
     """
     flags, args = config.flags, config.training_args
     configure_zero3(args, flags.compile_layers)  # before loading, which reads DeepSpeed's configuration
-    model = load_model(flags.model_name_or_path, dtype=config.dtype, quantize=stored_bits(flags.quantize))
+    # Weight by weight to the card, so the host holds no copy; FSDP2 moves only each process's shard there.
+    device = "cpu" if launched_by_accelerate_with_fsdp() else args.device
+    model = load_model(flags.model_name_or_path, config.dtype, stored_bits(flags.quantize), device)
     model.config.use_cache = False
     lora = LoraSettings(flags.lora_rank, flags.lora_alpha, flags.lora_dropout, flags.lora_target_modules)
     model = attach_adapter(model, lora, seed=args.seed)  # before layers are replaced: PEFT looks for the stock ones
