@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from accelerate.utils import offload_weight, save_offload_index, set_module_tensor_to_device
+from accelerate.utils import offload_weight, save_offload_index
 from huggingface_hub.errors import StrictDataclassError
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations import is_deepspeed_zero3_enabled
@@ -233,7 +233,7 @@ class Checkpoint:
                     value = tensor.to(expected.tensors[key].dtype)
                     offload_index = offload_weight(value, name, offload_folder, index=offload_index)
             else:  # accelerate leaves the buffers of an offloaded module in memory
-                set_module_tensor_to_device(model, key, "cpu" if device == "disk" else device, value=tensor)
+                _set_tensor(model, key, tensor, "cpu" if device == "disk" else device)
         if offload_index:
             save_offload_index(offload_index, offload_folder)
         model.tie_weights()
@@ -298,6 +298,17 @@ class ExpectedWeights:
         """
         if self._missing:
             raise UsageError(f"{self.source}: {len(self._missing)} weights are missing, first {min(self._missing)}")
+
+
+def _set_tensor(model: PreTrainedModel, key: str, tensor: torch.Tensor, device: int | str | torch.device) -> None:
+    """Put a weight or buffer of `model` on `device`, in the dtype that it has in the model."""
+    name, _, kind = key.rpartition(".")
+    module = model.get_submodule(name)
+    placeholder = getattr(module, kind)
+    value = tensor.to(device).to(placeholder.dtype)  # in this order the host needs no copy in another dtype
+    if isinstance(placeholder, torch.nn.Parameter):
+        value = torch.nn.Parameter(value, requires_grad=placeholder.requires_grad)
+    setattr(module, kind, value)
 
 
 def _tensor_hash(tensor: torch.Tensor) -> str:

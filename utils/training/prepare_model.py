@@ -27,8 +27,10 @@ def prepare_model(config: RunConfig) -> PeftModel:
     flags, args = config.flags, config.training_args
     configure_zero3(args, flags.compile_layers)  # before loading, which reads DeepSpeed's configuration
     # Weight by weight to the card, so the host holds no copy; FSDP2 moves only each process's shard there.
-    device = "cpu" if launched_by_accelerate_with_fsdp() else args.device
-    model = load_model(flags.model_name_or_path, config.dtype, stored_bits(flags.quantize), device)
+    on_host = args.device.type == "cpu" or launched_by_accelerate_with_fsdp()
+    model = load_model(
+        flags.model_name_or_path, config.dtype, stored_bits(flags.quantize), "cpu" if on_host else args.device
+    )
     model.config.use_cache = False
     lora = LoraSettings(flags.lora_rank, flags.lora_alpha, flags.lora_dropout, flags.lora_target_modules)
     model = attach_adapter(model, lora, seed=args.seed)  # before layers are replaced: PEFT looks for the stock ones
