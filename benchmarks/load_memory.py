@@ -81,8 +81,8 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
     meter = Meter()
     trainer = make_trainer(config, batches, callbacks=[])
     loaded = meter.read()
-    trainer.train()
-    return loaded | {"above_baseline_with_step_gib": meter.read()["above_baseline_gib"]}
+    loss = trainer.train().training_loss
+    return loaded | {"loss": loss, "above_baseline_with_step_gib": meter.read()["above_baseline_gib"]}
 
 
 def load(args: argparse.Namespace) -> dict[str, Any]:
@@ -143,7 +143,7 @@ def command_of(args: argparse.Namespace, work_dir: Path) -> list[str]:
     }
     worker = [str(Path(__file__).resolve()), "--worker", *(f"--{name}={value}" for name, value in values.items())]
     if args.way == "fsdp2":
-        launch = "-m accelerate.commands.launch --config_file configs/accelerate_fsdp2.yaml --cpu --mixed_precision no"
+        launch = "-m accelerate.commands.launch --config_file configs/accelerate_fsdp2.yaml --mixed_precision no"
         return [sys.executable, *launch.split(), f"--num_processes={args.processes}", *worker]
     if args.processes > 1:
         return [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={args.processes}", *worker]

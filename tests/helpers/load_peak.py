@@ -2,8 +2,8 @@
 torchrun --nproc_per_node=2 tests/helpers/load_peak.py CHECKPOINT [none | cpu]
 
 Loads a checkpoint in float32; with a second word under ZeRO-3, its parameters offloaded to that device. Each process
-prints one JSON array: its rank, the bytes of host memory that it took at its peak above those before, and a hash of the
-weights.
+prints one JSON array: its rank, the bytes of host memory that it took at its peak above those before, and a hash of
+the weights.
 """
 
 import hashlib

@@ -189,6 +189,15 @@ class Checkpoint:
             set_partition(model.get_parameter(key), tensor)
         return self._labelled(model, dtype)
 
+    def checked_weights(self, model: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:
+        """
+        The weights that an empty model needs, each checked before it is yielded.
+
+        Raises:
+            UsageError: see `load_model`.
+        """
+        return self._needed_weights(self._expected_weights(model))
+
     def _expected_weights(self, model: PreTrainedModel) -> "ExpectedWeights":
         """
         The weights of an empty model, the names and shapes in the files compared with them.

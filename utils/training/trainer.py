@@ -17,6 +17,8 @@ import torch
 from accelerate import Accelerator, FullyShardedDataParallelPlugin
 from accelerate.utils import DistributedType
 from peft import PeftModel
+from torch.distributed.fsdp import CPUOffloadPolicy
+from torch.optim.lr_scheduler import LRScheduler
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import SaveStrategy
@@ -42,6 +44,7 @@ from utils.training.checkpoints import (
     save_sealed,
     step_of,
 )
+from utils.training.fsdp_weights import fill_shards
 from utils.training.log_lines import LogEnds, LogLines, mean_loss
 from utils.training.loss_figure import title_of_run
 from utils.training.model_card import write_model_card
@@ -78,6 +81,7 @@ def configure_fsdp(accelerator: Accelerator) -> None:
         state.fsdp_plugin = FullyShardedDataParallelPlugin()
         state.distributed_type = DistributedType.FSDP
     state.fsdp_plugin.mixed_precision_policy = None
+    state.fsdp_plugin.cpu_ram_efficient_loading = False  # no process has the weights: `create_scheduler` fills shards
 
 
 def _mark_dynamic(inputs: dict[str, Any]) -> None:
@@ -263,6 +267,18 @@ class AdapterTrainer(GuardedTrainer):
         super().create_accelerator_and_postprocess()
         configure_fsdp(self.accelerator)
         self.is_fsdp_enabled = launched_by_accelerate_with_fsdp()
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LRScheduler:
+        """
+        Fill FSDP2's shards, then make the scheduler.
+
+        Trainer calls it once accelerate has sharded the model, and before it reads a checkpoint to resume from.
+        """
+        if self.is_fsdp_enabled and any(weight.is_meta for weight in self.model.parameters()):
+            offloads = isinstance(self.accelerator.state.fsdp_plugin.cpu_offload, CPUOffloadPolicy)
+            device = torch.device("cpu") if offloads else self.accelerator.device
+            fill_shards(self.model, self.run_config.inputs.checkpoint, self.run_config.dtype, device)
+        return super().create_scheduler(num_training_steps, optimizer)
 
     def _get_train_sampler(self, train_dataset=None) -> torch.utils.data.Sampler | None:
         if self.args.train_sampling_strategy != BY_LENGTH:
