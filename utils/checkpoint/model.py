@@ -9,7 +9,6 @@ transformers' own loading is not used for the check, since it takes memory for w
 import copy
 import hashlib
 import json
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,8 +23,9 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.modeling_utils import local_torch_dtype
 
 from utils.checkpoint.directory import OpenedDirectory, open_directory
+from utils.checkpoint.expected_weights import ExpectedWeights
 from utils.checkpoint.tokenizer import tokenizer_in
-from utils.checkpoint.weight_files import find_unusable, model_files, read_weights, weight_files
+from utils.checkpoint.weight_files import model_files, read_weights, weight_files
 from utils.checkpoint.zero3 import build_partitioned, set_partition
 from utils.common.errors import UsageError
 from utils.common.file_hashes import hash_files
@@ -198,7 +198,7 @@ class Checkpoint:
         """
         return self._needed_weights(self._expected_weights(model))
 
-    def _expected_weights(self, model: PreTrainedModel) -> "ExpectedWeights":
+    def _expected_weights(self, model: PreTrainedModel) -> ExpectedWeights:
         """
         The weights of an empty model, the names and shapes in the files compared with them.
 
@@ -211,7 +211,7 @@ class Checkpoint:
             expected.check_complete()
         return ExpectedWeights(model, f"{self.directory}", self.generation.name)
 
-    def _needed_weights(self, expected: "ExpectedWeights") -> Iterator[tuple[str, torch.Tensor]]:
+    def _needed_weights(self, expected: ExpectedWeights) -> Iterator[tuple[str, torch.Tensor]]:
         """The weights that the model needs, each checked before it is yielded."""
         for key, tensor in self.weights():
             if expected.take(key, tensor):
@@ -246,67 +246,6 @@ class Checkpoint:
         if offload_index:
             save_offload_index(offload_index, offload_folder)
         model.tie_weights()
-
-
-class ExpectedWeights:
-    """
-    The weights that a model needs, checked off as they come from files.
-
-    Names, shapes and values are checked before a weight takes memory.
-    """
-
-    def __init__(self, model: PreTrainedModel, source: str, name: str):
-        self.tensors = model.state_dict()
-        self.source, self.name = source, name
-        self._tied = {source: target for target, source in model.all_tied_weights_keys.items()}
-        self._ignored = model._keys_to_ignore_on_load_unexpected or ()
-        self._missing = set(self.tensors) - set(self._tied.values())
-
-    def copies_of(self, key: str) -> list[str]:
-        """The weights that are tied to this one."""
-        return [self._tied[key]] if key in self._tied else []
-
-    def take_shape(self, key: str, tensor: torch.Tensor) -> bool:
-        """
-        Whether the model needs this weight; the copy of a tied one it does not. Values are not read.
-
-        Raises:
-            UsageError: the weight belongs to another model, or has another shape.
-        """
-        if key in self._tied.values() or any(re.search(pattern, key) for pattern in self._ignored):
-            return False
-        if key not in self._missing:
-            raise UsageError(f"{self.source}: {key} is not a weight of {self.name}, which its config.json describes")
-        expected = self.tensors[key]
-        if tensor.shape != expected.shape:
-            shapes = f"{tuple(tensor.shape)}, not {tuple(expected.shape)} as its config.json says"
-            raise UsageError(f"{self.source}: {key} has the shape {shapes}")
-        self._missing.remove(key)
-        return True
-
-    def take(self, key: str, tensor: torch.Tensor) -> bool:
-        """
-        Whether the model needs this weight, as `take_shape`, once its values are checked.
-
-        Raises:
-            UsageError: see `take_shape`; or its values cannot be used.
-        """
-        if not self.take_shape(key, tensor):
-            return False
-        fault = find_unusable(tensor, self.tensors[key].dtype)
-        if fault:
-            raise UsageError(f"{self.source}: {key} {fault}")
-        return True
-
-    def check_complete(self) -> None:
-        """
-        Check that every weight has come.
-
-        Raises:
-            UsageError: some have not.
-        """
-        if self._missing:
-            raise UsageError(f"{self.source}: {len(self._missing)} weights are missing, first {min(self._missing)}")
 
 
 def _set_tensor(model: PreTrainedModel, key: str, tensor: torch.Tensor, device: int | str | torch.device) -> None:
