@@ -9,13 +9,34 @@ or in the first one, and torch loads sharded checkpoints only from its own forma
 from collections.abc import Callable
 
 import torch
+from accelerate import Accelerator, FullyShardedDataParallelPlugin
+from accelerate.utils import DistributedType
 from peft import PeftModel
 from torch.distributed.tensor import DTensor, Shard
 from transformers import PreTrainedModel
 
 from utils.checkpoint.model import Checkpoint
+from utils.common.processes import launched_by_accelerate_with_fsdp
 from utils.layers.fused_qkv import QKV_PROJ
 from utils.models.family import QKV
+
+
+def configure_fsdp(accelerator: Accelerator) -> None:
+    """
+    Make accelerate shard by `fully_shard` where its config says FSDP.
+
+    On CPUs it would silently use DDP. Every parameter is gathered in its own dtype: the base already has the one to
+    compute in, the adapter and the sums of its gradients are float32. accelerate's policy would cast all of them, and
+    the loss, to the run's dtype.
+    """
+    if not launched_by_accelerate_with_fsdp():
+        return
+    state = accelerator.state
+    if state.distributed_type is not DistributedType.FSDP:
+        state.fsdp_plugin = FullyShardedDataParallelPlugin()
+        state.distributed_type = DistributedType.FSDP
+    state.fsdp_plugin.mixed_precision_policy = None
+    state.fsdp_plugin.cpu_ram_efficient_loading = False  # no process has the weights: `fill_shards` reads them
 
 
 def placeholder_model(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:

@@ -14,8 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator, FullyShardedDataParallelPlugin
-from accelerate.utils import DistributedType
 from peft import PeftModel
 from torch.distributed.fsdp import CPUOffloadPolicy
 from torch.optim.lr_scheduler import LRScheduler
@@ -44,7 +42,7 @@ from utils.training.checkpoints import (
     save_sealed,
     step_of,
 )
-from utils.training.fsdp_weights import fill_shards
+from utils.training.fsdp_weights import configure_fsdp, fill_shards
 from utils.training.log_lines import LogEnds, LogLines, mean_loss
 from utils.training.loss_figure import title_of_run
 from utils.training.model_card import write_model_card
@@ -64,24 +62,6 @@ def make_trainer(config: RunConfig, batches: Batches, callbacks: list[TrainerCal
     if plugin and plugin.hf_ds_config.get_value("zero_optimization.offload_optimizer.device", "none") != "none":
         announce_build("cpu_adam")
     return AdapterTrainer(config, prepare_model(config), batches, callbacks)
-
-
-def configure_fsdp(accelerator: Accelerator) -> None:
-    """
-    Make accelerate shard by `fully_shard` where its config says FSDP.
-
-    On CPUs it would silently use DDP. Every parameter is gathered in its own dtype: the base already has the one to
-    compute in, the adapter and the sums of its gradients are float32. accelerate's policy would cast all of them, and
-    the loss, to the run's dtype.
-    """
-    if not launched_by_accelerate_with_fsdp():
-        return
-    state = accelerator.state
-    if state.distributed_type is not DistributedType.FSDP:
-        state.fsdp_plugin = FullyShardedDataParallelPlugin()
-        state.distributed_type = DistributedType.FSDP
-    state.fsdp_plugin.mixed_precision_policy = None
-    state.fsdp_plugin.cpu_ram_efficient_loading = False  # no process has the weights: `create_scheduler` fills shards
 
 
 def _mark_dynamic(inputs: dict[str, Any]) -> None:
