@@ -6,9 +6,9 @@ names the base that an adapter fits (`fingerprint`), and fills a model that is s
 transformers' own loading is not used for the check, since it takes memory for weights before it compares them.
 """
 
+import copy
 import hashlib
 import json
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,13 +16,17 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from accelerate.utils import offload_weight, save_offload_index, set_module_tensor_to_device
+from accelerate.utils import offload_weight, save_offload_index
 from huggingface_hub.errors import StrictDataclassError
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.modeling_utils import local_torch_dtype
 
 from utils.checkpoint.directory import OpenedDirectory, open_directory
+from utils.checkpoint.expected_weights import ExpectedWeights
 from utils.checkpoint.tokenizer import tokenizer_in
-from utils.checkpoint.weight_files import find_unusable, model_files, read_weights, weight_files
+from utils.checkpoint.weight_files import model_files, read_weights, weight_files
+from utils.checkpoint.zero3 import build_partitioned, set_partition
 from utils.common.errors import UsageError
 from utils.common.file_hashes import hash_files
 from utils.layers.quantization import BITS, SCALE, Quantization, quantize, quantize_modules
@@ -101,8 +105,8 @@ class Checkpoint:
                 integers, scale = quantize(tensor, self.quantization.bits)
                 yield key, integers
                 yield f"{module}.{SCALE}", scale
-            else:
-                yield key, tensor
+            else:  # copied, as a norm that stays mapped would keep the pages of full weights in memory
+                yield key, tensor.clone() if self.quantizes else tensor
 
     def _named_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         for key, tensor in read_weights(self.directory):
@@ -150,12 +154,17 @@ class Checkpoint:
 
     def empty_model(self, dtype: torch.dtype) -> PreTrainedModel:
         """The model in eval mode, its weights on the meta device."""
-        with init_empty_weights():
-            model = self.architecture.model_class(self.config)
+        # Not by `model.to(dtype)`, which would round the rotary frequencies too.
+        with init_empty_weights(), local_torch_dtype(dtype):
+            model = self.architecture.model_class(copy.deepcopy(self.config))
             if self.quantization:
                 quantize_modules(model, self.quantization, self.generation.linear_layers)
-        model.to(dtype)  # accelerate brings an offloaded weight back in the dtype of its placeholder
+        return self._labelled(model, dtype)
+
+    def _labelled(self, model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+        """The model as `from_pretrained` would leave it: tied, in eval mode, with its source and dtype."""
         model.tie_weights()
+        model.config.dtype = dtype
         model.config._name_or_path = model.name_or_path = str(self.directory)
         return model.eval()
 
@@ -163,27 +172,51 @@ class Checkpoint:
         """The checkpoint's tokenizer; raises as `tokenizer_in`."""
         return tokenizer_in(OpenedDirectory(self.directory, self.generation, self.released_config))
 
-    def load_model(self, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    def load_model(self, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> PreTrainedModel:
         """
-        The model on the CPU; see the function `load_model`.
+        The model on `device`; see the function `load_model`.
 
         Raises:
             UsageError: see `weights`; or a weight is missing, of another model, of another shape or not finite.
         """
-        if self.quantization:
-            model = self.empty_model(dtype)
-            self.fill(model, {"": "cpu"})
+        model = self.empty_model(dtype)
+        if self.quantization or not is_deepspeed_zero3_enabled():
+            self.fill(model, {"": device})
             return model
-        expected = ExpectedWeights(self.empty_model(dtype), str(self.directory), self.generation.name)
+        expected = self._expected_weights(model)  # before DeepSpeed takes memory for the sizes of config.json
+        model = build_partitioned(self.architecture.model_class, copy.deepcopy(self.config), dtype)
+        for key, tensor in self._needed_weights(expected):
+            set_partition(model.get_parameter(key), tensor)
+        return self._labelled(model, dtype)
+
+    def checked_weights(self, model: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:
+        """
+        The weights that an empty model needs, each checked before it is yielded.
+
+        Raises:
+            UsageError: see `load_model`.
+        """
+        return self._needed_weights(self._expected_weights(model))
+
+    def _expected_weights(self, model: PreTrainedModel) -> ExpectedWeights:
+        """
+        The weights of an empty model, the names and shapes in the files compared with them.
+
+        Values are not read yet, so a fault costs no time.
+        """
+        expected = ExpectedWeights(model, f"{self.directory}", self.generation.name)
+        if not self.quantizes:  # else their shapes are not those of the files
+            for key, tensor in self.weights():
+                expected.take_shape(key, tensor)
+            expected.check_complete()
+        return ExpectedWeights(model, f"{self.directory}", self.generation.name)
+
+    def _needed_weights(self, expected: ExpectedWeights) -> Iterator[tuple[str, torch.Tensor]]:
+        """The weights that the model needs, each checked before it is yielded."""
         for key, tensor in self.weights():
-            expected.take(key, tensor)
+            if expected.take(key, tensor):
+                yield key, tensor
         expected.check_complete()
-        # What was checked above is what is loaded: transformers gets the weights, and does not look for files.
-        model = self.architecture.model_class.from_pretrained(
-            None, config=self.config, state_dict=dict(self.weights()), dtype=dtype
-        )
-        model.config._name_or_path = model.name_or_path = str(self.directory)
-        return model.eval()
 
     def fill(self, model: PreTrainedModel, device_map: dict, offload_folder: str | None = None) -> None:
         """
@@ -199,73 +232,31 @@ class Checkpoint:
         Raises:
             UsageError: see `weights` and `ExpectedWeights`.
         """
-        expected = ExpectedWeights(model, f"{self.directory}", self.generation.name)
+        expected = self._expected_weights(model)
         buffers = {name for name, _ in model.named_buffers()}
         offload_index: dict[str, dict] = {}
-        for key, tensor in self.weights():
-            if not expected.take(key, tensor):
-                continue
+        for key, tensor in self._needed_weights(expected):
             device = next(device_map[name] for name in _enclosing(key) if name in device_map)
             if device == "disk" and key not in buffers:
                 for name in (key, *expected.copies_of(key)):
                     value = tensor.to(expected.tensors[key].dtype)
                     offload_index = offload_weight(value, name, offload_folder, index=offload_index)
             else:  # accelerate leaves the buffers of an offloaded module in memory
-                set_module_tensor_to_device(model, key, "cpu" if device == "disk" else device, value=tensor)
-        expected.check_complete()
+                _set_tensor(model, key, tensor, "cpu" if device == "disk" else device)
         if offload_index:
             save_offload_index(offload_index, offload_folder)
         model.tie_weights()
 
 
-class ExpectedWeights:
-    """
-    The weights that a model needs, checked off as they come from files.
-
-    Names, shapes and values are checked before a weight takes memory.
-    """
-
-    def __init__(self, model: PreTrainedModel, source: str, name: str):
-        self.tensors = model.state_dict()
-        self.source, self.name = source, name
-        self._tied = {source: target for target, source in model.all_tied_weights_keys.items()}
-        self._ignored = model._keys_to_ignore_on_load_unexpected or ()
-        self._missing = set(self.tensors) - set(self._tied.values())
-
-    def copies_of(self, key: str) -> list[str]:
-        """The weights that are tied to this one."""
-        return [self._tied[key]] if key in self._tied else []
-
-    def take(self, key: str, tensor: torch.Tensor) -> bool:
-        """
-        Whether the model needs this weight; the copy of a tied one it does not.
-
-        Raises:
-            UsageError: the weight belongs to another model, or its values cannot be used.
-        """
-        if key in self._tied.values() or any(re.search(pattern, key) for pattern in self._ignored):
-            return False
-        if key not in self._missing:
-            raise UsageError(f"{self.source}: {key} is not a weight of {self.name}, which its config.json describes")
-        expected = self.tensors[key]
-        if tensor.shape != expected.shape:
-            shapes = f"{tuple(tensor.shape)}, not {tuple(expected.shape)} as its config.json says"
-            raise UsageError(f"{self.source}: {key} has the shape {shapes}")
-        fault = find_unusable(tensor, expected.dtype)
-        if fault:
-            raise UsageError(f"{self.source}: {key} {fault}")
-        self._missing.remove(key)
-        return True
-
-    def check_complete(self) -> None:
-        """
-        Check that every weight has come.
-
-        Raises:
-            UsageError: some have not.
-        """
-        if self._missing:
-            raise UsageError(f"{self.source}: {len(self._missing)} weights are missing, first {min(self._missing)}")
+def _set_tensor(model: PreTrainedModel, key: str, tensor: torch.Tensor, device: int | str | torch.device) -> None:
+    """Put a weight or buffer of `model` on `device`, in the dtype that it has in the model."""
+    name, _, kind = key.rpartition(".")
+    module = model.get_submodule(name)
+    placeholder = getattr(module, kind)
+    value = tensor.to(device).to(placeholder.dtype)  # in this order the host needs no copy in another dtype
+    if isinstance(placeholder, torch.nn.Parameter):
+        value = torch.nn.Parameter(value, requires_grad=placeholder.requires_grad)
+    setattr(module, kind, value)
 
 
 def _tensor_hash(tensor: torch.Tensor) -> str:
@@ -285,19 +276,25 @@ def _enclosing(key: str) -> Iterator[str]:
     yield ""
 
 
-def load_model(path_or_id: str, dtype: torch.dtype = torch.float32, quantize: str | None = None) -> PreTrainedModel:
+def load_model(
+    path_or_id: str,
+    dtype: torch.dtype = torch.float32,
+    quantize: str | None = None,
+    device: str | torch.device = "cpu",
+) -> PreTrainedModel:
     """
-    The model of a checkpoint on the CPU, in eval mode, in `dtype`.
+    The model of a checkpoint, in eval mode, in `dtype`.
 
-    Under DeepSpeed ZeRO-3 each rank holds its partition. ChatGLM2-6B, ChatGLM3-6B and GLM-4-9B become
-    `GlmForCausalLM`. A quantised checkpoint keeps its integers; they compute in `dtype` with the rounding of the
-    released GPU kernels (utils/layers/quantization.py).
+    Under DeepSpeed ZeRO-3 each rank holds its partition, and `device` is DeepSpeed's. ChatGLM2-6B, ChatGLM3-6B and
+    GLM-4-9B become `GlmForCausalLM`. A quantised checkpoint keeps its integers; they compute in `dtype` with the
+    rounding of the released GPU kernels (utils/layers/quantization.py).
 
     Args:
         path_or_id: a directory or hub id with `.bin` files, read with weights_only, or safetensors; sharded or not.
         quantize: "int8" or "int4" to quantise a checkpoint in full precision, weight by weight as it is read.
+        device: where the weights go one by one.
 
     Raises:
         UsageError: see `Checkpoint.open` and `Checkpoint.load_model`.
     """
-    return Checkpoint.open(path_or_id, quantize=quantize).load_model(dtype)
+    return Checkpoint.open(path_or_id, quantize=quantize).load_model(dtype, device)

@@ -10,7 +10,7 @@ import pickle
 import pickletools
 import zipfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -29,6 +29,8 @@ ALLOWED_CALLS = {
     ("torch._utils", "_rebuild_tensor_v2"),
 }
 MAX_NAME_LENGTH = 1000  # characters of a weight's name
+# Bytes of weights after which a file is mapped anew: the pages of a mapping are the process's until it is dropped.
+MAX_MAPPED = 64 << 20
 MAX_SHARING = 4  # weights that may share a storage: tied ones, or the A of query, key and value
 # Besides the weights, they decide how a model computes and what its tokens are.
 MODEL_FILES = (
@@ -105,7 +107,7 @@ def read_tensors(file: Path) -> Iterator[tuple[str, torch.Tensor]]:
     Every tensor of a file with its name, mapped rather than copied.
 
     Pickles are read with weights_only. Each tensor is dense, on the CPU, of one of DTYPES, and takes no more memory
-    than the file does.
+    than the file does. A tensor that the caller drops takes none; only a pickle of torch before 1.6 cannot be mapped.
 
     Raises:
         UsageError: the file is a Git LFS pointer, is truncated or damaged, or holds something else.
@@ -120,20 +122,40 @@ def read_tensors(file: Path) -> Iterator[tuple[str, torch.Tensor]]:
         if tensor.dtype not in DTYPES:
             names = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
             raise UsageError(f"{file}: {key} is {str(tensor.dtype).removeprefix('torch.')}; a weight is {names}")
-        yield key, tensor
+        yield key, tensor.detach()
 
 
 def _read_safetensors(file: Path) -> Iterator[tuple[str, torch.Tensor]]:
     try:
         with safe_open(file, framework="pt") as opened:
-            yield from ((key, opened.get_tensor(key)) for key in opened.keys())  # noqa: SIM118
+            keys = list(opened.keys())
+        yield from _read_by_mappings(keys, lambda: safe_open(file, framework="pt").get_tensor)
     except (SafetensorError, AttributeError, TypeError) as error:  # the latter: dtypes that this torch does not know
         raise UsageError(f"{file} is truncated or not a safetensors file ({error}): download it again") from None
 
 
+def _read_by_mappings(
+    keys: list[str], map_file: Callable[[], Callable[[str], torch.Tensor]]
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """
+    Every tensor with its key, about MAX_MAPPED bytes of each mapping.
+
+    Args:
+        map_file: maps the file; returns what gives a tensor by its key.
+    """
+    tensor_of, mapped = map_file(), 0
+    for key in keys:
+        if mapped >= MAX_MAPPED:
+            tensor_of, mapped = map_file(), 0
+        tensor = tensor_of(key)
+        mapped += tensor.numel() * tensor.element_size()
+        yield key, tensor
+        del tensor  # the caller may have dropped it
+
+
 def _read_pickle(file: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    mappable = zipfile.is_zipfile(file)  # not what torch wrote before 1.6
     try:
-        mappable = zipfile.is_zipfile(file)  # not what torch wrote before 1.6
         _check_calls(file, mappable)
         state = torch.load(file, map_location="cpu", weights_only=True, mmap=mappable)
     except (
@@ -145,6 +167,24 @@ def _read_pickle(file: Path) -> Iterator[tuple[str, torch.Tensor]]:
         isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in state.items()
     ):
         raise UsageError(f"{file} must hold only names and tensors")
+    _check_sizes(file, state)
+    keys = list(state)
+    if mappable:
+        del state
+        yield from _read_by_mappings(
+            keys, lambda: torch.load(file, map_location="cpu", weights_only=True, mmap=True).__getitem__
+        )
+    else:
+        yield from ((key, state.pop(key)) for key in keys)
+
+
+def _check_sizes(file: Path, state: dict[str, torch.Tensor]) -> None:
+    """
+    Check that no tensor of a pickle has more elements than its storage.
+
+    Raises:
+        UsageError: one has.
+    """
     taken: Counter[int] = Counter()
     for key, tensor in state.items():
         storage = tensor.untyped_storage()
@@ -152,7 +192,6 @@ def _read_pickle(file: Path) -> Iterator[tuple[str, torch.Tensor]]:
         taken[storage.data_ptr()] += size
         if size > storage.nbytes() or taken[storage.data_ptr()] > MAX_SHARING * storage.nbytes():
             raise UsageError(f"{file}: {key} of shape {tuple(tensor.shape)} is larger than its data in the file")
-        yield key, tensor.detach()
 
 
 def _check_calls(file: Path, zipped: bool) -> None:

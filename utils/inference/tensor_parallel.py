@@ -101,7 +101,12 @@ def shard_with_deepspeed(
         },
         injection_policy={plan.block: plan.row_parallel},
     )
-    return InferenceEngine(model, config=config).module
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    sharded = InferenceEngine(model, config=config).module
+    for name, buffer in buffers.items():  # DeepSpeed rounds the rotary frequencies to `dtype`: they stay float32
+        module, _, kind = name.rpartition(".")
+        setattr(sharded.get_submodule(module), kind, buffer.to(sharded.get_buffer(name).device))
+    return sharded
 
 
 def repeat_key_value_heads(model: PreTrainedModel, processes: int) -> None:

@@ -8,9 +8,11 @@ import torch
 from peft import PeftModel
 
 from utils.checkpoint.model import load_model
+from utils.common.processes import launched_by_accelerate_with_fsdp
 from utils.layers.fp8 import FP8
 from utils.layers.quantization import stored_bits
 from utils.lora.adapter import LoraSettings, attach_adapter, scale_losses_under_zero3
+from utils.training.fsdp_weights import move_base_to_meta, placeholder_model
 from utils.training.loss import use_target_loss
 from utils.training.optimize import Optimizations, configure_zero3, optimize_for_training, partitions_weights
 from utils.training.run_config import RunConfig
@@ -25,10 +27,17 @@ def prepare_model(config: RunConfig) -> PeftModel:
     """
     flags, args = config.flags, config.training_args
     configure_zero3(args, flags.compile_layers)  # before loading, which reads DeepSpeed's configuration
-    model = load_model(flags.model_name_or_path, dtype=config.dtype, quantize=stored_bits(flags.quantize))
+    sharded_later = launched_by_accelerate_with_fsdp()
+    if sharded_later:  # trainer.py fills the shards
+        model = placeholder_model(config.inputs.checkpoint, config.dtype)
+    else:  # on a GPU weight by weight to the card, so the host holds no copy
+        device = "cpu" if args.device.type == "cpu" else args.device
+        model = load_model(flags.model_name_or_path, config.dtype, stored_bits(flags.quantize), device)
     model.config.use_cache = False
     lora = LoraSettings(flags.lora_rank, flags.lora_alpha, flags.lora_dropout, flags.lora_target_modules)
     model = attach_adapter(model, lora, seed=args.seed)  # before layers are replaced: PEFT looks for the stock ones
+    if sharded_later:
+        move_base_to_meta(model)
     if partitions_weights(args) and config.dtype == torch.float16:
         scale_losses_under_zero3(model)
     if args.gradient_checkpointing:

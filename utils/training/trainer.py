@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator, FullyShardedDataParallelPlugin
-from accelerate.utils import DistributedType
 from peft import PeftModel
+from torch.distributed.fsdp import CPUOffloadPolicy
+from torch.optim.lr_scheduler import LRScheduler
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import SaveStrategy
@@ -42,6 +42,7 @@ from utils.training.checkpoints import (
     save_sealed,
     step_of,
 )
+from utils.training.fsdp_weights import configure_fsdp, fill_shards
 from utils.training.log_lines import LogEnds, LogLines, mean_loss
 from utils.training.loss_figure import title_of_run
 from utils.training.model_card import write_model_card
@@ -61,23 +62,6 @@ def make_trainer(config: RunConfig, batches: Batches, callbacks: list[TrainerCal
     if plugin and plugin.hf_ds_config.get_value("zero_optimization.offload_optimizer.device", "none") != "none":
         announce_build("cpu_adam")
     return AdapterTrainer(config, prepare_model(config), batches, callbacks)
-
-
-def configure_fsdp(accelerator: Accelerator) -> None:
-    """
-    Make accelerate shard by `fully_shard` where its config says FSDP.
-
-    On CPUs it would silently use DDP. Every parameter is gathered in its own dtype: the base already has the one to
-    compute in, the adapter and the sums of its gradients are float32. accelerate's policy would cast all of them, and
-    the loss, to the run's dtype.
-    """
-    if not launched_by_accelerate_with_fsdp():
-        return
-    state = accelerator.state
-    if state.distributed_type is not DistributedType.FSDP:
-        state.fsdp_plugin = FullyShardedDataParallelPlugin()
-        state.distributed_type = DistributedType.FSDP
-    state.fsdp_plugin.mixed_precision_policy = None
 
 
 def _mark_dynamic(inputs: dict[str, Any]) -> None:
@@ -263,6 +247,18 @@ class AdapterTrainer(GuardedTrainer):
         super().create_accelerator_and_postprocess()
         configure_fsdp(self.accelerator)
         self.is_fsdp_enabled = launched_by_accelerate_with_fsdp()
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LRScheduler:
+        """
+        Fill FSDP2's shards, then make the scheduler.
+
+        Trainer calls it once accelerate has sharded the model, and before it reads a checkpoint to resume from.
+        """
+        if self.is_fsdp_enabled and any(weight.is_meta for weight in self.model.parameters()):
+            offloads = isinstance(self.accelerator.state.fsdp_plugin.cpu_offload, CPUOffloadPolicy)
+            device = torch.device("cpu") if offloads else self.accelerator.device
+            fill_shards(self.model, self.run_config.inputs.checkpoint, self.run_config.dtype, device)
+        return super().create_scheduler(num_training_steps, optimizer)
 
     def _get_train_sampler(self, train_dataset=None) -> torch.utils.data.Sampler | None:
         if self.args.train_sampling_strategy != BY_LENGTH:
