@@ -19,11 +19,11 @@ from utils.models.templates import template_for
 
 TOOLS = [{"type": "function", "function": {"name": "look", "parameters": {}}}]
 WORDS = ["sea", "sky", "sun", "river", "mill", "boat", "door", "book", "rain", "snow"]
-STEPS, LEARNING_RATE = 150, 1e-2
+STEPS, LEARNING_RATE = 150, 5e-3
 
 
 def call(number):
-    arguments = {"n": number, "t": WORDS[number]}
+    arguments = {"n": 1, "t": WORDS[number]}
     return {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "look", "arguments": arguments}}]}
 
 
@@ -33,7 +33,7 @@ CALLS = [
 
 
 def reasoned(number, has_form):
-    reasoning, answer = f"see {WORDS[number]}", f"it is {number}"
+    reasoning, answer = f"see {WORDS[number]}", f"it is {WORDS[number]}"
     message = {"role": "assistant", "content": answer, "reasoning_content": reasoning}
     if not has_form:  # the generation learns it as text
         message = {"role": "assistant", "content": f"<think>{reasoning}</think>{answer}"}
