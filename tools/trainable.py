@@ -28,6 +28,7 @@ HUB_IDS = {
     "glm-4-9b-0414": "zai-org/GLM-4-9B-0414",
     "glm-4-32b-0414": "zai-org/GLM-4-32B-0414",
 }
+NAMES = {"glm-4-9b-0414": "GLM-4-9B-0414", "glm-4-32b-0414": "GLM-4-32B-0414"}  # of shapes of one generation
 # Of a card's advertised memory, what torch can take: some is reserved, some is the CUDA context's.
 AVAILABLE_SHARE, CONTEXT_GIB = 0.98, 0.5
 
@@ -90,7 +91,7 @@ class Plan:
         if self.recipe is None:
             return "does not fit, even with the weights in CPU memory"
         memory = self.recipe.memory
-        checkpointing = ", gradient checkpointing" if memory.checkpointing else ""
+        checkpointing = ", checkpointing" if memory.checkpointing else ""
         time = f"about {_duration(self.seconds)}" if self.seconds else "time not known"
         way = f"{self.recipe.name}, packs of {memory.tokens:,} tokens{checkpointing}"
         return f"{way}: {memory.gib():.1f} GiB, {time}"
@@ -100,10 +101,11 @@ def plans(cards: Cards) -> Iterator[Plan]:
     """Yield the plan of each model of the family."""
     for shape, generation in RELEASED.items():
         sizes = ModelSizes.of(released_checkpoint(shape), torch.bfloat16)
+        name = NAMES.get(shape, generation.name)
         memory = MemoryModel(sizes, PACK_TOKENS[0], LONGEST_ROW, True, LORA_RANK, sizes.layers.qkv, compiled=True)
         recipe = fastest_recipe(memory, cards.count, USABLE_GPU_SHARE * cards.free_gib)
         if recipe is None:
-            yield Plan(generation.name, None)
+            yield Plan(name, None)
             continue
         precision = "--bf16" if cards.has_bf16 else "--fp16"
         script = (
@@ -113,7 +115,7 @@ def plans(cards: Cards) -> Iterator[Plan]:
         peak = peak_tflops(cards.name)
         speed = recipe.tokens_per_second(cards.count, peak) if peak else None
         seconds = ROWS * ROW_TOKENS / speed if speed else None
-        yield Plan(generation.name, recipe, recipe.command(script, cards.count), seconds)
+        yield Plan(name, recipe, recipe.command(script, cards.count), seconds)
 
 
 def _duration(seconds: float) -> str:

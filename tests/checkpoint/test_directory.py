@@ -12,8 +12,9 @@ from utils.checkpoint.directory import choose_generation
 from utils.checkpoint.model import Checkpoint, load_model
 from utils.checkpoint.tokenizer import load_tokenizer
 from utils.common.errors import UsageError
+from utils.models.checkpoint_files import CheckpointFiles
 from utils.models.convert_tokenizer import fast_tokenizer
-from utils.models.family import CHATGLM2, CHATGLM3, CHATGLM_6B, GLM4, CheckpointFiles, identify
+from utils.models.family import CHATGLM2, CHATGLM3, CHATGLM_6B, GLM4, identify
 
 
 def generation_in(directory):

@@ -14,6 +14,7 @@ from utils.kernels.triton_utils import arrival_counters
         pytest.param(520, 4, 1, 16, 64, id="no split"),
         pytest.param(5, 4, 4, 64, 128, id="2 splits, a key head per query head"),
         pytest.param(3, 8, 2, 32, 256, id="4 splits"),
+        pytest.param(2, 24, 1, 32, 256, id="4 splits, 24 query heads per key head"),  # GLM-4-32B-0414
         pytest.param(2, 32, 2, 128, 512, id="8 splits, 16 query heads per key head"),
     ],
 )

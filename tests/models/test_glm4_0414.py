@@ -17,7 +17,8 @@ from utils.checkpoint.model import Checkpoint, load_model
 from utils.checkpoint.tokenizer import load_tokenizer
 from utils.common.errors import UsageError
 from utils.lora.adapter import load_adapter, merge_adapter
-from utils.models.family import GENERATION_KEY, GLM4_0414, GLM4_HF, GLM_Z1, generation_of
+from utils.models.checkpoint_files import GENERATION_KEY
+from utils.models.family import GLM4_0414, GLM4_HF, GLM_Z1, generation_of
 
 PATH = GOLDEN / "glm4-9b-0414-tiny"
 VALUES = json.loads((PATH / "golden.json").read_text(encoding="utf-8"))

@@ -9,16 +9,18 @@ import datasets
 import pytest
 import torch
 from conftest import TINY
-from transformers import TrainingArguments
+from transformers import Glm4Config, Glm4ForCausalLM, GlmConfig, GlmForCausalLM, TrainingArguments
 
 from tools.random_checkpoint import released_checkpoint
 from utils.checkpoint.tokenizer import load_tokenizer
 from utils.data.arrow_reader import FEATURES
+from utils.layers.fused_qkv import fuse_lora_qkv
 from utils.layers.quantization import Quantization
-from utils.lora.adapter import AdapterOrigin
+from utils.lora.adapter import AdapterOrigin, LoraSettings, attach_adapter
 from utils.training import dry_run
 from utils.training.arguments import FinetuneArguments
 from utils.training.memory import MemoryDecision, MemoryModel, ModelSizes, decide_checkpointing, resolve_checkpointing
+from utils.training.optimize import decoder_blocks
 from utils.training.preflight import TrainingInputs
 from utils.training.recipes import advise
 from utils.training.resume_key import ResumeKey
@@ -59,6 +61,44 @@ def config_of(tmp_path, flags, **trainer_flags):
 )
 def test_measured_peaks(checkpoint, tokens, flags, measured):
     assert memory_of(checkpoint, tokens, **flags).gib() == pytest.approx(measured, rel=0.06)
+
+
+def kept_per_token(model, compiled):
+    """Values in 16 bits that the block of a model keeps for its backward pass, counted as autograd saves them."""
+    model = attach_adapter(model.bfloat16(), LoraSettings(8, 16, 0.0, ["q_proj", "k_proj", "v_proj"]), seed=0)
+    fuse_lora_qkv(model)
+    (block,) = decoder_blocks(model)
+    hidden_states = torch.randn(1, 64, 256, dtype=torch.bfloat16, requires_grad=True)
+    factors = model.get_base_model().model.rotary_emb(hidden_states, torch.arange(64)[None])
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    storages = {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            storages[storage.data_ptr()] = storage
+        return tensor
+
+    forward = torch.compile(block.forward, backend="aot_eager_decomp_partition") if compiled else block.forward
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        forward(hidden_states, position_embeddings=factors)
+    return sum(storage.nbytes() for storage in storages.values()) / 2 / 64
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_the_norms_of_glm_4_0414_are_counted(compiled):
+    """What its blocks keep beyond those of GLM-4-9B, which has the same sizes."""
+    sizes = {
+        "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 1, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "head_dim": 64, "vocab_size": 64, "pad_token_id": 0,
+    }  # fmt: skip
+    models = (Glm4ForCausalLM(Glm4Config(**sizes)), GlmForCausalLM(GlmConfig(**sizes)))
+    newer, older = (kept_per_token(model, compiled) for model in models)
+    counted = [memory_of(released_checkpoint(shape), 16384, compiled) for shape in ("glm-4-9b-0414", "glm-4-9b")]
+    hidden = counted[0].sizes.hidden
+    difference = (counted[0].saved_values() - counted[1].saved_values()) / hidden
+    assert difference == pytest.approx((newer - older) / 256, rel=0.02) and difference == (1 if compiled else 4)
+    assert counted[0].sizes.parameters - counted[1].sizes.parameters == 2 * 40 * hidden
 
 
 def test_what_ran_out_of_memory():

@@ -16,7 +16,7 @@ from transformers.trainer_callback import TrainerState
 from tools.random_checkpoint import released_checkpoint
 from utils import __version__
 from utils.lora.adapter import AdapterOrigin
-from utils.models.family import GLM4_HF
+from utils.models.family import GLM4_HF, GLM_Z1
 from utils.training.arguments import FinetuneArguments
 from utils.training.model_card import HERE, describe_adapter
 from utils.training.preflight import TrainingInputs
@@ -56,16 +56,23 @@ def test_the_card_of_a_run(train_tiny, tokens, tmp_path):
     assert isinstance(scope["model"], PeftModel)
 
 
-@pytest.mark.parametrize("given", ("THUDM/glm-4-9b-chat-hf", "/home/somebody/models/glm-4-9b-chat-hf"))
-def test_what_it_says_of_the_base(tmp_path, given):
+@pytest.mark.parametrize(
+    "generation, given",
+    [
+        (GLM4_HF, "THUDM/glm-4-9b-chat-hf"),
+        (GLM4_HF, "/home/somebody/models/glm-4-9b-chat-hf"),
+        (GLM_Z1, "THUDM/GLM-Z1-9B-0414"),
+    ],
+)
+def test_what_it_says_of_the_base(tmp_path, generation, given):
     """The hub's metadata names a base that the hub has; no directory of this machine is named."""
     flags = FinetuneArguments(dataset_path="rows", lora_target_modules=["q_proj"], model_name_or_path=given)
-    checkpoint = replace(released_checkpoint("glm-4-9b"), generation=GLM4_HF)
+    checkpoint = replace(released_checkpoint("glm-4-9b"), generation=generation)
     rows = datasets.Dataset.from_dict({"input_ids": [[5]]})
     inputs = TrainingInputs(rows, None, checkpoint, AdapterOrigin("native", {}, given))
     args = TrainingArguments(output_dir=str(tmp_path))
     config = RunConfig(inputs, flags, args, torch.bfloat16, ResumeKey({}, {}))
     card = ModelCard(describe_adapter(config, TrainerState(global_step=3), step=3))
     assert card.data.base_model == (given if given.startswith("THUDM") else None)
-    assert "# LoRA adapter for GLM-4-9B-hf" in card.text and "/home/" not in card.text
+    assert f"# LoRA adapter for {generation.name}" in card.text and "/home/" not in card.text
     assert "AutoModelForCausalLM.from_pretrained('" in card.text and "precision | bfloat16" in card.text

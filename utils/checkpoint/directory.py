@@ -17,16 +17,8 @@ from huggingface_hub.errors import HfHubHTTPError
 from utils.common.console import print_line
 from utils.common.errors import UsageError
 from utils.common.json_files import read_json_object
-from utils.models.family import (
-    BY_FLAG,
-    SUPPORTED,
-    TEMPLATE_FILE,
-    CheckpointFiles,
-    Generation,
-    chosen_by_flag,
-    identify,
-    look_alikes_of,
-)
+from utils.models.checkpoint_files import TEMPLATE_FILE, CheckpointFiles
+from utils.models.family import BY_FLAG, SUPPORTED, Generation, chosen_by_flag, identify, look_alikes_of
 
 DEFAULT_MODEL = "THUDM/chatglm-6b"
 GENERATION_FLAGS = tuple(BY_FLAG)

@@ -14,6 +14,7 @@ from utils.checkpoint.directory import (
 )
 from utils.common.errors import UsageError
 from utils.common.json_files import read_json_object
+from utils.models.checkpoint_files import TEMPLATE_FILE
 from utils.models.family import SUPPORTED, Generation, record_generation
 
 SIDE_FILES = ("added_tokens.json", "special_tokens_map.json")  # transformers reads them beside tokenizer_config.json
@@ -42,7 +43,7 @@ def tokenizer_in(opened: OpenedDirectory) -> PreTrainedTokenizerBase:
     vocab_file = directory / generation.vocab_file
     if not vocab_file.is_file():
         raise UsageError(f"--model_name_or_path {directory} has no {generation.vocab_file}, its vocabulary")
-    for name in (generation.vocab_file, *SIDE_FILES):
+    for name in (generation.vocab_file, TEMPLATE_FILE, *SIDE_FILES):
         if (directory / name).is_file():
             refuse_pointer(directory / name)
     for name in SIDE_FILES:

@@ -31,9 +31,10 @@ from utils.common.files import apply_umask
 from utils.common.json_files import read_json_object
 from utils.data.collators import left_pad
 from utils.lora.adapter import load_adapter, read_origin
+from utils.models.checkpoint_files import GENERATION_KEY
 from utils.models.conversation import Message
 from utils.models.convert_tokenizer import fast_tokenizer, special_tokens
-from utils.models.family import CHATGLM_6B, GENERATION_KEY, MERGED
+from utils.models.family import CHATGLM_6B, MERGED
 from utils.models.jinja_templates import chat_template, keep_apart
 from utils.models.templates import TEMPLATES, AlpacaTemplate, ChatTemplate, encode_prompt, template_for
 

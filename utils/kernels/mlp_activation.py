@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-MAX_INTERMEDIATE_SIZE = 16384  # elements that one program can hold; the largest of the family has 16384
+MAX_INTERMEDIATE_SIZE = 16384  # elements that one program can hold: ChatGLM-6B has 16384, GLM-4-32B-0414 23040
 BACKWARD_BLOCK = 2048  # elements of a program that does not quantise and so needs no whole row
 FP8_MAX = torch.finfo(torch.float8_e4m3fn).max  # 448
 

@@ -79,10 +79,15 @@ class _Fp8MLP(torch.autograd.Function):
         return gradient, *[None] * 11  # all else is frozen
 
 
+def quantizes_activation(first: nn.Module, second: nn.Module) -> bool:
+    """Whether an MLP's activation is computed and quantised in one kernel, which holds a whole row."""
+    return isinstance(first, Fp8TrainLinear) and isinstance(second, Fp8TrainLinear)
+
+
 def _mlp(first: nn.Module, second: nn.Module, hidden_states: torch.Tensor, gated: bool) -> torch.Tensor:
     """Return second(activation(first(hidden_states))): (..., K) in 16 bits -> (..., K)."""
     values = hidden_states.flatten(0, -2)
-    if isinstance(first, Fp8TrainLinear) and isinstance(second, Fp8TrainLinear):
+    if quantizes_activation(first, second):
         output = _Fp8MLP.apply(
             values,
             gated,
@@ -130,7 +135,7 @@ class FusedChatGLMMLP(ChatGLMMLP):
 
 def fuse_mlps(model: nn.Module, kernel: ModuleType | None = None) -> None:
     """
-    Fuse every MLP of `model`, in 16 bits and on a GPU, whose rows the kernel holds, in place.
+    Fuse every MLP of `model`, in 16 bits and on a GPU, in place; in FP8 only those whose rows the kernel holds.
 
     Args:
         kernel: utils/kernels/mlp_activation.py (default: where it runs, else nothing changes).
@@ -141,11 +146,13 @@ def fuse_mlps(model: nn.Module, kernel: ModuleType | None = None) -> None:
 
     def build(_: str, mlp: nn.Module) -> nn.Module | None:
         if type(mlp) in GLM_MLPS and mlp.config.hidden_act == "silu":
-            layer_class, intermediate_size = FusedGlmMLP, mlp.down_proj.in_features
+            layer_class, first, second = FusedGlmMLP, mlp.gate_up_proj, mlp.down_proj
         elif type(mlp) is ChatGLMMLP:
-            layer_class, intermediate_size = FusedChatGLMMLP, mlp.dense_4h_to_h.in_features
+            layer_class, first, second = FusedChatGLMMLP, mlp.dense_h_to_4h, mlp.dense_4h_to_h
         else:
             return None
-        return layer_class.from_stock(mlp) if kernel.supports_intermediate_size(intermediate_size) else None
+        if quantizes_activation(first, second) and not kernel.supports_intermediate_size(second.in_features):
+            return None
+        return layer_class.from_stock(mlp)
 
     replace_layers(model, build)

@@ -7,21 +7,30 @@ and the tokenizer, chat template and key map that the row names (CONTRIBUTING.md
 torch, which tokenising can do without.
 """
 
-import json
-import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from utils.models.chat_formats import ChatGLM2Template, ChatGLMTemplate, ChatTemplate
+from utils.models.checkpoint_files import (
+    GENERATION_KEY,
+    GLM4_VOCAB_FILE,
+    CheckpointFiles,
+    is_chatglm2,
+    is_chatglm3,
+    is_chatglm_6b,
+    is_glm4,
+    is_glm4_0414,
+    is_glm4_architecture,
+    is_glm4_hf,
+    is_glm_z1,
+)
 from utils.models.tokenization_base import VocabFileTokenizer
 from utils.models.tokenization_chatglm import ChatGLMTokenizer
-from utils.models.tokenization_chatglm2 import ROLE_TOKENS, ChatGLM2Tokenizer, ChatGLM3Tokenizer
-from utils.models.tokenization_glm4 import ChatGLM4Tokenizer, is_tiktoken_file
+from utils.models.tokenization_chatglm2 import ChatGLM2Tokenizer, ChatGLM3Tokenizer
+from utils.models.tokenization_glm4 import ChatGLM4Tokenizer
 from utils.models.turn_formats import ChatGLM3Template, GLM4Template, GLM40414Template, GLMZ1Template
 
 SUPPORTED = (
@@ -29,111 +38,6 @@ SUPPORTED = (
     "GLM-4-9B (-chat, -chat-1m, -hf), CodeGeeX4-9B, GLM-4-9B-0414, GLM-4-32B-0414 (-Base), "
     "GLM-Z1-9B-0414, GLM-Z1-32B-0414"
 )
-CODE_FILES = ("tokenization_chatglm.py", "modeling_chatglm.py")  # of a release: read as text, never run
-TEMPLATE_FILE = (
-    "chat_template.jinja"  # where newer releases keep the template that older ones have in tokenizer_config.json
-)
-# A generation prompt that opens the reasoning, as GLM-Z1's ends; an early revision writes the newline as "\\n".
-OPENED_REASONING = re.compile(r"""<\|assistant\|>(\s|\\+n|[-"'{}%~+])*<think>(?!</think>)""")
-MAX_CHATGLM3_VOCAB = 100_000  # rows of an embedding: ChatGLM3-6B has 65,024, GLM-4-9B 151,552
-
-
-@dataclass(frozen=True)
-class CheckpointFiles:
-    """The files of a checkpoint directory that tell the generations apart."""
-
-    directory: Path
-    config: dict[str, Any]  # config.json
-    tokenizer_config: dict[str, Any]  # tokenizer_config.json
-
-    @property
-    def is_chatglm(self) -> bool:
-        """Whether config.json may be a release's; ChatGLM2-6B's first has no model_type."""
-        return self.config.get("model_type") in ("chatglm", None)
-
-    @property
-    def is_released_glm(self) -> bool:
-        """Whether config.json has the keys of the released ChatGLM2-6B, ChatGLM3-6B and GLM-4-9B."""
-        keys = self.config.keys()
-        return (
-            self.is_chatglm and "ffn_hidden_size" in keys and not {"inner_hidden_size", "vision_config"} & keys
-        )  # vision_config: GLM-4V-9B
-
-    @cached_property
-    def code(self) -> list[str]:
-        """The text of the release's code files."""
-        files = [self.directory / name for name in CODE_FILES if (self.directory / name).is_file()]
-        return [file.read_text(encoding="utf-8", errors="replace") for file in files]
-
-    @property
-    def is_multimodal(self) -> bool:
-        """Whether the language model is a part of one that also sees, like GLM-4.1V."""
-        return bool({"vision_config", "text_config"} & self.config.keys())
-
-    @cached_property
-    def chat_templates(self) -> list[str]:
-        """The text of the release's chat templates: of the file, else of the tokenizer's configuration."""
-        file = self.directory / TEMPLATE_FILE
-        if file.is_file():
-            return [file.read_text(encoding="utf-8", errors="replace")]
-        template = self.tokenizer_config.get("chat_template")
-        named = template if isinstance(template, list) else [template]
-        texts = [entry.get("template") if isinstance(entry, dict) else entry for entry in named]
-        return [text for text in texts if isinstance(text, str)]
-
-    @property
-    def recorded_generation(self) -> str | None:
-        """The name of the generation that this toolkit wrote into a checkpoint."""
-        name = self.config.get(GENERATION_KEY) or self.tokenizer_config.get(GENERATION_KEY)
-        return name if isinstance(name, str) else None
-
-
-def is_chatglm_6b(files: CheckpointFiles) -> bool:
-    """Only its config.json has `inner_hidden_size`."""
-    return files.is_chatglm and "inner_hidden_size" in files.config
-
-
-def is_chatglm2(files: CheckpointFiles) -> bool:
-    """The release's code is there, and knows no role tokens (`is_chatglm3` is asked first)."""
-    return files.is_released_glm and any("class ChatGLMTokenizer" in text for text in files.code)
-
-
-def is_chatglm3(files: CheckpointFiles) -> bool:
-    """The tokenizer's configuration or the release's code has role tokens, which ChatGLM2-6B has not."""
-    if not files.is_released_glm:
-        return False
-    texts = (json.dumps(files.tokenizer_config), *files.code)
-    return any(role in text for text in texts for role in ROLE_TOKENS)
-
-
-def is_glm4(files: CheckpointFiles) -> bool:
-    """The vocabulary is tiktoken's; without its file, the embedding is larger than ChatGLM3-6B's."""
-    if not files.is_released_glm:
-        return False
-    vocab_file = files.directory / GLM4.vocab_file
-    if vocab_file.is_file():
-        return is_tiktoken_file(vocab_file)
-    return files.config.get("padded_vocab_size", 0) > MAX_CHATGLM3_VOCAB
-
-
-def is_glm4_hf(files: CheckpointFiles) -> bool:
-    """The checkpoint is transformers' own `GlmForCausalLM`."""
-    return files.config.get("model_type") == "glm" and not files.is_multimodal
-
-
-def is_glm4_architecture(files: CheckpointFiles) -> bool:
-    """The checkpoint is transformers' own `Glm4ForCausalLM`."""
-    return files.config.get("model_type") == "glm4" and not files.is_multimodal
-
-
-def is_glm4_0414(files: CheckpointFiles) -> bool:
-    """Its chat template begins an answer without reasoning (`is_glm_z1` is asked first)."""
-    return is_glm4_architecture(files) and bool(files.chat_templates)
-
-
-def is_glm_z1(files: CheckpointFiles) -> bool:
-    """Its chat template begins every answer with `<think>`."""
-    return is_glm4_architecture(files) and any(OPENED_REASONING.search(text) for text in files.chat_templates)
 
 
 @dataclass(frozen=True)
@@ -216,7 +120,7 @@ GLM4 = Generation(
     flag="glm4",
     is_in=is_glm4,
     tokenizer_class=ChatGLM4Tokenizer,
-    vocab_file="tokenizer.model",
+    vocab_file=GLM4_VOCAB_FILE,
     chat_template=GLM4Template,
     architecture="released_glm",
     layers=GLM_LAYERS,
@@ -301,8 +205,6 @@ MERGED = {row.name: replace(row, architecture="glm") for row in (CHATGLM2, CHATG
     GLM4_0414.name: GLM4_0414,
     GLM_Z1.name: GLM_Z1,
 }
-# The key of a merged `config.json`, and of a `tokenizer_config.json` that we saved, with the generation's name.
-GENERATION_KEY = "chatglm_generation"
 
 
 def identify(files: CheckpointFiles) -> tuple[Generation | None, str | None]:

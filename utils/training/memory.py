@@ -6,8 +6,9 @@ run_report.py) and advises in dry_run.py. No library does this: DeepSpeed's esti
 not activations.
 
 Bytes of weights, adapter and optimizer follow from their shapes. What a block saves for the backward pass is counted
-from the tensors that autograd saves there: the inputs of the norms, the input of the adapter's layers, query, key,
-value and output of attention, and the input of the MLP's activation function.
+from the tensors that autograd saves there: the inputs of both norms, the input of the adapter's layers, query, key,
+value and output of attention, and the input of the MLP's activation function. GLM-4-0414 has two more norms, behind
+attention and MLP: see `output_norm_values`.
 
 The fitted constants below match peaks (`max_memory_allocated`) on H100s with torch 2.11 and LoRA rank 8 on query, key
 and value; tests/training/test_memory.py lists the peaks. FSDP2's are counted from how it works; none was measured.
@@ -31,6 +32,7 @@ from utils.training.optimize import decoder_blocks, partitions_weights
 from utils.training.run_config import RunConfig
 
 GIB = 2**30
+INPUT_NORMS = 2  # of every block, before attention and MLP
 # Fitted: share of ChatGLM-6B's query, key, value and output that its two attention calls keep twice.
 PREFIX_ATTENTION_SHARE = 1 / 3
 # Fitted: what a block that is not compiled keeps, relative to a compiled one, with these norms.
@@ -57,7 +59,7 @@ class ModelSizes:
     block_bytes: int  # weights of one block
     parameters: int
     blocks: int
-    norms: int  # of a block
+    output_norms: int  # of a block, behind attention and MLP: 2 in GLM-4-0414, else 0
     hidden: int
     vocabulary: int
     linear: dict[str, tuple[int, int]]  # name of a block's linear layer -> input and output features
@@ -83,7 +85,7 @@ class ModelSizes:
             block_bytes=bytes_of([*blocks[0].parameters(), *blocks[0].buffers()]),
             parameters=sum(parameter.numel() for parameter in plain.parameters()),
             blocks=len(blocks),
-            norms=sum(path.endswith("norm") for path, _ in blocks[0].named_children()),
+            output_norms=sum(path.endswith("norm") for path, _ in blocks[0].named_children()) - INPUT_NORMS,
             hidden=model.config.hidden_size,
             vocabulary=model.config.vocab_size,
             linear={name: (layer.in_features, layer.out_features) for name, layer in linear.items()},
@@ -165,14 +167,23 @@ class MemoryModel:
         layers = sizes.layers
         attended = sizes.linear[layers.attention_output][0]
         qkv = sum(sizes.linear[name][1] for name in layers.qkv)
-        values = sizes.norms * sizes.hidden + qkv + attended + sizes.linear[layers.mlp_up][1]
+        values = INPUT_NORMS * sizes.hidden + qkv + attended + sizes.linear[layers.mlp_up][1]
         values += sizes.hidden * bool(targets & set(layers.qkv)) + sizes.hidden * (layers.mlp_up in targets)
         values += sizes.linear[layers.mlp_down][0] * (layers.mlp_down in targets)
         if sizes.has_prefix:
             values += PREFIX_ATTENTION_SHARE * (qkv + attended)
         if not self.compiled:
             values *= UNCOMPILED_FACTOR_LAYERNORM if sizes.has_prefix else UNCOMPILED_FACTOR_RMSNORM
-        return values
+        return values + self.output_norm_values()
+
+    def output_norm_values(self) -> float:
+        """
+        Return the values that the norms behind attention and MLP save, per token.
+
+        Each saves its input, without compiling as float32. A compiled block computes the next norm's input again.
+        """
+        inputs = self.sizes.output_norms * self.sizes.hidden
+        return inputs / 2 if self.compiled else inputs * 4 / self.sizes.value_bytes
 
     def adapter_parameters(self) -> int:
         """Return the number of weights that are trained."""

@@ -22,6 +22,7 @@ from utils.training.run_config import RunConfig, global_batch
 CARD_FILE = "README.md"
 PACKAGES = ("peft", "transformers", "torch")
 HERE = "path/to/this/directory"
+PLAIN_ARCHITECTURES = ("glm", "glm4")  # which transformers opens by itself
 
 
 def write_model_card(directory: str | Path, config: RunConfig, state: TrainerState, step: int) -> None:
@@ -72,7 +73,7 @@ python tools/evaluate.py --model_name_or_path {_name(given)} --adapter_path {HER
 python chatglm_milti_gpu_inference.py --model_name_or_path {_name(given)} --adapter_path {HERE}
 ```
 
-{_peft_example(given, is_plain=generation.architecture == "glm")}
+{_peft_example(given, is_plain=generation.architecture in PLAIN_ARCHITECTURES)}
 
 ## Versions
 
