@@ -10,6 +10,7 @@ from utils.checkpoint.tokenizer import load_tokenizer
 from utils.common.errors import RowError
 from utils.data.encode import encode_example, encode_rows, rows_to_train
 from utils.data.row_parser import parse_prompt, parse_row
+from utils.models.conversation import Conversation, Message
 from utils.models.family import GLM_Z1, generation_of, record_generation
 from utils.models.templates import template_for
 from utils.models.token_spans import IGNORE_INDEX
@@ -213,6 +214,16 @@ def test_answers_are_parsed_back(form):
         assert [(c.name, json.loads(c.arguments)) for c in message.tool_calls] == [
             (c.name, json.loads(c.arguments)) for c in expected.tool_calls
         ]
+
+
+def test_a_question_may_be_empty(form):
+    name, tokenizer, template = form
+    for prompt in (Conversation((Message("user", ""),)), Conversation((Message("user", "x"), Message("user", "")))):
+        ids = template.encoded_prompt(tokenizer, prompt).ids()
+        assert (
+            tokenizer.convert_tokens_to_ids("<|assistant|>") in ids
+            and ids[0] == template.encoded_prompt(tokenizer, Conversation((Message("user", "x"),))).ids()[0]
+        )
 
 
 def test_nothing_is_read_as_a_call_without_tools(form):

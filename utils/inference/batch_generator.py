@@ -173,13 +173,10 @@ class BatchGenerator:
 
     def _answer_of(self, row: PromptRow, sequences: list[TokenSequence]) -> Answer:
         answers = [self._message_of(sequence, row.tools) for sequence in sequences]
-        answer = {
-            "index": row.index,
-            "prompt": row.prompt,
-            **answers[0],
-            "prompt_tokens": len(row.input_ids),
-            "answer_tokens": sum(answer["answer_tokens"] for answer in answers),
-        }
+        answer = {"index": row.index, "prompt": row.prompt, **answers[0]}
+        del answer["answer_tokens"]  # of the first alone
+        answer["prompt_tokens"] = len(row.input_ids)
+        answer["answer_tokens"] = sum(answer["answer_tokens"] for answer in answers)
         if row.adapter is not None:
             answer["adapter"] = row.adapter
         if len(answers) > 1:

@@ -10,6 +10,7 @@ import ast
 import contextlib
 import json
 import re
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from keyword import iskeyword
 from typing import Any, NamedTuple
@@ -20,6 +21,7 @@ from transformers import PreTrainedTokenizerBase
 from utils.models.chat_formats import ChatTemplate, only_trained
 from utils.models.chat_pieces import Piece
 from utils.models.chat_renderers import render_pieces
+from utils.models.chat_renderers_glm4 import tools_text_9b
 from utils.models.conversation import Conversation, Message, ToolCall
 from utils.models.token_spans import (
     NO_TOKENS,
@@ -137,12 +139,12 @@ class TurnTemplate(ChatTemplate):
                 spans.append(TokenSpan(token.ids, is_trained or after_trained))
             elif not self.joins_texts:
                 metadata, newline, content = text.partition("\n")
-                head = encode_template_text(tokenizer, newline) if not metadata else None
-                spans += [
-                    TextSpan(f"{metadata}\n", is_trained) if head is None else TokenSpan(head, is_trained),
-                    TextSpan(content, is_trained),
-                ]
-            elif self.joins_texts and spans and _continues(spans[-1], is_trained):
+                if metadata:
+                    spans.append(TextSpan(f"{metadata}\n", is_trained))
+                else:
+                    spans.append(TokenSpan(encode_template_text(tokenizer, newline), is_trained))
+                spans.append(TextSpan(content, is_trained))
+            elif spans and _continues(spans[-1], is_trained):
                 spans[-1] = TextSpan(spans[-1].text + text, is_trained)
             else:
                 spans.append(TextSpan(text, is_trained))
@@ -169,13 +171,14 @@ class TurnTemplate(ChatTemplate):
         closing = _last_turn(pieces)
         spans = self.spans(tokenizer, pieces[: len(pieces) - len(closing)], trained)
         closing_spans = self.spans(tokenizer, closing, ())
-        while isinstance(spans[-1], TokenSpan):  # </tool_response>, /nothink
+        while spans and isinstance(spans[-1], TokenSpan):  # </tool_response>, /nothink
             closing_spans.insert(0, spans.pop())
         closing_ids = [
             encode_template_text(tokenizer, span.text) if isinstance(span, TextSpan) else span.ids
             for span in closing_spans
         ]
-        return UnencodedText(spans[:-1], spans[-1].text, "", TokenSpan(np.concatenate(closing_ids)))
+        text = spans.pop().text if spans else ""  # else a question without text
+        return UnencodedText(spans, text, "", TokenSpan(np.concatenate(closing_ids)))
 
     def unencoded_row(
         self, tokenizer: PreTrainedTokenizerBase, row: Conversation
@@ -238,28 +241,43 @@ class TurnTemplate(ChatTemplate):
             return None
 
 
-class ChatGLM3Template(TurnTemplate):
+class ApartTemplate(TurnTemplate):
     """
-    ChatGLM3-6B: `[gMASK] sop <|user|> \\n prompt <|assistant|> \\n target </s>`.
+    ChatGLM3-6B and GLM-4-9B, whose released tokenizers encode each text and each newline apart.
 
-    Source: `build_chat_input` of THUDM/chatglm3-6b's tokenizer, which encodes each text and each newline apart; a call
-    is a line of Python as in `process_response` of its model and in its tool_using/README.
+    A message without content keeps its role token; the `chat_template` of GLM-4-9B leaves it out.
     """
 
     joins_texts = False
-    opening_tokens = ChatGLM2Tokenizer.opening_tokens
-    tools_sentence = "Answer the following questions as best as you can. You have access to the following tools:"
+
+    @abstractmethod
+    def texts_with_tools(self, number: int, message: Mapping[str, Any]) -> list[str]:
+        """The texts that message `number`, which has tools, becomes, each in a turn of its role."""
 
     def render_released(self, messages, tools, add_generation_prompt, options) -> list[Piece]:
         pieces = [Piece(token, is_token=True) for token in self.opening_tokens]
         for number, message in enumerate(messages):
-            content = message["content"]
-            if message.get("tools"):
-                content += "\n" + json.dumps(message["tools"], indent=4, ensure_ascii=False)
             writer = number if message["role"] == "assistant" else None
-            text = f"{message.get('metadata', '')}\n{content}"
-            pieces += [Piece(f"<|{message['role']}|>", is_token=True), Piece(text, message=writer)]
+            contents = self.texts_with_tools(number, message) if message.get("tools") else [message["content"]]
+            for content in contents:
+                text = f"{message.get('metadata', '')}\n{content}"
+                pieces += [Piece(f"<|{message['role']}|>", is_token=True), Piece(text, message=writer)]
         return [*pieces, Piece(ASSISTANT, is_token=True)] if add_generation_prompt else pieces
+
+
+class ChatGLM3Template(ApartTemplate):
+    """
+    ChatGLM3-6B: `[gMASK] sop <|user|> \\n prompt <|assistant|> \\n target </s>`.
+
+    Source: `build_chat_input` of THUDM/chatglm3-6b's tokenizer; a call is a line of Python as in `process_response` of
+    its model and in its tool_using/README.
+    """
+
+    opening_tokens = ChatGLM2Tokenizer.opening_tokens
+    tools_sentence = "Answer the following questions as best as you can. You have access to the following tools:"
+
+    def texts_with_tools(self, number: int, message: Mapping[str, Any]) -> list[str]:
+        return [f"{message['content']}\n{json.dumps(message['tools'], indent=4, ensure_ascii=False)}"]
 
     def released_chat(self, conversation: Conversation) -> ReleasedChat:
         chat = super().released_chat(conversation)
@@ -287,16 +305,18 @@ class ChatGLM3Template(TurnTemplate):
             return None
 
 
-class GLM4Template(TurnTemplate):
+class GLM4Template(ApartTemplate):
     """
     GLM-4-9B: `[gMASK] <sop> <|user|> \\n prompt <|assistant|> \\n target <|user|>`.
 
-    Source: `apply_chat_template` of THUDM/glm-4-9b-chat's tokenizer, which encodes each text and each newline apart.
+    Source: `apply_chat_template` of THUDM/glm-4-9b-chat's tokenizer; tools as its `chat_template` describes them.
     """
 
-    renderer = "glm-4-9b-chat"
-    joins_texts = False
     ids_version = 2  # in version 1 the tokenizer lacked most of tiktoken's merges: other ids in 40 % of Chinese rows
+
+    def texts_with_tools(self, number: int, message: Mapping[str, Any]) -> list[str]:
+        described = tools_text_9b(message["tools"], number).removeprefix("\n")
+        return [described, message["content"]] if message["content"] else [described]
 
     def released_chat(self, conversation: Conversation) -> ReleasedChat:
         return tools_in_system(super().released_chat(conversation), "")
