@@ -19,7 +19,7 @@ from utils.models.templates import template_for
 
 TOOLS = [{"type": "function", "function": {"name": "look", "parameters": {}}}]
 WORDS = ["sea", "sky", "sun", "river", "mill", "boat", "door", "book", "rain", "snow"]
-STEPS, LEARNING_RATE = 150, 5e-3
+STEPS, LEARNING_RATE = 100, 5e-3
 
 
 def call(number):

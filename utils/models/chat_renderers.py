@@ -2,9 +2,10 @@
 The official chat templates of glm-4-9b-chat to GLM-5.2, written anew: conversations in, their text or pieces out.
 
 `render_chat` returns the text that the release's chat_template.jinja makes, `render_pieces` the same text in pieces,
-which say what is a special token and what the model writes itself. `utils/models/turn_formats.py` calls them. The
+which say what is a special token and what the model writes itself. `utils/models/turn_template.py` calls them. The
 templates themselves are not needed: a checkpoint may lack its own, and jinja's text cannot say where tokens are. The
-older generations, ChatGLM-6B to ChatGLM3-6B, have no such template; `utils/models/chat_formats.py` writes theirs.
+older generations, ChatGLM-6B to ChatGLM3-6B, have no such template; `utils/models/chat_formats.py` and
+`turn_formats.py` write theirs.
 """
 
 from collections.abc import Callable, Mapping, Sequence

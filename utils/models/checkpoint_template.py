@@ -17,7 +17,8 @@ from utils.models.chat_pieces import Piece
 from utils.models.conversation import Conversation, Message, ToolCall
 from utils.models.jinja_templates import NO_TOKEN, is_made_here
 from utils.models.token_spans import UnencodedText
-from utils.models.turn_formats import GLM52Template, ReleasedChat, ThinkingTemplate, TurnTemplate
+from utils.models.turn_formats import GLM52Template, ThinkingTemplate
+from utils.models.turn_template import ReleasedChat, TurnTemplate
 
 SEARCH_TOOL = (
     '[{"type": "function", "function": {"name": "search", "parameters": {"type": "object", "properties": {}}}}]'

@@ -2,7 +2,7 @@
 A conversation: what data rows and prompts become before a template makes tokens of them.
 
 `utils/data/conversations.py` makes them of rows, `utils/inference/prompt_reader.py` of prompts; the templates of
-`utils/models/chat_formats.py` take them.
+`utils/models/chat_formats.py` and `turn_formats.py` take them.
 """
 
 from typing import Any, NamedTuple

@@ -2,7 +2,7 @@
 Chats -> token ids, in the template of the tokenizer's generation: `encode_chat`, `encode_prompt`, `template_for`.
 
 Training rows, the inference scripts, the chat page and merged checkpoints all take their template from here. The forms
-themselves are in `utils/models/chat_formats.py`, one class a generation.
+themselves are in `utils/models/chat_formats.py` and `turn_formats.py`, one class a generation.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,7 +15,7 @@ from utils.models.chat_renderers import render_chat as render_chat
 from utils.models.checkpoint_template import CheckpointTemplate
 from utils.models.conversation import Conversation, Message
 from utils.models.family import generation_of
-from utils.models.turn_formats import TurnTemplate
+from utils.models.turn_template import TurnTemplate
 
 TEMPLATES = (ChatTemplate.name, AlpacaTemplate.name, CheckpointTemplate.name)  # what --template takes
 
