@@ -102,11 +102,13 @@ class TurnTemplate(ChatTemplate):
         What the model writes in the row's last message, behind the pieces of its prompt.
 
         Raises:
-            ValueError: the template opens this answer in another way than the prompt ends.
+            ValueError: the template opens this answer in another way than the prompt ends, or leaves it out.
         """
         last = len(row.messages) - 1
         pieces = self.pieces(row, add_generation_prompt=False)
-        start = next(index for index, piece in enumerate(pieces) if piece.message == last)
+        start = next((index for index, piece in enumerate(pieces) if piece.message == last), None)
+        if start is None:
+            raise ValueError("its answer is blank")
         opening = _last_turn(pieces[:start])
         if [piece.text for piece in opening] != [piece.text for piece in _last_turn(prompt)]:
             raise ValueError("thinking is on, and its answer has no reasoning: turn thinking off for it")
