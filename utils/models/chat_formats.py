@@ -148,10 +148,11 @@ class ChatTemplate(ABC):
 
         None if this row has others: several turns, tools, reasoning or options.
         """
-        messages = row.messages
-        if len(messages) != 2 or row.tools or row.options or messages[1].tool_calls or messages[1].reasoning:
+        messages, tools, options = row  # nearly every row comes here: no property, no copy
+        if len(messages) != 2 or tools or options:
             return None
-        return self.render(row._replace(messages=messages[:1])), messages[1].content
+        question, (_, answer, reasoning, tool_calls, _) = messages
+        return None if reasoning or tool_calls else (self.render(Conversation((question,))), answer)
 
     def single_turn(self, tokenizer: PreTrainedTokenizerBase) -> tuple[UnencodedText, UnencodedText]:
         """The pieces of a row of one turn, whose opening and closing all such rows share."""

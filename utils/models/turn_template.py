@@ -145,11 +145,12 @@ class TurnTemplate(ChatTemplate):
 
     def single_turn_texts(self, row: Conversation) -> tuple[str, str] | None:
         texts = super().single_turn_texts(row)
-        return (f"\n{texts[0]}", f"\n{texts[1]}") if texts and self.joins_texts else texts
+        return (f"\n{texts[0]}", f"\n{texts[1]}") if self.joins_texts and texts else texts
 
     def render(self, prompt: Conversation) -> str:
-        if len(prompt.messages) == 1 and not prompt.tools:
-            return prompt.messages[0].content
+        messages, tools, _ = prompt
+        if len(messages) == 1 and not tools:
+            return messages[0].content
         text = "".join(piece.text for piece in self.pieces(prompt, add_generation_prompt=True))
         return text.removeprefix("".join(self.opening_tokens))
 
