@@ -57,7 +57,11 @@ from utils.models.conversation import Conversation
 from utils.models.family import generation_of
 from utils.models.templates import TEMPLATES, ChatTemplate, template_for
 
-TEMPLATE_WORDS = {"native": "the model's own chat", "alpaca": "the first training script's prompts"}
+TEMPLATE_WORDS = {
+    "native": "the model's own chat",
+    "alpaca": "the first training script's prompts",
+    "checkpoint": "the chat_template in the checkpoint's files",
+}
 
 
 @dataclass(kw_only=True)
@@ -283,7 +287,10 @@ def main() -> None:
     print_header(args, paths, tokenizer)
     if args.preview:
         show_preview(tokenizer, template, options, paths, args.preview)
-    key = cache_key(tokenizer, template, options, paths)
+    try:
+        key = cache_key(tokenizer, template, options, paths)
+    except RowError as error:  # of the probes that it encodes
+        raise UsageError(f"--template {args.template}: {error}") from None
     report = load_report(target, key, rejections)
     if report and not (args.strict and report.rejected):
         print_line(f"{target} is kept: it was made from these rows with these options")

@@ -128,7 +128,7 @@ def test_argument_values_are_json_but_for_strings(name):
     {"role": "assistant", "tool_calls": 3},
 ])  # fmt: skip
 def test_calls_that_cannot_be_written(name, message):
-    with pytest.raises(ValueError, match="message 1: "):
+    with pytest.raises(ValueError, match="message 2: "):
         render_chat(name, [USER, message])
 
 
@@ -149,7 +149,7 @@ def test_results_that_are_not_text(name):
     text = render_chat(name, [{"role": "tool", "content": [{"a": None}, {"output": 7}, "x", None]}], None, False)
     assert re.findall(r"<tool_response>\n?(.*?)\n?</tool_response>", text) == texts
     assert render_chat(name, [{"role": "tool"}], None, False).endswith("<|observation|>")
-    with pytest.raises(ValueError, match="message 0: "):
+    with pytest.raises(ValueError, match="message 1: "):
         render_chat(name, [{"role": "tool", "content": 3}])
 
 
@@ -160,7 +160,7 @@ def test_results_from_51_on(name):
     expected = '<tool_response><tools>\n{"name": "f", "parameters": {"名": null}}\n</tools></tool_response>'
     assert render_chat(name, [reference], [TOOL], False).endswith("<|observation|>" + expected)
     assert render_chat(name, [reference], [], False).endswith("<tool_response><tools>\n</tools></tool_response>")
-    with pytest.raises(ValueError, match="message 0: .*tools"):
+    with pytest.raises(ValueError, match="message 1: .*tools"):
         render_chat(name, [reference])
     assert render_chat(name, [{"role": "tool", "content": [{"text": "a"}, "b"]}], None, False).endswith(
         "<|observation|><tool_response>b</tool_response>"
@@ -175,7 +175,7 @@ def test_outputs_from_51_on():
         "<|observation|><tool_response>a</tool_response><tool_response>b</tool_response>"
     )
     messages[1] = {"role": "tool", "content": [{"output": "a"}, {"output": 1}]}
-    with pytest.raises(ValueError, match="message 1: "):
+    with pytest.raises(ValueError, match="message 2: "):
         render_chat("glm-5.2", messages)
 
 
@@ -187,7 +187,7 @@ def test_glm4_9b_tools_of_messages():
         "## python", "## simple_browser", "## cogview"
     ]  # fmt: skip
     assert text.endswith("价值观。<|user|>\nQ<|assistant|>")
-    with pytest.raises(ValueError, match="message 0: "):
+    with pytest.raises(ValueError, match="message 1: "):
         render_chat("glm-4-9b-chat", [{"role": "system", "tools": [{"type": "function"}]}])
     pieces = render_pieces("glm-4-9b-chat", [{"role": "critic", "content": 5, "metadata": 0}], None, False)
     assert [piece.text for piece in pieces if not piece.is_token] == ["<|critic|>0\n5"]

@@ -32,6 +32,7 @@ from utils.common.json_files import read_json_object
 from utils.data.collators import left_pad
 from utils.lora.adapter import load_adapter, read_origin
 from utils.models.checkpoint_files import GENERATION_KEY
+from utils.models.checkpoint_template import CheckpointTemplate
 from utils.models.conversation import Message
 from utils.models.convert_tokenizer import fast_tokenizer, special_tokens
 from utils.models.family import CHATGLM_6B, MERGED
@@ -114,7 +115,7 @@ def merge_and_save(source: MergeSource, directory: str | Path, dtype: torch.dtyp
         complete = Path(temporary) / "checkpoint"
         complete.mkdir()
         if checkpoint.generation.name in MERGED:
-            _save_glm(merged, source, complete, alpaca=template == AlpacaTemplate.name)
+            _save_glm(merged, source, complete, template)
         else:
             _save_released_layout(merged, checkpoint, complete)
         if template:
@@ -126,7 +127,8 @@ def merge_and_save(source: MergeSource, directory: str | Path, dtype: torch.dtyp
         print_line(f"greedy tokens before and after merging: {equal} of {before.numel()} equal")
         if equal < before.numel() and dtype == torch.float32:
             raise RuntimeError(f"{target} is not written: it does not answer as the base with the adapter does")
-        if (complete / "tokenizer.json").is_file() and not checkpoint.generation.keeps_tokenizer:
+        keeps_template = checkpoint.generation.keeps_tokenizer or template == CheckpointTemplate.name
+        if (complete / "tokenizer.json").is_file() and not keeps_template:
             _check_chats(complete, tokenizer, template_for(tokenizer, template or ChatTemplate.name))
         apply_umask(complete)
         if target.exists():
@@ -259,8 +261,13 @@ def _save_released_layout(model: PreTrainedModel, checkpoint: Checkpoint, direct
     _edit(directory / "config.json", torch_dtype=str(model.dtype).removeprefix("torch."))
 
 
-def _save_glm(model: PreTrainedModel, source: MergeSource, directory: Path, alpaca: bool) -> None:
-    """Write transformers' layout of its model class: weights, configuration, tokenizer and chat template."""
+def _save_glm(model: PreTrainedModel, source: MergeSource, directory: Path, template: str | None) -> None:
+    """
+    Write transformers' layout of its model class: weights, configuration, tokenizer and chat template.
+
+    Args:
+        template: name of the template that the adapter was trained with, None if it records none.
+    """
     tokenizer, settings = source.tokenizer, model.generation_config
     model.config.eos_token_id, model.config.pad_token_id = settings.eos_token_id, settings.pad_token_id
     model.save_pretrained(directory)
@@ -273,15 +280,19 @@ def _save_glm(model: PreTrainedModel, source: MergeSource, directory: Path, alpa
         _edit(directory / "config.json", **{GENERATION_KEY: source.checkpoint.generation.name})
         _copy_tokenizer(source.checkpoint.directory, directory)
         return
-    opening = AlpacaTemplate.instruction if alpaca else None
+    opening = AlpacaTemplate.instruction if template == AlpacaTemplate.name else None
+    own = tokenizer.chat_template if template == CheckpointTemplate.name else None  # of the base's files
     if source.checkpoint.generation.tokenizer_class is None:  # the base has a tokenizer.json already
         keep_apart(tokenizer.backend_tokenizer)
-        tokenizer.chat_template = chat_template(tokenizer, special_tokens(tokenizer.backend_tokenizer), opening)
+        made = chat_template(tokenizer, special_tokens(tokenizer.backend_tokenizer), opening)
+        tokenizer.chat_template = own or made
         tokenizer.save_pretrained(directory)
         return
     _edit(directory / "config.json", **{GENERATION_KEY: source.checkpoint.generation.name})
     try:
-        fast_tokenizer(tokenizer, opening).save_pretrained(directory)
+        fast = fast_tokenizer(tokenizer, opening)
+        fast.chat_template = own or fast.chat_template
+        fast.save_pretrained(directory)
         _edit(directory / "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast")  # any version knows it
     except ValueError as error:
         print_line(f"tokenizer.json is not written, and other programs need it: {error}")

@@ -76,14 +76,14 @@ def render_pieces(
     messages: Sequence[Mapping[str, Any]],
     tools: Sequence[Any] | None = None,
     add_generation_prompt: bool = True,
-    options: Mapping[str, Any] = {},  # noqa: B006 (never changed)
+    options: Mapping[str, Any] | None = None,
 ) -> list[Piece]:
     """
     Return a conversation's pieces; their texts, joined, are the official template's text.
 
     `options` are what the template reads besides (`enable_thinking`, `clear_thinking`, `reasoning_effort`); it ignores
     others. What follows the generation prompt with which an assistant turn begins is that message's. Raises ValueError
-    where the official template fails; the line names the message by its number, from 0.
+    where the official template fails; the line names the message by its number, from 1.
     """
     renderer = renderer_for(generation)
     if not messages:
@@ -92,13 +92,13 @@ def render_pieces(
         if not isinstance(tool, Mapping):
             raise ValueError(f"a tool is {tool!r}, not an object")
     cleaned = [clean_message(number, message) for number, message in enumerate(messages)]
-    return joined(renderer.render(cleaned, tools, bool(add_generation_prompt), options))
+    return joined(renderer.render(cleaned, tools, bool(add_generation_prompt), options or {}))
 
 
 def clean_message(number: int, message: Any) -> dict[str, Any]:
     """Return what a template sees of a message: no key without a value, and reasoning under one name."""
     if not isinstance(message, Mapping):
-        raise ValueError(f"message {number} is {message!r}, not an object")
+        raise ValueError(f"message {number + 1} is {message!r}, not an object")
     cleaned = {key: value for key, value in message.items() if value is not None}
     reasoning = next((cleaned[key] for key in REASONING_KEYS if key in cleaned), None)
     return cleaned if reasoning is None else {**cleaned, "reasoning_content": reasoning}

@@ -74,12 +74,12 @@ def render_glm4_9b(messages: Sequence[Mapping[str, Any]], tools: Any, prompt: bo
 def tools_text_9b(tools: Any, number: int) -> str:
     """Return the system text of a message's tools; raises ValueError for a function tool without its function."""
     texts = [f"\n{INTRODUCTION_9B}\n\n{TOOLS_HEADING}"]
-    for tool in items_of(tools, f"message {number}: tools"):
+    for tool in items_of(tools, f"message {number + 1}: tools"):
         kind = value_of(tool, "type")
         if kind == "function":
             function = value_of(tool, "function")
             if function is MISSING:
-                raise ValueError(f"message {number}: a tool of type function lacks its function")
+                raise ValueError(f"message {number + 1}: a tool of type function lacks its function")
             texts.append("\n" + function_text(function))
         elif isinstance(kind, str):
             texts.append(BUILTIN_TOOLS.get(kind, ""))
@@ -118,7 +118,7 @@ def render_glm_z1(messages: Sequence[Mapping[str, Any]], tools: Any, prompt: boo
             continue
         if not isinstance(content, str):
             found = "no content" if content is MISSING else f"a content of type {type(content).__name__}"
-            raise ValueError(f"message {number} has {found}; GLM-Z1 takes only text")
+            raise ValueError(f"message {number + 1} has {found}; GLM-Z1 takes only text")
         if role in ("user", "assistant", "observation"):
             pieces += turn(number, role, called_function(message), content.split("</think>")[-1].strip())
     return pieces + [role_piece("assistant"), Piece("\n<think>")] * prompt

@@ -138,7 +138,7 @@ class Conversation:
             try:
                 result += self.turn(number, role, message)
             except ValueError as error:
-                raise ValueError(f"message {number}: {error}") from error
+                raise ValueError(f"message {number + 1}: {error}") from error
         return result + self.prompt(self.thinks) if prompt else result
 
     def turn(self, number: int, role: Any, message: Mapping[str, Any]) -> list[Piece]:

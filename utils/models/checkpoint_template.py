@@ -16,7 +16,7 @@ from utils.models.chat_formats import ChatTemplate, only_trained
 from utils.models.chat_pieces import Piece
 from utils.models.conversation import Conversation, Message, ToolCall
 from utils.models.jinja_templates import NO_TOKEN, is_made_here
-from utils.models.token_spans import UnencodedText
+from utils.models.token_spans import NO_TOKENS, UnencodedText
 from utils.models.turn_formats import GLM52Template, ThinkingTemplate
 from utils.models.turn_template import ReleasedChat, TurnTemplate
 
@@ -86,6 +86,12 @@ class CheckpointTemplate(TurnTemplate):
 
     def pieces(self, conversation: Conversation, add_generation_prompt: bool) -> list[Piece]:
         return self._split(self.render_text(conversation, add_generation_prompt))
+
+    def _unencoded_prompt(
+        self, tokenizer: PreTrainedTokenizerBase, pieces: Sequence[Piece], trained: Sequence[int]
+    ) -> UnencodedText:
+        """Nothing of a prompt can be cut: where the last question ends is not known."""
+        return UnencodedText(self.spans(tokenizer, pieces, trained), "", "", NO_TOKENS)
 
     def target_pieces(self, row: Conversation, prompt: Sequence[Piece]) -> list[Piece]:
         whole = self.render_text(row, add_generation_prompt=False)
