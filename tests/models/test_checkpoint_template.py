@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 from conftest import GOLDEN
@@ -11,6 +12,7 @@ from utils.checkpoint.tokenizer import load_tokenizer
 from utils.common.errors import UsageError
 from utils.data.encode import encode_example, encode_rows, rows_to_train
 from utils.data.row_parser import parse_row
+from utils.models.chat_options import chat_options
 from utils.models.checkpoint_template import note_on_template
 from utils.models.templates import template_for
 from utils.models.token_spans import IGNORE_INDEX
@@ -54,6 +56,12 @@ def test_a_template_that_differs_is_named():
         assert bool(note_on_template(tokenizer, template_for(tokenizer))) == differs
     with pytest.raises(UsageError, match="no chat_template"):
         template_of_flags(tokenizer_with(None), "checkpoint", {})
+
+
+def test_flags_become_the_options_of_the_template():
+    given = SimpleNamespace(thinking="off", clear_thinking="on", reasoning_effort="high")
+    assert chat_options(given) == {"enable_thinking": False, "clear_thinking": True, "reasoning_effort": "high"}
+    assert chat_options(SimpleNamespace(thinking=None, clear_thinking=None, reasoning_effort=None)) == {}
 
 
 def test_an_option_without_effect_is_refused():

@@ -28,10 +28,11 @@ class ChatOptionFlags(Protocol):
 
 def chat_options(flags: ChatOptionFlags) -> dict[str, Any]:
     """The variables of the chat template that the flags set."""
-    values = {name: getattr(flags, flag) for name, flag in FLAG_OF.items()}
-    return {
-        name: value == "on" if value in ("on", "off") else value for name, value in values.items() if value is not None
-    }
+    switches = {"enable_thinking": flags.thinking, "clear_thinking": flags.clear_thinking}
+    options: dict[str, Any] = {name: value == "on" for name, value in switches.items() if value is not None}
+    if flags.reasoning_effort is not None:
+        options["reasoning_effort"] = flags.reasoning_effort
+    return options
 
 
 def find_unknown_option(template: ChatTemplate, generation: str) -> str | None:
