@@ -62,7 +62,7 @@ def prepare_for_decoding(model: PreTrainedModel | PeftModel) -> None:
     model.set_attn_implementation(SLOT_ATTENTION)
     device = model.get_input_embeddings().weight.device
     if has_decode_kernels(device, model.dtype) and load_skinny_gemm() is not None:
-        use_skinny_layers(model.base_model.layers)
+        use_skinny_layers(model)
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILE_LIMIT)
 
 

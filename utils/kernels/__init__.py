@@ -28,6 +28,14 @@ def load_skinny_gemm() -> ModuleType | None:
     return _load("skinny_gemm", HOPPER)
 
 
+def load_hopper_gemm() -> ModuleType | None:
+    """Return utils/kernels/hopper_gemm.py, or None where it cannot run: its instructions are Hopper's alone."""
+    is_hopper = torch.cuda.is_available() and torch.cuda.get_device_capability() == HOPPER
+    if not is_hopper or not _is_installed("cuda.bindings"):
+        return None
+    return importlib.import_module(f"{__name__}.hopper_gemm")
+
+
 def load_qkv_rope_lora() -> ModuleType | None:
     """Return utils/kernels/qkv_rope_lora.py, or None where it cannot run."""
     return _load("qkv_rope_lora", AMPERE)
@@ -43,6 +51,13 @@ def _load(name: str, capability: tuple[int, int]) -> ModuleType | None:
         can_run = torch.cuda.get_device_capability() >= capability
     else:
         can_run = os.environ.get("TRITON_INTERPRET") == "1"
-    if not can_run or importlib.util.find_spec("triton") is None:
+    if not can_run or not _is_installed("triton"):
         return None
     return importlib.import_module(f"{__name__}.{name}")
+
+
+def _is_installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # its package is missing
+        return False

@@ -15,9 +15,10 @@ import torch
 import triton
 import triton.language as tl
 
+from utils.kernels import load_hopper_gemm
 from utils.kernels.triton_utils import MIN_TILE_ROWS, arrival_counters, is_last_program, supports_pdl, wait_for_inputs
 
-MAX_ROWS = 64  # M up to which the kernel is the fastest
+MAX_ROWS = 64  # M up to which the kernels here are the fastest
 K_MULTIPLE = 128  # elements of K in a tile of the weight in FP8; the kernel has no mask along K
 MIN_WEIGHT_ELEMENTS = 1 << 20  # a smaller weight is not worth a kernel
 SATURATING_PROGRAMS = 128  # about one per multiprocessor, enough to saturate memory bandwidth
@@ -123,11 +124,16 @@ def _launch(
         (M, N) in the dtype of `weight`, or bfloat16 where there are scales.
     """
     (M, K), weight_rows = x.shape, weight.shape[0]
+    N = weight_rows // (1 + gated)
+    y = x.new_empty(M, N, dtype=torch.bfloat16 if x_scale is not None else weight.dtype)
+    hopper = load_hopper_gemm()
+    if hopper is not None and hopper.supports_weight(weight, gated):
+        hopper.hopper_gemm(x, weight, y, gated, bias, None if x_scale is None else (x_scale, weight_scale))
+        return y
     splits = 2 if K >= 8192 > weight_rows and not gated else 1  # where N alone makes too few programs
     block_m = max(MIN_TILE_ROWS, triton.next_power_of_2(M))
     tile = next((rows for rows in (128, 64) if triton.cdiv(weight_rows, rows) * splits >= SATURATING_PROGRAMS), 32)
-    N, block_n = (weight_rows // 2, tile // 2) if gated else (weight_rows, tile)
-    y = x.new_empty(M, N, dtype=torch.bfloat16 if x_scale is not None else weight.dtype)
+    block_n = tile // 2 if gated else tile
     partial = x.new_empty(splits, M, N, dtype=torch.float32) if splits > 1 else y
     pdl = supports_pdl(x.device)
     _skinny_gemm_kernel[(triton.cdiv(N, block_n), splits)](

@@ -40,6 +40,13 @@ def wait_for_inputs():
 
 
 @triton.jit
+def launch_next_and_wait():
+    """PDL barrier: let the next kernel launch, which may load its weight already, then wait for prior writes."""
+    tl.extra.cuda.gdc_launch_dependents()
+    tl.extra.cuda.gdc_wait()
+
+
+@triton.jit
 def is_last_program(count_ptr, SPLITS: tl.constexpr):
     """True in the last program to arrive; resets the counter. Store this program's partial result first."""
     tl.debug_barrier()  # every thread of the program has stored its share
