@@ -33,11 +33,11 @@ def expected_rows(x, output, A, B, adapters, widths):
     expected = output.float()
     R = B.shape[-1]
     for row, adapter in enumerate(adapters.tolist()):
-        for projection, part in enumerate(expected[row].split(widths) if adapter else ()):
+        for projection, outputs in enumerate(expected[row].split(widths) if adapter else ()):
             first = sum(widths[:projection])
             own_A = A[adapter - 1, projection * R : (projection + 1) * R].float()
             own_B = B[adapter - 1, first : first + widths[projection]].float()
-            part += own_B @ (own_A @ x[row].float())
+            outputs += own_B @ (own_A @ x[row].float())
     return expected
 
 

@@ -69,7 +69,7 @@ def test_each_row_computes_with_its_adapter(fused, names):
 
 @torch.no_grad()
 def test_each_token_computes_with_its_adapter():
-    """As packed prompts do; a number's infinity stays its own."""
+    """As packed prompts do; an infinite factor changes the tokens of its adapter alone."""
     linear, choice = nn.Linear(8, 16), AdapterChoice()
     pairs = [random_pair(2, linear), random_pair(3, linear)]
     layer = MixedLoraLinear(linear, LoraFactors.of_pairs(pairs), choice)
