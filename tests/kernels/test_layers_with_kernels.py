@@ -14,6 +14,7 @@ from utils.kernels import skinny_gemm
 from utils.layers.fp8 import convert_to_fp8
 from utils.layers.fused_mlp import FusedChatGLMMLP, FusedGlmMLP, fuse_mlps
 from utils.layers.fused_qkv import FusedChatGLMAttention, fuse_lora_qkv, project_lora_with_kernel, use_qkv_kernel
+from utils.layers.mixed_lora import AdapterChoice, LoraFactors, MixedLoraLinear
 from utils.layers.skinny_linear import SkinnyLinear, SkinnyMLP, use_skinny_layers
 from utils.lora.adapter import LoraSettings, attach_adapter
 from utils.models import ChatGLMConfig, ChatGLMForConditionalGeneration
@@ -61,6 +62,33 @@ def test_skinny_mlp():
     for shape in ((3, 1, 512), (1, 3, 512), (skinny_gemm.MAX_ROWS + 1, 1, 512)):
         hidden_states = random(*shape)
         assert_close(converted(hidden_states), exact(hidden_states.float()), 4 * ROUNDING)
+
+
+@pytest.mark.parametrize("is_fp8", [False, pytest.param(True, marks=fp8_on_a_gpu)])
+def test_several_adapters(is_fp8):
+    """Of 16 bits on a skinny layer with a bias, compiled once; the rows' adapters change between two calls."""
+    block = nn.ModuleDict({"qkv_proj": nn.Linear(1024, 1024).to(DEVICE, DTYPE).requires_grad_(False)})
+    exact, choice = copy.deepcopy(block["qkv_proj"]).float(), AdapterChoice()
+    pairs = [(random(rank, 1024) / 32, random(1024, rank)) for rank in (8, 3)]
+    block["qkv_proj"] = MixedLoraLinear(block["qkv_proj"], LoraFactors.of_pairs(pairs), choice)
+    if is_fp8:
+        convert_to_fp8(block, ["qkv_proj"], trains=False)
+    use_skinny_layers(block)
+    layer = block["qkv_proj"]
+    assert layer.has_kernel and layer.base_layer.is_skinny
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    choice.rows = torch.zeros(5, 1, dtype=torch.int64, device=DEVICE)
+    hidden_states = random(5, 1, 1024)
+    for numbers in ([0, 1, 2, 1, 0], [2, 2, 0, 0, 1]):
+        choice.rows.copy_(torch.tensor(numbers)[:, None])
+        with torch._dynamo.config.patch(error_on_recompile=numbers[0] == 2):
+            output = compiled(hidden_states)
+        expected = exact(hidden_states.float())
+        for row, number in enumerate(numbers):
+            if number:
+                A, B = (factor.float() for factor in pairs[number - 1])
+                expected[row] += hidden_states[row].float() @ A.T @ B.T
+        assert_close(output, expected, 2 * FP8_ROUNDING if is_fp8 else 2 * ROUNDING)
 
 
 ADAPTER_DTYPE, ADAPTER_TOLERANCE = (torch.bfloat16, 2 * ROUNDING) if ON_GPU else (torch.float32, 1e-5)

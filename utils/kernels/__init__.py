@@ -41,6 +41,11 @@ def load_qkv_rope_lora() -> ModuleType | None:
     return _load("qkv_rope_lora", AMPERE)
 
 
+def load_grouped_lora() -> ModuleType | None:
+    """Return utils/kernels/grouped_lora.py, or None where it cannot run."""
+    return _load("grouped_lora", AMPERE)
+
+
 def load_mlp_activation() -> ModuleType | None:
     """Return utils/kernels/mlp_activation.py, or None where it cannot run."""
     return _load("mlp_activation", AMPERE)

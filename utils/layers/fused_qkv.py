@@ -22,6 +22,7 @@ from transformers.models.glm.modeling_glm import apply_rotary_pos_emb, eager_att
 
 from utils.kernels import load_qkv_rope_lora
 from utils.layers.lora_linear import LoraLinear, add_lora
+from utils.layers.mixed_lora import add_adapters_of, base_layer_of
 from utils.layers.replace import replace_layers, share_state, subclass_with
 from utils.models.architectures import GLM_ATTENTIONS
 from utils.models.family import QKV
@@ -53,7 +54,7 @@ class FusedQKVAttention:
             project: called with the layer, hidden states (B, T, E) and cos and sin; returns rotated heads.
         """
         attention = share_state(stock, subclass_with(cls, type(stock)))
-        attention.head_counts = [getattr(stock, name).out_features // stock.head_dim for name in QKV]
+        attention.head_counts = [base_layer_of(getattr(stock, name)).out_features // stock.head_dim for name in QKV]
         attention.qkv_proj = qkv_proj
         attention.project = project
         return attention
@@ -158,15 +159,21 @@ class MovedToFusedQKV(nn.Module):
 
 
 def fuse_qkv(model: nn.Module) -> None:
-    """Fuse the plain q, k and v layers of every one of GLM_ATTENTIONS, in place; other attentions stay."""
+    """
+    Fuse the plain q, k and v layers of every one of GLM_ATTENTIONS, in place; other attentions stay.
+
+    Several adapters beside them (`MixedLoraLinear`) stay beside the fused layer.
+    """
 
     def build(_: str, attention: nn.Module) -> nn.Module | None:
         if type(attention) not in GLM_ATTENTIONS:
             return None
         layers = [getattr(attention, name) for name in QKV]
-        if any(type(layer) is not nn.Linear for layer in layers):
+        bases = [base_layer_of(layer) for layer in layers]
+        if any(type(base) is not nn.Linear for base in bases):
             return None
-        fused = FusedQKVAttention.from_stock(attention, concatenate_linear(layers), project_frozen)
+        qkv_proj = add_adapters_of(layers, concatenate_linear(bases))
+        fused = FusedQKVAttention.from_stock(attention, qkv_proj, project_frozen)
         for name in QKV:
             delattr(fused, name)
         return fused
