@@ -7,6 +7,7 @@ compiles layers and captures CUDA graphs. The last line is one JSON object.
 The batch: --batch_size prompts of --prompt_tokens, with --new_tokens each.
 --job ROWS: rows of unequal lengths. Prompts have exp(N(0, 0.75) + log 60) tokens within 8..512, answers
     exp(N(0, 0.9) + log 120) within 5..512, and each ends by itself.
+--shared_prefix TOKENS: before each prompt of the job, the same for all, as a system prompt or examples would be.
 --baselines: also transformers' `generate` and `generate_batch`.
 --agreement: share of the engine's greedy tokens that are also the likeliest in a plain forward pass over its answers;
     the same for `generate`.
@@ -31,6 +32,7 @@ from tools.random_checkpoint import CHATGLM, SHAPES, generation_of_shape, random
 from utils.inference.engine import Engine
 from utils.inference.engine.kv_cache import kv_bytes_per_token
 from utils.inference.engine.model_runner import EngineConfig
+from utils.inference.engine.pages import PAGE_TOKENS, pages_for
 from utils.inference.engine.scheduler import StopRule, TokenSequence
 from utils.inference.placement import prepare_for_decoding
 from utils.layers.fp8 import FP8, convert_to_fp8
@@ -75,13 +77,18 @@ def main() -> None:
     parser.add_argument("--new_tokens", type=int, default=128)
     parser.add_argument("--quantize", choices=[FP8])
     parser.add_argument("--job", type=int, default=0, metavar="ROWS")
-    parser.add_argument("--job_batch_size", type=int, default=0, help="slots for the job (default: --batch_size)")
+    parser.add_argument(
+        "--job_batch_size", type=int, default=0, help="rows at once in the job (default: --batch_size)"
+    )
+    parser.add_argument("--shared_prefix", type=int, default=0, metavar="TOKENS")
     parser.add_argument("--baselines", action="store_true")
     parser.add_argument("--agreement", action="store_true")
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--bandwidth", type=float, default=3.02e12, help="bytes per second (default: an H100's)")
     parser.add_argument("--flops", type=float, default=750e12, help="per second (default: an H100's in bf16)")
     args = parser.parse_args()
+    if args.shared_prefix and args.shape in CHATGLM:
+        parser.error("--shared_prefix: the prompts of ChatGLM-6B share nothing, their first token depends on the last")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     model = random_model(args.shape, device, dtype).eval()
@@ -121,8 +128,9 @@ def main() -> None:
         convert_to_fp8(model, {*linear_layers, QKV_PROJ}, trains=False)
     prepare_for_decoding(model)
 
-    def engine_of(max_batch_size: int, max_seq_len: int) -> Engine:
-        return Engine(model, EngineConfig(max_batch_size, max_seq_len, StopRule(frozenset({-1}))))
+    def engine_of(max_batch_size: int, max_seq_len: int, cache_tokens: int | None = None) -> Engine:
+        stop = StopRule(frozenset({-1}))
+        return Engine(model, EngineConfig(max_batch_size, max_seq_len, stop, cache_tokens=cache_tokens))
 
     def one_round(engine: Engine, lengths: list[tuple[list[int], int]]) -> tuple[float, list[TokenSequence]]:
         """Answers prompts with that number of tokens each; returns the seconds and the sequences in their order."""
@@ -165,13 +173,15 @@ def main() -> None:
         print(profiler.key_averages().table(sort_by=order, row_limit=25, max_name_column_width=80))
     if args.job:
         lengths = job_lengths(args.job)
-        job = [(prompt_of(prompt), answer) for prompt, answer in lengths]
+        shared = prompt_of(args.shared_prefix) if args.shared_prefix else []
+        job = [(shared + prompt_of(prompt), answer) for prompt, answer in lengths]
         slots = args.job_batch_size or args.batch_size
-        engine = engine_of(slots, max(prompt + answer for prompt, answer in lengths))
+        tokens = sorted(len(prompt) + answer for prompt, answer in job)
+        engine = engine_of(slots, tokens[-1], sum(pages_for(count) * PAGE_TOKENS for count in tokens[-slots:]))
         seconds = one_round(engine, job)[0] - engine.runner.compile_seconds
         answered = sum(answer for _, answer in lengths)
-        cache = sum(answer * (prompt + answer / 2) for prompt, answer in lengths) * kv_bytes_per_token(model)
-        prefill = 2 * parameters * sum(prompt for prompt, _ in lengths) / args.flops
+        cache = sum(answer * (len(prompt) + answer / 2) for prompt, answer in job) * kv_bytes_per_token(model)
+        prefill = 2 * parameters * (args.shared_prefix + sum(prompt for prompt, _ in lengths)) / args.flops
         floor = (max(answered / slots, 512) * weights + cache) / args.bandwidth + prefill
         result["job"] = {
             "rows": args.job,
@@ -180,6 +190,9 @@ def main() -> None:
             "seconds": round(seconds, 2),
             "compile_seconds": round(engine.runner.compile_seconds, 2),
             "preparation_seconds": round(engine.runner.compile_seconds, 2),  # its name before
+            "shared_prefix": args.shared_prefix,
+            "prompt_tokens": sum(len(prompt) for prompt, _ in job),
+            "prefilled_tokens": engine.scheduler.prefilled_tokens,
             "prefill_seconds": round(engine.runner.prefill_seconds, 2),
             "reading_seconds": round(engine.runner.prefill_seconds, 2),  # its name before
             "tokens_per_second": round(answered / seconds),
