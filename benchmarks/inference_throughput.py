@@ -7,6 +7,7 @@ compiles layers and captures CUDA graphs. The last line is one JSON object.
 The batch: --batch_size prompts of --prompt_tokens, with --new_tokens each.
 --job ROWS: rows of unequal lengths. Prompts have exp(N(0, 0.75) + log 60) tokens within 8..512, answers
     exp(N(0, 0.9) + log 120) within 5..512, and each ends by itself.
+--shared_prefix TOKENS: before each prompt of the job, the same for all, as a system prompt or examples would be.
 --baselines: also transformers' `generate` and `generate_batch`.
 --agreement: share of the engine's greedy tokens that are also the likeliest in a plain forward pass over its answers;
     the same for `generate`.
@@ -39,6 +40,7 @@ from utils.common.errors import UsageError
 from utils.inference.engine import Engine
 from utils.inference.engine.kv_cache import kv_bytes_per_token
 from utils.inference.engine.model_runner import EngineConfig
+from utils.inference.engine.pages import PAGE_TOKENS, pages_for
 from utils.inference.engine.scheduler import StopRule, TokenSequence
 from utils.inference.placement import prepare_for_decoding
 from utils.layers.fp8 import FP8, convert_to_fp8
@@ -76,7 +78,7 @@ class Work(NamedTuple):
 
 
 def draw_work(args: argparse.Namespace, prompt_end: list[int]) -> Work:
-    """Returns random prompts, which end with `prompt_end`."""
+    """Returns random prompts, which end with `prompt_end`; those of the job begin with the shared prefix."""
     generator = torch.Generator().manual_seed(1)
 
     def prompt_of(tokens: int) -> list[int]:
@@ -84,7 +86,8 @@ def draw_work(args: argparse.Namespace, prompt_end: list[int]) -> Work:
         return [*ids[: tokens - len(prompt_end)], *prompt_end]
 
     fixed = [(prompt_of(args.prompt_tokens), args.new_tokens) for _ in range(args.batch_size)]
-    return Work(fixed, [(prompt_of(prompt), answer) for prompt, answer in job_lengths(args.job)])
+    shared = prompt_of(args.shared_prefix) if args.shared_prefix else []
+    return Work(fixed, [(shared + prompt_of(prompt), answer) for prompt, answer in job_lengths(args.job)])
 
 
 def add_random_adapters(model, count: int) -> None:
@@ -130,7 +133,10 @@ def main() -> None:
     parser.add_argument("--new_tokens", type=int, default=128)
     parser.add_argument("--quantize", choices=[FP8])
     parser.add_argument("--job", type=int, default=0, metavar="ROWS")
-    parser.add_argument("--job_batch_size", type=int, default=0, help="slots for the job (default: --batch_size)")
+    parser.add_argument(
+        "--job_batch_size", type=int, default=0, help="rows at once in the job (default: --batch_size)"
+    )
+    parser.add_argument("--shared_prefix", type=int, default=0, metavar="TOKENS")
     parser.add_argument("--baselines", action="store_true")
     parser.add_argument("--agreement", action="store_true")
     parser.add_argument("--profile", action="store_true")
@@ -139,6 +145,8 @@ def main() -> None:
     parser.add_argument("--bandwidth", type=float, default=3.02e12, help="bytes per second (default: an H100's)")
     parser.add_argument("--flops", type=float, default=750e12, help="per second (default: an H100's in bf16)")
     args = parser.parse_args()
+    if args.shared_prefix and args.shape in CHATGLM:
+        parser.error("--shared_prefix: the prompts of ChatGLM-6B share nothing, their first token depends on the last")
     if args.peer:
         print(json.dumps(measure_peer(args)))
         return
@@ -174,8 +182,9 @@ def main() -> None:
         convert_to_fp8(model, {*linear_layers, QKV_PROJ}, trains=False)
     prepare_for_decoding(model)
 
-    def engine_of(max_batch_size: int, max_seq_len: int) -> Engine:
-        return Engine(model, EngineConfig(max_batch_size, max_seq_len, StopRule(frozenset({-1}))))
+    def engine_of(max_batch_size: int, max_seq_len: int, cache_tokens: int | None = None) -> Engine:
+        stop = StopRule(frozenset({-1}))
+        return Engine(model, EngineConfig(max_batch_size, max_seq_len, stop, cache_tokens=cache_tokens))
 
     def one_round(engine: Engine, lengths: list[tuple[list[int], int]]) -> tuple[float, list[TokenSequence]]:
         """Answers prompts with that number of tokens each; returns the seconds and the sequences in their order."""
@@ -232,13 +241,15 @@ def main() -> None:
         order = "self_cuda_time_total" if device == "cuda" else "self_cpu_time_total"
         print(profiler.key_averages().table(sort_by=order, row_limit=25, max_name_column_width=80))
     if args.job:
-        lengths = [(len(prompt), answer) for prompt, answer in work.job]
         slots = args.job_batch_size or args.batch_size
-        engine = engine_of(slots, max(prompt + answer for prompt, answer in lengths))
+        tokens = sorted(len(prompt) + answer for prompt, answer in work.job)
+        engine = engine_of(slots, tokens[-1], sum(pages_for(count) * PAGE_TOKENS for count in tokens[-slots:]))
         seconds = one_round(engine, work.job)[0] - engine.runner.compile_seconds
-        answered = sum(answer for _, answer in lengths)
-        cache = sum(answer * (prompt + answer / 2) for prompt, answer in lengths) * kv_bytes_per_token(model)
-        prefill = 2 * parameters * sum(prompt for prompt, _ in lengths) / args.flops
+        prompt_tokens = sum(len(prompt) for prompt, _ in work.job)
+        distinct_tokens = prompt_tokens - (args.job - 1) * args.shared_prefix
+        answered = sum(answer for _, answer in work.job)
+        cache = sum(answer * (len(prompt) + answer / 2) for prompt, answer in work.job) * kv_bytes_per_token(model)
+        prefill = 2 * parameters * distinct_tokens / args.flops
         floor = (max(answered / slots, 512) * weights + cache) / args.bandwidth + prefill
         result["job"] = {
             "rows": args.job,
@@ -247,6 +258,9 @@ def main() -> None:
             "seconds": round(seconds, 2),
             "compile_seconds": round(engine.runner.compile_seconds, 2),
             "preparation_seconds": round(engine.runner.compile_seconds, 2),  # its name before
+            "shared_prefix": args.shared_prefix,
+            "prompt_tokens": prompt_tokens,
+            "prefilled_tokens": engine.scheduler.prefilled_tokens,
             "prefill_seconds": round(engine.runner.prefill_seconds, 2),
             "reading_seconds": round(engine.runner.prefill_seconds, 2),  # its name before
             "tokens_per_second": round(answered / seconds),

@@ -56,26 +56,35 @@ def check_generation(model, tensors: dict, case: dict) -> None:
     assert output.equal(tensors[f"generate.{case['name']}.output_ids"]), case["name"]
 
 
-def varlen_attn_reference(query, key, value, starts, _, longest, __, scale, window_size, enable_gqa=False):
+def varlen_attn_reference(
+    query, key, value, starts, key_starts, longest, longest_key, scale, window_size, enable_gqa=False
+):
     """
     Compute torch.nn.attention.varlen.varlen_attn, which needs a GPU, one sequence after another.
 
     Args:
-        query: (N, H, D) of N tokens, key and value (N, K, D).
-        starts: (B + 1,) where each packed sequence starts, and the last one ends.
-        longest: tokens of the longest sequence.
+        query: (N, H, D) of N tokens, key and value (M, K, D).
+        starts: (B + 1,) where each packed sequence's queries start, and the last one's end.
+        key_starts: the same of keys, at least as many; the queries are the last tokens, as FlashAttention aligns them.
+        longest, longest_key: tokens of the longest sequence.
 
     Returns:
         (N, H, D), NaN for tokens that belong to no sequence.
     """
     output = torch.full_like(query, float("nan"))
-    for start, end in zip(starts.tolist(), starts.tolist()[1:], strict=False):
-        assert end - start <= longest
+    bounds = zip(starts.tolist(), starts.tolist()[1:], key_starts.tolist(), key_starts.tolist()[1:], strict=False)
+    for start, end, first, last in bounds:
+        assert end - start <= longest and end - start <= last - first <= longest_key
         if start < end:
-            heads = (states[start:end].transpose(0, 1)[None] for states in (query, key, value))
-            causal = window_size == (-1, 0)
+            heads = [query[start:end], key[first:last], value[first:last]]
+            visible = torch.ones(end - start, last - first, dtype=torch.bool)
+            if window_size == (-1, 0):
+                visible = visible.tril(last - first - (end - start))
             attended = torch.nn.functional.scaled_dot_product_attention(
-                *heads, is_causal=causal, scale=scale, enable_gqa=query.shape[1] != key.shape[1]
+                *(states.transpose(0, 1)[None] for states in heads),
+                attn_mask=visible,
+                scale=scale,
+                enable_gqa=query.shape[1] != key.shape[1],
             )
             output[start:end] = attended[0].transpose(0, 1)
     return output

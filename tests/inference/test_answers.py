@@ -298,8 +298,10 @@ def test_the_harness_finds_a_program_that_loses_answers(tmp_path, fault, words):
 def test_the_benchmark_runs(run_script):
     command = (
         "benchmarks/inference_throughput.py --shape tiny-glm --batch_size 3 --prompt_tokens 9 --new_tokens 6 "
-        "--job 6 --agreement"
+        "--job 6 --shared_prefix 130 --agreement"
     )
     result = json.loads(run_script(command).check().out.splitlines()[-1])
     assert result["tokens_per_second"] > 0 and result["job"]["rows"] == 6
+    # Each row but the first shares two pages; the last token of each is left to a decode step.
+    assert result["job"]["prompt_tokens"] - result["job"]["prefilled_tokens"] == 5 * 128 + 6
     assert result["engine_agreement"] == 1.0

@@ -10,7 +10,7 @@ from utils.checkpoint.model import load_model
 from utils.checkpoint.tokenizer import load_tokenizer
 from utils.inference import batch_sizing
 from utils.inference.batch_generator import AnswerSettings, BatchGenerator, PromptCodec
-from utils.inference.batch_sizing import BatchGroup, MemoryBudget, group_rows, is_out_of_memory
+from utils.inference.batch_sizing import BatchPlan, MemoryBudget, is_out_of_memory, plan_batches
 from utils.inference.engine.model_runner import ModelRunner
 from utils.inference.engine.scheduler import StopRule, TokenSequence
 from utils.inference.hf_generate import HfGenerator
@@ -58,46 +58,74 @@ def failing(answers):
 
 
 def rows_of(lengths, sequences=1):
-    return [[TokenSequence(i, range(length), 0) for _ in range(sequences)] for i, length in enumerate(lengths)]
+    """Prompts of the given lengths whose answers have one token, so that all they need is the prompt's."""
+    return [[TokenSequence(i, range(length), 1) for _ in range(sequences)] for i, length in enumerate(lengths)]
 
 
-def budget(tokens, skips=False):
+def budget(tokens, **others):
     """Memory for `tokens` tokens of KV cache."""
-    return MemoryBudget(
-        tokens,
-        token_bytes=1,
-        prefill_bytes=0,
-        prefill_tokens=0,
-        has_mask=False,
-        pads=False,
-        skips=skips,
-        max_batch_size=256,
-    )
+    nothing = dict.fromkeys(("gather_bytes", "prefill_bytes", "prefill_tokens"), 0)
+    kinds = {"splits_prompts": True, "has_mask": False, "pads": False, "skips": False, "max_batch_size": 256}
+    return MemoryBudget(tokens, token_bytes=1, **nothing | kinds | others)
 
 
-def sizes(groups):
-    return [(len(group.rows), group.batch_size) for group in groups]
-
-
-def test_rows_share_batches_where_memory_has_room():
+def test_rows_of_all_lengths_share_a_batch():
     lengths = [100] * 300 + [2000]
-    assert sizes(group_rows(rows_of(lengths), budget(1 << 20), 0, 1)) == [(301, 256)]
-    assert sizes(group_rows(rows_of(lengths), budget(1 << 20), 64, 1)) == [(301, 64)]
-    assert sizes(group_rows(rows_of(lengths), budget(1 << 20), 0, 2)) == [(301, 151)]  # a replica's share
-    assert sizes(group_rows(rows_of(lengths[-9:], sequences=3), budget(1 << 20), 0, 1)) == [(9, 27)]
+    plan = plan_batches(rows_of(lengths), budget(1 << 20), 0, 1)
+    assert str(plan) == "256 (with more, little is gained)" and plan.max_seq_len == 2001
+    assert plan.cache_tokens == 255 * 128 + 2048  # what they can need, not all that is free
+    assert str(plan_batches(rows_of(lengths), budget(1 << 20), 64, 1)) == "64 (--batch_size)"
+    assert str(plan_batches(rows_of(lengths), budget(1 << 20), 0, 2)) == "151 (all rows at once)"  # of a replica
+    assert plan_batches(rows_of(lengths[-9:], sequences=3), budget(1 << 20), 0, 1).batch_size == 27
+    assert (
+        str(plan_batches(rows_of([10] * 5), budget(1 << 20), 4000, 1))
+        == "5 (--batch_size 4000: no more rows are left)"
+    )
+    assert str(plan_batches([], budget(1 << 20), 0, 1)) == "none: no row fits into memory"
 
 
-def test_long_rows_get_their_own_group_if_they_halve_the_batch_size():
-    lengths = [100] * 300 + [2000] * 5
-    assert sizes(group_rows(rows_of(lengths), budget(128 * 300), 0, 1)) == [(300, 256), (5, 5)]
-    assert sizes(group_rows(rows_of(lengths), budget(3000), 0, 1)) == [(300, 16), (5, 1)]
-    # Rows of twice the length at most halve the batch size, which costs less than a group.
-    assert sizes(group_rows(rows_of([100] * 300 + [250] * 5), budget(128 * 40), 0, 1)) == [(305, 16)]
+def test_memory_holds_rows_of_average_length():
+    rows = rows_of([100] * 300 + [2000] * 5)  # 132 tokens on average
+    plan = plan_batches(rows, budget(132 * 100), 0, 1)
+    assert str(plan) == "96 (as many as memory holds)" and plan.cache_tokens == 5 * 2048 + 132 * 100 - 5 * 2048
+    plan = plan_batches(rows, budget(132 * 50), 200, 1)
+    assert str(plan) == "50 (--batch_size 200 is more than memory holds)"
     # A row that does not fit takes no memory from others, and is tried alone.
-    assert sizes(group_rows(rows_of([*lengths, 5000]), budget(3000), 0, 1)) == [(300, 16), (5, 1), (1, 1)]
-    # The user's batch size holds, unless a failed attempt would be fatal.
-    assert sizes(group_rows(rows_of(lengths), budget(3000), 64, 1)) == [(300, 64), (5, 5)]
-    assert sizes(group_rows(rows_of(lengths), budget(3000, skips=True), 64, 1)) == [(300, 23), (5, 1)]
+    plan = plan_batches([*rows, *rows_of([9000])], budget(132 * 50), 0, 1)
+    assert plan.batch_size == 48 and plan.cache_tokens == 132 * 50 and plan.max_seq_len == 9001
+    assert plan_batches(rows_of([9000]), budget(3000), 0, 1).cache_tokens == 9024
+    # An answer is half as long as it may be, on average.
+    rows = [[TokenSequence(number, range(50), 100)] for number in range(40)]
+    assert plan_batches(rows, budget(1000), 0, 1).batch_size == 10
+
+
+def test_what_a_prefill_leaves_for_the_cache():
+    costs = {"prefill_bytes": 2, "prefill_tokens": 10, "gather_bytes": 3, "has_mask": True, "max_batch_size": 4}
+    assert budget(10000, **costs).cache_tokens_beside(20) == 10000 - 10 * 2 - 8 * 10 * 20 - 3 * 80  # in two chunks
+    assert budget(10000, **costs, splits_prompts=False).cache_tokens_beside(20) == 10000 - 20 * 2 - 8 * 20 * 20
+    assert budget(100, **costs).cache_tokens_beside(20) == 0
+    row = TokenSequence(0, range(20), 13)  # one page
+    assert budget(20 * 2 + 8 * 20 * 20 + 64, **costs, splits_prompts=False).fits(row)
+    assert not budget(20 * 2 + 8 * 20 * 20 + 63, **costs, splits_prompts=False).fits(row)
+
+
+def test_rows_that_generate_pads():
+    """A batch is as large as its longest row allows."""
+    lengths = [10] * 30 + [30] * 10
+    rows, memory = rows_of(lengths), budget(16000, pads=True)
+    plan = plan_batches(rows, memory, 0, 1)
+    assert memory.padded_batch_size(rows[0][0]) == 19 and memory.padded_batch_size(rows[-1][0]) == 2
+    assert str(plan) == "16 (as many as memory holds)"
+
+    class Recorder(HfGenerator):
+        def generate_batch(self, batch):
+            sizes.append((len(batch), len(batch[-1].input_ids)))
+
+    sizes = []
+    generator = Recorder(None, StopRule(frozenset()), GREEDY, 0, torch.device("cpu"))
+    done = list(generator.run([row for (row,) in rows], plan))
+    assert [sequence.sequence_id for sequence in done] == list(range(40))
+    assert sizes == [(16, 10), (14, 10), *[(2, 30)] * 5]
 
 
 @pytest.mark.parametrize("error", ERRORS, ids=str)
@@ -119,10 +147,10 @@ def test_a_row_too_long_for_a_device(answer, batch_size):
     """The KV cache has no memory for more than 1000 tokens, which nothing says before it is allocated."""
 
     class SmallDevice(ModelRunner):
-        def prefill(self, plan):
-            if not self.caches and self.max_batch_size * self.max_seq_len > 1000:
+        def __init__(self, model, config):
+            if config.cache_tokens > 1000:
                 raise torch.OutOfMemoryError("CUDA out of memory")
-            super().prefill(plan)
+            super().__init__(model, config)
 
     lengths = [5, 2001, 7, 801, 5, 9, 1201, 1201, 15, 5]
     expected = answer(lengths)
@@ -173,7 +201,7 @@ def test_a_row_too_long_for_generate():
     stop = StopRule(frozenset(template_for(tokenizer).stop_ids(tokenizer)))
     generator = SmallHost(model, stop, GREEDY, tokenizer.pad_token_id, torch.device("cpu"))
     rows = [TokenSequence(i, tokenizer.encode("天气" * number), 3) for i, number in enumerate((1, 1, 2, 3, 20, 30))]
-    done = generator.run(rows, BatchGroup([[row] for row in rows], batch_size=4))
+    done = generator.run(rows, BatchPlan(4, ""))
     assert [bool(sequence.answer_ids) for sequence in done] == [True] * 4 + [False] * 2
     assert generator.stats.batch_sizes[:2] == [4, 2]
 

@@ -2,52 +2,27 @@
 
 import gc
 import weakref
-from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import TEXTS, TINY, varlen_attn_reference
+from conftest import varlen_attn_reference
+from engine_models import (
+    NEVER,
+    KernelRunner,
+    put_torch_for_kernels,
+    random_glm,
+    random_glm4,
+    sequences_of,
+    trained_chatglm,
+)
 
-from tools.random_checkpoint import random_model
-from utils.checkpoint.model import load_model
-from utils.checkpoint.tokenizer import load_tokenizer
-from utils.inference.engine import Engine, attention
-from utils.inference.engine.attention import decode_attention, masked_decode_attention
+from utils.inference.engine import Engine
+from utils.inference.engine.attention import decode_attention, masked_decode_attention, packed_attention
 from utils.inference.engine.model_runner import EngineConfig, ModelRunner
-from utils.inference.engine.prefill import MAX_PREFILL_TOKENS, pack_prompts, padded_prefill_length
-from utils.inference.engine.scheduler import PrefillPlan, StopRule, TokenSequence
+from utils.inference.engine.prefill import MAX_PREFILL_TOKENS, pack_chunks, padded_prefill_length
+from utils.inference.engine.scheduler import PrefillPlan, PromptChunk, StopRule, TokenSequence
 from utils.inference.placement import prepare_for_decoding
 from utils.layers import varlen_attention
-
-NEVER = StopRule(frozenset({-1}))
-
-
-def trained_chatglm() -> tuple:
-    model, tokenizer = load_model(str(TINY)), load_tokenizer(str(TINY))
-    # The last continues after `<sop>`, from where on tokens attend only to those before them.
-    return model, [
-        *(tokenizer.encode(text) for text in TEXTS),
-        tokenizer.encode("谢谢") + tokenizer.encode("你好")[:-2],
-    ]
-
-
-def random_glm(shape: str = "tiny-glm") -> tuple:
-    """With weights so large that answers differ."""
-    model = random_model(shape, "cpu", torch.float32, seed=3).eval()
-    torch.manual_seed(0)
-    for parameter in model.parameters():
-        if parameter.ndim == 2:
-            torch.nn.init.normal_(parameter, std=0.2)
-    return model, [torch.randint(10, 900, (length,)).tolist() for length in (5, 9, 14, 30, 1, 22, 2)]
-
-
-def random_glm4() -> tuple:
-    """GLM-4-0414."""
-    return random_glm("tiny-glm4")
-
-
-def sequences_of(prompts: list[list[int]], max_new_tokens: int) -> list[TokenSequence]:
-    return [TokenSequence(number, prompt, max_new_tokens) for number, prompt in enumerate(prompts)]
 
 
 @pytest.mark.parametrize("build", [trained_chatglm, random_glm, random_glm4])
@@ -132,35 +107,61 @@ def test_prefills_are_padded_to_few_lengths():
     assert all(tokens <= padded_prefill_length(tokens) < max(1.5 * tokens + 1, 129) for tokens in range(1, 10000))
 
 
+def plan_of(sequences: list[TokenSequence], slots: list[int | None]) -> PrefillPlan:
+    """Whole prompts, the n-th in page n + 1."""
+    return PrefillPlan(
+        [
+            PromptChunk(sequence, slot, 0, len(sequence.token_ids) - 1, [number + 1])
+            for number, (sequence, slot) in enumerate(zip(sequences, slots, strict=True))
+        ]
+    )
+
+
+def count_tokens(sequence, start, stop):
+    return [list(range(start, stop))]
+
+
 def test_the_tensors_of_a_prefill_batch():
     sequences = [
         TokenSequence(7, [11, 12, 13], 20, adapter=2),
-        TokenSequence(9, [21, 22], 30),
+        TokenSequence(9, [21, 22], 30, answer_ids=[23, 24]),
         TokenSequence(3, [5], 4),
     ]
-    batch = pack_prompts(sequences, [4, 0, 2], lambda ids: [list(range(len(ids)))], bidirectional_prefix=False)
+    batch = pack_chunks(plan_of(sequences, [4, 0, 2]), count_tokens, unused_slot=6)
     expected = {
         "slot": [4, 0, 2],
-        "next_token": [13, 22, 5],
-        "cache_length": [2, 1, 0],
-        "max_new_tokens": [20, 30, 4],
+        "next_token": [13, 24, 5],
+        "cache_length": [2, 3, 0],
+        "tokens_left": [20, 28, 4],
         "sequence_id": [7, 9, 3],
+        "answer_length": [0, 2, 0],
         "adapter": [2, 0, 0],
-        "next_position": [[2, 1, 0]],
-        "token_ids": [11, 12, 21],
-        "token_slot": [4, 4, 0],
-        "token_index": [0, 1, 0],
-        "token_adapter": [2, 2, 0],
-        "position_ids": [[0, 1, 0]],
-        "cu_seqlens": [0, 2, 3, 3],
+        "next_position": [[2, 3, 0]],
+        "token_ids": [11, 12, 21, 22, 23],
+        "token_page": [1, 1, 2, 2, 2],
+        "token_offset": [0, 1, 0, 1, 2],
+        "token_adapter": [2, 2, 0, 0, 0],
+        "position_ids": [[0, 1, 0, 1, 2]],
+        "cu_seqlens": [0, 2, 5, 5],
     }
     assert {name: getattr(batch, name).tolist() for name in expected} == expected
-    assert not batch.needs_mask
-    assert batch.mask()[0, 0].tolist() == [[True, False, False], [True, True, False], [False, False, True]]
-    padded = batch.padded(5, token_index=63)
-    assert padded.slot.tolist() == [4, 0, 2, 4, 4] and padded.cu_seqlens.tolist() == [0, 2, 3, 3, 3, 3]
-    assert padded.tokens == 128 and padded.token_ids[:3].equal(batch.token_ids)
-    assert set(padded.token_index[3:].tolist()) == {63} and set(padded.token_slot[3:].tolist()) == {4}
+    assert not batch.needs_mask and batch.past is None and batch.prefix_lengths().tolist() == [0, 0, 0]
+    padded = batch.padded(5, unused_slot=6)
+    assert padded.slot.tolist() == [4, 0, 2, 6, 6] and padded.cu_seqlens.tolist() == [0, 2, 5, 5, 5, 5]
+    assert padded.tokens == 128 and padded.token_ids[:5].equal(batch.token_ids)
+    assert set(padded.token_page[5:].tolist()) == {0}
+
+
+def test_the_tensors_of_a_prefill_batch_with_a_past():
+    """A chunk in the middle of a prompt, and the rest of another behind a shared page."""
+    first, second = TokenSequence(0, range(100, 400), 9), TokenSequence(1, range(500, 567), 9)
+    chunks = [PromptChunk(first, None, 70, 72, [3, 1, 4]), PromptChunk(second, 0, 64, 66, [5, 9])]
+    batch = pack_chunks(PrefillPlan(chunks), count_tokens, unused_slot=2)
+    assert batch.slot.tolist() == [2, 0] and batch.token_ids.tolist() == [170, 171, 564, 565]
+    assert batch.token_page.tolist() == [1, 1, 9, 9] and batch.token_offset.tolist() == [6, 7, 0, 1]
+    assert batch.cu_seqlens.tolist() == [0, 2, 4] and batch.past.cu_seqlens.tolist() == [0, 72, 138]
+    assert batch.past.page.tolist() == [3] * 64 + [1] * 8 + [5] * 64 + [9] * 2 and batch.past.longest == 72
+    assert batch.past.offset.tolist() == [*range(64), *range(8), *range(64), 0, 1]
 
 
 def test_a_bidirectional_prefix_in_a_prefill_batch():
@@ -168,76 +169,61 @@ def test_a_bidirectional_prefix_in_a_prefill_batch():
     sequences = [TokenSequence(0, [1, 2, 3], 9), TokenSequence(1, [4, 5, 6, 7], 9)]
     positions = {3: [[0, 1, 1], [0, 0, 1]], 4: [[0, 1, 1, 1], [0, 0, 1, 2]]}
 
-    def position_ids_of(ids):
-        return [list(coordinate) for coordinate in positions[len(ids)]]
+    def position_ids_of(sequence, start, stop):
+        return [coordinate[start:stop] for coordinate in positions[len(sequence.input_ids)]]
 
-    batch = pack_prompts(sequences, [0, 1], position_ids_of, bidirectional_prefix=True)
+    batch = pack_chunks(plan_of(sequences, [0, 1]), position_ids_of, 2, bidirectional_prefix=True)
     assert batch.needs_mask and batch.next_position.tolist() == [[1, 1], [1, 2]]
     assert batch.position_ids.tolist() == [[0, 1, 0, 1, 1], [0, 0, 0, 0, 1]]
-    assert batch.mask()[0, 0].int().tolist() == [
-        [1, 1, 0, 0, 0],
-        [1, 1, 0, 0, 0],
-        [0, 0, 1, 1, 0],
-        [0, 0, 1, 1, 0],
-        [0, 0, 1, 1, 1],
-    ]
-    assert not pack_prompts(sequences[:1], [0], position_ids_of, bidirectional_prefix=True).needs_mask
+    assert batch.prefix_lengths().tolist() == [2, 2]
+    assert batch.padded(3, 2).prefix_lengths().tolist() == [2, 2, 0]
+    assert not pack_chunks(plan_of(sequences[:1], [0]), position_ids_of, 2, bidirectional_prefix=True).needs_mask
 
 
 def test_decode_attention_is_two_operators():
     """One by lengths, one by a mask; this machine's is checked against plain attention."""
     torch.manual_seed(0)
-    query, keys, values = torch.randn(2, 4, 1, 8), torch.randn(3, 2, 16, 8), torch.randn(3, 2, 16, 8)
-    lengths = torch.tensor([0, 5])
-    visible = (torch.arange(8) <= lengths[:, None])[:, None, None]  # (B, 1, 1, S)
-    mask = torch.zeros(2, 1, 1, 8).masked_fill(~visible, -torch.inf)
-    output = masked_decode_attention(query, keys, values, mask, 0.5)
-    repeated = [tensor[:2, :, :8].repeat_interleave(2, dim=1) for tensor in (keys, values)]
+    query, keys, values = torch.randn(2, 4, 1, 8), torch.randn(5, 2, 16, 8), torch.randn(5, 2, 16, 8)
+    table = torch.tensor([[3, 1, 0], [4, 2, 0]], dtype=torch.int32)
+    lengths = torch.tensor([0, 21])
+    visible = (torch.arange(32) <= lengths[:, None])[:, None, None]  # (B, 1, 1, S)
+    mask = torch.zeros(2, 1, 1, 32).masked_fill(~visible, -torch.inf)
+    output = masked_decode_attention(query, keys, values, table, mask, 0.5)
+    first, second = (
+        torch.stack([torch.cat((cache[3], cache[1]), 1), torch.cat((cache[4], cache[2]), 1)])
+        for cache in (keys, values)
+    )
+    repeated = [tensor.repeat_interleave(2, dim=1) for tensor in (first, second)]
     scores = (query @ repeated[0].transpose(2, 3) * 0.5).masked_fill(~visible, -torch.inf)
     torch.testing.assert_close(output, (scores.softmax(-1) @ repeated[1]).transpose(1, 2))
-    torch.library.opcheck(masked_decode_attention, (query, keys, values, mask, 0.5), test_utils="test_faketensor")
+    arguments = (query, keys, values, table, mask, 0.5)
+    torch.library.opcheck(masked_decode_attention, arguments, test_utils="test_faketensor")
     fake = decode_attention._opoverload
     with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True):
-        assert fake(query, keys, values, lengths, 0.5).shape == output.shape
+        assert fake(query, keys, values, table, lengths, 0.5).shape == output.shape
 
 
-class EagerGraphs(dict):
-    """`CudaGraphs` without a GPU: keeps the calls and makes them again."""
-
-    def capture(self, key, call) -> float:
-        self[key] = call
-        return 0.0
-
-    def replay(self, key) -> None:
-        self[key]()
-
-
-class KernelRunner(ModelRunner):
-    """Takes the path of a GPU with kernels: padded prefills from static inputs, attention by lengths, no masks."""
-
-    def __init__(self, *args):
-        super().__init__(*args)
-        self.has_kernels, self.graphs = True, EagerGraphs()
-
-
-def attend_by_lengths(query, keys, values, lengths, scaling):
-    """What the Triton kernel computes, from a cache whose unfilled tokens are never read."""
-    output = torch.empty_like(query).transpose(1, 2)
-    for row, last in enumerate(lengths.tolist()):
-        filled = [tensor[row : row + 1, :, : last + 1] for tensor in (keys, values)]
-        attended = torch.nn.functional.scaled_dot_product_attention(
-            query[row : row + 1], *filled, scale=scaling, enable_gqa=True
-        )
-        output[row] = attended[0].transpose(0, 1)
-    return output
+def test_packed_attention():
+    """A prompt with a prefix, the rest of one whose beginning is cached, an empty one, and padding."""
+    torch.manual_seed(0)
+    query, key, value = torch.randn(1, 4, 6, 8), torch.randn(1, 2, 7, 8), torch.randn(1, 2, 7, 8)
+    starts, key_starts = torch.tensor([0, 3, 3, 5]).int(), torch.tensor([0, 3, 3, 7]).int()
+    prefixes = torch.tensor([2, 0, 0])
+    visible = torch.zeros(6, 7, dtype=torch.bool)
+    for row, columns in enumerate(([0, 1], [0, 1], [0, 1, 2], [3, 4, 5], [3, 4, 5, 6])):
+        visible[row, columns] = True
+    arguments = (query, key, value, starts, key_starts, prefixes, 0.3)
+    output = packed_attention(*arguments)
+    scores = (query @ key.repeat_interleave(2, 1).transpose(2, 3) * 0.3).masked_fill(~visible, -torch.inf)
+    expected = (scores.softmax(-1).nan_to_num() @ value.repeat_interleave(2, 1)).transpose(1, 2)
+    torch.testing.assert_close(output, expected)
+    assert not output[0, 5].any()
+    torch.library.opcheck(packed_attention, arguments, test_utils="test_faketensor")
 
 
 @pytest.mark.parametrize("build", [trained_chatglm, random_glm, random_glm4])
 def test_the_path_of_a_gpu_with_kernels_answers_the_same(build, monkeypatch):
-    monkeypatch.setattr(varlen_attention, "varlen_attn", varlen_attn_reference)
-    monkeypatch.setattr(
-        attention, "load_decode_attention", lambda: SimpleNamespace(decode_attention=attend_by_lengths)
-    )
+    put_torch_for_kernels(monkeypatch)
     model, prompts = build()
     prompts = prompts[:5]  # all causal or all bidirectional
     prepare_for_decoding(model)
@@ -263,17 +249,18 @@ def test_prefill_without_a_mask(build, monkeypatch):
     prepare_for_decoding(model)
     sequences, slots = sequences_of(prompts[:5], 20), [4, 0, 5, 2, 1]
     masked, varlen = (ModelRunner(model, EngineConfig(6, 64, NEVER)) for _ in range(2))
-    masked.prefill(PrefillPlan(sequences, slots))
-    batch = pack_prompts(sequences, slots, varlen.position_ids_of, varlen.has_prefix)
+    plan = plan_of(sequences, slots)
+    masked.prefill(plan)
+    batch = varlen.pack(plan)
     assert not batch.needs_mask
-    batch = batch.padded(6, varlen.max_seq_len - 1)
+    batch = batch.padded(6, varlen.state.unused_slot)
     assert batch.tokens == 128 and len(batch.slot) == 6
     varlen.compute_prefill(batch)
-    for ours, expected in zip(varlen.state.per_slot(), masked.state.per_slot(), strict=True):
-        assert ours.equal(expected)
-    for slot, sequence in zip(slots, sequences, strict=True):
+    for name in ("next_token", "cache_length", "tokens_left", "sequence_id", "answer_length", "adapter", "position"):
+        assert getattr(varlen.state, name)[:6].equal(getattr(masked.state, name)[:6])
+    for number, sequence in enumerate(sequences):
         filled = len(sequence.input_ids) - 1
         for ours, theirs in zip(varlen.caches, masked.caches, strict=True):
             for kind in ("keys", "values"):
-                cached, expected = (getattr(cache, kind)[slot, :, :filled] for cache in (ours, theirs))
+                cached, expected = (getattr(cache, kind)[number + 1, :, :filled] for cache in (ours, theirs))
                 torch.testing.assert_close(cached, expected, atol=1e-5, rtol=1e-5)

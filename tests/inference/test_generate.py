@@ -9,7 +9,7 @@ import torch
 from tools.random_checkpoint import random_model
 from utils.common.errors import RankError
 from utils.inference.batch_generator import AnswerSettings
-from utils.inference.batch_sizing import BatchGroup
+from utils.inference.batch_sizing import BatchPlan
 from utils.inference.engine.model_runner import ModelRunner
 from utils.inference.engine.scheduler import StopRule, TokenSequence
 from utils.inference.engine_generate import EngineGenerator, EngineStats, SequenceQueue
@@ -72,9 +72,11 @@ def test_out_of_memory_on_a_sharded_model_ends_the_run(is_sharded):
     prepare_for_decoding(model)
     generator = EngineGenerator(model, StopRule(frozenset({1})), GREEDY, is_sharded, FullDevice)
     sequences = [TokenSequence(number, [5, 6, 7], 4) for number in range(2)]
-    done = generator.run(sequences, BatchGroup([[sequence] for sequence in sequences], batch_size=2))
+    done = generator.run(sequences, BatchPlan(2, "", max_seq_len=7, cache_tokens=128))
     if is_sharded:
-        with pytest.raises(RankError, match="out of memory with 2 rows of up to 128 tokens .* smaller --batch_size"):
+        with pytest.raises(
+            RankError, match="out of memory with 2 rows and 128 cached tokens at once: .* smaller --batch_size"
+        ):
             list(done)
     else:
         assert set(done) == set(sequences) and not any(sequence.answer_ids for sequence in sequences)
@@ -86,4 +88,4 @@ def test_sequences_are_put_back_in_order():
     queue = SequenceQueue([short, middle, long])
     assert list(queue.up_to(128)) == [short, middle] and queue.first() is long
     queue.put_back([middle, short])
-    assert list(queue.up_to(512)) == [short, middle, long] and queue.first() is None
+    assert list(queue.up_to()) == [short, middle, long] and queue.first() is None

@@ -1,4 +1,4 @@
-"""Attention of one query token per sequence over its KV cache, beside torch in float32."""
+"""Attention of one query token per sequence over its pages of the KV cache, beside torch in float32."""
 
 import pytest
 import torch
@@ -6,6 +6,20 @@ from kernel_checks import DEVICE, ROUNDING, assert_close, random
 
 from utils.kernels.decode_attention import decode_attention
 from utils.kernels.triton_utils import arrival_counters
+
+PAGE = 64
+
+
+def paged(keys, values):
+    """(B, K, S, D) -> the same in pages (B S / 64 + 1, K, 64, D) in a random order, page 0 unused, and their table."""
+    B, K, S, D = keys.shape
+    table = torch.randperm(B * S // PAGE, device=DEVICE).view(B, -1) + 1
+    pages = []
+    for tensor in (keys, values):
+        cache = torch.full((B * S // PAGE + 1, K, PAGE, D), torch.nan, device=DEVICE, dtype=tensor.dtype)
+        cache[table] = tensor.unflatten(2, (-1, PAGE)).transpose(1, 2)
+        pages.append(cache)
+    return *pages, table.int()
 
 
 @pytest.mark.parametrize(
@@ -19,12 +33,12 @@ from utils.kernels.triton_utils import arrival_counters
     ],
 )
 def test_attention_equals_softmax_over_the_filled_tokens(B, H, K, D, S):
-    query, keys, values = random(B, H, 1, D), random(B + 1, K, S, D), random(B + 1, K, S, D)
+    query, keys, values = random(B, H, 1, D), random(B, K, S, D), random(B, K, S, D)
     last = torch.randint(0, S - 1, (B,), device=DEVICE)
     last[0], last[-1] = 0, S - 1
-    output = decode_attention(query, keys, values, last, D**-0.5)
+    output = decode_attention(query, *paged(keys, values), last, D**-0.5)
     visible = (torch.arange(S, device=DEVICE) <= last[:, None])[:, None, None]  # (B, 1, 1, S)
-    keys, values = (cache[:B].float().repeat_interleave(H // K, 1) for cache in (keys, values))
+    keys, values = (cache.float().repeat_interleave(H // K, 1) for cache in (keys, values))
     scores = (query.float() @ keys.transpose(2, 3) * D**-0.5).masked_fill(~visible, -torch.inf)
     assert_close(output, (scores.softmax(-1) @ values).transpose(1, 2), ROUNDING)
     assert not arrival_counters(DEVICE).any()
@@ -33,7 +47,20 @@ def test_attention_equals_softmax_over_the_filled_tokens(B, H, K, D, S):
 def test_tokens_behind_the_last_one_are_not_read():
     query, keys, values = random(2, 4, 1, 32), random(2, 2, 256, 32), random(2, 2, 256, 32)
     last = torch.tensor([64, 99], device=DEVICE)
-    expected = decode_attention(query, keys, values, last, 0.2)
-    for slot, end in enumerate(last + 1):
-        keys[slot, :, end:], values[slot, :, end:] = torch.nan, torch.nan
-    assert torch.equal(decode_attention(query, keys, values, last, 0.2), expected)
+    keys, values, table = paged(keys, values)
+    expected = decode_attention(query, keys, values, table, last, 0.2)
+    for row, end in enumerate((last + 1).tolist()):
+        for tensor in (keys, values):
+            tensor[table[row, end // PAGE], :, end % PAGE :] = torch.nan
+        table[row, end // PAGE + 1 :] = 0  # where all is NaN
+    assert torch.equal(decode_attention(query, keys, values, table, last, 0.2), expected)
+
+
+def test_sequences_share_pages():
+    query, keys, values = random(1, 8, 1, 32).expand(3, -1, -1, -1), random(3, 2, 256, 32), random(3, 2, 256, 32)
+    keys, values, table = paged(keys, values)
+    table[1], table[2, :2] = table[0], table[0, :2]
+    last = torch.tensor([200, 200, 127], device=DEVICE)
+    output = decode_attention(query, keys, values, table, last, 0.2)
+    assert output[0].equal(output[1])
+    assert output[2].equal(decode_attention(query[:1], keys, values, table[:1], last[2:], 0.2)[0])

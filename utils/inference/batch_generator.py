@@ -1,9 +1,9 @@
 """
 Prompts as tokens in, answers as text out, in the order in which they are done.
 
-`BatchGenerator` makes sequences of this replica's share of the rows, groups them by free memory, and has the engine
-(`engine_generate.py`) or transformers' `generate` (`hf_generate.py`) answer them. `answer_rows` and tools/evaluate.py
-call it.
+`BatchGenerator` makes sequences of this replica's share of the rows, sizes the batch by free memory, and has the
+engine (`engine_generate.py`) or transformers' `generate` (`hf_generate.py`) answer them. `answer_rows` and
+tools/evaluate.py call it.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from utils.common.processes import process_rank
 from utils.inference.answer_writer import Answer
-from utils.inference.batch_sizing import BatchGroup, MemoryBudget, group_rows
+from utils.inference.batch_sizing import BatchPlan, MemoryBudget, plan_batches
 from utils.inference.engine import can_serve
 from utils.inference.engine.scheduler import StopRule, TokenSequence
 from utils.inference.engine_generate import EngineGenerator, EngineStats
@@ -106,7 +106,7 @@ class BatchGenerator:
         self,
         rows: Sequence[PromptRow],
         batch_size: int = 0,
-        show: Callable[[list[BatchGroup]], None] = lambda groups: None,
+        show: Callable[[BatchPlan], None] = lambda plan: None,
     ) -> Iterator[Answer]:
         """
         Yield the answers of this replica's share of the rows, short prompts first.
@@ -116,7 +116,7 @@ class BatchGenerator:
 
         Args:
             batch_size: sequences at once; 0 is as many as fit.
-            show: called with the groups before the first row is answered.
+            show: called before the first row is answered.
 
         Yields:
             `{"index", "prompt", "answer", "finish_reason", "prompt_tokens", "answer_tokens"}`. "finish_reason" is
@@ -150,15 +150,14 @@ class BatchGenerator:
                 yield self._answer_of(row, sequences)
 
     def _serve(
-        self, rows: list[list[TokenSequence]], batch_size: int, show: Callable[[list[BatchGroup]], None]
+        self, rows: list[list[TokenSequence]], batch_size: int, show: Callable[[BatchPlan], None]
     ) -> Iterator[TokenSequence]:
         """Yield the sequences of this replica's share, those that were too long to try last and without an answer."""
         budget = MemoryBudget.of(self.model, self.device, self.replica)
-        tried = [row for row in rows if not budget.skips or budget.batch_size_for(row[0])]
-        groups = group_rows(tried, budget, batch_size, self.replica.replicas)
-        show(groups)
-        for group in groups:
-            yield from self.backend.run(chain.from_iterable(fetch_share(group.rows, self.replica)), group)
+        tried = [row for row in rows if not budget.skips or budget.fits(row[0])]
+        plan = plan_batches(tried, budget, batch_size, self.replica.replicas)
+        show(plan)
+        yield from self.backend.run(chain.from_iterable(fetch_share(tried, self.replica)), plan)
         yield from chain.from_iterable(fetch_share(rows[len(tried) :], self.replica))  # sorted, so the longest
 
     def _sequences_of(self, row: PromptRow) -> list[TokenSequence]:

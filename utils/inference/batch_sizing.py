@@ -1,24 +1,26 @@
 """
-How many sequences, and of what lengths, share a batch in the free memory: sequences in, groups of them out.
+How many sequences share a batch, and how much KV cache they get in the free memory: sequences in, a `BatchPlan` out.
 
-Every sequence of a batch takes a KV-cache slot as long as the longest one needs. A long sequence would thus leave
-memory for few others, so it gets a group of its own, but only then: a group is an engine of its own, with layers to
-compile and graphs to capture. A sequence that cannot fit is not tried where the attempt would be fatal: on a host,
-where Linux hands out memory that does not exist and then kills the process, and on a sharded model, whose other
-processes would wait for the one that failed. `BatchGenerator` calls this.
+The cache is pages, so a sequence costs its own tokens, and one engine serves rows of all lengths. Rows at once are as
+many as the memory holds of average length, half answered; where that was too many, the engine preempts some. A
+sequence that cannot fit is not tried where the attempt would be fatal: on a host, where Linux hands out memory that
+does not exist and then kills the process, and on a sharded model, whose other processes would wait for the one that
+failed. `BatchGenerator` calls this.
 """
 
 import errno
 import os
 import re
 import resource
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import psutil
 import torch
+from peft import PeftModel
 from transformers import PreTrainedModel
 
 from utils.common.numbers import ceil_div
@@ -27,12 +29,13 @@ from utils.distributed.collectives import gather_from_all
 from utils.inference.engine import can_serve
 from utils.inference.engine.attention import has_decode_kernels
 from utils.inference.engine.kv_cache import kv_bytes_per_token
-from utils.inference.engine.model_runner import round_to_slot
-from utils.inference.engine.prefill import MAX_MASKED_PREFILL_TOKENS, MAX_PREFILL_TOKENS
-from utils.inference.engine.scheduler import TokenSequence
+from utils.inference.engine.models import serve
+from utils.inference.engine.pages import PAGE_TOKENS, pages_for
+from utils.inference.engine.prefill import MAX_HOST_PREFILL_TOKENS, MAX_PREFILL_TOKENS
+from utils.inference.engine.scheduler import MAX_ATTENDED_TOKENS, TokenSequence
 from utils.inference.work_queue import Replica
 
-MAX_GPU_BATCH_SIZE = 256  # with more, too many slots are empty when a job of some thousand rows ends
+MAX_GPU_BATCH_SIZE = 512  # with more, a step is bound by arithmetic, and a row waits longer for its answer
 MAX_CPU_BATCH_SIZE = 16
 USABLE_SHARE = 0.9  # of the free memory: the counts are not exact
 MASK_BYTES = 8  # per pair of tokens: a mask as bool, the same as float32, and a copy in between
@@ -86,9 +89,9 @@ def _free_to_containers() -> list[int]:
     return limits
 
 
-def slot_tokens(sequence: TokenSequence) -> int:
-    """Tokens of the KV-cache slot that a sequence needs, as the engine rounds them."""
-    return round_to_slot(len(sequence.input_ids) + sequence.max_new_tokens)
+def cache_tokens_of(sequence: TokenSequence) -> int:
+    """Return the tokens of the KV cache that a sequence needs at most: its pages'."""
+    return pages_for(sequence.max_cached_tokens) * PAGE_TOKENS
 
 
 @dataclass(frozen=True)
@@ -99,9 +102,11 @@ class MemoryBudget:
     Args:
         free: bytes.
         token_bytes: of one token of one sequence in the cache.
+        gather_bytes: of one cached token that a prefill attends to, gathered from the pages of one layer.
         prefill_bytes: of one token of a prompt during prefill.
-        prefill_tokens: that are prefilled together, unless one prompt has more.
-        has_mask: whether prefill takes a mask of tokens x tokens.
+        prefill_tokens: that are prefilled together.
+        splits_prompts: whether a longer prompt is prefilled in chunks; else it is prefilled whole.
+        has_mask: whether prefill takes a mask of queries x keys.
         pads: whether transformers' `generate` serves, which pads prompts and grows its cache by copies.
         skips: whether sequences that do not fit are not tried, see the top of this file.
         max_batch_size: whatever the memory.
@@ -109,8 +114,10 @@ class MemoryBudget:
 
     free: int
     token_bytes: int
+    gather_bytes: int
     prefill_bytes: int
     prefill_tokens: int
+    splits_prompts: bool
     has_mask: bool
     pads: bool
     skips: bool
@@ -118,104 +125,108 @@ class MemoryBudget:
 
     @classmethod
     def of(cls, model: PreTrainedModel, device: torch.device, replica: Replica) -> "MemoryBudget":
-        """Return the smallest budget of all processes, so that all form the same groups; every process must call."""
+        """Return the smallest budget of all processes, so that all plan the same; every process must call."""
         config, has_kernels = model.config, has_decode_kernels(device, model.dtype)
         on_gpu = model.get_input_embeddings().weight.device.type == "cuda"
         intermediate_size = getattr(config, "intermediate_size", 4 * config.hidden_size)
+        token_bytes, pads = ceil_div(kv_bytes_per_token(model), replica.processes), not can_serve(model)
+        base = model.get_base_model() if isinstance(model, PeftModel) else model
         return cls(
             free=int(USABLE_SHARE * min(gather_from_all(free_bytes(device)))),
-            token_bytes=ceil_div(kv_bytes_per_token(model), replica.processes),
+            token_bytes=token_bytes,
+            gather_bytes=ceil_div(token_bytes, config.num_hidden_layers),
             prefill_bytes=(6 * config.hidden_size + 3 * intermediate_size) * model.dtype.itemsize,
-            prefill_tokens=MAX_PREFILL_TOKENS if has_kernels else MAX_MASKED_PREFILL_TOKENS,
+            prefill_tokens=MAX_PREFILL_TOKENS if has_kernels else MAX_HOST_PREFILL_TOKENS,
+            splits_prompts=not pads and serve(base).splits_prompts,
             has_mask=not has_kernels,
-            pads=not can_serve(model),
+            pads=pads,
             skips=device.type == "cpu" or replica.group is not None,
             max_batch_size=MAX_GPU_BATCH_SIZE if on_gpu else MAX_CPU_BATCH_SIZE,
         )
 
-    def batch_size_for(self, longest: TokenSequence) -> int:
-        """Return how many sequences fit if `longest` is the longest; 0 if it does not fit itself."""
-        tokens, cache = len(longest.input_ids), self.token_bytes * slot_tokens(longest)
+    def cache_tokens_beside(self, prompt_tokens: int) -> int:
+        """Return how many cached tokens fit beside the prefill of prompts of up to that length."""
+        tokens = self.prefill_tokens if self.splits_prompts else max(prompt_tokens, self.prefill_tokens)
+        keys = max(prompt_tokens, tokens)
+        gathered = max(prompt_tokens, min(MAX_ATTENDED_TOKENS, prompt_tokens * self.max_batch_size))
+        prefill = tokens * self.prefill_bytes + self.has_mask * MASK_BYTES * tokens * keys
+        prefill += self.splits_prompts * gathered * self.gather_bytes
+        return max(self.free - prefill, 0) // self.token_bytes
+
+    def fits(self, sequence: TokenSequence) -> bool:
+        """Whether a sequence fits that has the memory for itself."""
         if self.pads:
-            return self.free // (2 * cache + tokens * self.prefill_bytes + MASK_BYTES * tokens**2)
-        tokens = max(tokens, self.prefill_tokens)
-        prefill = tokens * self.prefill_bytes + self.has_mask * MASK_BYTES * tokens**2
-        return max(self.free - prefill, 0) // cache
+            return self.padded_batch_size(sequence) > 0
+        return cache_tokens_of(sequence) <= self.cache_tokens_beside(len(sequence.input_ids))
+
+    def padded_batch_size(self, longest: TokenSequence) -> int:
+        """Return how many sequences `generate` can take at once if `longest` is the longest; 0 if not even itself."""
+        tokens, cache = len(longest.input_ids), self.token_bytes * (len(longest.input_ids) + longest.max_new_tokens)
+        return self.free // (2 * cache + tokens * self.prefill_bytes + MASK_BYTES * tokens**2)
 
 
 @dataclass(frozen=True)
-class BatchGroup:
-    """Prompts that share batches of `batch_size`; `rows` has a list for each prompt, with a sequence an answer."""
+class BatchPlan:
+    """
+    How rows are served.
 
-    rows: list[list[TokenSequence]]
+    Args:
+        batch_size: sequences at once; 0 without rows.
+        why: of the batch size, for a person.
+        max_seq_len: tokens of the longest prompt and its answer.
+        cache_tokens: that the KV cache has room for.
+        padded_batch_size: see `MemoryBudget`; of the batch that a sequence is the longest of.
+    """
+
     batch_size: int
+    why: str
+    max_seq_len: int = 0
+    cache_tokens: int = 0
+    padded_batch_size: Callable[[TokenSequence], int] | None = None
 
-    @property
-    def max_seq_len(self) -> int:
-        """Tokens of a slot for the longest."""
-        return slot_tokens(self.rows[-1][0])
-
-    def share(self, replicas: int) -> int:
-        """Sequences of one replica."""
-        return ceil_div(len(self.rows), replicas) * len(self.rows[0])
+    def __str__(self) -> str:
+        return f"{self.batch_size} ({self.why})" if self.batch_size else f"none: {self.why}"
 
 
-def describe_groups(groups: Sequence[BatchGroup], batch_size: int, replicas: int) -> str:
-    """
-    Return the batch size of each group and why it is not another.
-
-    >>> sequence = TokenSequence(0, [1] * 10, 20)
-    >>> describe_groups([BatchGroup([[sequence]] * 5, 5)], 4000, 1)
-    '5 (--batch_size 4000: no more rows are left)'
-    """
-    if not groups:
-        return "none: no row fits into memory"
-    lines = []
-    for group in groups:
-        if group.batch_size == batch_size:
-            why = "--batch_size"
-        elif group.batch_size == group.share(replicas):
-            why = f"--batch_size {batch_size}: no more rows are left" if batch_size else "all rows at once"
-        elif batch_size:
-            why = f"--batch_size {batch_size} is more than memory holds"
-        else:
-            is_most = group.batch_size in (MAX_GPU_BATCH_SIZE, MAX_CPU_BATCH_SIZE)
-            why = "with more, little is gained" if is_most else "as many as memory holds"
-        size = f"{group.batch_size} ({why})"
-        lines.append(f"{size}, up to {group.max_seq_len:,} tokens" if len(groups) > 1 else size)
-    return "\n".join(lines)
-
-
-def group_rows(
+def plan_batches(
     rows: Sequence[list[TokenSequence]], budget: MemoryBudget, batch_size: int, replicas: int
-) -> list[BatchGroup]:
+) -> BatchPlan:
     """
-    Split prompts into groups wherever one group would halve the batch size that the shortest prompts could have.
+    Return how to serve rows in the memory.
 
     Args:
         rows: a list for each prompt with its sequences, sorted by length.
         batch_size: what the user asked for; 0 is as many as fit.
     """
-
-    def share_of(prompts: int) -> int:
-        """Sequences of one replica."""
-        return ceil_div(prompts, replicas) * len(rows[0])
-
-    groups: list[BatchGroup] = []
-    most = batch_size or budget.max_batch_size
-    first = 0
-    while first < len(rows):
-        for_shortest, end = budget.batch_size_for(rows[first][0]), first + 1
-        while end < len(rows):
-            wanted = min(most, for_shortest, share_of(end + 1 - first))
-            if budget.batch_size_for(rows[end][0]) < max(1, wanted // 2):
-                break
-            end += 1
-        group, share = list(rows[first:end]), share_of(end - first)
-        tries_any_size = batch_size and not budget.skips
-        size = most if tries_any_size else max(1, min(most, budget.batch_size_for(group[-1][0])))
-        if not batch_size and BATCH_SIZE_MULTIPLE < size < share:
-            size -= size % BATCH_SIZE_MULTIPLE
-        groups.append(BatchGroup(group, min(size, share)))
-        first = end
-    return groups
+    if not rows:
+        return BatchPlan(0, "no row fits into memory")
+    fitting = [row for row in rows if budget.fits(row[0])] or rows[:1]  # the others are tried alone
+    longest = fitting[-1][0]
+    share, most = ceil_div(len(rows), replicas) * len(rows[0]), batch_size or budget.max_batch_size
+    capacity = budget.cache_tokens_beside(len(longest.input_ids))
+    if budget.pads:
+        held = budget.padded_batch_size(rows[0][0])
+    else:
+        held = capacity // ceil_div(
+            sum(len(row[0].input_ids) + row[0].max_new_tokens // 2 for row in fitting), len(fitting)
+        )
+    size = max(1, min(most, held, share))
+    if not batch_size and BATCH_SIZE_MULTIPLE < size == held:
+        size -= size % BATCH_SIZE_MULTIPLE
+    if size == batch_size:
+        why = "--batch_size"
+    elif size == share:
+        why = f"--batch_size {batch_size}: no more rows are left" if batch_size else "all rows at once"
+    elif batch_size:
+        why = f"--batch_size {batch_size} is more than memory holds"
+    else:
+        why = "with more, little is gained" if size == most else "as many as memory holds"
+    at_once = islice((sequence for row in reversed(fitting) for sequence in row), size)
+    needed = sum(map(cache_tokens_of, at_once))
+    return BatchPlan(
+        size,
+        why,
+        max_seq_len=len(rows[-1][0].input_ids) + rows[-1][0].max_new_tokens,
+        cache_tokens=max(min(needed, capacity), cache_tokens_of(longest)),
+        padded_batch_size=budget.padded_batch_size if budget.pads else None,
+    )

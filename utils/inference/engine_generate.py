@@ -1,10 +1,10 @@
 """
 Generation through the engine, for models whole on one device or sharded over processes: sequences in, answered out.
 
-`BatchGenerator` calls it with one group of similar lengths after another. When memory runs out it retries with a
-smaller batch.
+`BatchGenerator` calls it. When memory runs out it retries with a smaller batch and cache.
 """
 
+import math
 import sys
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -16,7 +16,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from utils.common.errors import RankError
-from utils.inference.batch_sizing import BatchGroup, is_out_of_memory, slot_tokens
+from utils.inference.batch_sizing import BatchPlan, cache_tokens_of, is_out_of_memory
 from utils.inference.engine import Engine
 from utils.inference.engine.model_runner import EngineConfig, ModelRunner
 from utils.inference.engine.scheduler import StopRule, TokenSequence
@@ -46,11 +46,12 @@ class SequenceQueue:
 
     def put_back(self, sequences: Iterable[TokenSequence]) -> None:
         """Return taken sequences to the front, shortest prompts first."""
-        self.returned.extendleft(sorted(sequences, key=lambda sequence: -len(sequence.input_ids)))
+        ordered = sorted(sequences, key=lambda sequence: len(sequence.input_ids))
+        self.returned.extendleft(ordered[::-1])
 
-    def up_to(self, max_seq_len: int) -> Iterator[TokenSequence]:
-        """Take sequences while they fit into a slot of `max_seq_len` tokens."""
-        while (sequence := self.first()) is not None and slot_tokens(sequence) <= max_seq_len:
+    def up_to(self, cache_tokens: float = math.inf) -> Iterator[TokenSequence]:
+        """Take sequences while each fits, alone, into a KV cache of `cache_tokens`."""
+        while (sequence := self.first()) is not None and cache_tokens_of(sequence) <= cache_tokens:
             yield self.returned.popleft()
 
 
@@ -76,28 +77,29 @@ class EngineGenerator:
         self.is_sharded, self.runner_type = is_sharded, runner_type
         self.stats = EngineStats()
 
-    def run(self, sequences: Iterable[TokenSequence], group: BatchGroup) -> Iterator[TokenSequence]:
+    def run(self, sequences: Iterable[TokenSequence], plan: BatchPlan) -> Iterator[TokenSequence]:
         """
         Yield each sequence when it is answered; one that has no memory even alone comes without an answer.
 
-        Out of memory halves the tokens of KV cache from there on, in slots no longer than the next sequences need.
+        Out of memory halves the batch size and the KV cache from there on; a sequence that then needs a larger cache
+        gets it for itself.
 
         Raises:
             RankError: out of memory on a sharded model, whose other processes do not know of it.
         """
         queue = SequenceQueue(sequences)
-        batch_size, max_seq_len = group.batch_size, group.max_seq_len
-        cache_tokens = batch_size * max_seq_len
+        batch_size, cache_tokens = plan.batch_size, plan.cache_tokens
         while (sequence := queue.first()) is not None:
-            if slot_tokens(sequence) > max_seq_len:
-                max_seq_len = slot_tokens(sequence)
-                batch_size = max(1, min(batch_size, cache_tokens // max_seq_len))
+            if cache_tokens_of(sequence) > cache_tokens:
+                batch_size, cache_tokens = 1, cache_tokens_of(sequence)
             self.stats.batch_sizes.append(batch_size)
             engine, out_of_memory = None, False
             try:
-                config = EngineConfig(batch_size, max_seq_len, self.stop, self.sampling)
+                config = EngineConfig(
+                    batch_size, plan.max_seq_len, self.stop, self.sampling, cache_tokens=cache_tokens
+                )
                 engine = Engine(self.model, config, self.runner_type)
-                yield from engine.answer(queue.up_to(max_seq_len))
+                yield from engine.answer(queue.up_to(cache_tokens))
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise
@@ -108,18 +110,16 @@ class EngineGenerator:
                     self.stats.prefill_seconds += engine.runner.prefill_seconds
             if not out_of_memory:
                 continue
-            tried = f"out of memory with {batch_size} rows of up to {max_seq_len} tokens at once"
+            tried = f"out of memory with {batch_size} rows and {cache_tokens} cached tokens at once"
             if self.is_sharded:
                 raise RankError(f"{tried}: run the same command with a smaller --batch_size, it resumes here")
             queue.put_back(engine.scheduler.unfinished() if engine else [])
             del engine
             torch.cuda.empty_cache()
-            sequence = queue.first()
-            needed = slot_tokens(sequence)
-            if batch_size == 1 and max_seq_len == needed:
-                yield next(queue.up_to(max_seq_len))
+            needed = cache_tokens_of(queue.first())
+            if batch_size == 1 and cache_tokens == needed:
+                yield queue.returned.popleft()
                 continue
-            cache_tokens = batch_size * max_seq_len // 2
-            max_seq_len = max(needed, min(2 * needed, max_seq_len, cache_tokens))
-            batch_size = max(1, min(batch_size, cache_tokens // max_seq_len))
-            print(f"{tried}: continuing with {batch_size} of up to {max_seq_len}", file=sys.stderr, flush=True)
+            batch_size = max(1, batch_size // 2)
+            cache_tokens = needed if batch_size == 1 else max(needed, cache_tokens // 2)
+            print(f"{tried}: continuing with {batch_size} and {cache_tokens}", file=sys.stderr, flush=True)

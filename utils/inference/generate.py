@@ -19,7 +19,7 @@ from utils.common.processes import is_main_process
 from utils.distributed.collectives import barrier, gather_from_all, gather_lists
 from utils.inference.answer_writer import Answer, AnswerFile
 from utils.inference.batch_generator import AnswerSettings, BatchGenerator, PromptCodec
-from utils.inference.batch_sizing import BatchGroup, describe_groups
+from utils.inference.batch_sizing import BatchPlan
 from utils.inference.engine_generate import EngineStats
 from utils.inference.prompt_reader import PromptRow
 from utils.inference.run_report import print_placement
@@ -114,9 +114,8 @@ def answer_rows(
     pending = [row for row in job.requests if row.index not in job.known]
     answered, ready = (len(job.known), len(job.requests)), time.monotonic()
 
-    def show(groups: list[BatchGroup]) -> None:
-        batches = describe_groups(groups, job.batch_size, replica.replicas)
-        print_placement(model, replica, batches, answered, ready - job.began)
+    def show(plan: BatchPlan) -> None:
+        print_placement(model, replica, str(plan), answered, ready - job.began)
 
     started = time.perf_counter()
     generator = BatchGenerator(model, PromptCodec(tokenizer, job.template), job.settings, device, replica)

@@ -6,15 +6,15 @@ Sequences in, answered out, with the same tokens that the engine would choose. `
 
 import sys
 from collections.abc import Iterable, Iterator
-from itertools import chain, islice
+from itertools import islice
 
 import torch
 from transformers import LogitsProcessor, PreTrainedModel, StoppingCriteria
 
 from utils.data.collators import left_pad
-from utils.inference.batch_sizing import BatchGroup, is_out_of_memory
+from utils.inference.batch_sizing import BatchPlan, is_out_of_memory
 from utils.inference.engine.scheduler import StopRule, TokenSequence
-from utils.inference.engine_generate import EngineStats
+from utils.inference.engine_generate import EngineStats, SequenceQueue
 from utils.inference.sampling import GREEDY, Sampling
 from utils.lora.multi_lora import adapter_choice_of
 
@@ -40,16 +40,18 @@ class HfGenerator:
         self.pad_token_id, self.device = pad_token_id, device
         self.stats = EngineStats()
 
-    def run(self, sequences: Iterable[TokenSequence], group: BatchGroup) -> Iterator[TokenSequence]:
+    def run(self, sequences: Iterable[TokenSequence], plan: BatchPlan) -> Iterator[TokenSequence]:
         """
         Yield each sequence when it is answered; one that has no memory even alone comes without an answer.
 
-        Out of memory halves the batch size from there on.
+        Out of memory halves the batch size from there on, and prompts for which memory is short have a smaller one.
         """
-        source = iter(sequences)
-        size = group.batch_size
+        queue = SequenceQueue(sequences)
+        size = plan.batch_size
         self.stats.batch_sizes.append(size)
-        while batch := list(islice(source, size)):
+        while batch := list(islice(queue.up_to(), size)):
+            while plan.padded_batch_size and len(batch) > max(1, plan.padded_batch_size(batch[-1])):
+                queue.put_back([batch.pop()])
             try:
                 self.generate_batch(batch)
             except Exception as error:
@@ -62,7 +64,7 @@ class HfGenerator:
                 tried = f"out of memory with {size} rows at once"
                 print(f"{tried}: continuing with {size // 2}", file=sys.stderr, flush=True)
                 size //= 2
-                source = chain(batch, source)
+                queue.put_back(batch)
                 self.stats.batch_sizes.append(size)
                 torch.cuda.empty_cache()
                 continue

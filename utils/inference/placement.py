@@ -33,7 +33,7 @@ from utils.data.input_facts import describe_size
 from utils.distributed.collectives import gather_from_all
 from utils.distributed.deepspeed_setup import init_deepspeed
 from utils.inference.engine import can_serve
-from utils.inference.engine.attention import SLOT_ATTENTION, has_decode_kernels
+from utils.inference.engine.attention import PAGED_ATTENTION, has_decode_kernels
 from utils.inference.tensor_parallel import check_heads, shard_with_deepspeed, tensor_parallel_groups
 from utils.inference.work_queue import Replica
 from utils.kernels import load_skinny_gemm
@@ -59,7 +59,7 @@ def prepare_for_decoding(model: PreTrainedModel | PeftModel) -> None:
         return
     model = model.get_base_model() if isinstance(model, PeftModel) else model
     fuse_qkv(model)
-    model.set_attn_implementation(SLOT_ATTENTION)
+    model.set_attn_implementation(PAGED_ATTENTION)
     device = model.get_input_embeddings().weight.device
     if has_decode_kernels(device, model.dtype) and load_skinny_gemm() is not None:
         use_skinny_layers(model)

@@ -124,7 +124,7 @@ def print_placement(
         if known
         else None,
         "placement": describe_placement(model, replica),
-        "engine": "batched decoding, a KV-cache slot a sequence"
+        "engine": "batched decoding, a KV cache in pages"
         if can_serve(model)
         else "transformers' generate, because the model is not on one device",
         "batch size": batches,

@@ -1,16 +1,16 @@
 """
-Attention of a decode step: one query token per sequence over its slot of the KV cache, as one Triton kernel.
+Attention of a decode step: one query token per sequence over its pages of the KV cache, as one Triton kernel.
 
-Called by utils/inference/engine/kv_cache.py. The kernel reads only the filled tokens of a slot, so sequences of
-unequal length share one CUDA graph; torch's attention needs a mask and reads the whole slot. flashinfer has a
-maintained kernel, but for a paged cache that the host plans again at each step, while a slot here is contiguous and a
-graph replays without the host.
+Called by utils/inference/engine/attention.py. The kernel reads only the filled tokens of a sequence, so sequences of
+unequal length share one CUDA graph; torch's attention needs a mask, and keys that lie side by side. flashinfer has a
+maintained kernel, but the host plans it again at each step; here a graph replays without the host, which overwrites
+the page table in between.
 
 Softmax is computed online (Milakov and Gimelshein, arXiv:1805.02867), in powers of 2. A small batch would leave most
-of a GPU idle, so several programs share the tokens of a slot (as in Flash-Decoding), and the last one combines their
-results.
+of a GPU idle, so several programs share the tokens of a sequence (as in Flash-Decoding), and the last one combines
+their results.
 
-Shapes: B sequences, H query heads, K key/value heads, G = H / K, D head size, S max_seq_len.
+Shapes: B sequences, H query heads, K key/value heads, G = H / K, D head size, P pages of a sequence at most.
 
 Triton's interpreter runs it from version 3.7.1 on; that of 3.6 cannot loop up to a value that a kernel has loaded
 ("only 0-dimensional arrays can be converted to Python scalars").
@@ -29,22 +29,22 @@ from utils.kernels.triton_utils import (
     wait_for_inputs,
 )
 
-KV_BLOCK = 64  # cached tokens that a program loads at a time
-MAX_SPLITS = 16  # programs per slot and key/value head
+MAX_SPLITS = 16  # programs per sequence and key/value head
 LOG2_E = 1.4426950408889634
 
 
 @triton.jit
 def _decode_attention_kernel(
     query_ptr,  # (B, K, G, D)
-    key_ptr,  # (slots, K, S, D)
-    value_ptr,  # (slots, K, S, D)
+    key_ptr,  # (pages, K, BLOCK, D)
+    value_ptr,  # (pages, K, BLOCK, D)
+    table_ptr,  # (B, P) int32, page of each BLOCK tokens of a sequence
     last_ptr,  # (B,) int64, index of the last filled token
     output_ptr,  # (B, K, G, D)
     partial_ptr,  # (B * K, SPLITS, G, D) float32, normalised outputs
     log_ptr,  # (B * K, SPLITS, G) float32, log2 of their softmax denominators
     count_ptr,  # (B * K,) int32, see `arrival_counters`
-    S,
+    P,
     scaling,  # times log2(e), because the kernel takes powers of 2
     G: tl.constexpr,
     D: tl.constexpr,
@@ -58,11 +58,13 @@ def _decode_attention_kernel(
         wait_for_inputs()
     head, split = tl.program_id(0).to(tl.int64), tl.program_id(1)  # head of B * K
     g, d, s = tl.arange(0, TILE), tl.arange(0, D), tl.arange(0, BLOCK)
-    length = tl.load(last_ptr + head // KV_HEADS).to(tl.int32) + 1
+    row, kv_head = head // KV_HEADS, head % KV_HEADS
+    length = tl.load(last_ptr + row).to(tl.int32) + 1
     tokens_per_split = tl.cdiv(tl.cdiv(length, SPLITS), BLOCK) * BLOCK
     first = split * tokens_per_split
     end = min(length, first + tokens_per_split)
-    slot = head * S * D
+    table = table_ptr + row * P
+    token = s[:, None] * D + d[None, :]  # place of a page's tokens
     in_group = g[:, None] < G
     query = tl.load(query_ptr + (head * G + g[:, None]) * D + d[None, :], mask=in_group, other=0.0)
     highest = tl.full((TILE,), -1e30, tl.float32)
@@ -70,7 +72,8 @@ def _decode_attention_kernel(
     output = tl.zeros((TILE, D), tl.float32)
     for start in range(first, end, BLOCK):
         filled = (start + s) < end
-        offset = slot + (start + s[:, None]) * D + d[None, :]
+        page = tl.load(table + start // BLOCK).to(tl.int64)
+        offset = (page * KV_HEADS + kv_head) * BLOCK * D + token
         key = tl.load(key_ptr + offset, mask=filled[:, None], other=0.0)
         scores = tl.dot(query, tl.trans(key)) * scaling
         scores = tl.where(filled[None, :], scores, -1e30)
@@ -109,25 +112,31 @@ def _decode_attention_kernel(
 
 
 def decode_attention(
-    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, last: torch.Tensor, scaling: float
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    page_table: torch.Tensor,
+    last: torch.Tensor,
+    scaling: float,
 ) -> torch.Tensor:
     """
-    Attention of one query token per sequence over the filled tokens of its slot.
+    Attention of one query token per sequence over its filled tokens.
 
     Args:
         query: (B, H, 1, D) float16 or bfloat16, D a power of 2.
-        keys: (slots, K, S, D), contiguous, in the dtype of `query`; sequence b has slot b, so slots >= B.
+        keys: (pages, K, page size, D), contiguous, in the dtype of `query`; the page size is a power of 2 from 16 on.
         values: as `keys`.
-        last: (B,) int64, index in its slot of each sequence's last filled token.
+        page_table: (B, P) int32, contiguous; its row holds a sequence's pages in their order.
+        last: (B,) int64, index of each sequence's last filled token.
         scaling: factor of the scores, usually D ** -0.5.
 
     Returns:
         (B, 1, H, D) in the dtype of `query`.
     """
     B, H, _, D = query.shape
-    K, S = keys.shape[1], keys.shape[2]
+    K, P = keys.shape[1], page_table.shape[1]
     G = H // K
-    splits = triton.next_power_of_2(min(triton.cdiv(TARGET_PROGRAMS, B * K), triton.cdiv(S, KV_BLOCK), MAX_SPLITS))
+    splits = triton.next_power_of_2(min(triton.cdiv(TARGET_PROGRAMS, B * K), P, MAX_SPLITS))
     output = query.new_empty(B, 1, H, D)
     partial = query.new_empty(B * K, splits, G, D, dtype=torch.float32) if splits > 1 else output
     log = query.new_empty(B * K, splits, G, dtype=torch.float32)
@@ -136,18 +145,19 @@ def decode_attention(
         query.contiguous(),
         keys,
         values,
+        page_table,
         last,
         output,
         partial,
         log,
         arrival_counters(query.device),
-        S,
+        P,
         scaling * LOG2_E,
         G=G,
         D=D,
         TILE=max(MIN_TILE_ROWS, triton.next_power_of_2(G)),
         SPLITS=splits,
-        BLOCK=KV_BLOCK,
+        BLOCK=keys.shape[2],
         KV_HEADS=K,
         PDL=pdl,
         num_warps=4,

@@ -18,6 +18,8 @@ CAUSAL, BIDIRECTIONAL = (-1, 0), (-1, -1)  # window sizes to the left and right,
 # Since torch 2.13 the kernel wants to be told of fewer key heads than query heads.
 HAS_GQA_FLAG = "enable_gqa" in inspect.signature(varlen_attn).parameters
 
+Bounds = tuple[torch.Tensor, torch.Tensor, int, int]  # where sequences begin, in queries and keys; the longest ones
+
 
 class _Gather(torch.autograd.Function):
     """
@@ -51,6 +53,8 @@ def varlen_attention_forward(
     scaling: float | None = None,
     cu_seq_lens_q: torch.Tensor | None = None,
     max_length_q: int | None = None,
+    cu_seq_lens_k: torch.Tensor | None = None,
+    max_length_k: int | None = None,
     prefix_tokens: torch.Tensor | None = None,
     cu_prefix: torch.Tensor | None = None,
     causal: bool = True,
@@ -62,9 +66,11 @@ def varlen_attention_forward(
     The parameters' names are those of transformers' attention interface and of the collator.
 
     Args:
-        query: (1, H, T, D) float16 or bfloat16 on a GPU; key and value (1, K, T, D) with H a multiple of K.
+        query: (1, H, T, D) float16 or bfloat16 on a GPU; key and value (1, K, S, D) with H a multiple of K.
         cu_seq_lens_q: (sequences + 1,) int32, where each sequence begins, and T; sequences may be empty.
         max_length_q: the length of the longest sequence, or more.
+        cu_seq_lens_k, max_length_k: the same of its keys, which may be more: then the queries are its last tokens,
+            as in FlashAttention. None is those of the queries.
         prefix_tokens: for ChatGLM-6B (P,) int64, the tokens that see all of their sequence's prefix.
         cu_prefix: (sequences + 1,) int32, where among them each sequence's begin, and P.
         causal: whether the other tokens see only what is before them, else all of their sequence.
@@ -72,28 +78,20 @@ def varlen_attention_forward(
     query, key, value = (heads.squeeze(0).transpose(0, 1).contiguous() for heads in (query, key, value))  # (T, H, D)
     options = {"enable_gqa": True} if HAS_GQA_FLAG and query.shape[1] != key.shape[1] else {}
 
-    def attend(query, key, value, starts: torch.Tensor, window: tuple[int, int]) -> torch.Tensor:
-        return varlen_attn(
-            query,
-            key,
-            value,
-            starts,
-            starts,
-            max_length_q,
-            max_length_q,
-            scale=scaling,
-            window_size=window,
-            **options,
-        )
+    def attend(query, key, value, bounds: Bounds, window: tuple[int, int]) -> torch.Tensor:
+        return varlen_attn(query, key, value, *bounds, scale=scaling, window_size=window, **options)
 
-    output = attend(query, key, value, cu_seq_lens_q, CAUSAL if causal else BIDIRECTIONAL)
+    starts = cu_seq_lens_q, cu_seq_lens_q if cu_seq_lens_k is None else cu_seq_lens_k
+    longest = max_length_q, max_length_q if max_length_k is None else max_length_k
+    output = attend(query, key, value, (*starts, *longest), CAUSAL if causal else BIDIRECTIONAL)
     if prefix_tokens is not None:  # a second pass, over the prefixes alone and in both directions
         order = torch.arange(len(prefix_tokens), device=prefix_tokens.device)
         places = prefix_tokens.new_full((len(query),), -1).index_copy(0, prefix_tokens, order)  # (T,)
         prefix_query, prefix_key, prefix_value = (
             _Gather.apply(heads, prefix_tokens, places) for heads in (query, key, value)
         )  # (P, H, D)
-        prefix_output = attend(prefix_query, prefix_key, prefix_value, cu_prefix, BIDIRECTIONAL)
+        bounds = cu_prefix, cu_prefix, max_length_q, max_length_q
+        prefix_output = attend(prefix_query, prefix_key, prefix_value, bounds, BIDIRECTIONAL)
         prefix_output = _Gather.apply(prefix_output, places, prefix_tokens)  # (T, H, D)
         output = torch.where(places[:, None, None] >= 0, prefix_output, output)
     return output.unsqueeze(0), None

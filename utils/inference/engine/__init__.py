@@ -1,13 +1,16 @@
 """
 Batch generation with continuous batching: token sequences in, the same sequences with their answers out.
 
-Slots. The KV cache has `max_batch_size` slots of `max_seq_len` tokens each, allocated once. A sequence has a slot from
-    its prefill to its last token; then the next waiting sequence takes it.
+Pages. The KV cache is pages of 64 tokens, allocated once; a sequence has as many as its tokens need, and those that
+    begin alike share the first ones. `pages.py` has the rules.
+Slots. A sequence has one of `max_batch_size` rows of the decode batch from the end of its prefill to its last token;
+    then a waiting sequence takes it.
 Prefill. Waiting prompts are packed without padding and computed together, all but the last token of each, which the
-    first decode step computes.
+    first decode step computes. A long prompt is computed in chunks, between decode steps of the others.
 Decode steps. A step chooses one token for each slot. It runs the same kernels on the same memory whatever the
     sequences are, so on a GPU each batch size is captured once as a CUDA graph of compiled layers, and a prefill for
-    each of 11 lengths. The decode kernel reads only the filled tokens of a slot, so one graph serves all lengths.
+    each of 11 lengths. The decode kernel reads a sequence's filled tokens where the page table says, so one graph
+    serves all lengths, and the host writes the table between two replays.
 Looking behind. The host starts the next 4 steps before it reads the tokens of the last 4, so the GPU never waits for
     it. A sequence that ended meanwhile computes a few tokens that are dropped.
 Early launch. Kernels of a step launch while those before them end (programmatic dependent launch, Hopper and newer).
@@ -62,7 +65,7 @@ class Engine:
         """
         Yield each sequence when its answer is complete.
 
-        Sequences are taken in their order as slots become free; sorted by prompt length they prefill fastest.
+        Sequences are taken in their order as slots and pages become free.
         """
         source = iter(sequences)
         results: deque[DecodeResult] = deque()
@@ -75,5 +78,5 @@ class Engine:
             decodes = self.scheduler.needs_decoding()
             if decodes:
                 results.append(self.runner.decode(self.scheduler.plan_decode()))
-            if self.scheduler.must_finish_oldest() or not decodes:
+            if results and (self.scheduler.must_finish_oldest() or not decodes):
                 yield from self.scheduler.finish(self.runner.wait(results.popleft()))

@@ -69,7 +69,7 @@ def run_block(
     Hidden states (B, T, E) through one block.
 
     Args:
-        attention: keyword arguments for `slot_attention_forward`.
+        attention: keyword arguments for `paged_attention_forward`.
     """
     key = "cache" if isinstance(block, ChatGLMBlock) else CACHE_KEY  # our own block has one name in every version
     return block(hidden_states, position_embeddings=position_embeddings, **{key: cache}, **attention)

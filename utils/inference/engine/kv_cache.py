@@ -1,10 +1,10 @@
 """
-The engine's memory on the device: keys and values of every slot, and where the sequence in each slot stands.
+The engine's memory on the device: pages of keys and values, and where the sequence in each slot stands.
 
 `ModelRunner` writes both in prefill and in every decode step; nothing here moves or grows while the engine lives,
-because CUDA graphs replay on the same addresses.
+because CUDA graphs replay on the same addresses. Which page belongs to whom the host decides, see `pages.py`.
 
-Shapes: B sequences of a decode step, T tokens, K key/value heads, D head size, R sequences and N tokens of a prefill.
+Shapes: B sequences of a decode step, K key/value heads, D head size, R sequences and N tokens of a prefill.
 """
 
 from collections.abc import Collection
@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel
 
-from utils.inference.engine.prefill import PrefillBatch
+from utils.inference.engine.pages import PAGE_TOKENS, SCRATCH_PAGE
+from utils.inference.engine.prefill import PastTokens, PrefillBatch
 
 
 def kv_bytes_per_token(model: PreTrainedModel) -> int:
@@ -26,18 +27,45 @@ def kv_bytes_per_token(model: PreTrainedModel) -> int:
 
 @dataclass
 class LayerKVCache:
-    """One layer's slots in place of transformers' cache: keys and values (max_batch_size, K, max_seq_len, D)."""
+    """One layer's pages in place of transformers' cache: keys and values (pages, K, 64, D)."""
 
     keys: torch.Tensor
     values: torch.Tensor
-    next_index: torch.Tensor  # (B,) int64: where the next token of each of the first B slots goes
+    page_table: torch.Tensor  # (B, pages of a sequence) int32
+    next_index: torch.Tensor  # (B,) int64: number of the next token in each of the first B slots
 
     def update(self, key: torch.Tensor, value: torch.Tensor, layer_idx: int, **kwargs):
-        """Write one token per sequence, (B, K, 1, D), into the first B slots; return the keys and values of all."""
-        slots = torch.arange(key.shape[0], device=key.device)
-        self.keys[slots, :, self.next_index] = key[:, :, 0]
-        self.values[slots, :, self.next_index] = value[:, :, 0]
+        """Write one token per sequence, (B, K, 1, D); return the keys and values of all pages."""
+        page = self.page_table.gather(1, self.next_index[:, None] // PAGE_TOKENS)[:, 0].long()
+        self.write(page, self.next_index % PAGE_TOKENS, key[:, :, 0], value[:, :, 0])
         return self.keys, self.values
+
+    def write(self, page: torch.Tensor, offset: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
+        """Write tokens, (N, K, D), each to its page and its place there, (N,) int64."""
+        self.keys[page, :, offset] = key
+        self.values[page, :, offset] = value
+
+
+@dataclass
+class PromptPages:
+    """Where the keys of a prefill lie whose tokens also attend to keys that are cached already."""
+
+    cache: LayerKVCache
+    token_page: torch.Tensor  # (N,) int64, of the tokens that are prefilled
+    token_offset: torch.Tensor  # (N,)
+    past: PastTokens
+
+    def exchange(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        Write the prefilled tokens' keys and values, (1, K, N, D), and return all that they attend to, (1, K, M, D).
+
+        As they are written first, a sequence can share pages that another one fills in the same prefill.
+        """
+        self.cache.write(self.token_page, self.token_offset, key[0].transpose(0, 1), value[0].transpose(0, 1))
+        keys, values = (
+            tensor[self.past.page, :, self.past.offset] for tensor in (self.cache.keys, self.cache.values)
+        )  # (M, K, D)
+        return keys.transpose(0, 1)[None], values.transpose(0, 1)[None]
 
 
 @dataclass
@@ -60,12 +88,14 @@ class DecodeStateShape:
 
     Args:
         max_batch_size: slots.
+        max_pages: of a sequence.
         coordinates: of a position: 2 for ChatGLM-6B, else 1.
         decode_steps: whose tokens `history` keeps.
         seen_tokens: size of the vocabulary if a repetition penalty needs each sequence's tokens, else 0.
     """
 
     max_batch_size: int
+    max_pages: int
     coordinates: int
     decode_steps: int
     seen_tokens: int
@@ -73,33 +103,34 @@ class DecodeStateShape:
 
 class DecodeState:
     """
-    Per-slot decode state on the device: last token, cache length, tokens left, position, adapter.
+    Per-slot decode state on the device. One slot more than there are sequences takes what belongs to none.
 
     int64, one a slot:
         next_token: the last token of the sequence, which the next decode step computes.
-        cache_length: tokens in the KV cache, so the index where that token goes.
+        cache_length: tokens in the KV cache, so the number of that token.
         tokens_left: how many more may come; 0 once a stop token came.
         sequence_id, answer_length: with the seed they decide a sampled token.
         adapter: number of the adapter; 0 is none.
-        position: (max_batch_size, coordinates). ChatGLM-6B's first coordinate stays where the answer began.
+        position: (slots, coordinates). ChatGLM-6B's first coordinate stays where the answer began.
 
-    `history` (decode_steps, max_batch_size) holds the chosen tokens, `history_index` (1,) the row that is written
-    next; `seen` (max_batch_size, vocabulary) bool, the tokens of prompt and answer, or None.
+    `page_table` (slots, max_pages) int32 has the pages of each sequence, behind them the scratch page. `history`
+    (decode_steps, max_batch_size) holds the chosen tokens, `history_index` (1,) the row that is written next; `seen`
+    (slots, vocabulary) bool, the tokens of prompt and answer, or None.
     """
 
     def __init__(self, shape: DecodeStateShape, stop_ids: Collection[int], device: torch.device):
-        def zeros(*sizes: int) -> torch.Tensor:
-            return torch.zeros(*sizes, dtype=torch.int64, device=device)
+        def zeros(*sizes: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
+            return torch.zeros(*sizes, dtype=dtype, device=device)
 
-        slots = shape.max_batch_size
+        self.unused_slot = shape.max_batch_size
+        slots = shape.max_batch_size + 1
         self.next_token, self.cache_length, self.tokens_left = zeros(slots), zeros(slots), zeros(slots)
         self.sequence_id, self.answer_length, self.adapter = zeros(slots), zeros(slots), zeros(slots)
         self.position = zeros(slots, shape.coordinates)
+        self.page_table = zeros(slots, shape.max_pages, dtype=torch.int32)
         self.decode_steps = shape.decode_steps
-        self.history, self.history_index = zeros(shape.decode_steps, slots), zeros(1)
-        self.seen = None
-        if shape.seen_tokens:
-            self.seen = torch.zeros(slots, shape.seen_tokens, dtype=torch.bool, device=device)
+        self.history, self.history_index = zeros(shape.decode_steps, shape.max_batch_size), zeros(1)
+        self.seen = zeros(slots, shape.seen_tokens, dtype=torch.bool) if shape.seen_tokens else None
         self.stop_ids = torch.tensor(sorted(set(stop_ids)), device=device)
         self.position_step = torch.tensor([0, 1] if shape.coordinates == 2 else [1], device=device)
 
@@ -113,6 +144,7 @@ class DecodeState:
             self.answer_length,
             self.adapter,
             self.position,
+            self.page_table,
         ]
         return state if self.seen is None else [*state, self.seen]
 
@@ -121,18 +153,27 @@ class DecodeState:
         for tensor, values in (
             (self.next_token, batch.next_token),
             (self.cache_length, batch.cache_length),
-            (self.tokens_left, batch.max_new_tokens),
+            (self.tokens_left, batch.tokens_left),
             (self.sequence_id, batch.sequence_id),
+            (self.answer_length, batch.answer_length),
             (self.adapter, batch.adapter),
             (self.position, batch.next_position.t()),
         ):
             tensor[batch.slot] = values
-        self.answer_length.index_fill_(0, batch.slot, 0)
+
+    def clear(self, slots: torch.Tensor) -> None:
+        """Let slots (R,) belong to no sequence, so that decode steps write their tokens to the scratch page."""
+        self.cache_length.index_fill_(0, slots, 0)
+        self.tokens_left.index_fill_(0, slots, 0)
+        self.page_table.index_fill_(0, slots, SCRATCH_PAGE)
         if self.seen is not None:
-            true = torch.ones((), dtype=torch.bool, device=self.seen.device)
-            self.seen.index_fill_(0, batch.slot, False)
-            self.seen.index_put_((batch.token_slot, batch.token_ids), true)
-            self.seen.index_put_((batch.slot, batch.next_token), true)
+            self.seen.index_fill_(0, slots, False)
+
+    def move(self, sources: torch.Tensor, targets: torch.Tensor) -> None:
+        """Move what is in slots `sources` (R,) to slots `targets` (R,)."""
+        for tensor in self.per_slot():
+            tensor[targets] = tensor[sources]
+        self.clear(sources)
 
     def advance(self, chosen: torch.Tensor) -> None:
         """Append `chosen` (B,), the tokens of the first B slots; sequences that have ended keep their state."""

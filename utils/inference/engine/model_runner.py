@@ -2,13 +2,13 @@
 The engine's device side: plans of the `Scheduler` in, chosen tokens out.
 
 It holds the KV cache, the per-slot decode state, the compiled functions and the CUDA graphs. On a GPU a prefill of
-each padded length and a decode step of each batch size are graphs, so the host only copies inputs and replays.
+each padded length and a decode step of each batch size are graphs, so the host only copies inputs and replays; a
+prefill that attends to cached tokens too is launched kernel by kernel. `models` has what depends on the architecture.
 
 Shapes: B sequences of a decode step, R sequences and N tokens of a prefill, K key/value heads, D head size.
 """
 
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,25 +16,26 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from utils.common.numbers import ceil_div
-from utils.inference.engine.attention import SLOT_ATTENTION, has_decode_kernels
+from utils.inference.engine.attention import PAGED_ATTENTION, has_decode_kernels
 from utils.inference.engine.compiled import CompiledFunctions
 from utils.inference.engine.cuda_graphs import CudaGraphs
-from utils.inference.engine.kv_cache import DecodeState, DecodeStateShape, LayerKVCache
-from utils.inference.engine.prefill import MAX_MASKED_PREFILL_TOKENS, MAX_PREFILL_TOKENS, PrefillBatch, pack_prompts
+from utils.inference.engine.kv_cache import DecodeState, DecodeStateShape, PromptPages
+from utils.inference.engine.models import serve
+from utils.inference.engine.pages import pages_for
+from utils.inference.engine.prefill import MAX_HOST_PREFILL_TOKENS, MAX_PREFILL_TOKENS, PrefillBatch, pack_chunks
 from utils.inference.engine.scheduler import DecodePlan, PrefillPlan, SchedulerLimits, StopRule
 from utils.inference.sampling import GREEDY, Sampling
 from utils.lora.multi_lora import AdapterChoice, adapter_choice_of
-from utils.models.modeling_chatglm import ChatGLMForConditionalGeneration, derive_position_ids
 
-SEQ_LEN_MULTIPLE = 128  # tokens: of a slot, and of what a decode step reads without kernels; few shapes compile
+SEQ_LEN_MULTIPLE = 128  # tokens that a decode step reads without kernels: few shapes compile
 GPU_DECODE_STEPS = 4  # between two times at which the host reads tokens back
 COMPILED_BLOCKS = 4  # compiled together: one's last sum and the next one's norm become one kernel; more gained nothing
 
 EventPair = tuple[torch.cuda.Event, torch.cuda.Event]
 
 
-def round_to_slot(tokens: int) -> int:
-    """Return the tokens of a slot that holds `tokens`."""
+def round_seq_len(tokens: int) -> int:
+    """Return the longest sequence of an engine that has room for `tokens`."""
     return ceil_div(tokens, SEQ_LEN_MULTIPLE) * SEQ_LEN_MULTIPLE
 
 
@@ -49,6 +50,8 @@ class EngineConfig:
         compile_layers: None compiles on a GPU. CUDA graphs are captured on a GPU in any case.
         decode_steps: between two times at which the host reads tokens back; None is 4 on a GPU and 1 elsewhere. With
             more than one, the next ones start before the host reads.
+        cache_tokens: that the KV cache holds, of all sequences; None is enough for the longest in every slot. With
+            fewer, running sequences are preempted when it is full.
     """
 
     max_batch_size: int
@@ -57,6 +60,13 @@ class EngineConfig:
     sampling: Sampling = GREEDY
     compile_layers: bool | None = None
     decode_steps: int | None = None
+    cache_tokens: int | None = None
+
+    @property
+    def pages(self) -> int:
+        """Pages of the cache, the scratch page included."""
+        longest = pages_for(round_seq_len(self.max_seq_len))
+        return 1 + (self.max_batch_size * longest if self.cache_tokens is None else pages_for(self.cache_tokens))
 
 
 @dataclass(frozen=True)
@@ -85,40 +95,48 @@ class ModelRunner:
     def __init__(self, model: PreTrainedModel | PeftModel, config: EngineConfig):
         started = time.perf_counter()
         self.model = model.get_base_model() if isinstance(model, PeftModel) else model
-        if self.model.config._attn_implementation != SLOT_ATTENTION:
+        if self.model.config._attn_implementation != PAGED_ATTENTION:
             raise RuntimeError(
                 "the model is not prepared for the engine: call utils.inference.placement.prepare_for_decoding first"
             )
-        self.has_prefix = isinstance(self.model, ChatGLMForConditionalGeneration)
-        self.body = self.model.base_model
-        self.norm = self.body.final_layernorm if self.has_prefix else self.body.norm
-        self.head = self.model.get_output_embeddings()
-        self.embed = self.model.get_input_embeddings()
+        self.served = serve(self.model)
+        self.embed, self.head = self.served.embed, self.served.head
         self.device, self.dtype = self.embed.weight.device, self.model.dtype
         self.on_gpu = self.device.type == "cuda"
         self.has_kernels = has_decode_kernels(self.device, self.dtype)
         self.decode_steps = config.decode_steps or (GPU_DECODE_STEPS if self.on_gpu else 1)
-        self.max_batch_size, self.max_seq_len = config.max_batch_size, round_to_slot(config.max_seq_len)
+        self.max_batch_size, self.max_seq_len = config.max_batch_size, round_seq_len(config.max_seq_len)
         seen_tokens = self.head.weight.shape[0] if config.sampling.repetition_penalty != 1 else 0
-        shape = DecodeStateShape(self.max_batch_size, 2 if self.has_prefix else 1, self.decode_steps, seen_tokens)
+        max_pages = pages_for(self.max_seq_len)
+        shape = DecodeStateShape(
+            self.max_batch_size, max_pages, self.served.coordinates, self.decode_steps, seen_tokens
+        )
         self.state = DecodeState(shape, config.stop.token_ids, self.device)
-        self.caches: list[LayerKVCache] = []  # of each layer, from the first prefill on
+        self.pages = config.pages
+        self.adapter_choice = adapter_choice_of(self.model) or AdapterChoice()
+        self.adapter_choice.rows = torch.zeros(1, 1, dtype=torch.int64, device=self.device)
+        self.caches = self.served.new_caches(self.pages, self.state)
         compiles = self.on_gpu if config.compile_layers is None else config.compile_layers
         self.compiled = CompiledFunctions(config.sampling, self.state, compiles)
         self.graphs = CudaGraphs()
         self.prefill_inputs: dict[int, PrefillBatch] = {}  # on the device, by length: what its graph reads
         self.timed_prefills: list[EventPair] = []  # since the last decode steps
-        self.adapter_choice = adapter_choice_of(self.model) or AdapterChoice()
         self.compile_seconds, self.prefill_seconds = time.perf_counter() - started, 0.0
 
     @property
     def limits(self) -> SchedulerLimits:
         """What a `Scheduler` must keep to."""
-        prefill_tokens = MAX_PREFILL_TOKENS if self.has_kernels else MAX_MASKED_PREFILL_TOKENS
-        return SchedulerLimits(self.max_batch_size, prefill_tokens, self.decode_steps, few_batch_sizes=self.on_gpu)
+        return SchedulerLimits(
+            self.max_batch_size,
+            prefill_tokens=MAX_PREFILL_TOKENS if self.has_kernels else MAX_HOST_PREFILL_TOKENS,
+            decode_steps=self.decode_steps,
+            few_batch_sizes=self.on_gpu,
+            pages=self.pages,
+            splits_prompts=self.served.splits_prompts,
+        )
 
     def prefill(self, plan: PrefillPlan) -> None:
-        """Put the keys and values of prompts into their slots, all but the last token's, and set decode state."""
+        """Put keys and values of a plan's tokens into their pages, and set the decode state of its last chunks."""
         if not self.on_gpu:
             started = time.perf_counter()
             self._prefill(plan)
@@ -133,15 +151,30 @@ class ModelRunner:
             self.timed_prefills.append((begin, end))
 
     def _prefill(self, plan: PrefillPlan) -> None:
-        batch = pack_prompts(plan.sequences, plan.slots, self.position_ids_of, self.has_prefix)
-        unused_index = self.max_seq_len - 1  # never read: a sequence that fills its slot ends with a token there
+        self._write_pages(
+            [
+                (chunk.slot, number, page)
+                for chunk in plan.chunks
+                if chunk.slot is not None
+                for number, page in enumerate(chunk.pages)
+            ],
+            emptied=[chunk.slot for chunk in plan.chunks if chunk.slot is not None],
+        )
+        if self.state.seen is not None:
+            self._mark_seen(plan)
+        batch = self.pack(plan)
         if not self.has_kernels or batch.needs_mask:
             if not batch.tokens:  # layers need at least one token
-                batch = batch.padded(len(plan.sequences), unused_index)
-            mask = batch.mask().to(self.device)
-            self.compute_prefill(batch.to(self.device), mask)
+                batch = batch.padded(len(plan.chunks), self.state.unused_slot)
+            self.compute_prefill(batch.to(self.device), host_batch=batch)
             return
-        batch = batch.padded(self.max_batch_size, unused_index)
+        if batch.past is not None:
+            if batch.tokens:
+                self.compute_prefill(batch.to(self.device))
+            else:
+                self.state.place(batch.to(self.device))
+            return
+        batch = batch.padded(self.max_batch_size, self.state.unused_slot)
         length = batch.tokens
         if length > MAX_PREFILL_TOKENS:
             self.compute_prefill(batch.to(self.device))
@@ -152,58 +185,72 @@ class ModelRunner:
         self.prefill_inputs[length].copy_from(batch)
         self.graphs.replay(("prefill", length))
 
-    def position_ids_of(self, input_ids: Sequence[int]) -> list[list[int]]:
-        """A prompt's tokens -> the position of each, one list per coordinate: ChatGLM-6B has two."""
-        if self.has_prefix:
-            return derive_position_ids(torch.tensor([input_ids]), None, self.model.config)[0].tolist()
-        return [list(range(len(input_ids)))]
+    def pack(self, plan: PrefillPlan) -> PrefillBatch:
+        """Return a plan's tokens as a batch on the host, not padded."""
+        return pack_chunks(
+            plan, self.served.position_ids, self.state.unused_slot, bidirectional_prefix=not self.served.splits_prompts
+        )
 
-    def compute_prefill(self, batch: PrefillBatch, mask: torch.Tensor | None = None) -> None:
+    def _write_pages(self, entries: list[tuple[int, int, int]], emptied: list[int]) -> None:
+        """Clear slots, then write (slot, number, page) into the page table, without waiting for the device."""
+        if emptied:
+            self.state.clear(self._send(emptied))
+        if entries:
+            slots, numbers, pages = self._send(list(zip(*entries, strict=True)))
+            self.state.page_table[slots, numbers] = pages.int()
+
+    def _send(self, values: list) -> torch.Tensor:
+        """Return int64 `values` on the device."""
+        tensor = torch.tensor(values)
+        return (tensor.pin_memory() if self.on_gpu else tensor).to(self.device, non_blocking=True)
+
+    def _mark_seen(self, plan: PrefillPlan) -> None:
+        for chunk in plan.chunks:
+            if chunk.slot is not None:
+                self.state.seen[chunk.slot, self._send(sorted(set(chunk.sequence.token_ids)))] = True
+
+    def compute_prefill(self, batch: PrefillBatch, host_batch: PrefillBatch | None = None) -> None:
         """
         Compute packed prompts, and write their keys and values into the cache and their sequences into the state.
 
         Args:
             batch: on the device.
-            mask: (1, 1, N, N) bool, see `PrefillBatch.mask`; None uses the varlen kernel and `batch.cu_seqlens`.
+            host_batch: the same on the host, for attention without the varlen kernel; None uses the kernel.
         """
         self.state.place(batch)
         self.adapter_choice.rows = batch.token_adapter[None]
-        if mask is not None:
-            attention = {"attention_mask": mask}
+        bounds = host_batch or batch
+        attention = {
+            "cu_seq_lens_q": bounds.cu_seqlens,
+            "cu_seq_lens_k": bounds.past.cu_seqlens if bounds.past else bounds.cu_seqlens,
+        }
+        if host_batch is not None:
+            attention["prefix_lengths"] = host_batch.prefix_lengths()
         else:
-            attention = {
-                "cu_seq_lens_q": batch.cu_seqlens,
-                "max_length_q": min(self.max_seq_len, batch.tokens),
-                "causal": not batch.bidirectional_prefix,
-            }
+            attention["max_length_q"] = min(self.max_seq_len, batch.tokens)
+            attention["max_length_k"] = batch.past.longest if batch.past else attention["max_length_q"]
+            attention["causal"] = not batch.bidirectional_prefix
         hidden_states = self.embed(batch.token_ids[None])  # (1, N, E)
-        position_ids = batch.position_ids[None] if self.has_prefix else batch.position_ids  # (1, 2, N) or (1, N)
-        position_embeddings = self.body.rotary_emb(hidden_states, position_ids)
-        for index, block in enumerate(self.body.layers):
+        position_ids = self.served.shape_position_ids(batch.position_ids[None])
+        position_embeddings = self.served.rotary_emb(hidden_states, position_ids)
+        for block, cache in zip(self.served.blocks, self.caches, strict=True):
+            if batch.past:
+                attention["prompt_pages"] = PromptPages(cache, batch.token_page, batch.token_offset, batch.past)
             hidden_states, keys, values = self.compiled.prefill_block(
                 block, hidden_states, position_embeddings, attention
             )
-            if len(self.caches) == index:
-                self.caches.append(self._new_cache(keys))
-            cache = self.caches[index]
-            cache.keys[batch.token_slot, :, batch.token_index] = keys[0].transpose(0, 1)  # (N, K, D)
-            cache.values[batch.token_slot, :, batch.token_index] = values[0].transpose(0, 1)
-
-    def _new_cache(self, keys: torch.Tensor) -> LayerKVCache:
-        """Return a layer's empty cache, its heads as those of `keys` (1, K, N, D)."""
-        _, K, _, D = keys.shape
-        shape = (self.max_batch_size, K, self.max_seq_len, D)
-        return LayerKVCache(
-            keys=torch.zeros(shape, dtype=keys.dtype, device=self.device),
-            values=torch.zeros(shape, dtype=keys.dtype, device=self.device),
-            next_index=self.state.cache_length,
-        )
+            if not batch.past:
+                cache.write(
+                    batch.token_page, batch.token_offset, keys[0].transpose(0, 1), values[0].transpose(0, 1)
+                )  # (N, K, D)
 
     def decode(self, plan: DecodePlan) -> DecodeResult:
         """Start the plan's decode steps; on a GPU it returns before they are done, see `wait`."""
+        self._write_pages([], plan.emptied)
         if plan.moves:
-            self._move_slots(plan.moves)
-        width = self.max_seq_len if self.has_kernels else min(round_to_slot(plan.longest), self.max_seq_len)
+            self.state.move(*self._send(list(zip(*plan.moves, strict=True))))
+        self._write_pages(plan.pages, [])
+        width = self.max_seq_len if self.has_kernels else min(round_seq_len(plan.longest), self.max_seq_len)
         for _ in range(self.decode_steps):
             self._decode_step(plan.batch_size, width)
         token_ids = self.state.history[:, : plan.batch_size].t().clone().to("cpu", non_blocking=True)
@@ -220,12 +267,6 @@ class ModelRunner:
             result.ready.synchronize()
         self.prefill_seconds += sum(begin.elapsed_time(end) for begin, end in result.prefills) / 1e3
         return result.token_ids.tolist()
-
-    def _move_slots(self, moves: list[tuple[int, int]]) -> None:
-        sources, targets = (torch.tensor(slots, device=self.device) for slots in zip(*moves, strict=True))
-        caches = [tensor for cache in self.caches for tensor in (cache.keys, cache.values)]
-        for tensor in (*self.state.per_slot(), *caches):
-            tensor[targets] = tensor[sources]
 
     def _decode_step(self, size: int, width: int) -> None:
         if not self.on_gpu:
@@ -245,19 +286,25 @@ class ModelRunner:
         One more token for each of the first `size` slots. Sequences that have ended overwrite their last token.
 
         Args:
-            width: tokens of each slot that attention reads; the kernels ignore it, they read what is filled.
+            width: tokens of each sequence that attention reads; the kernels ignore it, they read what is filled.
         """
         state = self.state
-        lengths, position_ids = state.cache_length[:size], state.position[:size]
-        attention = {"cache_lengths": lengths} if self.has_kernels else {"slot_mask": self._slot_mask(lengths, width)}
-        position_ids = position_ids[..., None] if self.has_prefix else position_ids  # (B, 2, 1) or (B, 1)
+        lengths, page_table = state.cache_length[:size], state.page_table[:size]
+        attention = {"page_table": page_table}
+        if self.has_kernels:
+            attention["cache_lengths"] = lengths
+        else:
+            attention["cache_mask"] = self._cache_mask(lengths, width)
         hidden_states, position_embeddings = self.compiled.begin_step(
-            self.embed, self.body.rotary_emb, state.next_token[:size], position_ids
+            self.embed,
+            self.served.rotary_emb,
+            state.next_token[:size],
+            self.served.shape_position_ids(state.position[:size, :, None]),
         )
         self.adapter_choice.rows = state.adapter[:size, None]
         for cache in self.caches:
-            cache.next_index = lengths
-        blocks = list(self.body.layers)
+            cache.page_table, cache.next_index = page_table, lengths
+        blocks = self.served.blocks
         # Smaller batches, which serve only the last sequences, compile sooner one by one.
         together = COMPILED_BLOCKS if size == self.max_batch_size else 1
         for first in range(0, len(blocks), together):
@@ -265,12 +312,12 @@ class ModelRunner:
             hidden_states = self.compiled.run_blocks(
                 blocks[group], self.caches[group], hidden_states, position_embeddings, attention
             )
-        logits = self.compiled.end_step(self.norm, self.head, hidden_states)
+        logits = self.compiled.end_step(self.served.norm, self.head, hidden_states)
         seen = None if state.seen is None else state.seen[:size]
         chosen = self.compiled.choose(logits, seen, state.sequence_id[:size], state.answer_length[:size])
         self.compiled.advance(chosen)
 
-    def _slot_mask(self, lengths: torch.Tensor, width: int) -> torch.Tensor:
+    def _cache_mask(self, lengths: torch.Tensor, width: int) -> torch.Tensor:
         """(B,) indices of the last filled token -> (B, 1, 1, width), 0 or -inf."""
         visible = torch.arange(width, device=self.device) <= lengths[:, None]
         mask = torch.zeros(visible.shape, dtype=self.dtype, device=self.device).masked_fill(~visible, -torch.inf)
