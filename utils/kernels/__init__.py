@@ -23,6 +23,16 @@ def load_decode_attention() -> ModuleType | None:
     return _load("decode_attention", AMPERE)
 
 
+def load_inference_block() -> ModuleType | None:
+    """Return utils/kernels/inference_block.py, or None where it cannot run."""
+    return _load("inference_block", AMPERE)
+
+
+def load_next_token() -> ModuleType | None:
+    """Return utils/kernels/next_token.py, or None where it cannot run."""
+    return _load("next_token", AMPERE)
+
+
 def load_skinny_gemm() -> ModuleType | None:
     """Return utils/kernels/skinny_gemm.py, or None before Hopper, where its speed was not measured."""
     return _load("skinny_gemm", HOPPER)

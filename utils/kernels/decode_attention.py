@@ -24,9 +24,9 @@ from utils.kernels.triton_utils import (
     MIN_TILE_ROWS,
     TARGET_PROGRAMS,
     arrival_counters,
+    early_launch,
     is_last_program,
-    supports_pdl,
-    wait_for_inputs,
+    launch_next_and_wait,
 )
 
 MAX_SPLITS = 16  # programs per sequence and key/value head
@@ -55,7 +55,7 @@ def _decode_attention_kernel(
     PDL: tl.constexpr,
 ):
     if PDL:
-        wait_for_inputs()
+        launch_next_and_wait()
     head, split = tl.program_id(0).to(tl.int64), tl.program_id(1)  # head of B * K
     g, d, s = tl.arange(0, TILE), tl.arange(0, D), tl.arange(0, BLOCK)
     row, kv_head = head // KV_HEADS, head % KV_HEADS
@@ -140,7 +140,6 @@ def decode_attention(
     output = query.new_empty(B, 1, H, D)
     partial = query.new_empty(B * K, splits, G, D, dtype=torch.float32) if splits > 1 else output
     log = query.new_empty(B * K, splits, G, dtype=torch.float32)
-    pdl = supports_pdl(query.device)
     _decode_attention_kernel[(B * K, splits)](
         query.contiguous(),
         keys,
@@ -159,9 +158,8 @@ def decode_attention(
         SPLITS=splits,
         BLOCK=keys.shape[2],
         KV_HEADS=K,
-        PDL=pdl,
         num_warps=4,
         num_stages=3,
-        **({"launch_pdl": True} if pdl else {}),
+        **early_launch(query.device),
     )
     return output

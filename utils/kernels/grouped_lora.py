@@ -21,7 +21,7 @@ import torch
 import triton
 import triton.language as tl
 
-from utils.kernels.triton_utils import MIN_TILE_ROWS, supports_pdl, wait_for_inputs
+from utils.kernels.triton_utils import MIN_TILE_ROWS, early_launch, wait_for_inputs
 
 MAX_PROJECTIONS = 3
 MAX_BLOCK_M = 64  # rows
@@ -149,8 +149,7 @@ def grouped_lora(
     splits = max(1, MAX_SPLITS // triton.next_power_of_2(row_tiles))
     hidden = x.new_empty(splits, M, ranks, dtype=torch.float32)
     result = torch.empty_like(output)
-    pdl = supports_pdl(x.device)
-    launch_pdl = {"launch_pdl": True} if pdl else {}
+    launch = early_launch(x.device)
     with torch.cuda.device_of(x):  # layers may lie on several cards
         _shrink_kernel[(row_tiles, L, splits * triton.cdiv(ranks, block_r))](
             x,
@@ -164,10 +163,9 @@ def grouped_lora(
             BLOCK_M=block_m,
             BLOCK_R=block_r,
             BLOCK_K=BLOCK_K,
-            PDL=pdl,
             num_warps=4,
             num_stages=STAGES,
-            **launch_pdl,
+            **launch,
         )
         _expand_kernel[(row_tiles, L + 1, N // block_n)](
             output,
@@ -185,10 +183,9 @@ def grouped_lora(
             BLOCK_M=block_m,
             BLOCK_N=block_n,
             BLOCK_R=EXPAND_R,
-            PDL=pdl,
             num_warps=4,
             num_stages=1,  # in flight, the results of all splits would exceed the shared memory
-            **launch_pdl,
+            **launch,
         )
     return result
 

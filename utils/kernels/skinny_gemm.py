@@ -1,10 +1,10 @@
 """
-Skinny GEMMs of a decode step: at most 64 rows of activations times a weight in 16 bits or FP8, as one Triton kernel.
+Skinny GEMMs of a decode step: few rows of activations times a weight in 16 bits or FP8, as one kernel.
 
-Called by utils/layers/skinny_linear.py and, in FP8, by utils/layers/fp8.py. Such a GEMM is bound by reading the
-weight, which the kernel reads once. On an H100 cuBLAS is as fast in 16 bits and slower in FP8, and its kernels do not
-take part in programmatic dependent launch, which pays only if every kernel of a decode step does. The epilogue
-computes SwiGLU, so gate and up never go to memory.
+Called by utils/layers/skinny_linear.py and, in FP8, by utils/layers/fp8.py. Memory bandwidth bounds such a GEMM, and
+cuBLAS's kernels do not take part in programmatic dependent launch, which pays only if every kernel of a decode step
+does. On Hopper hopper_gemm.py computes it, elsewhere the Triton kernel here. The epilogue computes SwiGLU, so gate and
+up never go to memory.
 
 Shapes: x (M, K), weight (N, K), y (M, N). A gated weight is (2 N, K), gate above up: y = silu(x gate^T) * (x up^T).
 """
@@ -16,9 +16,11 @@ import triton
 import triton.language as tl
 
 from utils.kernels import load_hopper_gemm
-from utils.kernels.triton_utils import MIN_TILE_ROWS, arrival_counters, is_last_program, supports_pdl, wait_for_inputs
+from utils.kernels.triton_utils import MIN_TILE_ROWS, arrival_counters, early_launch, is_last_program, wait_for_inputs
 
 MAX_ROWS = 64  # M up to which the kernels here are the fastest
+MAX_HOPPER_FP8_ROWS = 128  # torch's FP8 GEMM takes 14 us for any weight
+MAX_HOPPER_LONG_FP8_ROWS, LONG = 256, 8192  # and grows with K, which it does not split
 K_MULTIPLE = 128  # elements of K in a tile of the weight in FP8; the kernel has no mask along K
 MIN_WEIGHT_ELEMENTS = 1 << 20  # a smaller weight is not worth a kernel
 SATURATING_PROGRAMS = 128  # about one per multiprocessor, enough to saturate memory bandwidth
@@ -113,7 +115,7 @@ def _launch(
     Choose the tiles and run the kernel.
 
     Args:
-        x: (M, K) in the dtype of `weight`, M at most MAX_ROWS.
+        x: (M, K) in the dtype of `weight`, M at most `max_rows`.
         weight: (N, K), or (2 N, K) where `gated`, in 16 bits, or e4m3 with scales; K a multiple of K_MULTIPLE.
         gated: whether the first half of the weight's rows gates the second.
         bias: (N,).
@@ -135,7 +137,6 @@ def _launch(
     tile = next((rows for rows in (128, 64) if triton.cdiv(weight_rows, rows) * splits >= SATURATING_PROGRAMS), 32)
     block_n = tile // 2 if gated else tile
     partial = x.new_empty(splits, M, N, dtype=torch.float32) if splits > 1 else y
-    pdl = supports_pdl(x.device)
     _skinny_gemm_kernel[(triton.cdiv(N, block_n), splits)](
         x,
         x if x_scale is None else x_scale,
@@ -155,12 +156,18 @@ def _launch(
         BLOCK_M=block_m,
         BLOCK_N=block_n,
         BLOCK_K=CACHE_LINE // weight.element_size(),
-        PDL=pdl,
         num_warps=4,
         num_stages=min(MAX_STAGES, pipeline_smem(x.device) // ((block_m + tile) * CACHE_LINE)),
-        **({"launch_pdl": True} if pdl else {}),
+        **early_launch(x.device),
     )
     return y
+
+
+def max_rows(weight: torch.Tensor) -> int:
+    """Return M up to which the kernels here are the fastest for a weight (N, K)."""
+    if weight.element_size() == 2 or load_hopper_gemm() is None:
+        return MAX_ROWS
+    return MAX_HOPPER_LONG_FP8_ROWS if weight.shape[1] >= LONG else MAX_HOPPER_FP8_ROWS
 
 
 def supports_weight(weight: torch.Tensor) -> bool:
@@ -176,7 +183,7 @@ def fp8_skinny_gemm(
     (x * x_scale) (weight * weight_scale^T)^T in FP8 with float32 sums.
 
     Args:
-        x: (M, K) e4m3, M at most MAX_ROWS.
+        x: (M, K) e4m3, M at most `max_rows`.
         x_scale: (M, 1) float32.
         weight: (N, K) e4m3 that `supports_weight`, or (2 N, K) where `gated`.
         weight_scale: (1, N) float32, or (1, 2 N) where `gated`.
@@ -199,7 +206,7 @@ def skinny_gemm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
     x weight^T + bias in 16 bits with float32 sums.
 
     Args:
-        x: (M, K), M at most MAX_ROWS.
+        x: (M, K), M at most `max_rows`.
         weight: (N, K) that `supports_weight`, or (2 N, K) where `gated`, in the dtype of `x`.
         bias: (N,), None where `gated`.
         gated: whether the result is silu(gate) * up of the two halves.

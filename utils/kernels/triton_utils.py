@@ -22,6 +22,11 @@ def supports_pdl(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
+def early_launch(device: torch.device) -> dict[str, bool]:
+    """Keyword arguments of a kernel with a constant PDL, launched while the kernel before it ends where that works."""
+    return {"PDL": True, "launch_pdl": True} if supports_pdl(device) else {"PDL": False}
+
+
 @cache
 def arrival_counters(device: torch.device) -> torch.Tensor:
     """

@@ -11,17 +11,30 @@ weight, which it keeps, in every step.
 """
 
 from collections.abc import Iterable
+from typing import NamedTuple
 
 import torch
 from torch import nn
 
 from utils.common.errors import UsageError
-from utils.kernels import load_skinny_gemm
+from utils.kernels import load_inference_block, load_skinny_gemm
 from utils.layers.replace import replace_layers
 
 FP8 = "fp8"  # the value of --quantize
 FP8_MAX = torch.finfo(torch.float8_e4m3fn).max  # 448
 MIN_CAPABILITY = (9, 0)  # Hopper: the first GPUs with an FP8 GEMM that takes a scale per row
+
+
+class QuantizedRows(NamedTuple):
+    """The input of a GEMM: e4m3 (..., K), and the scale of each of its M rows, (M, 1) float32."""
+
+    values: torch.Tensor
+    scale: torch.Tensor
+
+    @property
+    def shape(self) -> torch.Size:
+        """That of the values."""
+        return self.values.shape
 
 
 def check_device() -> None:
@@ -119,33 +132,47 @@ class Fp8TrainLinear(_Fp8Linear):
 
 
 class Fp8DecodeLinear(_Fp8Linear):
-    """An `nn.Linear` in e4m3 for inference; up to `max_skinny_rows` tokens go through the skinny GEMM."""
+    """
+    An `nn.Linear` in e4m3 for inference; up to `max_skinny_rows` tokens go through the skinny GEMM.
+
+    Its input is in bfloat16, or quantised already by the layer before.
+    """
 
     def __init__(self, linear: nn.Linear, device: torch.device | str = "cuda"):
         super().__init__(linear)
         self._quantize("weight", linear.weight.detach().to(device))
         kernel = load_skinny_gemm()
-        self.max_skinny_rows = kernel.MAX_ROWS if kernel is not None and kernel.supports_weight(self.weight) else 0
+        is_skinny = kernel is not None and kernel.supports_weight(self.weight)
+        self.max_skinny_rows = kernel.max_rows(self.weight) if is_skinny else 0
 
     @property
     def is_skinny(self) -> bool:
         """Whether `skinny_matmul` may be called."""
         return self.max_skinny_rows > 0
 
-    def skinny_matmul(self, hidden_states: torch.Tensor, gated: bool = False) -> torch.Tensor:
+    def skinny_matmul(self, hidden_states: torch.Tensor | QuantizedRows, gated: bool = False) -> torch.Tensor:
         """(..., K) of at most `max_skinny_rows` tokens -> (..., N), or (..., N / 2) gated by silu; without bias."""
-        quantized, scale = quantize_rows(hidden_states.reshape(-1, self.in_features))
-        output = torch.ops.chatglm_family.fp8_skinny_gemm(quantized, scale, self.weight, self.weight_scale, gated)
+        rows = self._quantized(hidden_states)
+        output = torch.ops.chatglm_family.fp8_skinny_gemm(*rows, self.weight, self.weight_scale, gated)
         return output.view(*hidden_states.shape[:-1], -1)
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """(..., K) bfloat16 -> (..., N)."""
+    def forward(self, hidden_states: torch.Tensor | QuantizedRows) -> torch.Tensor:
+        """(..., K) -> (..., N) bfloat16."""
         if self.is_skinny and hidden_states.shape[:-1].numel() <= self.max_skinny_rows:
             output = self.skinny_matmul(hidden_states)
             return output if self.bias is None else output + self.bias
-        values = hidden_states.reshape(-1, self.in_features)
-        output = fp8_matmul(*quantize_rows(values), self.weight, self.weight_scale, self.bias)
+        output = fp8_matmul(*self._quantized(hidden_states), self.weight, self.weight_scale, self.bias)
         return output.view(*hidden_states.shape[:-1], self.out_features)
+
+    def _quantized(self, hidden_states: torch.Tensor | QuantizedRows) -> QuantizedRows:
+        """(..., K) -> (M, K): by one kernel, or by torch operations for torch's compiler to fuse."""
+        if isinstance(hidden_states, QuantizedRows):
+            return QuantizedRows(hidden_states.values.reshape(-1, self.in_features), hidden_states.scale)
+        rows = hidden_states.reshape(-1, self.in_features)
+        kernel = None if torch.compiler.is_compiling() else load_inference_block()
+        if kernel is None or not kernel.supports_row(self.in_features):
+            return QuantizedRows(*quantize_rows(rows))
+        return QuantizedRows(*kernel.quantize(rows.contiguous()))
 
 
 def convert_to_fp8(model: nn.Module, names: Iterable[str], trains: bool, device: torch.device | str = "cuda") -> None:

@@ -80,7 +80,7 @@ def use_skinny_layers(blocks: nn.Module, kernel: ModuleType | None = None) -> No
 
     def build_linear(_: str, linear: nn.Module) -> nn.Module | None:
         if type(linear) is nn.Linear and kernel.supports_weight(linear.weight):
-            return SkinnyLinear.from_stock(linear, kernel.MAX_ROWS)
+            return SkinnyLinear.from_stock(linear, kernel.max_rows(linear.weight))
         return None
 
     def build_mlp(_: str, mlp: nn.Module) -> nn.Module | None:

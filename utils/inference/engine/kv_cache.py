@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from utils.inference.engine.pages import PAGE_TOKENS, SCRATCH_PAGE
 from utils.inference.engine.prefill import PastTokens, PrefillBatch
+from utils.kernels import load_next_token
 
 
 def kv_bytes_per_token(model: PreTrainedModel) -> int:
@@ -45,6 +46,11 @@ class LayerKVCache:
         self.keys[page, :, offset] = key
         self.values[page, :, offset] = value
 
+    def gather(self, page: torch.Tensor, offset: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the keys and values, (1, K, M, D), of tokens in their pages and places there, (M,) int64."""
+        keys, values = (tensor[page, :, offset] for tensor in (self.keys, self.values))  # (M, K, D)
+        return keys.transpose(0, 1)[None], values.transpose(0, 1)[None]
+
 
 @dataclass
 class PromptPages:
@@ -62,10 +68,7 @@ class PromptPages:
         As they are written first, a sequence can share pages that another one fills in the same prefill.
         """
         self.cache.write(self.token_page, self.token_offset, key[0].transpose(0, 1), value[0].transpose(0, 1))
-        keys, values = (
-            tensor[self.past.page, :, self.past.offset] for tensor in (self.cache.keys, self.cache.values)
-        )  # (M, K, D)
-        return keys.transpose(0, 1)[None], values.transpose(0, 1)[None]
+        return self.cache.gather(self.past.page, self.past.offset)
 
 
 @dataclass
@@ -174,6 +177,22 @@ class DecodeState:
         for tensor in self.per_slot():
             tensor[targets] = tensor[sources]
         self.clear(sources)
+
+    def advance_by_kernel(self, chosen: torch.Tensor) -> None:
+        """The same as `advance`, where the kernel runs."""
+        if self.seen is not None:
+            self.seen[: len(chosen)].scatter_(1, chosen[:, None], True)
+        load_next_token().advance(
+            chosen,
+            self.next_token,
+            self.history,
+            self.history_index,
+            self.cache_length,
+            self.answer_length,
+            self.tokens_left,
+            self.position,
+            self.stop_ids,
+        )
 
     def advance(self, chosen: torch.Tensor) -> None:
         """Append `chosen` (B,), the tokens of the first B slots; sequences that have ended keep their state."""

@@ -16,15 +16,17 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from utils.common.numbers import ceil_div
-from utils.inference.engine.attention import PAGED_ATTENTION, has_decode_kernels
+from utils.inference.engine.attention import PAGED_ATTENTION, decode_attention, has_decode_kernels
 from utils.inference.engine.compiled import CompiledFunctions
 from utils.inference.engine.cuda_graphs import CudaGraphs
-from utils.inference.engine.kv_cache import DecodeState, DecodeStateShape, PromptPages
+from utils.inference.engine.kv_cache import DecodeState, DecodeStateShape, LayerKVCache, PromptPages
 from utils.inference.engine.models import serve
 from utils.inference.engine.pages import pages_for
 from utils.inference.engine.prefill import MAX_HOST_PREFILL_TOKENS, MAX_PREFILL_TOKENS, PrefillBatch, pack_chunks
 from utils.inference.engine.scheduler import DecodePlan, PrefillPlan, SchedulerLimits, StopRule
 from utils.inference.sampling import GREEDY, Sampling
+from utils.kernels import load_next_token
+from utils.layers.varlen_attention import varlen_attention_forward
 from utils.lora.multi_lora import AdapterChoice, adapter_choice_of
 
 SEQ_LEN_MULTIPLE = 128  # tokens that a decode step reads without kernels: few shapes compile
@@ -116,8 +118,10 @@ class ModelRunner:
         self.adapter_choice = adapter_choice_of(self.model) or AdapterChoice()
         self.adapter_choice.rows = torch.zeros(1, 1, dtype=torch.int64, device=self.device)
         self.caches = self.served.new_caches(self.pages, self.state)
-        compiles = self.on_gpu if config.compile_layers is None else config.compile_layers
+        self.fused = self.served.fused_blocks(self.max_seq_len) if self.has_kernels else None
+        compiles = self.on_gpu and self.fused is None if config.compile_layers is None else config.compile_layers
         self.compiled = CompiledFunctions(config.sampling, self.state, compiles)
+        self.is_greedy = config.sampling.temperature == 0 and config.sampling.repetition_penalty == 1
         self.graphs = CudaGraphs()
         self.prefill_inputs: dict[int, PrefillBatch] = {}  # on the device, by length: what its graph reads
         self.timed_prefills: list[EventPair] = []  # since the last decode steps
@@ -231,6 +235,9 @@ class ModelRunner:
             attention["max_length_k"] = batch.past.longest if batch.past else attention["max_length_q"]
             attention["causal"] = not batch.bidirectional_prefix
         hidden_states = self.embed(batch.token_ids[None])  # (1, N, E)
+        if self.fused and host_batch is None:
+            self._prefill_fused(hidden_states, batch, attention)
+            return
         position_ids = self.served.shape_position_ids(batch.position_ids[None])
         position_embeddings = self.served.rotary_emb(hidden_states, position_ids)
         for block, cache in zip(self.served.blocks, self.caches, strict=True):
@@ -243,6 +250,23 @@ class ModelRunner:
                 cache.write(
                     batch.token_page, batch.token_offset, keys[0].transpose(0, 1), values[0].transpose(0, 1)
                 )  # (N, K, D)
+
+    def _prefill_fused(
+        self, hidden_states: torch.Tensor, batch: PrefillBatch, attention: dict[str, torch.Tensor | int | bool]
+    ) -> None:
+        """Compute packed prompts by kernels; attention takes their keys from the cache, and those cached before."""
+        page, offset = (batch.past.page, batch.past.offset) if batch.past else (batch.token_page, batch.token_offset)
+
+        def attend(module: torch.nn.Module, cache: LayerKVCache, query: torch.Tensor) -> torch.Tensor:
+            keys, values = cache.gather(page, offset)
+            query = query.transpose(0, 1)[None]  # (1, H, N, D)
+            output, _ = varlen_attention_forward(
+                module, query, keys, values, None, scaling=module.scaling, **attention
+            )
+            return output[0]
+
+        places = batch.token_page, batch.token_offset
+        self.fused.run(hidden_states, batch.position_ids[0], self.caches, places, attend)
 
     def decode(self, plan: DecodePlan) -> DecodeResult:
         """Start the plan's decode steps; on a GPU it returns before they are done, see `wait`."""
@@ -289,6 +313,31 @@ class ModelRunner:
             width: tokens of each sequence that attention reads; the kernels ignore it, they read what is filled.
         """
         state = self.state
+        self.adapter_choice.rows = state.adapter[:size, None]
+        logits = self._decode_fused(size) if self.fused else self._decode_blocks(size, width)
+        seen = None if state.seen is None else state.seen[:size]
+        if self.fused and self.is_greedy:
+            chosen = load_next_token().argmax(logits)
+        else:
+            chosen = self.compiled.choose(logits, seen, state.sequence_id[:size], state.answer_length[:size])
+        (state.advance_by_kernel if self.fused else self.compiled.advance)(chosen)
+
+    def _decode_fused(self, size: int) -> torch.Tensor:
+        """Return the logits (size, V) of a decode step by kernels."""
+        state = self.state
+        lengths, page_table = state.cache_length[:size], state.page_table[:size]
+
+        def attend(module: torch.nn.Module, cache: LayerKVCache, query: torch.Tensor) -> torch.Tensor:
+            return decode_attention(query[:, :, None], cache.keys, cache.values, page_table, lengths, module.scaling)
+
+        hidden_states = self.embed(state.next_token[:size, None])  # (B, 1, E)
+        places = page_table, lengths
+        hidden_states = self.fused.run(hidden_states, state.position[:size, 0], self.caches, places, attend)
+        return self.head(hidden_states)[:, 0]
+
+    def _decode_blocks(self, size: int, width: int) -> torch.Tensor:
+        """Return the logits (size, V) of a decode step by the model's blocks."""
+        state = self.state
         lengths, page_table = state.cache_length[:size], state.page_table[:size]
         attention = {"page_table": page_table}
         if self.has_kernels:
@@ -301,7 +350,6 @@ class ModelRunner:
             state.next_token[:size],
             self.served.shape_position_ids(state.position[:size, :, None]),
         )
-        self.adapter_choice.rows = state.adapter[:size, None]
         for cache in self.caches:
             cache.page_table, cache.next_index = page_table, lengths
         blocks = self.served.blocks
@@ -312,10 +360,7 @@ class ModelRunner:
             hidden_states = self.compiled.run_blocks(
                 blocks[group], self.caches[group], hidden_states, position_embeddings, attention
             )
-        logits = self.compiled.end_step(self.served.norm, self.head, hidden_states)
-        seen = None if state.seen is None else state.seen[:size]
-        chosen = self.compiled.choose(logits, seen, state.sequence_id[:size], state.answer_length[:size])
-        self.compiled.advance(chosen)
+        return self.compiled.end_step(self.served.norm, self.head, hidden_states)
 
     def _cache_mask(self, lengths: torch.Tensor, width: int) -> torch.Tensor:
         """(B,) indices of the last filled token -> (B, 1, 1, width), 0 or -inf."""

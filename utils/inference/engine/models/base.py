@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from utils.inference.engine.compiled import run_block
 from utils.inference.engine.kv_cache import DecodeState, LayerKVCache, PromptRecorder
+from utils.inference.engine.models.fused_glm import FusedBlocks
 from utils.inference.engine.pages import PAGE_TOKENS
 from utils.inference.engine.scheduler import TokenSequence
 
@@ -36,6 +37,10 @@ class ServedModel:
     def norm(self) -> nn.Module:
         """The norm before the head."""
         return self.body.norm
+
+    def fused_blocks(self, max_positions: int) -> FusedBlocks | None:
+        """Return the blocks by kernels alone, for positions below `max_positions`; None: torch compiles them."""
+        return None
 
     def position_ids(self, sequence: TokenSequence, start: int, stop: int) -> list[list[int]]:
         """Return the positions of the tokens from `start` up to `stop`, one list per coordinate."""
