@@ -28,7 +28,6 @@ from utils.common.processes import world_size
 from utils.distributed.collectives import gather_from_all
 from utils.inference.engine import can_serve
 from utils.inference.engine.attention import has_decode_kernels
-from utils.inference.engine.kv_cache import kv_bytes_per_token
 from utils.inference.engine.models import serve
 from utils.inference.engine.pages import PAGE_TOKENS, pages_for
 from utils.inference.engine.prefill import MAX_HOST_PREFILL_TOKENS, MAX_PREFILL_TOKENS
@@ -129,15 +128,16 @@ class MemoryBudget:
         config, has_kernels = model.config, has_decode_kernels(device, model.dtype)
         on_gpu = model.get_input_embeddings().weight.device.type == "cuda"
         intermediate_size = getattr(config, "intermediate_size", 4 * config.hidden_size)
-        token_bytes, pads = ceil_div(kv_bytes_per_token(model), replica.processes), not can_serve(model)
-        base = model.get_base_model() if isinstance(model, PeftModel) else model
+        pads = not can_serve(model)
+        served = serve(model.get_base_model() if isinstance(model, PeftModel) else model)
+        token_bytes = ceil_div(served.cache_bytes_per_token, replica.processes)
         return cls(
             free=int(USABLE_SHARE * min(gather_from_all(free_bytes(device)))),
             token_bytes=token_bytes,
             gather_bytes=ceil_div(token_bytes, config.num_hidden_layers),
             prefill_bytes=(6 * config.hidden_size + 3 * intermediate_size) * model.dtype.itemsize,
             prefill_tokens=MAX_PREFILL_TOKENS if has_kernels else MAX_HOST_PREFILL_TOKENS,
-            splits_prompts=not pads and serve(base).splits_prompts,
+            splits_prompts=served.splits_prompts and not pads,
             has_mask=not has_kernels,
             pads=pads,
             skips=device.type == "cpu" or replica.group is not None,

@@ -45,6 +45,10 @@ class LayerKVCache:
         self.keys[page, :, offset] = key
         self.values[page, :, offset] = value
 
+    def gather(self, page: torch.Tensor, offset: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return keys and values, (M, K, D), of the tokens at these pages and places, (M,) int64."""
+        return self.keys[page, :, offset], self.values[page, :, offset]
+
 
 @dataclass
 class PromptPages:
@@ -62,9 +66,7 @@ class PromptPages:
         As they are written first, a sequence can share pages that another one fills in the same prefill.
         """
         self.cache.write(self.token_page, self.token_offset, key[0].transpose(0, 1), value[0].transpose(0, 1))
-        keys, values = (
-            tensor[self.past.page, :, self.past.offset] for tensor in (self.cache.keys, self.cache.values)
-        )  # (M, K, D)
+        keys, values = self.cache.gather(self.past.page, self.past.offset)
         return keys.transpose(0, 1)[None], values.transpose(0, 1)[None]
 
 
