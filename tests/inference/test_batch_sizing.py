@@ -64,7 +64,7 @@ def rows_of(lengths, sequences=1):
 
 def budget(tokens, **others):
     """Memory for `tokens` tokens of KV cache."""
-    nothing = dict.fromkeys(("gather_bytes", "prefill_bytes", "prefill_tokens"), 0)
+    nothing = dict.fromkeys(("gather_bytes", "repeat_bytes", "prefill_bytes", "prefill_tokens"), 0)
     kinds = {"splits_prompts": True, "has_mask": False, "pads": False, "skips": False, "max_batch_size": 256}
     return MemoryBudget(tokens, token_bytes=1, **nothing | kinds | others)
 
@@ -103,6 +103,7 @@ def test_what_a_prefill_leaves_for_the_cache():
     costs = {"prefill_bytes": 2, "prefill_tokens": 10, "gather_bytes": 3, "has_mask": True, "max_batch_size": 4}
     assert budget(10000, **costs).cache_tokens_beside(20) == 10000 - 10 * 2 - 8 * 10 * 20 - 3 * 80  # in two chunks
     assert budget(10000, **costs, splits_prompts=False).cache_tokens_beside(20) == 10000 - 20 * 2 - 8 * 20 * 20
+    assert budget(10000, **costs, repeat_bytes=5).cache_tokens_beside(20) == 10000 - 10 * 2 - 20 * 5 - 8 * 200 - 3 * 80
     assert budget(100, **costs).cache_tokens_beside(20) == 0
     row = TokenSequence(0, range(20), 13)  # one page
     assert budget(20 * 2 + 8 * 20 * 20 + 64, **costs, splits_prompts=False).fits(row)

@@ -16,6 +16,7 @@ from utils.layers.fused_mlp import FusedChatGLMMLP, FusedGlmMLP, fuse_mlps
 from utils.layers.fused_qkv import FusedChatGLMAttention, fuse_lora_qkv, project_lora_with_kernel, use_qkv_kernel
 from utils.layers.mixed_lora import AdapterChoice, LoraFactors, MixedLoraLinear
 from utils.layers.skinny_linear import SkinnyLinear, SkinnyMLP, use_skinny_layers
+from utils.layers.varlen_attention import varlen_attention_forward
 from utils.lora.adapter import LoraSettings, attach_adapter
 from utils.models import ChatGLMConfig, ChatGLMForConditionalGeneration
 from utils.models.modeling_chatglm import ChatGLMAttention, ChatGLMMLP, ChatGLMRotaryEmbedding
@@ -26,6 +27,7 @@ MLPS = {
     "GLM-4-0414": lambda: Glm4MLP(Glm4Config(hidden_size=512, intermediate_size=1200, hidden_act="silu")),
     "ChatGLM-6B": lambda: ChatGLMMLP(ChatGLMConfig(hidden_size=512, inner_hidden_size=2048)),
 }
+needs_gpu = pytest.mark.skipif(not ON_GPU, reason="needs a GPU: torch's varlen attention has no kernel for a CPU")
 fp8_on_a_gpu = pytest.mark.skipif(not ON_GPU, reason="needs a GPU: torch multiplies FP8 matrices only there")
 
 
@@ -168,3 +170,26 @@ def test_attention_with_adapters(build, sizes):
         results.append((outputs.detach(), inputs.grad, *trained))
     for expected, actual in zip(*results, strict=True):
         assert_close(actual, expected, ADAPTER_TOLERANCE)
+
+
+@needs_gpu
+def test_varlen_attention_with_cached_keys():
+    """A sequence's queries are its last tokens: a chunk behind 60 cached tokens, a whole prompt, one token of 30."""
+    queries, keys, size = (40, 7, 1), (100, 7, 30), 64
+    query, key, value = random(1, 8, 48, size), random(1, 2, 137, size), random(1, 2, 137, size)
+    bounds = [torch.tensor([0, *lengths], device=DEVICE).cumsum(0).int() for lengths in (queries, keys)]
+    output, _ = varlen_attention_forward(
+        None, query, key, value, None, size**-0.5,
+        cu_seq_lens_q=bounds[0], cu_seq_lens_k=bounds[1], max_length_q=48, max_length_k=120,
+    )  # fmt: skip
+    expected = torch.zeros(1, 48, 8, size, device=DEVICE)
+    for start, stop, first, last in zip(bounds[0], bounds[0][1:], bounds[1], bounds[1][1:], strict=False):
+        heads = [each[:, :, first:last].float().repeat_interleave(4, 1) for each in (key, value)]
+        visible = torch.ones(stop - start, last - first, dtype=torch.bool, device=DEVICE).tril(
+            last - first - stop + start
+        )
+        attended = nn.functional.scaled_dot_product_attention(
+            query[:, :, start:stop].float(), *heads, attn_mask=visible
+        )
+        expected[:, start:stop] = attended.transpose(1, 2)
+    assert_close(output, expected, ROUNDING)

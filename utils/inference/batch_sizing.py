@@ -28,7 +28,6 @@ from utils.common.processes import world_size
 from utils.distributed.collectives import gather_from_all
 from utils.inference.engine import can_serve
 from utils.inference.engine.attention import has_decode_kernels
-from utils.inference.engine.kv_cache import kv_bytes_per_token
 from utils.inference.engine.models import serve
 from utils.inference.engine.pages import PAGE_TOKENS, pages_for
 from utils.inference.engine.prefill import MAX_HOST_PREFILL_TOKENS, MAX_PREFILL_TOKENS
@@ -106,6 +105,7 @@ class MemoryBudget:
         prefill_bytes: of one token of a prompt during prefill.
         prefill_tokens: that are prefilled together.
         splits_prompts: whether a longer prompt is prefilled in chunks; else it is prefilled whole.
+        repeat_bytes: of one such token where attention has no kernel, which repeats key heads for their query heads.
         has_mask: whether prefill takes a mask of queries x keys.
         pads: whether transformers' `generate` serves, which pads prompts and grows its cache by copies.
         skips: whether sequences that do not fit are not tried, see the top of this file.
@@ -118,6 +118,7 @@ class MemoryBudget:
     prefill_bytes: int
     prefill_tokens: int
     splits_prompts: bool
+    repeat_bytes: int
     has_mask: bool
     pads: bool
     skips: bool
@@ -129,15 +130,20 @@ class MemoryBudget:
         config, has_kernels = model.config, has_decode_kernels(device, model.dtype)
         on_gpu = model.get_input_embeddings().weight.device.type == "cuda"
         intermediate_size = getattr(config, "intermediate_size", 4 * config.hidden_size)
-        token_bytes, pads = ceil_div(kv_bytes_per_token(model), replica.processes), not can_serve(model)
-        base = model.get_base_model() if isinstance(model, PeftModel) else model
+        pads = not can_serve(model)
+        served = serve(model.get_base_model() if isinstance(model, PeftModel) else model)
+        token_bytes = ceil_div(served.cache_bytes_per_token, replica.processes)
+        gather_bytes = ceil_div(token_bytes, config.num_hidden_layers)
+        heads = config.num_attention_heads
+        group = heads // (getattr(config, "num_key_value_heads", None) or heads)
         return cls(
             free=int(USABLE_SHARE * min(gather_from_all(free_bytes(device)))),
             token_bytes=token_bytes,
-            gather_bytes=ceil_div(token_bytes, config.num_hidden_layers),
+            gather_bytes=gather_bytes,
             prefill_bytes=(6 * config.hidden_size + 3 * intermediate_size) * model.dtype.itemsize,
             prefill_tokens=MAX_PREFILL_TOKENS if has_kernels else MAX_HOST_PREFILL_TOKENS,
-            splits_prompts=not pads and serve(base).splits_prompts,
+            splits_prompts=served.splits_prompts and not pads,
+            repeat_bytes=0 if has_kernels else group * gather_bytes,
             has_mask=not has_kernels,
             pads=pads,
             skips=device.type == "cpu" or replica.group is not None,
@@ -149,7 +155,8 @@ class MemoryBudget:
         tokens = self.prefill_tokens if self.splits_prompts else max(prompt_tokens, self.prefill_tokens)
         keys = max(prompt_tokens, tokens)
         gathered = max(prompt_tokens, min(MAX_ATTENDED_TOKENS, prompt_tokens * self.max_batch_size))
-        prefill = tokens * self.prefill_bytes + self.has_mask * MASK_BYTES * tokens * keys
+        prefill = tokens * self.prefill_bytes + prompt_tokens * self.repeat_bytes
+        prefill += self.has_mask * MASK_BYTES * tokens * keys
         prefill += self.splits_prompts * gathered * self.gather_bytes
         return max(self.free - prefill, 0) // self.token_bytes
 

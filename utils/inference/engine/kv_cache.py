@@ -47,9 +47,8 @@ class LayerKVCache:
         self.values[page, :, offset] = value
 
     def gather(self, page: torch.Tensor, offset: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the keys and values, (1, K, M, D), of tokens in their pages and places there, (M,) int64."""
-        keys, values = (tensor[page, :, offset] for tensor in (self.keys, self.values))  # (M, K, D)
-        return keys.transpose(0, 1)[None], values.transpose(0, 1)[None]
+        """Return keys and values, (M, K, D), of the tokens at these pages and places, (M,) int64."""
+        return self.keys[page, :, offset], self.values[page, :, offset]
 
 
 @dataclass
@@ -68,7 +67,8 @@ class PromptPages:
         As they are written first, a sequence can share pages that another one fills in the same prefill.
         """
         self.cache.write(self.token_page, self.token_offset, key[0].transpose(0, 1), value[0].transpose(0, 1))
-        return self.cache.gather(self.past.page, self.past.offset)
+        keys, values = self.cache.gather(self.past.page, self.past.offset)
+        return keys.transpose(0, 1)[None], values.transpose(0, 1)[None]
 
 
 @dataclass

@@ -125,6 +125,7 @@ class ModelRunner:
         self.graphs = CudaGraphs()
         self.prefill_inputs: dict[int, PrefillBatch] = {}  # on the device, by length: what its graph reads
         self.timed_prefills: list[EventPair] = []  # since the last decode steps
+        self.has_computed_past = False  # else the first prefill with cached tokens compiles
         self.compile_seconds, self.prefill_seconds = time.perf_counter() - started, 0.0
 
     @property
@@ -174,7 +175,7 @@ class ModelRunner:
             return
         if batch.past is not None:
             if batch.tokens:
-                self.compute_prefill(batch.to(self.device))
+                self._compute_with_past(batch.to(self.device))
             else:
                 self.state.place(batch.to(self.device))
             return
@@ -188,6 +189,14 @@ class ModelRunner:
             self.compile_seconds += self.graphs.capture(("prefill", length), lambda: self.compute_prefill(inputs))
         self.prefill_inputs[length].copy_from(batch)
         self.graphs.replay(("prefill", length))
+
+    def _compute_with_past(self, batch: PrefillBatch) -> None:
+        started = time.perf_counter()
+        self.compute_prefill(batch)
+        if self.on_gpu and not self.has_computed_past:
+            torch.cuda.synchronize()
+            self.compile_seconds += time.perf_counter() - started
+        self.has_computed_past = True
 
     def pack(self, plan: PrefillPlan) -> PrefillBatch:
         """Return a plan's tokens as a batch on the host, not padded."""
@@ -240,16 +249,16 @@ class ModelRunner:
             return
         position_ids = self.served.shape_position_ids(batch.position_ids[None])
         position_embeddings = self.served.rotary_emb(hidden_states, position_ids)
+        # Copies, whose place in a buffer of the batch's length a compiler cannot take for a length.
+        token_page, token_offset = batch.token_page.clone(), batch.token_offset.clone()
         for block, cache in zip(self.served.blocks, self.caches, strict=True):
             if batch.past:
-                attention["prompt_pages"] = PromptPages(cache, batch.token_page, batch.token_offset, batch.past)
+                attention["prompt_pages"] = PromptPages(cache, token_page, token_offset, batch.past)
             hidden_states, keys, values = self.compiled.prefill_block(
                 block, hidden_states, position_embeddings, attention
             )
             if not batch.past:
-                cache.write(
-                    batch.token_page, batch.token_offset, keys[0].transpose(0, 1), values[0].transpose(0, 1)
-                )  # (N, K, D)
+                cache.write(token_page, token_offset, keys[0].transpose(0, 1), values[0].transpose(0, 1))  # (N, K, D)
 
     def _prefill_fused(
         self, hidden_states: torch.Tensor, batch: PrefillBatch, attention: dict[str, torch.Tensor | int | bool]
@@ -258,8 +267,8 @@ class ModelRunner:
         page, offset = (batch.past.page, batch.past.offset) if batch.past else (batch.token_page, batch.token_offset)
 
         def attend(module: torch.nn.Module, cache: LayerKVCache, query: torch.Tensor) -> torch.Tensor:
-            keys, values = cache.gather(page, offset)
-            query = query.transpose(0, 1)[None]  # (1, H, N, D)
+            heads = (query, *cache.gather(page, offset))  # (N or M, H or K, D)
+            query, keys, values = (tensor.transpose(0, 1)[None] for tensor in heads)
             output, _ = varlen_attention_forward(
                 module, query, keys, values, None, scaling=module.scaling, **attention
             )

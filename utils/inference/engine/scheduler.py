@@ -133,6 +133,11 @@ class PrefillPlan:
         """Whose they are."""
         return [chunk.sequence for chunk in self.chunks]
 
+    @property
+    def slots(self) -> list[int | None]:
+        """Where they decode from now on; None if more chunks follow."""
+        return [chunk.slot for chunk in self.chunks]
+
 
 @dataclass(frozen=True)
 class DecodePlan:

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from utils.inference.engine.compiled import run_block
-from utils.inference.engine.kv_cache import DecodeState, LayerKVCache, PromptRecorder
+from utils.inference.engine.kv_cache import DecodeState, LayerKVCache, PromptRecorder, kv_bytes_per_token
 from utils.inference.engine.models.fused_glm import FusedBlocks
 from utils.inference.engine.pages import PAGE_TOKENS
 from utils.inference.engine.scheduler import TokenSequence
@@ -28,6 +28,7 @@ class ServedModel:
     splits_prompts = True
 
     def __init__(self, model: PreTrainedModel):
+        self.cache_bytes_per_token = kv_bytes_per_token(model)  # over all layers; of all shards together
         self.body = model.base_model
         self.blocks = list(self.body.layers)
         self.embed, self.head = model.get_input_embeddings(), model.get_output_embeddings()
