@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import fastapi
 import gradio
 
-from tools.chat_model import Chat, ChatSettings
+from tools.chat_model import Chat, ChatSettings, Question
 from utils.common.terminal import escape_controls
 from utils.models.conversation import Message
 from utils.models.templates import encode_prompt
@@ -154,12 +154,14 @@ def make_page(chat: Chat, defaults: ChatSettings) -> gradio.Blocks:
             return
         asked = histories
         try:
-            for index, side in enumerate(sides):
-                with contextlib.closing(chat.answer(asked[index], pending, side == "adapter")) as texts:
-                    for answer in texts:
-                        messages = [*asked[index], Message("assistant", answer)]
-                        histories = [*histories[:index], messages, *histories[index + 1 :]]
-                        yield *unchanged, histories, pending, *map(as_dicts, histories)
+            questions = [Question(*pair) for pair in zip(asked, [side == "adapter" for side in sides], strict=True)]
+            with contextlib.closing(chat.answers(questions, pending)) as answers:
+                for texts in answers:
+                    histories = [
+                        history if text is None else [*history, Message("assistant", text)]
+                        for history, text in zip(asked, texts, strict=True)
+                    ]
+                    yield *unchanged, histories, pending, *map(as_dicts, histories)
         except Exception:
             before = [history[:-1] for history in asked]
             yield asked[0][-1].content, *buttons(False), before, None, *map(as_dicts, before)

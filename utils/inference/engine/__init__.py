@@ -1,6 +1,9 @@
 """
 Batch generation with continuous batching: token sequences in, the same sequences with their answers out.
 
+`Engine.answer` takes an iterable and yields sequences when they are complete. Who has sequences one by one, and wants
+tokens as they are chosen, calls `add`, `step` and `cancel`; `stream.py` does so in a thread, for asyncio and chats.
+
 Slots. The KV cache has `max_batch_size` slots of `max_seq_len` tokens each, allocated once. A sequence has a slot from
     its prefill to its last token; then the next waiting sequence takes it.
 Prefill. Waiting prompts are packed without padding and computed together, all but the last token of each, which the
@@ -23,6 +26,8 @@ where this reached 9,973. For flashinfer's decode attention see `attention.py`.
 
 from collections import deque
 from collections.abc import Iterable, Iterator
+from itertools import chain
+from typing import NamedTuple
 
 import torch
 from peft import PeftModel
@@ -39,9 +44,25 @@ def can_serve(model: torch.nn.Module) -> bool:
     )
 
 
+class NewTokens(NamedTuple):
+    """
+    Tokens by which an answer has grown.
+
+    A stop string and what may become one are held back. So in an answer that a stop string ends, `token_ids` of all
+    `NewTokens` together are the tokens before it; `sequence.answer_ids` has the rest too. They are all of
+    `answer_ids`, the stop token among them, in every other.
+    """
+
+    sequence: TokenSequence
+    token_ids: list[int]
+    finish_reason: str | None  # "stop" or "length" with the last tokens, else None
+
+
 class Engine:
     """
     Answers token sequences with a model that `prepare_for_decoding` has prepared.
+
+    Either one `answer` at a time, or `add`, `cancel` and `step`, all from one thread.
 
     Args:
         model: see `ModelRunner`; its layers stay as they are.
@@ -56,8 +77,69 @@ class Engine:
     ):
         self.runner = runner_type(model, config)
         self.scheduler = Scheduler(self.runner.limits, config.stop)
+        self.results: deque[DecodeResult] = deque()  # of the plans in flight
+        self.added: deque[TokenSequence] = deque()  # that the scheduler has not taken yet
+        self.given: dict[TokenSequence, int] = {}  # tokens of each answer that `step` has returned
 
-    @torch.inference_mode()
+    def check(self, sequence: TokenSequence) -> None:
+        """
+        Raises:
+            ValueError: the sequence has no prompt, or an answer, or is longer than `max_seq_len` with its answer.
+        """
+        tokens, longest = len(sequence.input_ids) + sequence.max_new_tokens, self.runner.max_seq_len
+        if not sequence.input_ids or sequence.max_new_tokens < 1:
+            raise ValueError("a sequence needs a token of a prompt at least, and max_new_tokens of 1")
+        if sequence.answer_ids:
+            raise ValueError("the sequence has an answer already: make another one of its prompt")
+        if tokens > longest:
+            raise ValueError(f"prompt and max_new_tokens are {tokens} tokens, more than max_seq_len {longest}")
+
+    def add(self, sequence: TokenSequence) -> None:
+        """
+        Let a sequence wait for its turn, in the order of adding; `step` returns its tokens.
+
+        Raises:
+            ValueError: see `check`.
+        """
+        self.check(sequence)
+        self.added.append(sequence)
+
+    def cancel(self, sequence: TokenSequence) -> None:
+        """
+        Drop a sequence that was added: the next step gives its slot to another. One that has ended stays as it is.
+        """
+        self.given.pop(sequence, None)
+        if sequence in self.added:
+            self.added.remove(sequence)
+        else:
+            self.scheduler.cancel(sequence)
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a sequence runs or waits, so that `step` has something to do."""
+        return bool(self.added) or bool(self.scheduler.waiting) or self.scheduler.has_running
+
+    def step(self) -> list[NewTokens]:
+        """
+        Prefill what waits and has a slot, start decode steps, and return the tokens that are known by now.
+
+        The list may be empty. A sequence is in it once at most.
+        """
+        complete = self._advance(iter(()))
+        running = [sequence for sequence in self.scheduler.running if sequence]
+        grown = [self._new_tokens(sequence, ended=True) for sequence in complete]
+        grown += [self._new_tokens(sequence, ended=False) for sequence in running]
+        return [tokens for tokens in grown if tokens.token_ids or tokens.finish_reason]
+
+    def _new_tokens(self, sequence: TokenSequence, ended: bool) -> NewTokens:
+        """Return the tokens that `step` has not returned yet, and from now on has."""
+        stop, answer_ids = self.scheduler.stop, sequence.answer_ids
+        given = self.given.pop(sequence, 0)
+        final = max(given, stop.count_final(answer_ids, ended))
+        if not ended:
+            self.given[sequence] = final
+        return NewTokens(sequence, answer_ids[given:final], stop.finish_reason(answer_ids) if ended else None)
+
     def answer(self, sequences: Iterable[TokenSequence]) -> Iterator[TokenSequence]:
         """
         Yield each sequence when its answer is complete.
@@ -65,15 +147,29 @@ class Engine:
         Sequences are taken in their order as slots become free; sorted by prompt length they prefill fastest.
         """
         source = iter(sequences)
-        results: deque[DecodeResult] = deque()
         while True:
-            for prefill in self.scheduler.plan_prefills(source):
-                self.runner.prefill(prefill)
-            if not self.scheduler.has_running:
-                self.scheduler.in_flight.clear()  # steps started for sequences that had ended
+            complete = self._advance(source)
+            yield from complete
+            if not complete and not self.has_work:
                 return
+
+    @torch.inference_mode()
+    def _advance(self, source: Iterator[TokenSequence]) -> list[TokenSequence]:
+        """Do one step with sequences that were added and, as slots are free, of `source`; return the complete ones."""
+        for prefill in self.scheduler.plan_prefills(chain(self._take_added(), source)):
+            self.runner.prefill(prefill)
+        complete: list[TokenSequence] = []
+        if self.scheduler.has_running:
             decodes = self.scheduler.needs_decoding()
             if decodes:
-                results.append(self.runner.decode(self.scheduler.plan_decode()))
+                self.results.append(self.runner.decode(self.scheduler.plan_decode()))
             if self.scheduler.must_finish_oldest() or not decodes:
-                yield from self.scheduler.finish(self.runner.wait(results.popleft()))
+                complete = self.scheduler.finish(self.runner.wait(self.results.popleft()))
+        if not self.scheduler.has_running:  # steps in flight are those of sequences that had ended
+            self.scheduler.in_flight.clear()
+            self.results.clear()
+        return complete
+
+    def _take_added(self) -> Iterator[TokenSequence]:
+        while self.added:
+            yield self.added.popleft()
