@@ -128,12 +128,16 @@ class Chat:
         if not can_serve(self.model):
             return stream_by_transformers(self.model, sequences, settings, stop, self.tokenizer.pad_token_id)
         needed = max(len(sequence.input_ids) + sequence.max_new_tokens for sequence in sequences)
-        config, server = self.config, self.server
-        if not server or not server.is_running or config.sampling != settings.sampling or needed > config.max_seq_len:
-            del server
+        if not (
+            self.server
+            and self.server.is_running
+            and self.config.sampling == settings.sampling
+            and self.config.max_batch_size >= len(sequences)
+            and self.config.max_seq_len >= needed
+        ):
             self.close()  # first: its KV cache is freed
             self.config = EngineConfig(
-                max_batch_size=1 + self.has_adapter,
+                max_batch_size=len(sequences),
                 max_seq_len=max(MIN_SEQ_LEN, 1 << (needed - 1).bit_length()),
                 stop=stop,
                 sampling=settings.sampling,
@@ -186,10 +190,10 @@ def _generate(
 ) -> None:
     """Run `generate` in a thread; an error goes into `errors` and ends the stream."""
     device = input_device(model)
-    if choice := adapter_choice_of(model):
-        choice.rows = torch.tensor([[sequence.adapter]], device=device)
-    input_ids = torch.tensor([sequence.input_ids], device=device)  # (1, T)
     try:
+        if choice := adapter_choice_of(model):
+            choice.rows = torch.tensor([[sequence.adapter]], device=device)
+        input_ids = torch.tensor([sequence.input_ids], device=device)  # (1, T)
         model.generate(input_ids=input_ids, attention_mask=torch.ones_like(input_ids), **keywords)
     except Exception as error:
         errors.append(error)

@@ -1,9 +1,9 @@
 """
 Stop strings, and the text of generated tokens.
 
-In: token ids of an answer. Out: after how many of them a stop string is complete, and the text before it. Called by
-the generators of utils/inference and by tools/chat_model.py. transformers' StopStringCriteria works inside `generate`
-alone.
+In: token ids of an answer. Out: after how many of them a stop string is complete, how many can be shown before that is
+known, and the text before it. Called by the generators of utils/inference and by tools/chat_model.py. transformers'
+StopStringCriteria works inside `generate` alone.
 """
 
 from collections.abc import Sequence

@@ -105,9 +105,7 @@ class Engine:
         self.added.append(sequence)
 
     def cancel(self, sequence: TokenSequence) -> None:
-        """
-        Drop a sequence that was added: the next step gives its slot to another. One that has ended stays as it is.
-        """
+        """Drop a sequence that was added, unless it has ended: the next step gives its slot to another."""
         self.given.pop(sequence, None)
         if sequence in self.added:
             self.added.remove(sequence)
