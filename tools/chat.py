@@ -27,8 +27,8 @@ from utils.common.signals import on_signals
 from utils.common.terminal import escape_controls
 from utils.inference.arguments import ModelFlags, check_minimums, check_sampling, choose_dtype, flag, parse_flags
 from utils.inference.job import check_adapters, choose_template, open_checkpoint
-from utils.inference.placement import dispatch, input_device
-from utils.lora.adapter import load_adapter
+from utils.inference.placement import dispatch, input_device, prepare_for_decoding
+from utils.lora.multi_lora import add_adapters
 from utils.models.conversation import Message
 
 LOOPBACK = "127.0.0.1"
@@ -180,8 +180,9 @@ def open_chat(args: ChatArguments, checkpoint: Checkpoint) -> Chat:
     tokenizer = checkpoint.load_tokenizer()
     template, _ = choose_template(args, tokenizer)
     model = dispatch(checkpoint, choose_dtype(args)[0], quantize=args.quantize)
-    for path in args.adapter_path:
-        model = load_adapter(model, path, args.lora_alpha)  # never merged: it can be switched off
+    if args.adapter_path:  # never merged: each question may take it or not
+        add_adapters(model, {path: path for path in args.adapter_path}, args.lora_alpha)
+    prepare_for_decoding(model)
     model_name = f"{args.model_name_or_path} ({checkpoint.generation.name})"
     return Chat(model, tokenizer, template, model_name, next(iter(args.adapter_path), None))
 
@@ -203,12 +204,12 @@ def serve_page(args: ChatArguments, checkpoint: Checkpoint) -> None:
     from tools.request_filter import bind, serve
 
     bound = bind(args.host, args.port)  # before the model takes its time to load
-    chat = open_chat(args, checkpoint)
-    app = make_app(chat, args)
-    host, port = bound.getsockname()[:2]
-    address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
-    print_banner("chat.py --web", chat, {"page": address, "end it with": "Ctrl-C"})
-    serve(app, args.host, bound)
+    with contextlib.closing(open_chat(args, checkpoint)) as chat:
+        app = make_app(chat, args)
+        host, port = bound.getsockname()[:2]
+        address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+        print_banner("chat.py --web", chat, {"page": address, "end it with": "Ctrl-C"})
+        serve(app, args.host, bound)
 
 
 def main() -> None:
@@ -219,9 +220,9 @@ def main() -> None:
     if args.web:
         serve_page(args, checkpoint)
     else:
-        chat = open_chat(args, checkpoint)
-        print_banner("chat.py", chat, {"commands": HINT})
-        talk(chat, args)
+        with contextlib.closing(open_chat(args, checkpoint)) as chat:
+            print_banner("chat.py", chat, {"commands": HINT})
+            talk(chat, args)
 
 
 if __name__ == "__main__":

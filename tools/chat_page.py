@@ -8,17 +8,19 @@ Texts are Chinese or English by the browser's language.
 
 import contextlib
 import html
+import time
 from collections.abc import Sequence
 
 import fastapi
 import gradio
 
-from tools.chat_model import Chat, ChatSettings
+from tools.chat_model import Chat, ChatSettings, Question
 from utils.common.terminal import escape_controls
 from utils.models.conversation import Message
 from utils.models.templates import encode_prompt
 
 MAX_QUESTION = 20_000  # characters
+UPDATE_SECONDS = 0.05  # between two updates of an answer: the host that sends one keeps the model waiting
 MAX_WAITING = 32  # questions of all readers of the page
 BOUNDS = {  # of the settings on the page: (lowest, highest)
     "max_new_tokens": (1, 4096),
@@ -154,12 +156,17 @@ def make_page(chat: Chat, defaults: ChatSettings) -> gradio.Blocks:
             return
         asked = histories
         try:
-            for index, side in enumerate(sides):
-                with contextlib.closing(chat.answer(asked[index], pending, side == "adapter")) as texts:
-                    for answer in texts:
-                        messages = [*asked[index], Message("assistant", answer)]
-                        histories = [*histories[:index], messages, *histories[index + 1 :]]
+            questions = [Question(*pair) for pair in zip(asked, [side == "adapter" for side in sides], strict=True)]
+            with contextlib.closing(chat.answers(questions, pending)) as answers:
+                shown = 0.0
+                for texts in answers:
+                    histories = [
+                        history if text is None else [*history, Message("assistant", text)]
+                        for history, text in zip(asked, texts, strict=True)
+                    ]
+                    if time.monotonic() - shown >= UPDATE_SECONDS:
                         yield *unchanged, histories, pending, *map(as_dicts, histories)
+                        shown = time.monotonic()
         except Exception:
             before = [history[:-1] for history in asked]
             yield asked[0][-1].content, *buttons(False), before, None, *map(as_dicts, before)

@@ -1,14 +1,16 @@
 """
 Stop strings, and the text of generated tokens.
 
-In: token ids of an answer. Out: after how many of them a stop string is complete, and the text before it. Called by
-the generators of utils/inference and by tools/chat_model.py. transformers' StopStringCriteria works inside `generate`
-alone.
+In: token ids of an answer. Out: after how many of them a stop string is complete, how many can be shown before that is
+known, and the text before it. Called by the generators of utils/inference and by tools/chat_model.py. transformers'
+StopStringCriteria works inside `generate` alone.
 """
 
 from collections.abc import Sequence
 
 from transformers import PreTrainedTokenizerBase
+
+UNFINISHED = "\ufffd"  # decoded from the first bytes of a character whose other tokens have not come yet
 
 
 class StopStrings:
@@ -29,6 +31,20 @@ class StopStrings:
             else:
                 low = middle + 1
         return low
+
+    def count_safe(self, answer_ids: Sequence[int]) -> int:
+        """Return the number of tokens before a stop string, and before an end that further tokens may make one."""
+        answer = decode(self.tokenizer, answer_ids)
+        complete = answer.rstrip(UNFINISHED)
+        safe = len(self.cut(complete))
+        for text in self.texts:
+            sizes = range(min(len(text) - 1, len(complete)), 0, -1)
+            safe = min(safe, len(complete) - next((size for size in sizes if complete.endswith(text[:size])), 0))
+        count = len(answer_ids)
+        while len(answer) > safe:
+            count -= 1
+            answer = decode(self.tokenizer, answer_ids[:count])
+        return count
 
     def _has_stop_string(self, answer_ids: Sequence[int]) -> bool:
         answer = decode(self.tokenizer, answer_ids)

@@ -62,10 +62,13 @@ class StopRule:
         token_ids: tokens that end an answer; they stay in it.
         find_end: number of tokens up to and including the one that completes a stop string, or None; it is called
             whenever an answer has grown. None where there are no stop strings.
+        count_safe: number of tokens before anything that is, or may become, a stop string. Without it, an answer that
+            may have stop strings is given out whole, at its end.
     """
 
     token_ids: frozenset[int]
     find_end: Callable[[Sequence[int]], int | None] | None = None
+    count_safe: Callable[[Sequence[int]], int] | None = None
 
     def apply(self, sequence: TokenSequence, new_ids: Sequence[int]) -> bool:
         """Append tokens up to the end of the answer, and return whether it has ended."""
@@ -79,6 +82,18 @@ class StopRule:
         if end is not None:
             del sequence.answer_ids[end:]
         return ended or end is not None
+
+    def finish_reason(self, answer_ids: Sequence[int]) -> str:
+        """Return why a complete answer ended: "stop" for a token or a stop string, "length" for its limit."""
+        if answer_ids[-1] in self.token_ids or (self.find_end and self.find_end(answer_ids) is not None):
+            return "stop"
+        return "length"
+
+    def count_final(self, answer_ids: Sequence[int], ended: bool) -> int:
+        """Return how many tokens of an answer can be given out because no stop string will cut them off."""
+        if self.find_end is None or (ended and (self.count_safe is None or self.find_end(answer_ids) is None)):
+            return len(answer_ids)
+        return self.count_safe(answer_ids) if self.count_safe else 0
 
 
 @dataclass(frozen=True)
@@ -357,6 +372,15 @@ class Scheduler:
                 self._leave(sequence)
                 complete.append(sequence)
         return complete
+
+    def cancel(self, sequence: TokenSequence) -> None:
+        """Take a sequence out of its slot or the queue, if it is in one; `finish` will drop its tokens in flight."""
+        if sequence in self.running:
+            self._leave(sequence)
+        elif sequence in self.waiting:
+            self.waiting.remove(sequence)
+            if sequence in self.held:  # in part prefilled
+                self.pool.release(self.held.pop(sequence))
 
     def unfinished(self) -> list[TokenSequence]:
         """Return the sequences taken and not complete, their answers cleared, for a caller that retries them."""
