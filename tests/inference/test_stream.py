@@ -26,7 +26,7 @@ class KnownRunner:
     """A device without a model: `choose(sequence, place)` is its token."""
 
     def __init__(self, choose, config: EngineConfig):
-        self.choose, self.max_seq_len, self.on_gpu = choose, config.max_seq_len, False
+        self.choose, self.max_seq_len, self.pages, self.on_gpu = choose, config.max_seq_len, config.pages, False
         self.limits = SchedulerLimits(config.max_batch_size, 100, config.decode_steps)
         self.slots: list[TokenSequence | None] = [None] * config.max_batch_size
         self.chosen = [0] * config.max_batch_size
