@@ -85,18 +85,18 @@ def test_rows_of_all_lengths_share_a_batch():
 
 
 def test_memory_holds_rows_of_average_length():
-    rows = rows_of([100] * 300 + [2000] * 5)  # 132 tokens on average
-    plan = plan_batches(rows, budget(132 * 100), 0, 1)
-    assert str(plan) == "96 (as many as memory holds)" and plan.cache_tokens == 5 * 2048 + 132 * 100 - 5 * 2048
-    plan = plan_batches(rows, budget(132 * 50), 200, 1)
+    rows = rows_of([100] * 300 + [2000] * 5)  # 159.5 tokens on average, in whole pages
+    plan = plan_batches(rows, budget(160 * 100), 0, 1)
+    assert str(plan) == "96 (as many as memory holds)" and plan.cache_tokens == 160 * 100
+    plan = plan_batches(rows, budget(160 * 50), 200, 1)
     assert str(plan) == "50 (--batch_size 200 is more than memory holds)"
     # A row that does not fit takes no memory from others, and is tried alone.
-    plan = plan_batches([*rows, *rows_of([9000])], budget(132 * 50), 0, 1)
-    assert plan.batch_size == 48 and plan.cache_tokens == 132 * 50 and plan.max_seq_len == 9001
+    plan = plan_batches([*rows, *rows_of([9000])], budget(160 * 50), 0, 1)
+    assert plan.batch_size == 48 and plan.cache_tokens == 160 * 50 and plan.max_seq_len == 9001
     assert plan_batches(rows_of([9000]), budget(3000), 0, 1).cache_tokens == 9024
     # An answer is half as long as it may be, on average.
-    rows = [[TokenSequence(number, range(50), 100)] for number in range(40)]
-    assert plan_batches(rows, budget(1000), 0, 1).batch_size == 10
+    rows = [[TokenSequence(number, range(50), 130)] for number in range(40)]
+    assert plan_batches(rows, budget(1290), 0, 1).batch_size == 10
 
 
 def test_what_a_prefill_leaves_for_the_cache():

@@ -214,9 +214,8 @@ def plan_batches(
     if budget.pads:
         held = budget.padded_batch_size(rows[0][0])
     else:
-        held = capacity // ceil_div(
-            sum(len(row[0].input_ids) + row[0].max_new_tokens // 2 for row in fitting), len(fitting)
-        )
+        pages = sum(pages_for(len(row[0].input_ids) + row[0].max_new_tokens // 2) for row in fitting)
+        held = capacity * len(fitting) // (pages * PAGE_TOKENS)
     size = max(1, min(most, held, share))
     if not batch_size and BATCH_SIZE_MULTIPLE < size == held:
         size -= size % BATCH_SIZE_MULTIPLE
