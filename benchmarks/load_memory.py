@@ -88,6 +88,7 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
 def load(args: argparse.Namespace) -> dict[str, Any]:
     """Load the model as the inference scripts do, or read its files."""
     from utils.distributed.process_group import init_process_group, shut_down
+    from utils.inference.adapters import AttachAdapters
     from utils.inference.placement import dispatch, load_on_processes
 
     dtype = DTYPES[args.dtype]
@@ -95,7 +96,7 @@ def load(args: argparse.Namespace) -> dict[str, Any]:
     if args.way == "tp":
         init_process_group(use_deepspeed=False)
     calls: dict[str, Callable[[], Any]] = {
-        "tp": lambda: load_on_processes(checkpoint, dtype, None, lambda model, shards=False: model, args.processes),
+        "tp": lambda: load_on_processes(checkpoint, dtype, None, AttachAdapters(), args.processes),
         "dispatch": lambda: dispatch(checkpoint, dtype),
         "int8": lambda: checkpoint.load_model(dtype),
         "int4": lambda: checkpoint.load_model(dtype),

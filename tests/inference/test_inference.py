@@ -1,5 +1,6 @@
 """Both inference scripts, on one process and several, and the engine behind them."""
 
+import copy
 import json
 import socket
 from functools import partial
@@ -9,15 +10,16 @@ import torch
 from conftest import GOLDEN, TINY
 from transformers import Glm4Config, Glm4ForCausalLM
 
-from utils.checkpoint.model import Checkpoint, load_model
+from utils.checkpoint.model import Checkpoint, load_model, set_tensor
 from utils.checkpoint.tokenizer import load_tokenizer
 from utils.common.errors import UsageError
 from utils.inference.batch_generator import AnswerSettings, BatchGenerator, PromptCodec
 from utils.inference.placement import prepare_for_decoding
 from utils.inference.prompt_reader import read_prompt_rows
 from utils.inference.stop_strings import decode
-from utils.inference.tensor_parallel import check_heads, repeat_key_value_heads
+from utils.inference.tensor_parallel import WHOLE, check_heads, cut_layers
 from utils.lora.adapter import AdapterOrigin, LoraSettings, attach_adapter, save_adapter
+from utils.models.architectures import GLM4_PLAN
 from utils.models.templates import template_for
 
 ONE_PROCESS = "chatglm_milti_gpu_inference.py"
@@ -198,21 +200,33 @@ def test_shards_are_shards_and_logits_agree(run_ranks, name, processes, flags):
 
 @pytest.mark.parametrize("processes, heads", [(2, 2), (3, 6), (4, 4), (6, 6), (12, 12)])
 @torch.no_grad()
-def test_key_value_heads_are_repeated_until_processes_share_them(processes, heads):
-    """Two of them, as the 32B has with 48 query heads, also over processes of which two is no divisor."""
+def test_shards_of_all_processes_sum_to_the_layer(processes, heads):
+    """Two key/value heads, as the 32B has with 48 query heads, are repeated; an MLP of 35 is split unevenly."""
     sizes = {"num_attention_heads": 12, "num_key_value_heads": 2, "head_dim": 8, "hidden_size": 32}
     torch.manual_seed(0)
-    model = Glm4ForCausalLM(
-        Glm4Config(**sizes, num_hidden_layers=1, intermediate_size=32, vocab_size=64, pad_token_id=0)
-    ).eval()
-    for parameter in model.model.layers.parameters():
+    config = Glm4Config(**sizes, num_hidden_layers=1, intermediate_size=35, vocab_size=64, pad_token_id=0)
+    config.attention_bias = True
+    whole = Glm4ForCausalLM(config).eval()
+    for parameter in whole.model.layers.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
-    input_ids = torch.arange(1, 20)[None]
-    expected = model(input_ids).logits
-    repeat_key_value_heads(model, processes)
-    attention = model.model.layers[0].self_attn
-    assert attention.k_proj.weight.shape[0] == attention.v_proj.bias.shape[0] == heads * 8
-    assert (model(input_ids).logits - expected).abs().max() <= 1e-5
+    block, hidden_states = whole.model.layers[0], torch.randn(2, 9, 32)
+    positions = whole.model.rotary_emb(hidden_states, torch.arange(9)[None])
+    attended, mlp, kv_rows = 0, 0, []
+    for number in range(processes):
+        model = copy.deepcopy(whole)
+        shards = cut_layers(model, GLM4_PLAN, (number, processes), all_reduce=lambda output: None)
+        for key, value in whole.state_dict().items():
+            layer, _, kind = key.rpartition(".")
+            set_tensor(model, key, shards.get(layer, WHOLE).of(kind, value), "cpu")
+        shard = model.model.layers[0]
+        attended += shard.self_attn(hidden_states, positions, attention_mask=None)[0]
+        mlp += shard.mlp(hidden_states)
+        kv_rows.append(shard.self_attn.k_proj.weight.shape[0])
+        assert shard.self_attn.v_proj.bias.shape[0] == kv_rows[-1] and shard.mlp.down_proj.in_features < 35
+        assert model.config.num_key_value_heads == heads and whole.config.num_key_value_heads == 2
+    assert kv_rows == [heads * 8 // processes] * processes
+    assert (attended - block.self_attn(hidden_states, positions, attention_mask=None)[0]).abs().max() <= 1e-4
+    assert (mlp - block.mlp(hidden_states)).abs().max() <= 1e-4
 
 
 def test_heads_that_cannot_be_split_evenly():
