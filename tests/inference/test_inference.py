@@ -1,6 +1,5 @@
 """Both inference scripts, on one process and several, and the engine behind them."""
 
-import copy
 import json
 import socket
 from functools import partial
@@ -8,18 +7,14 @@ from functools import partial
 import pytest
 import torch
 from conftest import GOLDEN, TINY
-from transformers import Glm4Config, Glm4ForCausalLM
 
-from utils.checkpoint.model import Checkpoint, load_model, set_tensor
+from utils.checkpoint.model import Checkpoint, load_model
 from utils.checkpoint.tokenizer import load_tokenizer
-from utils.common.errors import UsageError
 from utils.inference.batch_generator import AnswerSettings, BatchGenerator, PromptCodec
 from utils.inference.placement import prepare_for_decoding
 from utils.inference.prompt_reader import read_prompt_rows
 from utils.inference.stop_strings import decode
-from utils.inference.tensor_parallel import WHOLE, check_heads, cut_layers
 from utils.lora.adapter import AdapterOrigin, LoraSettings, attach_adapter, save_adapter
-from utils.models.architectures import GLM4_PLAN
 from utils.models.templates import template_for
 
 ONE_PROCESS = "chatglm_milti_gpu_inference.py"
@@ -196,42 +191,6 @@ def test_shards_are_shards_and_logits_agree(run_ranks, name, processes, flags):
     """With 2 key/value heads on 4 processes the heads are repeated; 4 processes that share by twos are 2 replicas."""
     result = run_ranks(processes, f"tests/helpers/tensor_parallel_check.py {GOLDEN / name} {flags}").check()
     assert result.out.count("tensor parallel ok") == processes
-
-
-@pytest.mark.parametrize("processes, heads", [(2, 2), (3, 6), (4, 4), (6, 6), (12, 12)])
-@torch.no_grad()
-def test_shards_of_all_processes_sum_to_the_layer(processes, heads):
-    """Two key/value heads, as the 32B has with 48 query heads, are repeated; an MLP of 35 is split unevenly."""
-    sizes = {"num_attention_heads": 12, "num_key_value_heads": 2, "head_dim": 8, "hidden_size": 32}
-    torch.manual_seed(0)
-    config = Glm4Config(**sizes, num_hidden_layers=1, intermediate_size=35, vocab_size=64, pad_token_id=0)
-    config.attention_bias = True
-    whole = Glm4ForCausalLM(config).eval()
-    for parameter in whole.model.layers.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)
-    block, hidden_states = whole.model.layers[0], torch.randn(2, 9, 32)
-    positions = whole.model.rotary_emb(hidden_states, torch.arange(9)[None])
-    attended, mlp, kv_rows = 0, 0, []
-    for number in range(processes):
-        model = copy.deepcopy(whole)
-        shards = cut_layers(model, GLM4_PLAN, (number, processes), all_reduce=lambda output: None)
-        for key, value in whole.state_dict().items():
-            layer, _, kind = key.rpartition(".")
-            set_tensor(model, key, shards.get(layer, WHOLE).of(kind, value), "cpu")
-        shard = model.model.layers[0]
-        attended += shard.self_attn(hidden_states, positions, attention_mask=None)[0]
-        mlp += shard.mlp(hidden_states)
-        kv_rows.append(shard.self_attn.k_proj.weight.shape[0])
-        assert shard.self_attn.v_proj.bias.shape[0] == kv_rows[-1] and shard.mlp.down_proj.in_features < 35
-        assert model.config.num_key_value_heads == heads and whole.config.num_key_value_heads == 2
-    assert kv_rows == [heads * 8 // processes] * processes
-    assert (attended - block.self_attn(hidden_states, positions, attention_mask=None)[0]).abs().max() <= 1e-4
-    assert (mlp - block.mlp(hidden_states)).abs().max() <= 1e-4
-
-
-def test_heads_that_cannot_be_split_evenly():
-    with pytest.raises(UsageError, match="8 attention heads cannot be split over 3 processes: use 1, 2, 4, 8"):
-        check_heads(Checkpoint.open(str(TINY)).config, 3)
 
 
 def test_without_flags_offline(run_command, tmp_path):

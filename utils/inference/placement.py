@@ -34,7 +34,7 @@ from utils.distributed.deepspeed_setup import init_deepspeed
 from utils.inference.adapters import AttachAdapters
 from utils.inference.engine import can_serve
 from utils.inference.engine.attention import SLOT_ATTENTION, has_decode_kernels
-from utils.inference.tensor_parallel import check_heads, load_shards, tensor_parallel_groups
+from utils.inference.tensor_parallel import Place, check_heads, load_shards, tensor_parallel_groups
 from utils.inference.work_queue import Replica
 from utils.kernels import load_skinny_gemm
 from utils.layers.fp8 import FP8, convert_to_fp8
@@ -96,7 +96,7 @@ def load_on_processes(
     if tp_size > 1:
         init_deepspeed()
         group, cpu_group, leader = tensor_parallel_groups(tp_size)
-        model = load_shards(checkpoint, dtype, device, group, adapters)
+        model = load_shards(checkpoint, dtype, device, Place.in_group(group), adapters)
         replica = Replica(replicas, process_rank() == leader, leader, cpu_group, reason=why)
     else:
         model = adapters(load_whole(checkpoint, dtype, device))

@@ -58,6 +58,29 @@ def check_heads(config: PretrainedConfig, processes: int) -> None:
 
 
 @dataclass(frozen=True)
+class Place:
+    """A process's place among those that share a model."""
+
+    number: int
+    processes: int
+    all_reduce: Callable[[torch.Tensor], Any]  # sums a tensor over them, in place
+
+    @classmethod
+    def in_group(cls, group: torch.distributed.ProcessGroup) -> "Place":
+        """Return this process's place in a group, which sums by DeepSpeed."""
+        from deepspeed.comm import comm
+
+        processes = torch.distributed.get_world_size(group)
+        if processes < world_size():  # on the CPU its sum over shared memory ignores groups
+            comm.cdb.shm_vector_kernel_level = 0
+        return cls(torch.distributed.get_rank(group), processes, partial(comm.inference_all_reduce, group=group))
+
+    def share(self, size: int) -> range:
+        """Return this process's numbers of 0 to `size` - 1; shares differ by one where they are not even."""
+        return range(size * self.number // self.processes, size * (self.number + 1) // self.processes)
+
+
+@dataclass(frozen=True)
 class Shard:
     """What one process holds of a linear layer: ranges of its outputs, ranges of its inputs; None is all of them."""
 
@@ -98,38 +121,28 @@ def load_shards(
     checkpoint: Checkpoint,
     dtype: torch.dtype,
     device: torch.device,
-    group: torch.distributed.ProcessGroup,
+    place: Place,
     adapters: AttachAdapters,
 ) -> PreTrainedModel:
     """
     Load this process's shard of the attention heads and MLPs, and the other layers whole, weight by weight.
 
-    All processes of the group must then give the same inputs; they get the same logits. Needs `check_heads`.
+    All processes that share the model must then give the same inputs; they get the same logits. Needs `check_heads`.
 
     Args:
         device: of the shards.
-        group: the processes that share the model.
         adapters: at most one, which is merged into the weights.
 
     Raises:
         UsageError: see `Checkpoint.checked_weights` and `AttachAdapters.read`; or the adapter is on a tied head.
     """
-    from deepspeed.comm import comm
-
-    if torch.distributed.get_world_size(group) < world_size():  # on the CPU its sum over shared memory ignores groups
-        comm.cdb.shm_vector_kernel_level = 0
     model = checkpoint.empty_model(dtype)
     weights = checkpoint.checked_weights(model)
     adapter = adapters.read(model, checkpoint.weight)
     tied = adapter.layers.keys() & {key.removesuffix(".weight") for key in model.all_tied_weights_keys}
     if tied:
         raise UsageError(f"the adapter is on {min(tied)}, whose weight is the embedding's too: use --tp_size 1")
-    shards = cut_layers(
-        model,
-        checkpoint.architecture.tensor_parallel,
-        (torch.distributed.get_rank(group), torch.distributed.get_world_size(group)),
-        partial(comm.inference_all_reduce, group=group),
-    )
+    shards = cut_layers(model, checkpoint.architecture.tensor_parallel, place)
     for key, tensor in weights:
         layer, _, kind = key.rpartition(".")
         shard = shards.get(layer, WHOLE)
@@ -147,12 +160,7 @@ def _merge(weight: nn.Parameter, adapter: Adapter, layer: str, shard: Shard) -> 
     weight += shard.of_outputs(B) @ shard.of_inputs(A) * adapter.layers[layer].scaling
 
 
-def cut_layers(
-    model: PreTrainedModel,
-    plan: TensorParallelPlan,
-    place: tuple[int, int],
-    all_reduce: Callable[[torch.Tensor], Any],
-) -> dict[str, Shard]:
+def cut_layers(model: PreTrainedModel, plan: TensorParallelPlan, place: Place) -> dict[str, Shard]:
     """
     Replace the linear layers of an empty model that `plan` splits by ones of this process's sizes, in place.
 
@@ -160,38 +168,30 @@ def cut_layers(
     heads serve fewer query heads each, so attention computes the same. The number of query heads, which both divide,
     is a multiple of theirs.
 
-    Args:
-        place: the number of this process among those that share the model, and their number.
-        all_reduce: sums a tensor over those processes, in place.
-
     Returns:
         What this process holds of each of these layers, by name.
     """
-    number, processes = place
-    groups = getattr(model.config, "num_key_value_heads", processes)
-    heads = math.lcm(groups, processes)
+    groups = getattr(model.config, "num_key_value_heads", place.processes)
+    heads = math.lcm(groups, place.processes)
     times = heads // groups
     shards: dict[str, Shard] = {}
-
-    def share(size: int) -> range:
-        return range(size * number // processes, size * (number + 1) // processes)
 
     def find_shard(path: str, layer: nn.Linear) -> Shard | None:
         def is_one_of(names: tuple[str, ...]) -> bool:
             return any(path.endswith(f".{name}") for name in names)
 
         if is_one_of(plan.row_parallel):
-            return Shard(inputs=(share(layer.in_features),))
+            return Shard(inputs=(place.share(layer.in_features),))
         if is_one_of(plan.packed_column_parallel):
             half = layer.out_features // 2
-            first = share(half)
+            first = place.share(half)
             return Shard(outputs=(first, range(half + first.start, half + first.stop)))
         if not is_one_of(plan.column_parallel):
             return None
         if is_one_of(QKV[1:]):
             size = layer.out_features // groups
-            return Shard(outputs=tuple(range(h // times * size, (h // times + 1) * size) for h in share(heads)))
-        return Shard(outputs=(share(layer.out_features),))
+            return Shard(outputs=tuple(range(h // times * size, (h // times + 1) * size) for h in place.share(heads)))
+        return Shard(outputs=(place.share(layer.out_features),))
 
     def build(path: str, layer: nn.Module) -> nn.Module | None:
         shard = find_shard(path, layer) if isinstance(layer, nn.Linear) else None
@@ -199,7 +199,7 @@ def cut_layers(
             return None
         shards[path] = shard
         if shard.inputs is not None:
-            return RowParallelLinear(layer, sum(map(len, shard.inputs)), all_reduce)
+            return RowParallelLinear(layer, sum(map(len, shard.inputs)), place.all_reduce)
         rows = sum(map(len, shard.outputs))
         return nn.Linear(layer.in_features, rows, layer.bias is not None, "meta", layer.weight.dtype)
 
