@@ -1,9 +1,9 @@
 """
-torchrun --nproc_per_node=2 tests/helpers/load_peak.py CHECKPOINT [none | cpu]
+torchrun --nproc_per_node=2 tests/helpers/load_peak.py CHECKPOINT [none | cpu | tp [ADAPTER]]
 
-Loads a checkpoint in float32; with a second word under ZeRO-3, its parameters offloaded to that device. Each process
-prints one JSON array: its rank, the bytes of host memory that it took at its peak above those before, and a hash of
-the weights.
+Loads a checkpoint in float32; with a second word under ZeRO-3, its parameters offloaded to that device, or by tensor
+parallelism over all processes, an adapter merged. Each process prints one JSON array: its rank, the bytes of host
+memory that it took at its peak above those before, and a hash of the weights, which for tensor parallelism are shards.
 """
 
 import hashlib
@@ -13,9 +13,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from utils.checkpoint.model import load_model
-from utils.common.processes import process_rank
+import torch
+
+from utils.checkpoint.model import Checkpoint, load_model
+from utils.common.processes import process_rank, world_size
 from utils.distributed.deepspeed_setup import init_deepspeed
+from utils.distributed.process_group import init_process_group, shut_down
+from utils.inference.adapters import AttachAdapters
+from utils.inference.placement import load_on_processes
 
 
 def memory(kind: str) -> int:
@@ -24,30 +29,34 @@ def memory(kind: str) -> int:
     return next(int(line.split()[1]) << 10 for line in lines if line.startswith(f"{kind}:"))
 
 
-checkpoint, *offload = sys.argv[1:]
-if offload:
+checkpoint, way, *adapters = [*sys.argv[1:], ""][: max(2, len(sys.argv) - 1)]
+if way == "tp":
+    init_process_group(use_deepspeed=True)
+elif way:
     import deepspeed
     from transformers.integrations import HfDeepSpeedConfig
 
-    zero = {"stage": 3, "offload_param": {"device": offload[0]}}
+    zero = {"stage": 3, "offload_param": {"device": way}}
     settings = HfDeepSpeedConfig(
         {"train_micro_batch_size_per_gpu": 1, "zero_optimization": zero}
     )  # kept while it lives
     init_deepspeed()
 Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # sets VmHWM to VmRSS
 before = memory("VmRSS")
-model = load_model(checkpoint)
+if way == "tp":
+    opened = Checkpoint.open(checkpoint)
+    model, _ = load_on_processes(opened, torch.float32, None, AttachAdapters(tuple(adapters)), world_size())
+else:
+    model = load_model(checkpoint)
 taken = memory("VmHWM") - before
 weights = hashlib.sha256()
 for name, parameter in model.named_parameters():
-    if offload:
+    if hasattr(parameter, "ds_id"):
         with deepspeed.zero.GatheredParameters([parameter]):
             values = parameter.detach().clone()
     else:
         values = parameter.detach()
     weights.update(name.encode() + values.numpy().tobytes())
 print(json.dumps([process_rank(), taken, weights.hexdigest()]), flush=True)
-if offload:
-    from utils.distributed.process_group import shut_down
-
+if way:
     shut_down()

@@ -17,6 +17,7 @@ from utils.models.architectures import GLM4_PLAN
 
 ADAPTERS = GOLDEN / "adapters"
 CHATGLM = GOLDEN / "chatglm-6b-tiny"
+CPU = torch.device("cpu")
 CHATGLM3 = GOLDEN / "chatglm3-6b-tiny"
 
 
@@ -30,7 +31,7 @@ def shards_of(path, dtype, processes: int, *adapters):
     checkpoint = Checkpoint.open(str(path))
     for number in range(processes):
         model = load_shards(
-            checkpoint, dtype, torch.device("cpu"), place(number, processes), AttachAdapters(tuple(map(str, adapters)))
+            checkpoint, dtype, CPU, place(number, processes), AttachAdapters(tuple(map(str, adapters)))
         )
         plan = checkpoint.architecture.tensor_parallel
         yield model, cut_layers(checkpoint.empty_model(dtype), plan, place(number, processes))
@@ -55,7 +56,7 @@ def test_shards_of_all_processes_sum_to_the_layer(processes, heads):
         shards = cut_layers(model, GLM4_PLAN, place(number, processes))
         for key, value in whole.state_dict().items():
             layer, _, kind = key.rpartition(".")
-            set_tensor(model, key, shards.get(layer, WHOLE).of(kind, value), "cpu")
+            set_tensor(model, key, shards.get(layer, WHOLE).of(kind, value, CPU, value.dtype), CPU)
         shard = model.model.layers[0]
         attended += shard.self_attn(hidden_states, positions, attention_mask=None)[0]
         mlp += shard.mlp(hidden_states)
@@ -80,7 +81,7 @@ def check_slices(path, dtype, processes, adapter):
         assert state.keys() == merged.keys()
         for key, value in state.items():
             layer, _, kind = key.rpartition(".")
-            expected = shards.get(layer, WHOLE).of(kind, merged[key])
+            expected = shards.get(layer, WHOLE).of(kind, merged[key], CPU, dtype)
             assert value.dtype == dtype and value.shape == expected.shape
             assert (value - expected).abs().max() <= 2 * torch.finfo(dtype).eps * expected.abs().max(), key
 

@@ -261,25 +261,12 @@ class Checkpoint:
         model.tie_weights()
 
 
-def set_tensor(
-    model: PreTrainedModel,
-    key: str,
-    tensor: torch.Tensor,
-    device: int | str | torch.device,
-    keeps_mapping: bool = True,
-) -> None:
-    """
-    Put a weight or buffer of `model` on `device`, in the dtype that it has in the model.
-
-    Args:
-        keeps_mapping: whether `tensor` itself may be kept, and with it what else was read of its mapped file.
-    """
+def set_tensor(model: PreTrainedModel, key: str, tensor: torch.Tensor, device: int | str | torch.device) -> None:
+    """Put a weight or buffer of `model` on `device`, in the dtype that it has in the model."""
     name, _, kind = key.rpartition(".")
     module = model.get_submodule(name)
     placeholder = getattr(module, kind)
     value = tensor.to(device).to(placeholder.dtype)  # in this order the host needs no copy in another dtype
-    if value is tensor and not keeps_mapping:
-        value = tensor.clone()
     if isinstance(placeholder, torch.nn.Parameter):
         value = torch.nn.Parameter(value, requires_grad=placeholder.requires_grad)
     setattr(module, kind, value)

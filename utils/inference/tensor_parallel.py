@@ -82,22 +82,42 @@ class Place:
 
 @dataclass(frozen=True)
 class Shard:
-    """What one process holds of a linear layer: ranges of its outputs, ranges of its inputs; None is all of them."""
+    """What one process holds of a linear layer: ranges of its outputs or of its inputs; None is all of them."""
 
     outputs: tuple[range, ...] | None = None
     inputs: tuple[range, ...] | None = None
 
-    def of_outputs(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Return a copy of this process's rows of (out, ...), or `tensor` itself where it has all."""
-        return tensor if self.outputs is None else torch.cat([tensor[r.start : r.stop] for r in self.outputs])
+    def of_outputs(self, tensor: torch.Tensor, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+        """Return a copy of this process's rows of (out, ...)."""
+        return _copy_ranges(tensor, 0, self.outputs, device, dtype)
 
-    def of_inputs(self, matrix: torch.Tensor) -> torch.Tensor:
-        """Return a copy of this process's columns of (..., in), or `matrix` itself where it has all."""
-        return matrix if self.inputs is None else torch.cat([matrix[:, r.start : r.stop] for r in self.inputs], dim=1)
+    def of_inputs(self, matrix: torch.Tensor, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+        """Return a copy of this process's columns of (..., in)."""
+        return _copy_ranges(matrix, 1, self.inputs, device, dtype)
 
-    def of(self, kind: str, tensor: torch.Tensor) -> torch.Tensor:
-        """Return what this process holds of a "weight" (out, in) or "bias" (out,)."""
-        return self.of_inputs(self.of_outputs(tensor)) if kind == "weight" else self.of_outputs(tensor)
+    def of(self, kind: str, tensor: torch.Tensor, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+        """Return a copy of what this process holds of a "weight" (out, in) or "bias" (out,)."""
+        by_inputs = self.inputs is not None and kind == "weight"
+        return (self.of_inputs if by_inputs else self.of_outputs)(tensor, device, dtype)
+
+
+def _copy_ranges(
+    tensor: torch.Tensor,
+    dimension: int,
+    ranges: tuple[range, ...] | None,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    ranges = ranges or (range(tensor.shape[dimension]),)
+    sizes = list(tensor.shape)
+    sizes[dimension] = sum(map(len, ranges))
+    copy = torch.empty(sizes, device=device, dtype=dtype)
+    start = 0
+    for taken in ranges:  # converted on `device`, so the host needs no copy in another dtype
+        piece = tensor.narrow(dimension, taken.start, len(taken)).to(device)
+        copy.narrow(dimension, start, len(taken)).copy_(piece)
+        start += len(taken)
+    return copy
 
 
 WHOLE = Shard()
@@ -146,7 +166,7 @@ def load_shards(
     for key, tensor in weights:
         layer, _, kind = key.rpartition(".")
         shard = shards.get(layer, WHOLE)
-        set_tensor(model, key, shard.of(kind, tensor), device, keeps_mapping=False)
+        set_tensor(model, key, shard.of(kind, tensor, device, dtype), device)
         if kind == "weight" and layer in adapter.layers:
             _merge(model.get_parameter(key), adapter, layer, shard)
     model.tie_weights()
@@ -156,8 +176,11 @@ def load_shards(
 @torch.no_grad()
 def _merge(weight: nn.Parameter, adapter: Adapter, layer: str, shard: Shard) -> None:
     """Add the shard of an adapter's scaled B A to the shard of a weight, in float32, rounded once as PEFT does."""
-    A, B = (factor.to(weight.device) for factor in adapter.factors(layer))
-    weight += shard.of_outputs(B) @ shard.of_inputs(A) * adapter.layers[layer].scaling
+    A, B = adapter.factors(layer)
+    B, A = shard.of_outputs(B, weight.device, torch.float32), shard.of_inputs(A, weight.device, torch.float32)
+    delta = B @ A
+    delta *= adapter.layers[layer].scaling
+    weight += delta
 
 
 def cut_layers(model: PreTrainedModel, plan: TensorParallelPlan, place: Place) -> dict[str, Shard]:
