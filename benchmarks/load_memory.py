@@ -98,7 +98,7 @@ def load(args: argparse.Namespace) -> dict[str, Any]:
     checkpoint = Checkpoint.open(args.checkpoint, quantize=args.way if args.way.startswith("int") else None)
     attach = AttachAdapters((args.adapter_path,) if args.adapter_path else ())
     if args.way == "tp":
-        init_process_group(use_deepspeed=False)
+        init_process_group(use_deepspeed=True)  # its shared memory is no weight
     calls: dict[str, Callable[[], Any]] = {
         "tp": lambda: load_on_processes(checkpoint, dtype, None, attach, args.processes),
         "dispatch": lambda: attach(dispatch(checkpoint, dtype)),

@@ -30,19 +30,26 @@ def weight_sizes(checkpoint) -> list[int]:
         return [4 * file.get_tensor(key).numel() for key in file.keys()]  # noqa: SIM118
 
 
-@pytest.mark.parametrize("adapts", (False, True))
-def test_a_process_takes_its_shard(checkpoint, run_ranks, tmp_path, adapts):
-    """By tensor parallelism it has half of the blocks, and the embedding and the head."""
-    if adapts:
-        load_memory.write_adapter(Checkpoint.open(str(checkpoint)), tmp_path / "adapter")
-    adapter = tmp_path / "adapter" if adapts else ""
-    run = run_ranks(2, f"tests/helpers/load_peak.py {checkpoint} tp {adapter}").check()
-    lines = [json.loads(line) for line in run.out.splitlines() if line.startswith("[")]
-    assert sorted(rank for rank, *_ in lines) == [0, 1]
+@pytest.fixture(scope="module")
+def adapter(checkpoint, tmp_path_factory):
+    """An adapter on every linear layer of the blocks."""
+    directory = tmp_path_factory.mktemp("adapter") / "adapter"
+    load_memory.write_adapter(Checkpoint.open(str(checkpoint)), directory)
+    return directory
+
+
+@pytest.mark.parametrize("way, processes, adapts", [("tp", 2, False), ("tp", 2, True), ("merge", 1, True)])
+def test_inference_takes_its_share(checkpoint, adapter, run_ranks, tmp_path, way, processes, adapts):
+    """In float32 from float16 files; by tensor parallelism a process has embedding and head whole."""
+    flags = f"--way {way} --processes {processes} --dtype float32 --checkpoint {checkpoint} --output_dir {tmp_path}"
+    flags += f" --adapter_path {adapter}" if adapts else ""
+    run_ranks(processes, f"benchmarks/load_memory.py --worker {flags}").check()
     sizes = weight_sizes(checkpoint)
-    bound = (sum(sizes) + 2 * max(sizes)) // 2 + max(sizes) + ALLOWANCE
-    for rank, taken, _ in lines:
-        assert taken < bound, f"rank {rank}: {taken:,} bytes, bound {bound:,}"
+    whole = 2 * max(sizes)
+    bound = (sum(sizes) - whole) // processes + whole + max(sizes) + ALLOWANCE
+    files = sorted(tmp_path.glob("rank-*.json"))
+    peaks = [json.loads(file.read_text())["above_baseline_gib"] * load_memory.GIB for file in files]
+    assert len(peaks) == processes and max(peaks) < bound, f"{max(peaks):,.0f} bytes, bound {bound:,}"
 
 
 def test_a_process_takes_its_share(checkpoint, run_ranks):

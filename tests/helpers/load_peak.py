@@ -1,9 +1,9 @@
 """
-torchrun --nproc_per_node=2 tests/helpers/load_peak.py CHECKPOINT [none | cpu | tp [ADAPTER]]
+torchrun --nproc_per_node=2 tests/helpers/load_peak.py CHECKPOINT [none | cpu]
 
-Loads a checkpoint in float32; with a second word under ZeRO-3, its parameters offloaded to that device, or by tensor
-parallelism over all processes, an adapter merged. Each process prints one JSON array: its rank, the bytes of host
-memory that it took at its peak above those before, and a hash of the weights, which for tensor parallelism are shards.
+Loads a checkpoint in float32; with a second word under ZeRO-3, its parameters offloaded to that device. Each process
+prints one JSON array: its rank, the bytes of host memory that it took at its peak above those before, and a hash of
+the weights.
 """
 
 import hashlib
@@ -13,14 +13,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-import torch
-
-from utils.checkpoint.model import Checkpoint, load_model
-from utils.common.processes import process_rank, world_size
+from utils.checkpoint.model import load_model
+from utils.common.processes import process_rank
 from utils.distributed.deepspeed_setup import init_deepspeed
-from utils.distributed.process_group import init_process_group, shut_down
-from utils.inference.adapters import AttachAdapters
-from utils.inference.placement import load_on_processes
 
 
 def memory(kind: str) -> int:
@@ -29,34 +24,30 @@ def memory(kind: str) -> int:
     return next(int(line.split()[1]) << 10 for line in lines if line.startswith(f"{kind}:"))
 
 
-checkpoint, way, *adapters = [*sys.argv[1:], ""][: max(2, len(sys.argv) - 1)]
-if way == "tp":
-    init_process_group(use_deepspeed=True)
-elif way:
+checkpoint, *offload = sys.argv[1:]
+if offload:
     import deepspeed
     from transformers.integrations import HfDeepSpeedConfig
 
-    zero = {"stage": 3, "offload_param": {"device": way}}
+    zero = {"stage": 3, "offload_param": {"device": offload[0]}}
     settings = HfDeepSpeedConfig(
         {"train_micro_batch_size_per_gpu": 1, "zero_optimization": zero}
     )  # kept while it lives
     init_deepspeed()
 Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # sets VmHWM to VmRSS
 before = memory("VmRSS")
-if way == "tp":
-    opened = Checkpoint.open(checkpoint)
-    model, _ = load_on_processes(opened, torch.float32, None, AttachAdapters(tuple(adapters)), world_size())
-else:
-    model = load_model(checkpoint)
+model = load_model(checkpoint)
 taken = memory("VmHWM") - before
 weights = hashlib.sha256()
 for name, parameter in model.named_parameters():
-    if hasattr(parameter, "ds_id"):
+    if offload:
         with deepspeed.zero.GatheredParameters([parameter]):
             values = parameter.detach().clone()
     else:
         values = parameter.detach()
     weights.update(name.encode() + values.numpy().tobytes())
 print(json.dumps([process_rank(), taken, weights.hexdigest()]), flush=True)
-if way:
+if offload:
+    from utils.distributed.process_group import shut_down
+
     shut_down()
