@@ -26,6 +26,9 @@ from utils.lora.formats import Adapter
 from utils.models.architectures import TensorParallelPlan
 from utils.models.family import QKV
 
+# Values of B A: larger ones, freed between weights that stay, would leave holes in the host's memory.
+MERGED_AT_ONCE = 1 << 20
+
 
 def tensor_parallel_groups(tp_size: int) -> tuple[Any, Any, int]:
     """
@@ -178,9 +181,9 @@ def _merge(weight: nn.Parameter, adapter: Adapter, layer: str, shard: Shard) -> 
     """Add the shard of an adapter's scaled B A to the shard of a weight, in float32, rounded once as PEFT does."""
     A, B = adapter.factors(layer)
     B, A = shard.of_outputs(B, weight.device, torch.float32), shard.of_inputs(A, weight.device, torch.float32)
-    delta = B @ A
-    delta *= adapter.layers[layer].scaling
-    weight += delta
+    rows = max(1, MERGED_AT_ONCE // weight.shape[1])
+    for weight_rows, B_rows in zip(weight.split(rows), B.split(rows), strict=True):
+        weight_rows += B_rows @ A * adapter.layers[layer].scaling
 
 
 def cut_layers(model: PreTrainedModel, plan: TensorParallelPlan, place: Place) -> dict[str, Shard]:
