@@ -1,6 +1,6 @@
 """
 python benchmarks/load_memory.py --way zero3 --processes 2
-python benchmarks/load_memory.py --way tp --processes 2 --layers 28 --work_dir W
+python benchmarks/load_memory.py --way tp --processes 2 --layers 28 --adapter --work_dir W
 
 Measures the host memory and the time that loading a checkpoint takes, the way that the scripts load it: random weights
 in float16, several safetensors files, on the CPU. A process's peak is VmHWM, which counts pages of mapped files too,
@@ -11,6 +11,7 @@ that train, a step follows, since FSDP2 shards then; its peak is given apart. Th
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -37,6 +38,7 @@ TRAINING = {
     "zero3_offload": "--deepspeed configs/deepspeed_zero3_cpu_offload.json",
     "fsdp2": "",
 }
+ADAPTER_RANK = 8
 SHARDED = ("zero3", "zero3_offload", "fsdp2", "tp")
 OTHER = ("tp", "dispatch", "int8", "int4", "merge", "fingerprint", "load")
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -88,15 +90,23 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
 def load(args: argparse.Namespace) -> dict[str, Any]:
     """Load the model as the inference scripts do, or read its files."""
     from utils.distributed.process_group import init_process_group, shut_down
+    from utils.inference.adapters import AttachAdapters
+    from utils.inference.merge_export import MergeSource, merge_and_save
     from utils.inference.placement import dispatch, load_on_processes
 
     dtype = DTYPES[args.dtype]
     checkpoint = Checkpoint.open(args.checkpoint, quantize=args.way if args.way.startswith("int") else None)
+    attach = AttachAdapters((args.adapter_path,) if args.adapter_path else ())
     if args.way == "tp":
-        init_process_group(use_deepspeed=False)
+        init_process_group(use_deepspeed=True)  # its shared memory is no weight
     calls: dict[str, Callable[[], Any]] = {
-        "tp": lambda: load_on_processes(checkpoint, dtype, None, lambda model, shards=False: model, args.processes),
-        "dispatch": lambda: dispatch(checkpoint, dtype),
+        "tp": lambda: load_on_processes(checkpoint, dtype, None, attach, args.processes),
+        "dispatch": lambda: attach(dispatch(checkpoint, dtype)),
+        "merge": lambda: merge_and_save(
+            MergeSource(checkpoint, checkpoint.load_tokenizer(), args.adapter_path),
+            Path(args.output_dir) / "merged",
+            dtype,
+        ),
         "int8": lambda: checkpoint.load_model(dtype),
         "int4": lambda: checkpoint.load_model(dtype),
         "load": lambda: load_model(args.checkpoint, dtype),
@@ -110,6 +120,19 @@ def load(args: argparse.Namespace) -> dict[str, Any]:
     return measured
 
 
+def write_adapter(checkpoint: Checkpoint, directory: Path) -> None:
+    """Write an adapter of random weights on every linear layer of the blocks."""
+    from utils.lora.adapter import LoraSettings, attach_adapter, save_adapter
+    from utils.training.fsdp_weights import placeholder_model
+
+    settings = LoraSettings(ADAPTER_RANK, 2 * ADAPTER_RANK, 0.0, list(checkpoint.generation.linear_layers))
+    model = attach_adapter(placeholder_model(checkpoint, torch.float32), settings, seed=1)
+    for name, parameter in model.named_parameters():
+        if ".lora_B." in name:
+            torch.nn.init.normal_(parameter, std=0.01)
+    save_adapter(model, directory)
+
+
 def work(args: argparse.Namespace) -> None:
     """Measure this process, and write its numbers into `output_dir`."""
     measured = train(args) if args.way in TRAINING else load(args)
@@ -119,13 +142,17 @@ def work(args: argparse.Namespace) -> None:
 
 
 def prepare(args: argparse.Namespace, work_dir: Path) -> None:
-    """Write the checkpoint and a few rows, unless they are there."""
+    """Write the checkpoint, an adapter and a few rows, unless they are there."""
     from benchmarks.train_throughput import random_rows
 
     args.checkpoint, args.rows = work_dir / f"{SHAPE}-{args.layers}", work_dir / "rows"
     if not args.checkpoint.is_dir():
         GLM[SHAPE] = GLM["chatglm3-1b"] | {"num_layers": args.layers, "padded_vocab_size": args.vocabulary}
         write_checkpoint(SHAPE, args.checkpoint, "cpu")
+    if args.adapter or args.way == "merge":
+        args.adapter_path = work_dir / f"adapter-{args.layers}"
+        if not args.adapter_path.is_dir():
+            write_adapter(Checkpoint.open(str(args.checkpoint)), args.adapter_path)
     if not args.rows.is_dir():
         random_rows(args.checkpoint, 4, seed=0).save_to_disk(str(args.rows))
 
@@ -135,6 +162,7 @@ def command_of(args: argparse.Namespace, work_dir: Path) -> list[str]:
     values = {
         "way": args.way,
         "checkpoint": args.checkpoint,
+        "adapter_path": args.adapter_path or "",
         "rows": args.rows,
         "output_dir": work_dir / "output",
         "processes": args.processes,
@@ -154,8 +182,7 @@ def measure(args: argparse.Namespace, work_dir: Path) -> dict[str, Any]:
     """Start the processes; return what each took, and the bound."""
     prepare(args, work_dir)
     output = work_dir / "output"
-    for old in output.glob("rank-*.json"):
-        old.unlink()
+    shutil.rmtree(output, ignore_errors=True)
     run = subprocess.run(command_of(args, work_dir), cwd=ROOT, capture_output=True, text=True)
     if run.returncode:
         sys.exit(f"{(run.stdout + run.stderr)[-6000:]}\n--way {args.way} failed with exit code {run.returncode}")
@@ -167,6 +194,7 @@ def measure(args: argparse.Namespace, work_dir: Path) -> dict[str, Any]:
     return {
         "way": args.way,
         "processes": args.processes,
+        "adapter": bool(args.adapter_path),
         "dtype": str(dtype).removeprefix("torch."),
         "weights_gib": round(sum(sizes) / GIB, 3),
         "largest_gib": round(max(sizes) / GIB, 3),
@@ -183,9 +211,10 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=24, help="decoder blocks of the model (default: %(default)s)")
     parser.add_argument("--vocabulary", type=int, default=65024, help="rows of the embedding (default: %(default)s)")
     parser.add_argument("--dtype", choices=DTYPES, default="float16", help="of inference (default: %(default)s)")
+    parser.add_argument("--adapter", action="store_true", help="with an adapter, for tp and dispatch; merge has one")
     parser.add_argument("--flags", default="", help="more flags for the training script")
     parser.add_argument("--work_dir", type=Path, help="of the checkpoint; (default: a temporary directory)")
-    for name in ("--checkpoint", "--rows", "--output_dir"):
+    for name in ("--checkpoint", "--adapter_path", "--rows", "--output_dir"):
         parser.add_argument(name, help=argparse.SUPPRESS)
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()

@@ -13,36 +13,42 @@ import torch
 from utils.checkpoint.model import Checkpoint, load_model
 from utils.common.processes import world_size
 from utils.distributed.process_group import init_process_group, shut_down
+from utils.inference.adapters import AttachAdapters
 from utils.inference.engine import Engine
 from utils.inference.engine.model_runner import EngineConfig
 from utils.inference.engine.scheduler import StopRule, TokenSequence
 from utils.inference.placement import load_on_processes, prepare_for_decoding
+from utils.layers.fused_qkv import QKV_PROJ
+from utils.models.family import QKV
 
 path, tp_size = sys.argv[1], int(sys.argv[2])
 init_process_group(use_deepspeed=False)
 checkpoint = Checkpoint.open(path)
-sharded, replica = load_on_processes(checkpoint, torch.float32, None, lambda model, shards: model, tp_size)
+sharded, replica = load_on_processes(checkpoint, torch.float32, None, AttachAdapters(), tp_size)
 assert replica.replicas == world_size() // tp_size
 whole = load_model(path)
-plan, split = checkpoint.architecture.tensor_parallel, 0
-shards = dict(sharded.named_modules())
-for name, module in whole.named_modules():
-    columns = any(name.endswith(column) for column in (*plan.column_parallel, *plan.packed_column_parallel))
-    if columns or any(name.endswith(row) for row in plan.row_parallel):
-        dimension = 0 if columns else 1
-        whole_size, shard_size = module.weight.shape[dimension], shards[name].weight.shape[dimension]
-        sizes = torch.tensor(shard_size)
-        torch.distributed.all_reduce(sizes)
-        heads = getattr(whole.config, "num_key_value_heads", tp_size)
-        repeats = math.lcm(heads, tp_size) // heads
-        expected = whole_size * (repeats if name.endswith(("k_proj", "v_proj")) else 1)
-        assert 0 < shard_size < expected and sizes == replica.replicas * expected, (name, shard_size, whole_size)
-        split += 1
-assert (
-    split
-    == (len(plan.column_parallel) + len(plan.packed_column_parallel) + len(plan.row_parallel))
-    * whole.config.num_hidden_layers
-)
+plan = checkpoint.architecture.tensor_parallel
+
+
+def count_weights(model, names):
+    return sum(layer.weight.numel() for name, layer in model.named_modules() if name.endswith(names))
+
+
+expected = {
+    (name,): count_weights(whole, name)
+    for name in (*plan.column_parallel, *plan.packed_column_parallel, *plan.row_parallel)
+    if name not in QKV
+}
+if QKV[0] in plan.column_parallel:  # the engine makes one layer of them
+    heads = whole.config.num_key_value_heads
+    repeats = math.lcm(heads, tp_size) // heads
+    expected[(*QKV, QKV_PROJ)] = count_weights(whole, QKV[0]) + repeats * count_weights(whole, QKV[1:])
+assert len(expected) == 4
+for names, number in expected.items():
+    held = count_weights(sharded, names)
+    total = torch.tensor(held)
+    torch.distributed.all_reduce(total)
+    assert 0 < held < number and total == replica.replicas * number, (names, held, number)
 config = whole.config
 input_ids = torch.randint(100, 600, (2, 20), generator=torch.Generator().manual_seed(0))
 if hasattr(config, "gmask_token_id"):

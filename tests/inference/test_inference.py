@@ -7,16 +7,13 @@ from functools import partial
 import pytest
 import torch
 from conftest import GOLDEN, TINY
-from transformers import Glm4Config, Glm4ForCausalLM
 
 from utils.checkpoint.model import Checkpoint, load_model
 from utils.checkpoint.tokenizer import load_tokenizer
-from utils.common.errors import UsageError
 from utils.inference.batch_generator import AnswerSettings, BatchGenerator, PromptCodec
 from utils.inference.placement import prepare_for_decoding
 from utils.inference.prompt_reader import read_prompt_rows
 from utils.inference.stop_strings import decode
-from utils.inference.tensor_parallel import check_heads, repeat_key_value_heads
 from utils.lora.adapter import AdapterOrigin, LoraSettings, attach_adapter, save_adapter
 from utils.models.templates import template_for
 
@@ -194,30 +191,6 @@ def test_shards_are_shards_and_logits_agree(run_ranks, name, processes, flags):
     """With 2 key/value heads on 4 processes the heads are repeated; 4 processes that share by twos are 2 replicas."""
     result = run_ranks(processes, f"tests/helpers/tensor_parallel_check.py {GOLDEN / name} {flags}").check()
     assert result.out.count("tensor parallel ok") == processes
-
-
-@pytest.mark.parametrize("processes, heads", [(2, 2), (3, 6), (4, 4), (6, 6), (12, 12)])
-@torch.no_grad()
-def test_key_value_heads_are_repeated_until_processes_share_them(processes, heads):
-    """Two of them, as the 32B has with 48 query heads, also over processes of which two is no divisor."""
-    sizes = {"num_attention_heads": 12, "num_key_value_heads": 2, "head_dim": 8, "hidden_size": 32}
-    torch.manual_seed(0)
-    model = Glm4ForCausalLM(
-        Glm4Config(**sizes, num_hidden_layers=1, intermediate_size=32, vocab_size=64, pad_token_id=0)
-    ).eval()
-    for parameter in model.model.layers.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)
-    input_ids = torch.arange(1, 20)[None]
-    expected = model(input_ids).logits
-    repeat_key_value_heads(model, processes)
-    attention = model.model.layers[0].self_attn
-    assert attention.k_proj.weight.shape[0] == attention.v_proj.bias.shape[0] == heads * 8
-    assert (model(input_ids).logits - expected).abs().max() <= 1e-5
-
-
-def test_heads_that_cannot_be_split_evenly():
-    with pytest.raises(UsageError, match="8 attention heads cannot be split over 3 processes: use 1, 2, 4, 8"):
-        check_heads(Checkpoint.open(str(TINY)).config, 3)
 
 
 def test_without_flags_offline(run_command, tmp_path):

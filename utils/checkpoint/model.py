@@ -25,7 +25,7 @@ from transformers.modeling_utils import local_torch_dtype
 from utils.checkpoint.directory import OpenedDirectory, open_directory
 from utils.checkpoint.expected_weights import ExpectedWeights
 from utils.checkpoint.tokenizer import tokenizer_in
-from utils.checkpoint.weight_files import model_files, read_weights, weight_files
+from utils.checkpoint.weight_files import find_unusable, model_files, read_weights, weight_files
 from utils.checkpoint.zero3 import build_partitioned, set_partition
 from utils.common.errors import UsageError
 from utils.common.file_hashes import hash_files
@@ -107,6 +107,19 @@ class Checkpoint:
                 yield f"{module}.{SCALE}", scale
             else:  # copied, as a norm that stays mapped would keep the pages of full weights in memory
                 yield key, tensor.clone() if self.quantizes else tensor
+
+    def weight(self, key: str) -> torch.Tensor:
+        """
+        One weight by its name in the model class, mapped.
+
+        Raises:
+            UsageError: see `weights`; it is not in the files, or not finite.
+        """
+        tensor = next((tensor for name, tensor in self.weights() if name == key), None)
+        fault = "is not in the files" if tensor is None else find_unusable(tensor, tensor.dtype)
+        if fault:
+            raise UsageError(f"{self.directory}: {key} {fault}")
+        return tensor
 
     def _named_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         for key, tensor in read_weights(self.directory):
@@ -242,13 +255,13 @@ class Checkpoint:
                     value = tensor.to(expected.tensors[key].dtype)
                     offload_index = offload_weight(value, name, offload_folder, index=offload_index)
             else:  # accelerate leaves the buffers of an offloaded module in memory
-                _set_tensor(model, key, tensor, "cpu" if device == "disk" else device)
+                set_tensor(model, key, tensor, "cpu" if device == "disk" else device)
         if offload_index:
             save_offload_index(offload_index, offload_folder)
         model.tie_weights()
 
 
-def _set_tensor(model: PreTrainedModel, key: str, tensor: torch.Tensor, device: int | str | torch.device) -> None:
+def set_tensor(model: PreTrainedModel, key: str, tensor: torch.Tensor, device: int | str | torch.device) -> None:
     """Put a weight or buffer of `model` on `device`, in the dtype that it has in the model."""
     name, _, kind = key.rpartition(".")
     module = model.get_submodule(name)

@@ -8,8 +8,7 @@ tools/chat.py and tools/evaluate.py share how adapters are checked and attached 
 import json
 import time
 from collections.abc import Callable
-from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -22,6 +21,7 @@ from utils.common.file_hashes import hash_files
 from utils.common.processes import is_main_process, process_rank
 from utils.data.row_schema import ColumnMap
 from utils.distributed.process_group import check_port, init_process_group, on_all_processes
+from utils.inference.adapters import AttachAdapters
 from utils.inference.answer_settings import PATHS
 from utils.inference.answer_writer import AnswerFile
 from utils.inference.arguments import (
@@ -32,7 +32,6 @@ from utils.inference.arguments import (
     choose_dtype,
     parse_flags,
 )
-from utils.inference.engine import can_serve
 from utils.inference.generate import AnswerSettings, Job, answer_rows, settings_of
 from utils.inference.merge_export import MergeSource, merge_and_save, read_template
 from utils.inference.placement import input_device
@@ -41,18 +40,10 @@ from utils.inference.run_report import print_header, print_merged, print_summary
 from utils.inference.sampling import Sampling
 from utils.inference.work_queue import Replica
 from utils.layers.quantization import stored_bits
-from utils.lora.adapter import check_base, load_adapter, merge_adapter, read_origin, warn_of_old_ids
+from utils.lora.adapter import check_base, read_origin, warn_of_old_ids
 from utils.lora.formats import files_of_adapter
-from utils.lora.multi_lora import add_adapters
 from utils.models.chat_options import chat_options
 from utils.models.templates import ChatTemplate
-
-
-class AttachAdapters(Protocol):
-    """`attach_adapters` for the flags of a command."""
-
-    def __call__(self, model: PreTrainedModel, shards: bool = False) -> PreTrainedModel: ...
-
 
 # (flags, checkpoint, dtype of the weights, attach) -> the model with its adapters, and this process's replica of it.
 Load = Callable[[Any, Checkpoint, torch.dtype, AttachAdapters], tuple[PreTrainedModel, Replica]]
@@ -88,7 +79,7 @@ def run_inference(kind: type[InferenceArguments], load: Load, description: str) 
     if prompts is None:
         return
     job = open_job(args, prompts, checkpoint, dtype)
-    model, replica = load(args, checkpoint, dtype, partial(attach_adapters, args=args))
+    model, replica = load(args, checkpoint, dtype, AttachAdapters.of(args))
     outcome = answer_rows(job, model, tokenizer, input_device(model), replica)
     if is_main_process():
         print_summary(args, outcome.summary, time.monotonic() - job.began)
@@ -181,29 +172,6 @@ def check_adapters(args: ModelFlags, checkpoint: Checkpoint) -> None:
             check_base(path, checkpoint)
         if warning := warn_of_old_ids(path, checkpoint):
             print_line(warning)
-
-
-def attach_adapters(model: PreTrainedModel, args: ModelFlags, shards: bool = False) -> PreTrainedModel:
-    """
-    Return the model with the adapters of --adapter_path.
-
-    One adapter is merged into the weights where that is exact (float32, not offloaded) or where the model is about to
-    be sharded; in 16 bits it stays beside them. Several stay beside them, for each row to choose.
-
-    Raises:
-        UsageError: see `load_adapter` and `add_adapters`; or several adapters on a model that `shards`.
-    """
-    paths = args.adapter_path
-    if not paths:
-        return model
-    if len(paths) > 1:
-        if shards:
-            raise UsageError("several adapters on a sharded model are not supported: give one, or --tp_size 1")
-        add_adapters(model, dict(zip(adapter_names(paths), paths, strict=True)), args.lora_alpha)
-        return model
-    if shards or (model.dtype == torch.float32 and can_serve(model)):
-        return merge_adapter(model, paths[0], args.lora_alpha)
-    return load_adapter(model, paths[0], args.lora_alpha)
 
 
 def choose_template(args: ModelFlags, tokenizer: PreTrainedTokenizerBase) -> tuple[ChatTemplate, str]:

@@ -10,6 +10,7 @@ tokens wherever they are spelled, and joins a newline with the white space after
 which the chat template inserts and the exported tokenizer drops, prevent both.
 """
 
+import ctypes
 import itertools
 import json
 import re
@@ -121,6 +122,7 @@ def merge_and_save(source: MergeSource, directory: str | Path, dtype: torch.dtyp
         if template:
             (complete / TEMPLATE_FILE).write_text(json.dumps({"template": template}))
         del model, adapted, merged
+        _return_freed_memory()
         progress.advance(1, "answering with what was written")
         after = _greedy_tokens(load_model(str(complete), dtype=dtype), load_tokenizer(str(complete)))
         equal = int((before == after).sum())
@@ -135,6 +137,13 @@ def merge_and_save(source: MergeSource, directory: str | Path, dtype: torch.dtyp
             target.rmdir()
         complete.rename(target)
         progress.advance(1, "")
+
+
+def _return_freed_memory() -> None:
+    """Return freed memory to the system: glibc keeps that of tensors below 32 MB, and what comes next is mapped."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # other C libraries have none
+    if trim is not None:
+        trim(0)
 
 
 def _check_mergeable(checkpoint: Checkpoint, target: Path) -> None:

@@ -1,7 +1,7 @@
 """
 Where a model's weights lie for inference, and which layers compute with them: checkpoint in, model out.
 
-`load_on_processes` gives every process a replica, or shards the model over processes by DeepSpeed. `dispatch` spreads
+`load_on_processes` gives every process a replica, or shards the model over processes. `dispatch` spreads
 it over this process's devices by accelerate. `prepare_for_decoding` then swaps in the layers that the engine is fast
 with; it is the only place that changes a model for decoding. The inference scripts and tools call these.
 
@@ -15,7 +15,6 @@ function itself reads no checkpoint whose weights have other names than the mode
 
 import os
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -32,9 +31,10 @@ from utils.common.processes import local_rank, process_rank, world_size
 from utils.data.input_facts import describe_size
 from utils.distributed.collectives import gather_from_all
 from utils.distributed.deepspeed_setup import init_deepspeed
+from utils.inference.adapters import AttachAdapters
 from utils.inference.engine import can_serve
 from utils.inference.engine.attention import PAGED_ATTENTION, has_decode_kernels
-from utils.inference.tensor_parallel import check_heads, shard_with_deepspeed, tensor_parallel_groups
+from utils.inference.tensor_parallel import Place, check_heads, load_shards, tensor_parallel_groups
 from utils.inference.work_queue import Replica
 from utils.kernels import load_skinny_gemm
 from utils.layers.fp8 import FP8, convert_to_fp8
@@ -70,36 +70,36 @@ def load_on_processes(
     checkpoint: Checkpoint,
     dtype: torch.dtype,
     quantize: str | None,
-    adapt: Callable[..., PreTrainedModel],
+    adapters: AttachAdapters,
     tp_size: int | None = None,
 ) -> tuple[PreTrainedModel, Replica]:
     """
     Load a checkpoint for all processes of the group, prepared for decoding, each process's share on its device.
 
-    Every process is a replica that answers its share of the rows, or `tp_size` processes are one replica, by
-    DeepSpeed's tensor parallelism.
+    Every process is a replica that answers its share of the rows, or `tp_size` processes are one replica, by tensor
+    parallelism.
 
     Args:
         checkpoint: opened with `quantize=stored_bits(quantize)`.
         quantize: "int8", "int4" or "fp8"; such weights are not sharded.
-        adapt: attaches adapters; called with the whole model, and with `shards=True` if it is sharded afterwards.
+        adapters: attached to a whole model, or merged into the shards.
         tp_size: None is 1 where every process has memory for the whole model, which is faster, and otherwise the
             fewest processes whose memory together holds it. The replica has the reason.
 
     Raises:
-        UsageError: see `Checkpoint.fill` and `check_heads`; or quantised weights with `tp_size` above 1.
+        UsageError: see `Checkpoint.fill`, `check_heads` and `load_shards`; or quantised weights with `tp_size` above
+            1.
     """
     tp_size, why = resolve_tp_size(checkpoint, dtype, quantize, tp_size)
     replicas = world_size() // tp_size
+    device = torch.device(f"cuda:{local_rank()}" if torch.cuda.is_available() else "cpu")
     if tp_size > 1:
         init_deepspeed()
-        model = adapt(load_whole(checkpoint, dtype, torch.device("cpu")), shards=True)
         group, cpu_group, leader = tensor_parallel_groups(tp_size)
-        model = shard_with_deepspeed(model, checkpoint.generation, dtype, group)
+        model = load_shards(checkpoint, dtype, device, Place.in_group(group), adapters)
         replica = Replica(replicas, process_rank() == leader, leader, cpu_group, reason=why)
     else:
-        device = torch.device(f"cuda:{local_rank()}" if torch.cuda.is_available() else "cpu")
-        model = adapt(load_whole(checkpoint, dtype, device))
+        model = adapters(load_whole(checkpoint, dtype, device))
         model = quantize_to_fp8(model, checkpoint, quantize)
         replica = Replica(replicas, reason=why)
     prepare_for_decoding(model)

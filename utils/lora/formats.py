@@ -8,7 +8,7 @@ no layer, and knows neither the released names nor files without a configuration
 
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -55,6 +55,11 @@ class Adapter:
             alpha_pattern={name: lora.alpha for name, lora in others.items()},
         )
 
+    def factors(self, layer: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """The A (R, in) and B (out, R) of a layer, float32: the weight gains its scaling * B A."""
+        A, B = (self.state[f"{PEFT_KEY_PREFIX}{layer}.lora_{name}.weight"].float() for name in "AB")
+        return A, B
+
 
 def adapter_directory(path: str | Path) -> Path:
     """The PEFT directory around an adapter's file; otherwise `path` itself."""
@@ -69,7 +74,12 @@ def files_of_adapter(path: str | Path) -> list[Path]:
     return sorted(named | {file for file in candidates if file.is_file()})
 
 
-def read_adapter(path: str | Path, model: PreTrainedModel, lora_alpha: int | None) -> Adapter:
+def read_adapter(
+    path: str | Path,
+    model: PreTrainedModel,
+    lora_alpha: int | None,
+    weight_of: Callable[[str], torch.Tensor] | None = None,
+) -> Adapter:
     """
     An adapter as plain LoRA on `model`, whatever its files hold.
 
@@ -81,6 +91,7 @@ def read_adapter(path: str | Path, model: PreTrainedModel, lora_alpha: int | Non
     Args:
         path: a PEFT directory or the weight file in one, a `chatglm-lora.pt`, or a directory that holds one.
         lora_alpha: for a file without a configuration; None is RAW_ALPHA.
+        weight_of: gives a weight by its name, for an empty model (default: its own weights).
 
     Raises:
         UsageError: there is no adapter, it holds something else than LoRA weights, or its weights do not belong to
@@ -100,7 +111,7 @@ def read_adapter(path: str | Path, model: PreTrainedModel, lora_alpha: int | Non
     if fault:
         raise UsageError(f"--adapter_path {path} does not fit: {fault}")
     if config.init in PRINCIPAL_PARTS:
-        state, layers = _with_principal_parts(config, state, layers, targets)
+        state, layers = _with_principal_parts(config, state, layers, targets, weight_of)
     if released:
         return _split(state, layers, targets)
     return Adapter(state, layers)
@@ -222,7 +233,11 @@ PRINCIPAL_PARTS = {"pissa": _pissa, "olora": _olora}
 
 
 def _with_principal_parts(
-    config: AdapterConfig, state: State, layers: Mapping[str, LayerLora], targets: TargetLayers
+    config: AdapterConfig,
+    state: State,
+    layers: Mapping[str, LayerLora],
+    targets: TargetLayers,
+    weight_of: Callable[[str], torch.Tensor] | None,
 ) -> tuple[State, dict[str, LayerLora]]:
     """
     The same adapter relative to the whole base.
@@ -232,12 +247,13 @@ def _with_principal_parts(
     converted, widened = {}, {}
     for name, lora in layers.items():
         weights = []
-        for layer in targets[name].values():
+        for target, layer in targets[name].items():
             with align_module_device(layer):  # brings an offloaded weight
-                if not layer.weight.is_floating_point():
+                weight = layer.weight if weight_of is None else weight_of(f"{target}.weight")
+                if not weight.is_floating_point():
                     fault = f"{config.init} takes a part out of a base in full precision, and this one is quantised"
                     raise UsageError(f"{config.file}: init_lora_weights {fault}: {HOW_TO_CONVERT}")
-                weights.append(layer.weight.detach().float())
+                weights.append(weight.detach().float())
         A0, B0 = (value.cpu() for value in PRINCIPAL_PARTS[config.init](torch.cat(weights), lora))
         if len(A0) < lora.rank or lora.scaling <= 0:
             raise UsageError(f"{config.file}: {config.init} cannot begin with rank {lora.rank} at {name}")

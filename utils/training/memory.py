@@ -10,8 +10,8 @@ from the tensors that autograd saves there: the inputs of both norms, the input 
 value and output of attention, and the input of the MLP's activation function. GLM-4-0414 has two more norms, behind
 attention and MLP: see `output_norm_values`.
 
-The fitted constants below match peaks (`max_memory_allocated`) on H100s with torch 2.11 and LoRA rank 8 on query, key
-and value; tests/training/test_memory.py lists the peaks. FSDP2's are counted from how it works; none was measured.
+The fitted constants below match peaks (`max_memory_allocated`) on H100s and H200s with torch 2.11 and LoRA rank 8 on
+query, key and value; tests/training/test_memory.py lists the peaks. FSDP2's are counted from how it works; none was measured.
 """
 
 import os
@@ -37,7 +37,7 @@ INPUT_NORMS = 2  # of every block, before attention and MLP
 PREFIX_ATTENTION_SHARE = 1 / 3
 # Fitted: what a block that is not compiled keeps, relative to a compiled one, with these norms.
 UNCOMPILED_FACTOR_LAYERNORM, UNCOMPILED_FACTOR_RMSNORM = 1.44, 1.83
-# Fitted: a logit of a chunk of the head: in 16 bits, twice in float32, and the chunk before in float32.
+# Fitted: a logit of a chunk of the head whose loss is not compiled: in 16 bits, twice in float32, and the chunk before.
 BYTES_PER_LOGIT = 14
 ZERO3_LIVE_PARAMETERS = 10**9  # gathered at once: DeepSpeed's stage3_max_live_parameters
 FSDP2_LIVE_BLOCKS = 2  # gathered at once: the one that computes and the next
@@ -185,6 +185,16 @@ class MemoryModel:
         inputs = self.sizes.output_norms * self.sizes.hidden
         return inputs / 2 if self.compiled else inputs * 4 / self.sizes.value_bytes
 
+    def logit_bytes(self) -> int:
+        """
+        Return the bytes of the logits that exist at once, if all tokens are targets.
+
+        A compiled loss writes only their gradient beside them, and the gradient of the chunk before still exists.
+        """
+        copies = 3 if self.tokens > CHUNK_TOKENS else 2
+        bytes_per_logit = copies * self.sizes.value_bytes if self.compiled else BYTES_PER_LOGIT
+        return min(CHUNK_TOKENS, self.tokens) * self.sizes.vocabulary * bytes_per_logit
+
     def adapter_parameters(self) -> int:
         """Return the number of weights that are trained."""
         linear = self.sizes.linear
@@ -201,11 +211,11 @@ class MemoryModel:
         adapter = self.adapter_parameters()
         block_input = self.tokens * sizes.hidden * sizes.value_bytes
         block = self.tokens * self.saved_values() * sizes.value_bytes
-        chunk = min(CHUNK_TOKENS, self.tokens)
-        head = chunk * sizes.vocabulary * BYTES_PER_LOGIT + self.tokens * sizes.hidden * (4 + sizes.value_bytes)
+        head = self.logit_bytes() + self.tokens * sizes.hidden * (4 + sizes.value_bytes)
         activations = sizes.blocks * (block_input if self.checkpointing else block) + 3 * block_input
-        if self.checkpointing:  # the block that is recomputed reuses the memory of the head
-            activations += max(0, block - head)
+        if self.checkpointing:  # the block that is recomputed, and its widest gradient, reuse the memory of the head
+            widest_gradient = self.tokens * sizes.linear[sizes.layers.mlp_up][1] * sizes.value_bytes
+            activations += max(0, block + widest_gradient - head)
         shares = {
             "weights": weights,
             "adapter": 2 * 4 * adapter,  # and its gradients, in float32
