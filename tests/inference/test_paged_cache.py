@@ -106,3 +106,16 @@ def test_a_prompt_that_is_cached_whole():
     prompt = torch.randint(10, 900, (129,)).tolist()
     answers, engine = answers_of(model, [prompt, prompt], max_batch_size=1)
     assert engine.scheduler.prefilled_tokens == 128 and answers[0] == answers[1]
+
+
+def test_compiled_layers_attend_to_cached_tokens(monkeypatch):
+    """Their writes into the cache come before they read it, in chunks and in pages that another row has filled."""
+    model, _ = random_glm4()
+    prepare_for_decoding(model)
+    first = torch.randint(10, 900, (300,)).tolist()
+    prompts = [first, [*first[:200], 5, 6, 7]]
+    expected, _ = answers_of(model, prompts, new_tokens=4)
+    monkeypatch.setattr(model_runner, "MAX_HOST_PREFILL_TOKENS", 100)
+    answers, engine = answers_of(model, prompts, new_tokens=4, max_batch_size=1, compile_layers=True)
+    assert engine.chunks == {0: 3, 1: 1} and engine.scheduler.prefilled_tokens == 299 + 202 - 192
+    assert answers == expected

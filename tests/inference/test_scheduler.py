@@ -247,6 +247,20 @@ def test_prompts_that_begin_alike_share_pages():
     assert [(chunk.start, chunk.stop) for chunk in plan.chunks] == [(576, 602)]  # nine pages of 599 cached tokens
 
 
+def test_a_prompt_that_found_too_few_pages_is_hashed_again_once_there_are_more(monkeypatch):
+    scheduler = Scheduler(SchedulerLimits(4, 1000, pages=1 + 6), StopRule(frozenset({STOP})))
+    short, long = TokenSequence(1, range(60), 20), TokenSequence(2, range(100, 420), 20)  # one page, five
+    source, asked, hold = iter([short, long]), [], scheduler.pool.hold
+    monkeypatch.setattr(scheduler.pool, "hold", lambda *args: asked.append(args) or hold(*args))
+    for token in (7, 7, 7, STOP):
+        list(scheduler.plan_prefills(source))
+        assert len(asked) == 2 and scheduler.running[0] is short and scheduler.waiting == deque([long])
+        scheduler.plan_decode()
+        scheduler.finish([[token]])
+    list(scheduler.plan_prefills(source))
+    assert len(asked) == 3 and scheduler.running[0] is long
+
+
 def test_pages_that_nobody_holds_are_taken_when_needed():
     """The longest unused first, and of one sequence the last."""
     pool = PagePool(total=1 + 4)

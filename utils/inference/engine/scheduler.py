@@ -206,6 +206,8 @@ class Scheduler:
         self.pool = PagePool(limits.pages, limits.splits_prompts)
         self.held: dict[TokenSequence, HeldPages] = {}
         self.emptied: set[int] = set()  # slots whose sequence has left since the last decode plan
+        # The last sequence that found too few pages, and how many: with no more, its prompt is not hashed again.
+        self.refused: tuple[TokenSequence | None, int] = (None, 0)
         self.prefilled_tokens = 0  # so far: what shared pages save is not in it
 
     @property
@@ -259,10 +261,16 @@ class Scheduler:
         """Give a waiting sequence the pages of its prompt, if there are enough."""
         if sequence in self.held:
             return True
-        held = self.pool.hold(sequence.token_ids[:-1], sequence.adapter, GROWTH_PAGES * len(self.held))
+        reserve = GROWTH_PAGES * len(self.held)
+        refused, too_few = self.refused
+        if self.held and sequence is refused and self.pool.available - reserve <= too_few:
+            return False
+        held = self.pool.hold(sequence.token_ids[:-1], sequence.adapter, reserve)
         if held is not None:
             self.held[sequence] = held
-        elif not self.held:
+        elif self.held:
+            self.refused = sequence, self.pool.available - reserve
+        else:
             raise MemoryError(f"no memory for a sequence of {len(sequence.token_ids)} tokens in the KV cache")
         return held is not None
 
