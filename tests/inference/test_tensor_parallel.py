@@ -13,7 +13,7 @@ from utils.common.errors import UsageError
 from utils.inference.adapters import AttachAdapters
 from utils.inference.tensor_parallel import WHOLE, Place, check_heads, cut_layers, load_shards
 from utils.lora.adapter import merge_adapter
-from utils.models.architectures import GLM4_PLAN
+from utils.models.architectures import GLM_PLAN
 
 ADAPTERS = GOLDEN / "adapters"
 CHATGLM = GOLDEN / "chatglm-6b-tiny"
@@ -53,7 +53,7 @@ def test_shards_of_all_processes_sum_to_the_layer(processes, heads):
     attended, mlp, kv_rows = 0, 0, []
     for number in range(processes):
         model = copy.deepcopy(whole)
-        shards = cut_layers(model, GLM4_PLAN, place(number, processes))
+        shards = cut_layers(model, GLM_PLAN, place(number, processes))
         for key, value in whole.state_dict().items():
             layer, _, kind = key.rpartition(".")
             set_tensor(model, key, shards.get(layer, WHOLE).of(kind, value, CPU, value.dtype), CPU)

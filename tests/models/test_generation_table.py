@@ -42,7 +42,7 @@ def test_a_row_describes_its_checkpoint(row, tmp_path):
     model = checkpoint.empty_model(torch.float32)
     assert type(model) is architecture_of(row).model_class
     plan = architecture_of(row).tensor_parallel
-    block = next(module for module in model.modules() if isinstance(module, plan.block))
+    block = model.base_model.layers[0]
     layers = [name for name, module in block.named_modules() if isinstance(module, torch.nn.Linear)]
     assert {name.rpartition(".")[2] for name in layers} == set(row.linear_layers)
     hidden = model.config.hidden_size

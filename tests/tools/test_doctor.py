@@ -60,12 +60,12 @@ def test_a_whole_one(run_script, tmp_path):
 
 @pytest.mark.parametrize(
     "count, name, gib, model, flags, measured_gib, measured_speed",
-    [  # docs/benchmarks.md; H100s that were limited to 24 and 16 GB
+    [  # docs/benchmarks.md; H100s that were limited to 24 and 16 GB; the latter fits in 12
         (1, "H100", 80, "ChatGLM3-6B", "--pack_tokens 16384", 54.8, 23131),
         (1, "NVIDIA H100 80GB HBM3", 80, "ChatGLM-6B", "--pack_tokens 16384", 58.8, 21633),
         (1, "h100", 80, "GLM-4-9B", "--pack_tokens 8192", 51.6, 14113),
         (1, "H100", 24, "ChatGLM3-6B", "--pack_tokens 16384 --gradient_checkpointing", 18.0, 14989),
-        (1, "H100", 16, "ChatGLM3-6B", "--pack_tokens 16384 --quantize int4 --gradient_checkpointing", 10.3, 14636),
+        (1, "H100", 12, "ChatGLM3-6B", "--pack_tokens 16384 --quantize int4 --gradient_checkpointing", 10.3, 14636),
         (2, "H200", 141, "ChatGLM3-6B", "--pack_tokens 16384", 54.6, 46471),
     ],
 )
@@ -90,7 +90,7 @@ def test_its_commands_are_those_of_the_training_script(count, gib, name):
         assert values.bf16 and values.packing and values.pack_tokens == plan.recipe.memory.tokens
         assert all((ROOT / word).is_file() for word in plan.command.split() if word.endswith((".json", ".yaml")))
         assert plan.recipe.memory.gib() < gib
-    assert launchers == {24: {"torchrun", "accelerate"}, 8: {"python", "accelerate"}, 4: set()}[gib]
+    assert launchers == {24: {"torchrun"}, 8: {"python", "accelerate"}, 4: set()}[gib]
 
 
 def test_what_it_prints_of_cards(run_script):

@@ -1,4 +1,4 @@
-"""The memory estimate against peaks measured on H100s (torch 2.11), and what is decided and advised from it."""
+"""The memory estimate against peaks measured on GPUs (torch 2.11), and what is decided and advised from it."""
 
 import json
 import re
@@ -12,6 +12,7 @@ from conftest import TINY
 from transformers import Glm4Config, Glm4ForCausalLM, GlmConfig, GlmForCausalLM, TrainingArguments
 
 from tools.random_checkpoint import released_checkpoint
+from tools.trainable import Cards
 from utils.checkpoint.tokenizer import load_tokenizer
 from utils.data.arrow_reader import FEATURES
 from utils.layers.fused_qkv import fuse_lora_qkv
@@ -19,7 +20,14 @@ from utils.layers.quantization import Quantization
 from utils.lora.adapter import AdapterOrigin, LoraSettings, attach_adapter
 from utils.training import dry_run
 from utils.training.arguments import FinetuneArguments
-from utils.training.memory import MemoryDecision, MemoryModel, ModelSizes, decide_checkpointing, resolve_checkpointing
+from utils.training.memory import (
+    USABLE_GPU_SHARE,
+    MemoryDecision,
+    MemoryModel,
+    ModelSizes,
+    decide_checkpointing,
+    resolve_checkpointing,
+)
 from utils.training.optimize import decoder_blocks
 from utils.training.preflight import TrainingInputs
 from utils.training.recipes import advise
@@ -29,6 +37,11 @@ from utils.training.run_config import RunConfig
 INT4 = Quantization(4)
 ZERO3 = {"weight_shards": 1, "compiled": False}
 V1, V3 = released_checkpoint("chatglm-6b"), released_checkpoint("chatglm3-6b")
+GLM4_9B, GLM4_32B = released_checkpoint("glm-4-9b-0414"), released_checkpoint("glm-4-32b-0414")
+
+
+def in_int4(checkpoint):
+    return replace(checkpoint, quantization=INT4, quantizes=True)
 
 
 def memory_of(checkpoint, tokens, compiled=True, longest=1024, packing=True, **settings):
@@ -51,16 +64,21 @@ def config_of(tmp_path, flags, **trainer_flags):
 @pytest.mark.parametrize(
     "checkpoint, tokens, flags, measured",
     [
-        (V3, 16384, {}, 55.6),  # with --quantize fp8 55.5: the weights take as much
-        (V1, 16384, {}, 59.0),
-        (V1, 16384, {"weight_shards": 1}, 60.8),
-        (V3, 16384, {"weight_shards": 1}, 55.7),
-        (replace(V1, quantization=INT4, quantizes=True), 8192, {"checkpointing": True}, 9.27),
+        (V3, 16384, {}, 54.8),  # with --quantize fp8 as much
+        (V1, 16384, {}, 58.8),
+        (V1, 16384, {"weight_shards": 1}, 59.0),
+        (V3, 16384, {"weight_shards": 1}, 54.7),
+        (GLM4_9B, 16384, {}, 84.3),
+        (GLM4_32B, 4096, {}, 101.7),
+        (GLM4_32B, 16384, {"checkpointing": True}, 76.8),
+        (in_int4(GLM4_32B), 2048, {"checkpointing": True}, 20.8),
         (V3, 8 * 1024, {"compiled": False, "checkpointing": True}, 14.8),
+        (in_int4(V1), 8192, {"compiled": False, "checkpointing": True}, 9.27),  # before the loss was compiled
     ],
 )
 def test_measured_peaks(checkpoint, tokens, flags, measured):
-    assert memory_of(checkpoint, tokens, **flags).gib() == pytest.approx(measured, rel=0.06)
+    within = 0.06 if "compiled" in flags else 0.04
+    assert memory_of(checkpoint, tokens, **flags).gib() == pytest.approx(measured, rel=within)
 
 
 def kept_per_token(model, compiled):
@@ -209,6 +227,12 @@ def test_weights_under_fsdp2(tmp_path, monkeypatch):
 def test_advice(usable, processes, recipe, flags):
     advice = advise(memory_of(V3, 8192), processes, usable)
     assert advice["recipe"] == recipe and advice["flags"] == f"--packing --per_device_train_batch_size 1 {flags}"
+
+
+def test_advice_for_the_32b_on_24_gb():
+    advice = advise(memory_of(GLM4_32B, 8192), 1, USABLE_GPU_SHARE * Cards.asked_for(1, "RTX 4090", 24).free_gib)
+    assert advice["recipe"] == "DDP over 4 bits"
+    assert advice["flags"].endswith("--pack_tokens 2048 --quantize int4 --gradient_checkpointing")
 
 
 def test_advice_where_nothing_fits():

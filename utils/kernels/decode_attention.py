@@ -30,6 +30,7 @@ from utils.kernels.triton_utils import (
 )
 
 MAX_SPLITS = 16  # programs per sequence and key/value head
+WARPS, STAGES = 4, 3
 LOG2_E = 1.4426950408889634
 
 
@@ -158,8 +159,8 @@ def decode_attention(
         SPLITS=splits,
         BLOCK=keys.shape[2],
         KV_HEADS=K,
-        num_warps=4,
-        num_stages=3,
+        num_warps=WARPS,
+        num_stages=STAGES,
         **early_launch(query.device),
     )
     return output

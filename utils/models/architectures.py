@@ -8,12 +8,11 @@ because model classes import torch.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -27,13 +26,13 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
 )
-from transformers.models.glm.modeling_glm import GlmAttention, GlmDecoderLayer, GlmMLP
-from transformers.models.glm4.modeling_glm4 import Glm4Attention, Glm4DecoderLayer, Glm4MLP
+from transformers.models.glm.modeling_glm import GlmAttention, GlmMLP
+from transformers.models.glm4.modeling_glm4 import Glm4Attention, Glm4MLP
 
 from utils.models.configuration_chatglm import ChatGLMConfig
 from utils.models.convert_checkpoint import glm_config, to_glm
 from utils.models.family import Generation
-from utils.models.modeling_chatglm import ChatGLMBlock, ChatGLMForConditionalGeneration
+from utils.models.modeling_chatglm import ChatGLMForConditionalGeneration
 from utils.models.tokenization_chatglm import ChatGLMTokenizer
 
 # Stock layers that compute the same: the two architectures differ in the norms of a block.
@@ -51,7 +50,6 @@ AutoTokenizer.register(ChatGLMConfig, slow_tokenizer_class=ChatGLMTokenizer)
 class TensorParallelPlan:
     """How the linear layers of a decoder block are split over ranks, by the ends of their names."""
 
-    block: type[nn.Module]
     column_parallel: tuple[str, ...]  # each rank has some of the outputs
     row_parallel: tuple[str, ...]  # each rank has some of the inputs, and the outputs are summed
     packed_column_parallel: tuple[str, ...] = ()  # two matrices of equal size in one, each split by its outputs
@@ -78,17 +76,14 @@ def chatglm_config(released: dict[str, Any]) -> ChatGLMConfig:
 
 
 CHATGLM_PLAN = TensorParallelPlan(
-    block=ChatGLMBlock,
     column_parallel=("query_key_value", "dense_h_to_4h"),
     row_parallel=("attention.dense", "mlp.dense_4h_to_h"),
 )
 GLM_PLAN = TensorParallelPlan(
-    block=GlmDecoderLayer,
     column_parallel=("q_proj", "k_proj", "v_proj"),
     row_parallel=("self_attn.o_proj", "mlp.down_proj"),
     packed_column_parallel=("gate_up_proj",),
 )
-GLM4_PLAN = replace(GLM_PLAN, block=Glm4DecoderLayer)
 ARCHITECTURES = {
     "chatglm": Architecture(ChatGLMForConditionalGeneration, chatglm_config, CHATGLM_PLAN, has_prefix=True),
     "released_chatglm2": Architecture(
@@ -96,7 +91,7 @@ ARCHITECTURES = {
     ),
     "released_glm": Architecture(GlmForCausalLM, partial(glm_config, positions_interpolated=False), GLM_PLAN, to_glm),
     "glm": Architecture(GlmForCausalLM, GlmConfig.from_dict, GLM_PLAN),
-    "glm4": Architecture(Glm4ForCausalLM, Glm4Config.from_dict, GLM4_PLAN),
+    "glm4": Architecture(Glm4ForCausalLM, Glm4Config.from_dict, GLM_PLAN),
 }
 
 

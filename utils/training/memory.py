@@ -11,7 +11,8 @@ value and output of attention, and the input of the MLP's activation function. G
 attention and MLP: see `output_norm_values`.
 
 The fitted constants below match peaks (`max_memory_allocated`) on H100s and H200s with torch 2.11 and LoRA rank 8 on
-query, key and value; tests/training/test_memory.py lists the peaks. FSDP2's are counted from how it works; none was measured.
+query, key and value; tests/training/test_memory.py lists the peaks. FSDP2's are counted from how it works; none was
+measured.
 """
 
 import os
@@ -34,10 +35,10 @@ from utils.training.run_config import RunConfig
 GIB = 2**30
 INPUT_NORMS = 2  # of every block, before attention and MLP
 # Fitted: share of ChatGLM-6B's query, key, value and output that its two attention calls keep twice.
-PREFIX_ATTENTION_SHARE = 1 / 3
+PREFIX_ATTENTION_SHARE = 0.4
 # Fitted: what a block that is not compiled keeps, relative to a compiled one, with these norms.
 UNCOMPILED_FACTOR_LAYERNORM, UNCOMPILED_FACTOR_RMSNORM = 1.44, 1.83
-# Fitted: a logit of a chunk of the head whose loss is not compiled: in 16 bits, twice in float32, and the chunk before.
+# Fitted: a logit of a chunk of a loss that is not compiled: in 16 bits, twice in float32, and the chunk before.
 BYTES_PER_LOGIT = 14
 ZERO3_LIVE_PARAMETERS = 10**9  # gathered at once: DeepSpeed's stage3_max_live_parameters
 FSDP2_LIVE_BLOCKS = 2  # gathered at once: the one that computes and the next

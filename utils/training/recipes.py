@@ -12,6 +12,7 @@ from utils.training.memory import MemoryModel
 
 # Tokens a pack. Packs smaller than the last cost more speed than gradient checkpointing.
 PACK_TOKENS = (16384, 8192, 4096)
+INT4_PACK_TOKENS = (*PACK_TOKENS, 2048)  # GLM-4-32B fits on a card of 24 GB with the last
 ZERO2_FILE, ZERO3_FILE = "configs/deepspeed_zero2.json", "ds_config_zero3.json"
 OFFLOAD_FILE = "accelerate_ds_zero3_cpu_offload_config.yaml"
 DDP, ZERO2, ZERO3, INT4 = "DDP", "ZeRO-2", "ZeRO-3", "DDP over 4 bits"
@@ -69,7 +70,7 @@ class Recipe:
 def fastest_recipe(memory: MemoryModel, processes: int, usable: float) -> Recipe | None:
     """Return the fastest recipe that fits in `usable` GiB; None if none does."""
     for recipe in _recipes(memory, processes):
-        for tokens in PACK_TOKENS:
+        for tokens in INT4_PACK_TOKENS if recipe.name == INT4 else PACK_TOKENS:
             fitting = replace(recipe.memory, tokens=max(tokens, memory.longest))
             if fitting.gib() <= usable:
                 return replace(recipe, memory=fitting)
