@@ -2,7 +2,7 @@
 Run batch inference: flags -> a file of answers, or a merged checkpoint.
 
 Both inference scripts call `run_inference` with their dataclass of flags and a `load` that places the model.
-tools/chat.py and tools/evaluate.py share how adapters are checked and attached and how the template is chosen.
+tools/chat.py and tools/evaluate.py share how adapters are checked and how the template is chosen.
 """
 
 import json
