@@ -2,7 +2,7 @@
 deepspeed --num_gpus 2 chatglm_deepspeed_inference.py
 
 Batch inference on several GPUs. If each holds the whole model they are replicas that take rows from one queue;
-otherwise, or with --tp_size, DeepSpeed shards the model over some of them by tensor parallelism. Reads --input_path
+otherwise, or with --tp_size, the model is sharded over some of them by tensor parallelism. Reads --input_path
 (by default the sample prompts in data/), writes one JSON line a row to --output_path in input order.
 """
 

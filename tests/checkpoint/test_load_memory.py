@@ -11,7 +11,7 @@ from utils.checkpoint.model import Checkpoint
 
 SHAPE = {"hidden_size": 1024, "ffn_hidden_size": 2816, "num_layers": 6, "padded_vocab_size": 32000}
 RUNS = {"": 1, "none": 2, "cpu": 2}  # ZeRO-3's offload, if it is ZeRO-3 -> processes
-ALLOWANCE = 128 << 20  # allocator, buffers of collectives, and the 64 MiB that weight_files.py maps at once
+ALLOWANCE = 160 << 20  # allocator, buffers of collectives, and the 64 MiB that weight_files.py maps at once
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from utils.layers.mixed_lora import AdapterChoice, LoraFactors, MixedLoraLinear
 from utils.layers.skinny_linear import SkinnyLinear, SkinnyMLP, use_skinny_layers
 from utils.models.family import QKV
 
-SKINNY = SimpleNamespace(MAX_ROWS=4, supports_weight=lambda weight: True)
+SKINNY = SimpleNamespace(max_rows=lambda weight: 4, supports_weight=lambda weight: True)
 # The rank of each of three adapters on a layer; 0: the adapter lacks it.
 RANKS = {"q_proj": (2, 5, 0), "k_proj": (0, 0, 3), "v_proj": (1, 2, 3), "o_proj": (0, 4, 0)}
 

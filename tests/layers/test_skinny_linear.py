@@ -15,7 +15,7 @@ from transformers.models.glm4.modeling_glm4 import Glm4MLP
 
 from utils.layers.skinny_linear import SkinnyLinear, SkinnyMLP, use_skinny_layers
 
-KERNEL = SimpleNamespace(MAX_ROWS=4, supports_weight=lambda weight: weight.numel() >= 64 * 64)
+KERNEL = SimpleNamespace(max_rows=lambda weight: 4, supports_weight=lambda weight: weight.numel() >= 64 * 64)
 
 
 MLPS = {GlmMLP: GlmConfig, Glm4MLP: Glm4Config}
