@@ -10,6 +10,7 @@ nvrtc_dequantize.py itself, because CHATGLM_KERNELS chooses between them.
 import importlib
 import importlib.util
 import os
+from functools import cache
 from types import ModuleType
 
 import torch
@@ -38,12 +39,14 @@ def load_skinny_gemm() -> ModuleType | None:
     return _load("skinny_gemm", HOPPER)
 
 
+@cache
 def load_hopper_gemm() -> ModuleType | None:
     """Return utils/kernels/hopper_gemm.py, or None where it cannot run: its instructions are Hopper's alone."""
     is_hopper = torch.cuda.is_available() and torch.cuda.get_device_capability() == HOPPER
     if not is_hopper or not _is_installed("cuda.bindings"):
         return None
-    return importlib.import_module(f"{__name__}.hopper_gemm")
+    module = importlib.import_module(f"{__name__}.hopper_gemm")
+    return module if module.can_compile() else None
 
 
 def load_qkv_rope_lora() -> ModuleType | None:

@@ -167,6 +167,15 @@ def _launch_attributes(splits: int) -> list[Any]:
     return [early, cluster]
 
 
+def can_compile() -> bool:
+    """Whether NVRTC is found, which torch for GPUs brings along."""
+    try:
+        _checked(nvrtc.nvrtcVersion())
+    except RuntimeError:
+        return False
+    return True
+
+
 def supports_weight(weight: torch.Tensor, gated: bool) -> bool:
     """Whether TMA can load a contiguous weight, and rows of y are a multiple of the 8 bytes that a thread stores."""
     outputs = weight.shape[0] // (1 + gated)
