@@ -4,9 +4,11 @@ python benchmarks/inference_throughput.py --shape chatglm3-6b --batch_size 64
 Measures new tokens per second of the engine behind the inference scripts, on random weights, after a first round that
 compiles layers and captures CUDA graphs. The last line is one JSON object.
 
-The batch: --batch_size prompts of --prompt_tokens, with --new_tokens each.
+The batch: --batch_size prompts of --prompt_tokens, with --new_tokens each. Each round has prompts of its own, which
+    share no pages with those before.
 --job ROWS: rows of unequal lengths. Prompts have exp(N(0, 0.75) + log 60) tokens within 8..512, answers
-    exp(N(0, 0.9) + log 120) within 5..512, and each ends by itself.
+    exp(N(0, 0.9) + log 120) within 5..512, and each ends by itself. --job_batch_size of them are served at once; by
+    default as many as the inference scripts serve where memory suffices.
 --shared_prefix TOKENS: before each prompt of the job, the same for all, as a system prompt or examples would be.
 --baselines: also transformers' `generate` and `generate_batch`.
 --agreement: share of the engine's greedy tokens that are also the likeliest in a plain forward pass over its answers;
@@ -37,6 +39,7 @@ import torch
 from benchmarks.peer_vllm import measure_vllm
 from tools.random_checkpoint import CHATGLM, SHAPES, generation_of_shape, make_config, random_model
 from utils.common.errors import UsageError
+from utils.inference.batch_sizing import MAX_GPU_BATCH_SIZE
 from utils.inference.engine import Engine
 from utils.inference.engine.kv_cache import kv_bytes_per_token
 from utils.inference.engine.model_runner import EngineConfig
@@ -50,7 +53,8 @@ from utils.lora.multi_lora import adapter_choice_of
 from utils.models.architectures import architecture_of
 
 ADAPTER_RANK = 8
-OF_OUR_ENGINE = ("baselines", "agreement", "profile", "adapters", "job_batch_size")  # flags that no peer has
+ROUNDS = 4  # the first compiles, the second is measured, and the profile takes two
+OF_OUR_ENGINE = ("baselines", "agreement", "profile", "adapters")  # flags that no peer has
 
 
 def timed(call) -> float:
@@ -70,11 +74,14 @@ def job_lengths(rows: int) -> list[tuple[int, int]]:
     return sorted(zip(prompts, answers, strict=True))
 
 
-class Work(NamedTuple):
-    """Prompts, each with its number of new tokens: of the fixed batch, and of the job, if there is one."""
+Requests = list[tuple[list[int], int]]  # prompts, each with its number of new tokens
 
-    fixed: list[tuple[list[int], int]]
-    job: list[tuple[list[int], int]]
+
+class Work(NamedTuple):
+    """Requests: of each round of the fixed batch, and of the job, if there is one."""
+
+    rounds: list[Requests]
+    job: Requests
 
 
 def draw_work(args: argparse.Namespace, prompt_end: list[int]) -> Work:
@@ -85,9 +92,11 @@ def draw_work(args: argparse.Namespace, prompt_end: list[int]) -> Work:
         ids = torch.randint(10, 900, (tokens,), generator=generator).tolist()
         return [*ids[: tokens - len(prompt_end)], *prompt_end]
 
-    fixed = [(prompt_of(args.prompt_tokens), args.new_tokens) for _ in range(args.batch_size)]
+    rounds = [
+        [(prompt_of(args.prompt_tokens), args.new_tokens) for _ in range(args.batch_size)] for _ in range(ROUNDS)
+    ]
     shared = prompt_of(args.shared_prefix) if args.shared_prefix else []
-    return Work(fixed, [(shared + prompt_of(prompt), answer) for prompt, answer in job_lengths(args.job)])
+    return Work(rounds, [(shared + prompt_of(prompt), answer) for prompt, answer in job_lengths(args.job)])
 
 
 def add_random_adapters(model, count: int) -> None:
@@ -134,7 +143,10 @@ def main() -> None:
     parser.add_argument("--quantize", choices=[FP8])
     parser.add_argument("--job", type=int, default=0, metavar="ROWS")
     parser.add_argument(
-        "--job_batch_size", type=int, default=0, help="rows at once in the job (default: --batch_size)"
+        "--job_batch_size",
+        type=int,
+        default=MAX_GPU_BATCH_SIZE,
+        help="rows at once in the job (default: %(default)s, or all rows)",
     )
     parser.add_argument("--shared_prefix", type=int, default=0, metavar="TOKENS")
     parser.add_argument("--baselines", action="store_true")
@@ -155,7 +167,7 @@ def main() -> None:
     model = random_model(args.shape, device, dtype).eval()
     is_chatglm, parameters = args.shape in CHATGLM, model.num_parameters()
     work = draw_work(args, [model.config.gmask_token_id, model.config.bos_token_id] if is_chatglm else [])
-    prompts = torch.tensor([prompt for prompt, _ in work.fixed])
+    prompts = torch.tensor([prompt for prompt, _ in work.rounds[1]])
     new_tokens = args.batch_size * args.new_tokens
     result = {
         **settings_of(args),
@@ -186,23 +198,23 @@ def main() -> None:
         stop = StopRule(frozenset({-1}))
         return Engine(model, EngineConfig(max_batch_size, max_seq_len, stop, cache_tokens=cache_tokens))
 
-    def one_round(engine: Engine, lengths: list[tuple[list[int], int]]) -> tuple[float, list[TokenSequence]]:
+    def one_round(engine: Engine, requests: Requests) -> tuple[float, list[TokenSequence]]:
         """Answers prompts with that number of tokens each; returns the seconds and the sequences in their order."""
         adapters = args.adapters if adapter_choice_of(model) else 0
         sequences = [
             TokenSequence(number, prompt, answer, adapter=1 + number % adapters if adapters else 0)
-            for number, (prompt, answer) in enumerate(lengths)
+            for number, (prompt, answer) in enumerate(requests)
         ]
         done: list[TokenSequence] = []
         seconds = timed(lambda: done.extend(engine.answer(sequences)))
-        assert sum(len(sequence.answer_ids) for sequence in done) == sum(answer for _, answer in lengths)
+        assert sum(len(sequence.answer_ids) for sequence in done) == sum(answer for _, answer in requests)
         return seconds, sequences
 
     def measure_fixed(engine: Engine) -> tuple[dict[str, float], list[TokenSequence]]:
         """Answers the fixed batch twice; returns the rates of the second round and its sequences."""
-        first_seconds = one_round(engine, work.fixed)[0]
+        first_seconds = one_round(engine, work.rounds[0])[0]
         engine.runner.compile_seconds = engine.runner.prefill_seconds = 0.0
-        seconds, sequences = one_round(engine, work.fixed)
+        seconds, sequences = one_round(engine, work.rounds[1])
         prefill_seconds = engine.runner.prefill_seconds
         decoding = seconds - prefill_seconds
         return {
@@ -235,13 +247,13 @@ def main() -> None:
         adapters = [sequence.adapter for sequence in sequences]
         result["engine_agreement"] = agreement(model, prompts, answers, adapters)
     if args.profile:
-        one_round(engine, work.fixed)
+        one_round(engine, work.rounds[2])
         with torch.profiler.profile() as profiler:
-            one_round(engine, work.fixed)
+            one_round(engine, work.rounds[3])
         order = "self_cuda_time_total" if device == "cuda" else "self_cpu_time_total"
         print(profiler.key_averages().table(sort_by=order, row_limit=25, max_name_column_width=80))
     if args.job:
-        slots = args.job_batch_size or args.batch_size
+        slots = min(args.job, args.job_batch_size)
         tokens = sorted(len(prompt) + answer for prompt, answer in work.job)
         engine = engine_of(slots, tokens[-1], sum(pages_for(count) * PAGE_TOKENS for count in tokens[-slots:]))
         seconds = one_round(engine, work.job)[0] - engine.runner.compile_seconds

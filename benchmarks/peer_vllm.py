@@ -24,12 +24,14 @@ INSTALL = "pip install vllm, in an environment of its own that also has requirem
 Requests = Sequence[tuple[list[int], int]]  # prompts, each with its number of new tokens
 
 
-def measure_vllm(args: Namespace, config: PretrainedConfig, fixed: Requests, job: Requests) -> dict[str, Any]:
+def measure_vllm(
+    args: Namespace, config: PretrainedConfig, rounds: Sequence[Requests], job: Requests
+) -> dict[str, Any]:
     """
-    Measure the fixed batch, then the job if it has requests.
+    Measure the second of `rounds`, then the job if it has requests.
 
     Args:
-        args: of the benchmark; its batch size is `max_num_seqs`.
+        args: of the benchmark; the larger of its batch sizes is `max_num_seqs`.
         config: of the model, with its architecture.
 
     Raises:
@@ -40,7 +42,9 @@ def measure_vllm(args: Namespace, config: PretrainedConfig, fixed: Requests, job
         import vllm
     except ImportError as error:
         raise UsageError(f"--peer vllm cannot import vLLM ({error}): {INSTALL}") from error
-    longest = max(len(prompt) + answer for prompt, answer in (*fixed, *job))
+    first, second = rounds[:2]
+    longest = max(len(prompt) + answer for prompt, answer in (*second, *job))
+    job_batch_size = min(len(job), args.job_batch_size)
     with tempfile.TemporaryDirectory() as directory:
         config.save_pretrained(directory)
         llm = vllm.LLM(
@@ -49,7 +53,7 @@ def measure_vllm(args: Namespace, config: PretrainedConfig, fixed: Requests, job
             skip_tokenizer_init=True,
             dtype="bfloat16",
             quantization=args.quantize,
-            max_num_seqs=args.batch_size,
+            max_num_seqs=max(args.batch_size, job_batch_size),
             max_model_len=ceil_div(longest, LENGTH_MULTIPLE) * LENGTH_MULTIPLE,
             gpu_memory_utilization=0.8,
             enable_prefix_caching=False,
@@ -68,8 +72,8 @@ def measure_vllm(args: Namespace, config: PretrainedConfig, fixed: Requests, job
         assert [len(output.outputs[0].token_ids) for output in outputs] == [answer for _, answer in requests]
         return seconds
 
-    first_seconds, seconds = seconds_of(fixed), seconds_of(fixed)
-    prompts = [(prompt, 1) for prompt, _ in fixed]
+    first_seconds, seconds = seconds_of(first), seconds_of(second)
+    prompts = [(prompt, 1) for prompt, _ in second]
     prefill_seconds = min(seconds_of(prompts), seconds_of(prompts))  # with the first token, which ours leaves out
     decoding, steps = max(seconds - prefill_seconds, 1e-9), max(args.new_tokens - 1, 1)
     result = {
@@ -77,8 +81,8 @@ def measure_vllm(args: Namespace, config: PretrainedConfig, fixed: Requests, job
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "torch": torch.__version__,
         "first_round_seconds": round(first_seconds, 2),
-        "tokens_per_second": round(len(fixed) * args.new_tokens / seconds),
-        "decode_tokens_per_second": round(len(fixed) * steps / decoding),
+        "tokens_per_second": round(len(second) * args.new_tokens / seconds),
+        "decode_tokens_per_second": round(len(second) * steps / decoding),
         "ms_a_step": round(1e3 * decoding / steps, 3),
         "prefill_seconds": round(prefill_seconds, 3),
     }
@@ -86,7 +90,7 @@ def measure_vllm(args: Namespace, config: PretrainedConfig, fixed: Requests, job
         seconds, answered = seconds_of(job), sum(answer for _, answer in job)
         result["job"] = {
             "rows": len(job),
-            "batch_size": args.batch_size,
+            "batch_size": job_batch_size,
             "new_tokens": answered,
             "seconds": round(seconds, 2),
             "tokens_per_second": round(answered / seconds),

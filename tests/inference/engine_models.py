@@ -3,7 +3,7 @@
 from types import SimpleNamespace
 
 import torch
-from conftest import TEXTS, TINY, varlen_attn_reference
+from conftest import TEXTS, TINY
 
 from tools.random_checkpoint import random_model
 from utils.checkpoint.model import load_model
@@ -11,7 +11,6 @@ from utils.checkpoint.tokenizer import load_tokenizer
 from utils.inference.engine import attention
 from utils.inference.engine.model_runner import ModelRunner
 from utils.inference.engine.scheduler import StopRule, TokenSequence
-from utils.layers import varlen_attention
 
 NEVER = StopRule(frozenset({-1}))
 
@@ -76,9 +75,26 @@ def attend_by_lengths(query, keys, values, page_table, lengths, scaling):
     return output
 
 
+def attend_by_tiles(query, keys, values, tiles, pages, scaling):
+    """What the Triton kernel computes; tokens of no tile are NaN."""
+    output = torch.full_like(query, torch.nan)
+    for first, count, position, first_page, prefix in tiles.tolist():
+        end = max(position + count, prefix) if count else 0
+        own_pages = pages[first_page : first_page + -(-end // 64)]
+        visible = torch.arange(end) < torch.arange(position + 1, position + count + 1).clamp(min=prefix)[:, None]
+        attended = [cache[own_pages].transpose(0, 1).flatten(1, 2)[None, :, :end] for cache in (keys, values)]
+        output[first : first + count] = torch.nn.functional.scaled_dot_product_attention(
+            query[first : first + count].transpose(0, 1)[None],
+            *attended,
+            attn_mask=visible,
+            scale=scaling,
+            enable_gqa=True,
+        )[0].transpose(0, 1)
+    return output
+
+
 def put_torch_for_kernels(monkeypatch) -> None:
     """Let torch compute what the kernels of a GPU do."""
-    monkeypatch.setattr(varlen_attention, "varlen_attn", varlen_attn_reference)
-    monkeypatch.setattr(
-        attention, "load_decode_attention", lambda: SimpleNamespace(decode_attention=attend_by_lengths)
-    )
+    for name, function in (("decode_attention", attend_by_lengths), ("prefill_attention", attend_by_tiles)):
+        module = SimpleNamespace(**{name: function})
+        monkeypatch.setattr(attention, f"load_{name}", lambda module=module: module)

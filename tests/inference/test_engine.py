@@ -5,7 +5,6 @@ import weakref
 
 import pytest
 import torch
-from conftest import varlen_attn_reference
 from engine_models import (
     NEVER,
     KernelRunner,
@@ -19,10 +18,10 @@ from engine_models import (
 from utils.inference.engine import Engine
 from utils.inference.engine.attention import decode_attention, masked_decode_attention, packed_attention
 from utils.inference.engine.model_runner import EngineConfig, ModelRunner
+from utils.inference.engine.pages import pages_for
 from utils.inference.engine.prefill import MAX_PREFILL_TOKENS, pack_chunks, padded_prefill_length
 from utils.inference.engine.scheduler import PrefillPlan, PromptChunk, StopRule, TokenSequence
 from utils.inference.placement import prepare_for_decoding
-from utils.layers import varlen_attention
 
 
 @pytest.mark.parametrize("build", [trained_chatglm, random_glm, random_glm4])
@@ -103,15 +102,18 @@ def test_an_engine_is_freed_with_its_last_reference():
 
 def test_prefills_are_padded_to_few_lengths():
     lengths = {padded_prefill_length(tokens) for tokens in range(1, MAX_PREFILL_TOKENS + 1)}
-    assert len(lengths) == 11 and max(lengths) == MAX_PREFILL_TOKENS
+    assert len(lengths) == 15 and max(lengths) == MAX_PREFILL_TOKENS
     assert all(tokens <= padded_prefill_length(tokens) < max(1.5 * tokens + 1, 129) for tokens in range(1, 10000))
+    assert all(padded_prefill_length(tokens) < 1.25 * tokens + 1 for tokens in range(1024, 10000))
 
 
 def plan_of(sequences: list[TokenSequence], slots: list[int | None]) -> PrefillPlan:
-    """Whole prompts, the n-th in page n + 1."""
+    """Whole prompts, the n-th in page n + 1 alone."""
     return PrefillPlan(
         [
-            PromptChunk(sequence, slot, 0, len(sequence.token_ids) - 1, [number + 1])
+            PromptChunk(
+                sequence, slot, 0, (stop := len(sequence.token_ids) - 1), [number + 1] * max(1, pages_for(stop))
+            )
             for number, (sequence, slot) in enumerate(zip(sequences, slots, strict=True))
         ]
     )
@@ -127,7 +129,7 @@ def test_the_tensors_of_a_prefill_batch():
         TokenSequence(9, [21, 22], 30, answer_ids=[23, 24]),
         TokenSequence(3, [5], 4),
     ]
-    batch = pack_chunks(plan_of(sequences, [4, 0, 2]), count_tokens, unused_slot=6)
+    batch = pack_chunks(plan_of(sequences, [4, 0, 2]), count_tokens, unused_slot=6, tiled=True)
     expected = {
         "slot": [4, 0, 2],
         "next_token": [13, 24, 5],
@@ -142,26 +144,46 @@ def test_the_tensors_of_a_prefill_batch():
         "token_offset": [0, 1, 0, 1, 2],
         "token_adapter": [2, 2, 0, 0, 0],
         "position_ids": [[0, 1, 0, 1, 2]],
-        "cu_seqlens": [0, 2, 5, 5],
     }
     assert {name: getattr(batch, name).tolist() for name in expected} == expected
-    assert not batch.needs_mask and batch.past is None and batch.prefix_lengths().tolist() == [0, 0, 0]
-    padded = batch.padded(5, unused_slot=6)
-    assert padded.slot.tolist() == [4, 0, 2, 6, 6] and padded.cu_seqlens.tolist() == [0, 2, 5, 5, 5, 5]
-    assert padded.tokens == 128 and padded.token_ids[:5].equal(batch.token_ids)
-    assert set(padded.token_page[5:].tolist()) == {0}
+    assert batch.attention.tiles.tolist() == [[0, 2, 0, 1, 0], [2, 3, 0, 2, 0]]  # the third has no token to prefill
+    assert batch.attention.pages.tolist() == [0, 1, 2]
+    padded = batch.padded(5, 9, unused_slot=6)
+    assert padded.slot.tolist() == [4, 0, 2, 6, 6] and padded.tokens == 128 == batch.padded_length
+    assert padded.token_ids[:5].equal(batch.token_ids) and set(padded.token_page[5:].tolist()) == {0}
+    tiles, pages = padded.attention.tiles.tolist(), padded.attention.pages.tolist()
+    assert tiles[:2] == batch.attention.tiles.tolist() and pages == [0, 1, 2, *[0] * 6]
+    assert tiles[2:4] == [[5, 64, 0, 0, 0], [69, 59, 0, 0, 0]] and not any(map(any, tiles[4:]))
 
 
-def test_the_tensors_of_a_prefill_batch_with_a_past():
+@pytest.mark.parametrize("sequences, tokens", [(1, 1), (1, 4096), (16, 3), (500, 1), (64, 60), (70, 29)])
+def test_a_padded_batch_has_room_for_its_tiles(sequences, tokens):
+    plan = plan_of([TokenSequence(0, range(tokens + 1), 9) for _ in range(sequences)], list(range(sequences)))
+    padded = pack_chunks(plan, count_tokens, 500, tiled=True).padded(500, 600, 500)
+    covered = sum(count for _, count, *_ in padded.attention.tiles.tolist())
+    assert covered == padded.tokens == padded_prefill_length(max(sequences * tokens, 8 * sequences))
+
+
+def chunks_with_a_past() -> PrefillPlan:
     """A chunk in the middle of a prompt, and the rest of another behind a shared page."""
     first, second = TokenSequence(0, range(100, 400), 9), TokenSequence(1, range(500, 567), 9)
-    chunks = [PromptChunk(first, None, 70, 72, [3, 1, 4]), PromptChunk(second, 0, 64, 66, [5, 9])]
-    batch = pack_chunks(PrefillPlan(chunks), count_tokens, unused_slot=2)
+    return PrefillPlan([PromptChunk(first, None, 70, 72, [3, 1, 4]), PromptChunk(second, 0, 64, 66, [5, 9])])
+
+
+def test_the_tiles_of_a_prefill_batch_with_a_past():
+    batch = pack_chunks(chunks_with_a_past(), count_tokens, unused_slot=2, tiled=True)
     assert batch.slot.tolist() == [2, 0] and batch.token_ids.tolist() == [170, 171, 564, 565]
     assert batch.token_page.tolist() == [1, 1, 9, 9] and batch.token_offset.tolist() == [6, 7, 0, 1]
-    assert batch.cu_seqlens.tolist() == [0, 2, 4] and batch.past.cu_seqlens.tolist() == [0, 72, 138]
-    assert batch.past.page.tolist() == [3] * 64 + [1] * 8 + [5] * 64 + [9] * 2 and batch.past.longest == 72
-    assert batch.past.offset.tolist() == [*range(64), *range(8), *range(64), 0, 1]
+    assert batch.attention.tiles.tolist() == [[0, 2, 70, 1, 0], [2, 2, 64, 3, 0]]
+    assert batch.attention.pages.tolist() == [0, 3, 1, 5, 9]
+
+
+def test_the_bounds_of_a_prefill_batch_with_a_past():
+    bounds = pack_chunks(chunks_with_a_past(), count_tokens, unused_slot=2, tiled=False).attention
+    assert bounds.starts.tolist() == [0, 2, 4] and bounds.key_starts.tolist() == [0, 72, 138]
+    page, offset = bounds.gathered
+    assert page.tolist() == [3] * 64 + [1] * 8 + [5] * 64 + [9] * 2
+    assert offset.tolist() == [*range(64), *range(8), *range(64), 0, 1]
 
 
 def test_a_bidirectional_prefix_in_a_prefill_batch():
@@ -172,12 +194,13 @@ def test_a_bidirectional_prefix_in_a_prefill_batch():
     def position_ids_of(sequence, start, stop):
         return [coordinate[start:stop] for coordinate in positions[len(sequence.input_ids)]]
 
-    batch = pack_chunks(plan_of(sequences, [0, 1]), position_ids_of, 2, bidirectional_prefix=True)
-    assert batch.needs_mask and batch.next_position.tolist() == [[1, 1], [1, 2]]
-    assert batch.position_ids.tolist() == [[0, 1, 0, 1, 1], [0, 0, 0, 0, 1]]
-    assert batch.prefix_lengths().tolist() == [2, 2]
-    assert batch.padded(3, 2).prefix_lengths().tolist() == [2, 2, 0]
-    assert not pack_chunks(plan_of(sequences[:1], [0]), position_ids_of, 2, bidirectional_prefix=True).needs_mask
+    tiled, bounded = (
+        pack_chunks(plan_of(sequences, [0, 1]), position_ids_of, 2, kind, True) for kind in (True, False)
+    )
+    assert tiled.next_position.tolist() == [[1, 1], [1, 2]]
+    assert tiled.position_ids.tolist() == [[0, 1, 0, 1, 1], [0, 0, 0, 0, 1]]
+    assert [prefix for *_, prefix in tiled.attention.tiles.tolist()] == [2, 2]
+    assert bounded.attention.prefixes.tolist() == [2, 2] and bounded.attention.gathered is None
 
 
 def test_decode_attention_is_two_operators():
@@ -225,7 +248,6 @@ def test_packed_attention():
 def test_the_path_of_a_gpu_with_kernels_answers_the_same(build, monkeypatch):
     put_torch_for_kernels(monkeypatch)
     model, prompts = build()
-    prompts = prompts[:5]  # all causal or all bidirectional
     prepare_for_decoding(model)
     answers, runners = [], []
     for runner_type, config in (
@@ -243,24 +265,22 @@ def test_the_path_of_a_gpu_with_kernels_answers_the_same(build, monkeypatch):
 @pytest.mark.parametrize("build", [trained_chatglm, random_glm, random_glm4])
 @torch.inference_mode()
 def test_prefill_without_a_mask(build, monkeypatch):
-    """A padded batch for the varlen kernel, as on a GPU, leaves the same in cache and state as one with a mask."""
-    monkeypatch.setattr(varlen_attention, "varlen_attn", varlen_attn_reference)
+    """A padded batch for the kernel, as on a GPU, leaves the same in cache and state as one with a mask."""
+    put_torch_for_kernels(monkeypatch)
     model, prompts = build()
     prepare_for_decoding(model)
     sequences, slots = sequences_of(prompts[:5], 20), [4, 0, 5, 2, 1]
-    masked, varlen = (ModelRunner(model, EngineConfig(6, 64, NEVER)) for _ in range(2))
+    masked, tiled = (kind(model, EngineConfig(6, 64, NEVER)) for kind in (ModelRunner, KernelRunner))
     plan = plan_of(sequences, slots)
     masked.prefill(plan)
-    batch = varlen.pack(plan)
-    assert not batch.needs_mask
-    batch = batch.padded(6, varlen.state.unused_slot)
+    batch = tiled.pack(plan).padded(6, tiled.listed_pages, tiled.state.unused_slot)
     assert batch.tokens == 128 and len(batch.slot) == 6
-    varlen.compute_prefill(batch)
+    tiled.compute_prefill(batch)
     for name in ("next_token", "cache_length", "tokens_left", "sequence_id", "answer_length", "adapter", "position"):
-        assert getattr(varlen.state, name)[:6].equal(getattr(masked.state, name)[:6])
+        assert getattr(tiled.state, name)[:6].equal(getattr(masked.state, name)[:6])
     for number, sequence in enumerate(sequences):
         filled = len(sequence.input_ids) - 1
-        for ours, theirs in zip(varlen.caches, masked.caches, strict=True):
+        for ours, theirs in zip(tiled.caches, masked.caches, strict=True):
             for kind in ("keys", "values"):
                 cached, expected = (getattr(cache, kind)[number + 1, :, :filled] for cache in (ours, theirs))
                 torch.testing.assert_close(cached, expected, atol=1e-5, rtol=1e-5)

@@ -68,11 +68,11 @@ def test_vllm_gets_the_work_of_our_engine(run_script, batches, monkeypatch):
     first, second, job = ([(each.input_ids, each.max_new_tokens) for each in batch] for batch in batches)
     batches.clear()
     result = json.loads(run_script(f"{command} --peer vllm").check().out.splitlines()[-1])
-    prefill = [(prompt, 1) for prompt, _ in first]
-    assert first == second and {(len(prompt), length) for prompt, length in first} == {(9, 6)}
-    assert vllm.batches == [first, first, prefill, prefill, job] and not batches
+    prefill = [(prompt, 1) for prompt, _ in second]
+    assert first != second and {(len(prompt), length) for prompt, length in first + second} == {(9, 6)}
+    assert vllm.batches == [first, second, prefill, prefill, job] and not batches
     (engine,) = vllm.engines
-    assert engine["max_num_seqs"] == 3 and engine["enable_prefix_caching"] is False
+    assert engine["max_num_seqs"] == 4 and engine["enable_prefix_caching"] is False
     assert engine["load_format"] == "dummy" and engine["quantization"] is None and engine["skip_tokenizer_init"]
     longest = max(len(prompt) + length for prompt, length in job)
     assert longest <= engine["max_model_len"] < longest + 128

@@ -139,13 +139,13 @@ def test_it_needs_no_torch():
     max_batch_size=st.integers(1, 20),
     decode_steps=st.integers(1, 4),
     prefill_tokens=st.integers(1, 60),
-    few_batch_sizes=st.booleans(),
+    batch_size_ratio=st.integers(1, 4),
 )
 def test_every_sequence_is_answered_once_whatever_the_limits(
-    rows, max_batch_size, decode_steps, prefill_tokens, few_batch_sizes
+    rows, max_batch_size, decode_steps, prefill_tokens, batch_size_ratio
 ):
     """Rows are (prompt tokens, tokens until the model stops, max_new_tokens)."""
-    limits = SchedulerLimits(max_batch_size, prefill_tokens, decode_steps, few_batch_sizes)
+    limits = SchedulerLimits(max_batch_size, prefill_tokens, decode_steps, batch_size_ratio)
     sequences = [TokenSequence(i, range(prompt), most) for i, (prompt, _, most) in enumerate(rows)]
     lengths = {i: length for i, (_, length, _) in enumerate(rows)}
     device = KnownDevice(limits, lengths, StopRule(frozenset({STOP})))
@@ -157,8 +157,8 @@ def test_every_sequence_is_answered_once_whatever_the_limits(
         assert sequence.answer_ids == [token_of(sequence, place, length) for place in range(count)]
     begun = [chunk.sequence for plan in device.plans for chunk in plan.chunks if chunk.slot is not None]
     assert begun == sequences  # taken in their order
-    if few_batch_sizes:
-        assert len(set(device.batch_sizes)) <= 4  # 20, 5, 2, 1
+    if batch_size_ratio > 1:
+        assert len(set(device.batch_sizes)) <= {2: 6, 3: 4, 4: 4}[batch_size_ratio]  # 20, 10, 5, 3, 2, 1; 20, 7, 3, 1
     assert not device.scheduler.unfinished()
 
 
@@ -277,16 +277,18 @@ def test_pages_that_nobody_holds_are_taken_when_needed():
 
 
 @pytest.mark.parametrize(
-    "slots, few, expected",
+    "slots, ratio, expected",
     [
-        (64, True, {1: 1, 2: 4, 4: 4, 5: 16, 16: 16, 17: 64, 64: 64}),
-        (64, False, {1: 1, 17: 17, 64: 64}),
-        (6, True, {1: 1, 2: 2, 3: 6, 6: 6}),
-        (1, True, {1: 1}),
+        (64, 4, {1: 1, 2: 4, 4: 4, 5: 16, 16: 16, 17: 64, 64: 64}),
+        (64, 2, {1: 1, 2: 2, 3: 4, 17: 32, 32: 32, 33: 64}),
+        (64, 1, {1: 1, 17: 17, 64: 64}),
+        (6, 4, {1: 1, 2: 2, 3: 6, 6: 6}),
+        (6, 2, {1: 1, 2: 2, 3: 3, 4: 6, 6: 6}),
+        (1, 4, {1: 1}),
     ],
 )
-def test_batch_sizes(slots, few, expected):
-    limits = SchedulerLimits(slots, 100, few_batch_sizes=few)
+def test_batch_sizes(slots, ratio, expected):
+    limits = SchedulerLimits(slots, 100, batch_size_ratio=ratio)
     assert {running: decode_batch_size(limits, running) for running in expected} == expected
 
 
@@ -309,7 +311,7 @@ def test_compaction_fills_the_first_slots():
 
 
 def test_nothing_moves_while_the_batch_size_stays():
-    scheduler = running_scheduler(SchedulerLimits(8, 100, few_batch_sizes=True), {1: 5, 4: 5, 7: 5})
+    scheduler = running_scheduler(SchedulerLimits(8, 100, batch_size_ratio=4), {1: 5, 4: 5, 7: 5})
     plan = scheduler.plan_decode()
     assert plan.batch_size == 8 and not plan.moves and plan.sequences == scheduler.running
 

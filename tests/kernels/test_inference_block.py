@@ -5,7 +5,7 @@ import torch
 from kernel_checks import DEVICE, DTYPE, FP8_ROUNDING, ROUNDING, activate, assert_close, random
 from transformers.models.glm.modeling_glm import GlmRMSNorm, apply_rotary_pos_emb
 
-from utils.kernels.inference_block import add_rms_norm, quantize, rotate, swiglu
+from utils.kernels.inference_block import add_rms_norm, quantize, rotate, swiglu, swiglu_quantized
 
 EPS = 1e-5
 
@@ -50,7 +50,11 @@ def test_quantize():
 
 def test_swiglu():
     inputs = random(3, 1, 2 * 2100)
-    assert_close(swiglu(inputs), activate(inputs.float(), gated=True), ROUNDING)
+    expected = activate(inputs.float(), gated=True)
+    assert_close(swiglu(inputs), expected, ROUNDING)
+    quantized, scale = swiglu_quantized(inputs)
+    assert scale.shape == (3, 1) and quantized.shape == expected.shape
+    assert_close(quantized.float() * scale[:, None], expected, FP8_ROUNDING)
 
 
 @pytest.mark.parametrize("by_table", [False, True])

@@ -34,7 +34,7 @@ from utils.inference.engine.prefill import MAX_HOST_PREFILL_TOKENS, MAX_PREFILL_
 from utils.inference.engine.scheduler import MAX_ATTENDED_TOKENS, TokenSequence
 from utils.inference.work_queue import Replica
 
-MAX_GPU_BATCH_SIZE = 512  # with more, a step is bound by arithmetic, and a row waits longer for its answer
+MAX_GPU_BATCH_SIZE = 1024  # with more, a step is bound by arithmetic, and a row waits longer for its answer
 MAX_CPU_BATCH_SIZE = 16
 USABLE_SHARE = 0.9  # of the free memory: the counts are not exact
 MASK_BYTES = 8  # per pair of tokens: a mask as bool, the same as float32, and a copy in between
@@ -101,7 +101,8 @@ class MemoryBudget:
     Args:
         free: bytes.
         token_bytes: of one token of one sequence in the cache.
-        gather_bytes: of one cached token that a prefill attends to, gathered from the pages of one layer.
+        gather_bytes: of one cached token that a prefill attends to, gathered from the pages of one layer where
+            attention has no kernel.
         prefill_bytes: of one token of a prompt during prefill.
         prefill_tokens: that are prefilled together.
         splits_prompts: whether a longer prompt is prefilled in chunks; else it is prefilled whole.
@@ -139,7 +140,7 @@ class MemoryBudget:
         return cls(
             free=int(USABLE_SHARE * min(gather_from_all(free_bytes(device)))),
             token_bytes=token_bytes,
-            gather_bytes=gather_bytes,
+            gather_bytes=0 if has_kernels else gather_bytes,
             prefill_bytes=(6 * config.hidden_size + 3 * intermediate_size) * model.dtype.itemsize,
             prefill_tokens=MAX_PREFILL_TOKENS if has_kernels else MAX_HOST_PREFILL_TOKENS,
             splits_prompts=served.splits_prompts and not pads,

@@ -24,6 +24,11 @@ def load_decode_attention() -> ModuleType | None:
     return _load("decode_attention", AMPERE)
 
 
+def load_prefill_attention() -> ModuleType | None:
+    """Return utils/kernels/prefill_attention.py, or None where it cannot run."""
+    return _load("prefill_attention", AMPERE)
+
+
 def load_inference_block() -> ModuleType | None:
     """Return utils/kernels/inference_block.py, or None where it cannot run."""
     return _load("inference_block", AMPERE)

@@ -24,7 +24,7 @@ LINE = 128  # bytes of K in a tile
 RING_BYTES = 200 << 10  # of the only CTA on a multiprocessor
 HALF_RING_BYTES = 104 << 10  # where two share one, so that one loads while the other ends
 CLUSTERED = 0.85  # of the multiprocessors that clusters of 3 CTAs and more can fill
-MAX_STAGES = 12
+MAX_STAGES = 24
 MAX_ROWS_OF_TILE = 128
 WGMMA_TYPES = {torch.bfloat16: "bf16", torch.float16: "f16", torch.float8_e4m3fn: "e4m3"}
 

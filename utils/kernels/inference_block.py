@@ -113,6 +113,27 @@ def _swiglu_kernel(
 
 
 @triton.jit
+def _swiglu_quantize_kernel(
+    inputs_ptr,  # (T, 2 E), gate and up
+    output_ptr,  # (T, E) e4m3
+    scale_ptr,  # (T,) float32
+    E,
+    FP8_MAX: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    if PDL:
+        launch_next_and_wait()
+    row = tl.program_id(0).to(tl.int64)
+    e = tl.arange(0, BLOCK)
+    dtype: tl.constexpr = inputs_ptr.dtype.element_ty
+    gate = tl.load(inputs_ptr + row * 2 * E + e, mask=e < E, other=0.0).to(tl.float32)
+    up = tl.load(inputs_ptr + row * 2 * E + E + e, mask=e < E, other=0.0).to(tl.float32)
+    activated = (gate * tl.sigmoid(gate) * up).to(dtype)
+    _store_quantized(output_ptr, scale_ptr, row, activated, e, e < E, E, FP8_MAX)
+
+
+@triton.jit
 def _rotate_kernel(
     qkv_ptr,  # (T, C)
     cos_ptr,  # (positions, F)
@@ -230,6 +251,18 @@ def swiglu(inputs: torch.Tensor) -> torch.Tensor:
         inputs, output, size, BLOCK=SWIGLU_BLOCK, num_warps=8, **early_launch(inputs.device)
     )
     return output
+
+
+def swiglu_quantized(inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same as `swiglu` and then `quantize` in one pass: (..., 2 E) -> e4m3 (..., E) and scales (T, 1) float32."""
+    size = inputs.shape[-1] // 2
+    output = inputs.new_empty(*inputs.shape[:-1], size, dtype=torch.float8_e4m3fn)
+    T = output.numel() // size
+    scale = inputs.new_empty(T, 1, dtype=torch.float32)
+    _swiglu_quantize_kernel[(T,)](
+        inputs, output, scale, size, FP8_MAX=FP8_MAX, **_whole_row(size), **early_launch(inputs.device)
+    )
+    return output, scale
 
 
 def rotate(

@@ -177,26 +177,32 @@ def supports_weight(weight: torch.Tensor) -> bool:
 
 @torch.library.custom_op("chatglm_family::fp8_skinny_gemm", mutates_args=())
 def fp8_skinny_gemm(
-    x: torch.Tensor, x_scale: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor, gated: bool = False
+    x: torch.Tensor,
+    x_scale: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    gated: bool = False,
 ) -> torch.Tensor:
     """
-    (x * x_scale) (weight * weight_scale^T)^T in FP8 with float32 sums.
+    (x * x_scale) (weight * weight_scale^T)^T + bias in FP8 with float32 sums.
 
     Args:
         x: (M, K) e4m3, M at most `max_rows`.
         x_scale: (M, 1) float32.
         weight: (N, K) e4m3 that `supports_weight`, or (2 N, K) where `gated`.
         weight_scale: (1, N) float32, or (1, 2 N) where `gated`.
+        bias: (N,) bfloat16, None where `gated`.
         gated: whether the result is silu(gate) * up of the two halves.
 
     Returns:
         (M, N) bfloat16.
     """
-    return _launch(x, weight, gated, x_scale=x_scale, weight_scale=weight_scale)
+    return _launch(x, weight, gated, bias, x_scale, weight_scale)
 
 
 @fp8_skinny_gemm.register_fake
-def _(x, x_scale, weight, weight_scale, gated=False):
+def _(x, x_scale, weight, weight_scale, bias, gated=False):
     return x.new_empty(x.shape[0], weight.shape[0] // (1 + gated), dtype=torch.bfloat16)
 
 

@@ -151,16 +151,15 @@ class Fp8DecodeLinear(_Fp8Linear):
         return self.max_skinny_rows > 0
 
     def skinny_matmul(self, hidden_states: torch.Tensor | QuantizedRows, gated: bool = False) -> torch.Tensor:
-        """(..., K) of at most `max_skinny_rows` tokens -> (..., N), or (..., N / 2) gated by silu; without bias."""
+        """(..., K) of at most `max_skinny_rows` tokens -> (..., N), or (..., N / 2) gated by silu."""
         rows = self._quantized(hidden_states)
-        output = torch.ops.chatglm_family.fp8_skinny_gemm(*rows, self.weight, self.weight_scale, gated)
+        output = torch.ops.chatglm_family.fp8_skinny_gemm(*rows, self.weight, self.weight_scale, self.bias, gated)
         return output.view(*hidden_states.shape[:-1], -1)
 
     def forward(self, hidden_states: torch.Tensor | QuantizedRows) -> torch.Tensor:
         """(..., K) -> (..., N) bfloat16."""
         if self.is_skinny and hidden_states.shape[:-1].numel() <= self.max_skinny_rows:
-            output = self.skinny_matmul(hidden_states)
-            return output if self.bias is None else output + self.bias
+            return self.skinny_matmul(hidden_states)
         output = fp8_matmul(*self._quantized(hidden_states), self.weight, self.weight_scale, self.bias)
         return output.view(*hidden_states.shape[:-1], self.out_features)
 

@@ -18,14 +18,14 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from utils.inference.engine.kv_cache import PromptPages
-from utils.kernels import load_decode_attention
-from utils.layers.varlen_attention import varlen_attention_forward
+from utils.inference.engine.prefill import PromptBounds, PromptTiles
+from utils.kernels import load_decode_attention, load_prefill_attention
 
 PAGED_ATTENTION = "pages"  # its name in transformers' attention interface
 
 
 def has_decode_kernels(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether attention runs on our decode kernel, and prefill on torch's varlen kernel, without masks."""
+    """Whether attention runs on our kernels, without masks."""
     return device.type == "cuda" and dtype.itemsize == 2 and load_decode_attention() is not None
 
 
@@ -90,6 +90,34 @@ def _(query, keys, values, page_table, lengths_or_mask, scaling):
     return query.new_empty(B, 1, H, D)
 
 
+@torch.library.custom_op("chatglm_family::prefill_attention", mutates_args=())
+def prefill_attention(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    tiles: torch.Tensor,
+    pages: torch.Tensor,
+    scaling: float,
+) -> torch.Tensor:
+    """
+    Attention of packed tokens over the pages of their sequences, by our kernel.
+
+    Args:
+        query: (N, H, D).
+        keys, values: (pages, K, 64, D).
+        tiles, pages: see `PromptTiles`.
+
+    Returns:
+        (N, H, D).
+    """
+    return load_prefill_attention().prefill_attention(query, keys, values, tiles, pages, scaling)
+
+
+@prefill_attention.register_fake
+def _(query, keys, values, tiles, pages, scaling):
+    return query.new_empty(query.shape)
+
+
 @torch.library.custom_op("chatglm_family::packed_attention", mutates_args=())
 def packed_attention(
     query: torch.Tensor,
@@ -101,7 +129,7 @@ def packed_attention(
     scaling: float,
 ) -> torch.Tensor:
     """
-    Attention within packed sequences, one after another, where no varlen kernel runs or a prefix is seen by all.
+    The same by torch's scaled_dot_product_attention, one sequence after another.
 
     Args:
         query: (1, H, T, D).
@@ -145,7 +173,7 @@ def paged_attention_forward(
     cache_lengths: torch.Tensor | None = None,
     cache_mask: torch.Tensor | None = None,
     prompt_pages: PromptPages | None = None,
-    prefix_lengths: torch.Tensor | None = None,
+    prompts: PromptTiles | PromptBounds | None = None,
     **kwargs,
 ) -> tuple[torch.Tensor, None]:
     """
@@ -155,9 +183,8 @@ def paged_attention_forward(
         page_table: of a decode step.
         cache_lengths: of a decode step with kernels, see `decode_attention`.
         cache_mask: of a decode step without, see `masked_decode_attention`.
-        prompt_pages: of packed prompts that attend to cached keys too.
-        prefix_lengths: of packed prompts without the varlen kernel, see `packed_attention`.
-        kwargs: with "cu_seq_lens_q" for packed prompts, see `varlen_attention_forward`.
+        prompt_pages: where packed prompts lie.
+        prompts: their tiles for the kernel, or their bounds.
 
     Returns:
         (B, T, H, D), and no weights.
@@ -166,14 +193,14 @@ def paged_attention_forward(
         return decode_attention(query, key, value, page_table, cache_lengths, scaling), None
     if cache_mask is not None:
         return masked_decode_attention(query, key, value, page_table, cache_mask, scaling), None
-    if prompt_pages is not None:
-        key, value = prompt_pages.exchange(key, value)
-    if prefix_lengths is not None:
-        starts, key_starts = kwargs["cu_seq_lens_q"], kwargs["cu_seq_lens_k"]
-        return packed_attention(query, key, value, starts, key_starts, prefix_lengths, scaling), None
-    if "cu_seq_lens_q" in kwargs:
-        return varlen_attention_forward(module, query, key, value, None, scaling=scaling, **kwargs)
-    return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    if prompts is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    key, value = prompt_pages.exchange(key, value)
+    if isinstance(prompts, PromptTiles):
+        query, cache = query[0].transpose(0, 1), prompt_pages.cache  # (N, H, D)
+        return prefill_attention(query, cache.keys, cache.values, prompts.tiles, prompts.pages, scaling)[None], None
+    bounds = prompts.starts, prompts.key_starts, prompts.prefixes
+    return packed_attention(query, key, value, *bounds, scaling), None
 
 
 AttentionInterface.register(PAGED_ATTENTION, paged_attention_forward)

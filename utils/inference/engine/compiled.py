@@ -80,8 +80,6 @@ def prefill_block(
     hidden_states: torch.Tensor,
     position_embeddings: tuple[torch.Tensor, torch.Tensor],
     attention: dict[str, Any],
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Packed prompts through one block: their hidden states (1, N, E), keys and values (1, K, N, D)."""
-    recorder = PromptRecorder()
-    hidden_states = run_block(block, recorder, hidden_states, position_embeddings, attention)
-    return hidden_states, recorder.keys, recorder.values
+) -> torch.Tensor:
+    """Packed prompts, hidden states (1, N, E), through one block, whose attention writes into the cache."""
+    return run_block(block, PromptRecorder(), hidden_states, position_embeddings, attention)

@@ -14,7 +14,7 @@ import torch
 from transformers import PreTrainedModel
 
 from utils.inference.engine.pages import PAGE_TOKENS, SCRATCH_PAGE
-from utils.inference.engine.prefill import PastTokens, PrefillBatch
+from utils.inference.engine.prefill import PrefillBatch
 from utils.kernels import load_next_token
 
 
@@ -53,27 +53,30 @@ class LayerKVCache:
 
 @dataclass
 class PromptPages:
-    """Where the keys of a prefill lie whose tokens also attend to keys that are cached already."""
+    """Where the keys and values of a layer's prefill lie, and those that the tokens attend to."""
 
     cache: LayerKVCache
     token_page: torch.Tensor  # (N,) int64, of the tokens that are prefilled
     token_offset: torch.Tensor  # (N,)
-    past: PastTokens
+    gathered: tuple[torch.Tensor, torch.Tensor] | None = None  # see `PromptBounds`
 
     def exchange(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """
-        Write the prefilled tokens' keys and values, (1, K, N, D), and return all that they attend to, (1, K, M, D).
+        Write the tokens' keys and values, (1, K, N, D), and return all that they attend to, (1, K, M, D).
 
-        As they are written first, a sequence can share pages that another one fills in the same prefill.
+        As they are written first, a sequence can share pages that another one fills in the same prefill. Without
+        `gathered` the same are returned.
         """
         self.cache.write(self.token_page, self.token_offset, key[0].transpose(0, 1), value[0].transpose(0, 1))
-        keys, values = self.cache.gather(self.past.page, self.past.offset)
+        if self.gathered is None:
+            return key, value
+        keys, values = self.cache.gather(*self.gathered)
         return keys.transpose(0, 1)[None], values.transpose(0, 1)[None]
 
 
 @dataclass
 class PromptRecorder:
-    """Takes the cache's place during prefill: keeps a layer's keys and values of the prompts, (1, K, N, D)."""
+    """Takes the cache's place during prefill, where attention writes into it: keeps keys and values (1, K, N, D)."""
 
     keys: torch.Tensor | None = None
     values: torch.Tensor | None = None

@@ -1,9 +1,9 @@
 """
 The engine's device side: plans of the `Scheduler` in, chosen tokens out.
 
-It holds the KV cache, the per-slot decode state, the compiled functions and the CUDA graphs. On a GPU a prefill of
-each padded length and a decode step of each batch size are graphs, so the host only copies inputs and replays; a
-prefill that attends to cached tokens too is launched kernel by kernel. `models` has what depends on the architecture.
+It holds the KV cache, the per-slot decode state, the compiled functions and the CUDA graphs. On a GPU a decode step of
+each batch size and a prefill of each padded length are graphs, so the host only copies inputs and replays; kernel by
+kernel it would start them slower than the GPU computes. `models` has what depends on the architecture.
 
 Shapes: B sequences of a decode step, R sequences and N tokens of a prefill, K key/value heads, D head size.
 """
@@ -16,21 +16,32 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from utils.common.numbers import ceil_div
-from utils.inference.engine.attention import PAGED_ATTENTION, decode_attention, has_decode_kernels
+from utils.inference.engine.attention import (
+    PAGED_ATTENTION,
+    decode_attention,
+    has_decode_kernels,
+    prefill_attention,
+)
 from utils.inference.engine.compiled import CompiledFunctions
 from utils.inference.engine.cuda_graphs import CudaGraphs
 from utils.inference.engine.kv_cache import DecodeState, DecodeStateShape, LayerKVCache, PromptPages
 from utils.inference.engine.models import serve
 from utils.inference.engine.pages import pages_for
 from utils.inference.engine.prefill import MAX_HOST_PREFILL_TOKENS, MAX_PREFILL_TOKENS, PrefillBatch, pack_chunks
-from utils.inference.engine.scheduler import DecodePlan, PrefillPlan, SchedulerLimits, StopRule
+from utils.inference.engine.scheduler import (
+    MAX_ATTENDED_TOKENS,
+    DecodePlan,
+    PrefillPlan,
+    SchedulerLimits,
+    StopRule,
+)
 from utils.inference.sampling import GREEDY, Sampling
 from utils.kernels import load_next_token
-from utils.layers.varlen_attention import varlen_attention_forward
 from utils.lora.multi_lora import AdapterChoice, adapter_choice_of
 
 SEQ_LEN_MULTIPLE = 128  # tokens that a decode step reads without kernels: few shapes compile
 GPU_DECODE_STEPS = 4  # between two times at which the host reads tokens back
+BATCH_SIZE_RATIO, COMPILED_BATCH_SIZE_RATIO = 2, 4  # a graph of kernels is captured in 0.1 s, compiling takes seconds
 COMPILED_BLOCKS = 4  # compiled together: one's last sum and the next one's norm become one kernel; more gained nothing
 
 EventPair = tuple[torch.cuda.Event, torch.cuda.Event]
@@ -124,8 +135,9 @@ class ModelRunner:
         self.is_greedy = config.sampling.temperature == 0 and config.sampling.repetition_penalty == 1
         self.graphs = CudaGraphs()
         self.prefill_inputs: dict[int, PrefillBatch] = {}  # on the device, by length: what its graph reads
+        # Pages of all sequences of a prefill, and the scratch page.
+        self.listed_pages = 1 + max(pages_for(MAX_ATTENDED_TOKENS), max_pages) + self.max_batch_size
         self.timed_prefills: list[EventPair] = []  # since the last decode steps
-        self.has_computed_past = False  # else the first prefill with cached tokens compiles
         self.compile_seconds, self.prefill_seconds = time.perf_counter() - started, 0.0
 
     @property
@@ -135,10 +147,15 @@ class ModelRunner:
             self.max_batch_size,
             prefill_tokens=MAX_PREFILL_TOKENS if self.has_kernels else MAX_HOST_PREFILL_TOKENS,
             decode_steps=self.decode_steps,
-            few_batch_sizes=self.on_gpu,
+            batch_size_ratio=self._batch_size_ratio(),
             pages=self.pages,
             splits_prompts=self.served.splits_prompts,
         )
+
+    def _batch_size_ratio(self) -> int:
+        if not self.on_gpu:
+            return 1
+        return BATCH_SIZE_RATIO if self.fused else COMPILED_BATCH_SIZE_RATIO
 
     def prefill(self, plan: PrefillPlan) -> None:
         """Put keys and values of a plan's tokens into their pages, and set the decode state of its last chunks."""
@@ -168,40 +185,24 @@ class ModelRunner:
         if self.state.seen is not None:
             self._mark_seen(plan)
         batch = self.pack(plan)
-        if not self.has_kernels or batch.needs_mask:
-            if not batch.tokens:  # layers need at least one token
-                batch = batch.padded(len(plan.chunks), self.state.unused_slot)
-            self.compute_prefill(batch.to(self.device), host_batch=batch)
+        if not batch.tokens:
+            self.state.place(batch.to(self.device))
             return
-        if batch.past is not None:
-            if batch.tokens:
-                self._compute_with_past(batch.to(self.device))
-            else:
-                self.state.place(batch.to(self.device))
-            return
-        batch = batch.padded(self.max_batch_size, self.state.unused_slot)
-        length = batch.tokens
-        if length > MAX_PREFILL_TOKENS:
+        length = batch.padded_length
+        if not self.has_kernels or length > MAX_PREFILL_TOKENS:
             self.compute_prefill(batch.to(self.device))
             return
+        batch = batch.padded(self.max_batch_size, self.listed_pages, self.state.unused_slot)
         if length not in self.prefill_inputs:
             inputs = self.prefill_inputs[length] = batch.to(self.device)
             self.compile_seconds += self.graphs.capture(("prefill", length), lambda: self.compute_prefill(inputs))
         self.prefill_inputs[length].copy_from(batch)
         self.graphs.replay(("prefill", length))
 
-    def _compute_with_past(self, batch: PrefillBatch) -> None:
-        started = time.perf_counter()
-        self.compute_prefill(batch)
-        if self.on_gpu and not self.has_computed_past:
-            torch.cuda.synchronize()
-            self.compile_seconds += time.perf_counter() - started
-        self.has_computed_past = True
-
     def pack(self, plan: PrefillPlan) -> PrefillBatch:
         """Return a plan's tokens as a batch on the host, not padded."""
         return pack_chunks(
-            plan, self.served.position_ids, self.state.unused_slot, bidirectional_prefix=not self.served.splits_prompts
+            plan, self.served.position_ids, self.state.unused_slot, self.has_kernels, not self.served.splits_prompts
         )
 
     def _write_pages(self, entries: list[tuple[int, int, int]], emptied: list[int]) -> None:
@@ -222,57 +223,29 @@ class ModelRunner:
             if chunk.slot is not None:
                 self.state.seen[chunk.slot, self._send(sorted(set(chunk.sequence.token_ids)))] = True
 
-    def compute_prefill(self, batch: PrefillBatch, host_batch: PrefillBatch | None = None) -> None:
-        """
-        Compute packed prompts, and write their keys and values into the cache and their sequences into the state.
-
-        Args:
-            batch: on the device.
-            host_batch: the same on the host, for attention without the varlen kernel; None uses the kernel.
-        """
+    def compute_prefill(self, batch: PrefillBatch) -> None:
+        """Compute packed prompts; write keys and values into the cache, and sequences into the state."""
         self.state.place(batch)
         self.adapter_choice.rows = batch.token_adapter[None]
-        bounds = host_batch or batch
-        attention = {
-            "cu_seq_lens_q": bounds.cu_seqlens,
-            "cu_seq_lens_k": bounds.past.cu_seqlens if bounds.past else bounds.cu_seqlens,
-        }
-        if host_batch is not None:
-            attention["prefix_lengths"] = host_batch.prefix_lengths()
-        else:
-            attention["max_length_q"] = min(self.max_seq_len, batch.tokens)
-            attention["max_length_k"] = batch.past.longest if batch.past else attention["max_length_q"]
-            attention["causal"] = not batch.bidirectional_prefix
         hidden_states = self.embed(batch.token_ids[None])  # (1, N, E)
-        if self.fused and host_batch is None:
-            self._prefill_fused(hidden_states, batch, attention)
+        if self.fused:
+            self._prefill_fused(hidden_states, batch)
             return
         position_ids = self.served.shape_position_ids(batch.position_ids[None])
         position_embeddings = self.served.rotary_emb(hidden_states, position_ids)
         # Copies, whose place in a buffer of the batch's length a compiler cannot take for a length.
-        token_page, token_offset = batch.token_page.clone(), batch.token_offset.clone()
+        places = batch.token_page.clone(), batch.token_offset.clone()
+        gathered = None if self.has_kernels else batch.attention.gathered
         for block, cache in zip(self.served.blocks, self.caches, strict=True):
-            if batch.past:
-                attention["prompt_pages"] = PromptPages(cache, token_page, token_offset, batch.past)
-            hidden_states, keys, values = self.compiled.prefill_block(
-                block, hidden_states, position_embeddings, attention
-            )
-            if not batch.past:
-                cache.write(token_page, token_offset, keys[0].transpose(0, 1), values[0].transpose(0, 1))  # (N, K, D)
+            attention = {"prompt_pages": PromptPages(cache, *places, gathered), "prompts": batch.attention}
+            hidden_states = self.compiled.prefill_block(block, hidden_states, position_embeddings, attention)
 
-    def _prefill_fused(
-        self, hidden_states: torch.Tensor, batch: PrefillBatch, attention: dict[str, torch.Tensor | int | bool]
-    ) -> None:
-        """Compute packed prompts by kernels; attention takes their keys from the cache, and those cached before."""
-        page, offset = (batch.past.page, batch.past.offset) if batch.past else (batch.token_page, batch.token_offset)
+    def _prefill_fused(self, hidden_states: torch.Tensor, batch: PrefillBatch) -> None:
+        """Compute packed prompts by kernels."""
+        tiles, pages = batch.attention.tiles, batch.attention.pages
 
         def attend(module: torch.nn.Module, cache: LayerKVCache, query: torch.Tensor) -> torch.Tensor:
-            heads = (query, *cache.gather(page, offset))  # (N or M, H or K, D)
-            query, keys, values = (tensor.transpose(0, 1)[None] for tensor in heads)
-            output, _ = varlen_attention_forward(
-                module, query, keys, values, None, scaling=module.scaling, **attention
-            )
-            return output[0]
+            return prefill_attention(query, cache.keys, cache.values, tiles, pages, module.scaling)
 
         places = batch.token_page, batch.token_offset
         self.fused.run(hidden_states, batch.position_ids[0], self.caches, places, attend)

@@ -1,50 +1,116 @@
 """
 Prompts packed for one prefill: a plan of the scheduler in, one `PrefillBatch` of named tensors out.
 
-Prompts are packed without padding between them; on a GPU the packed batch is padded as a whole to one of a few
-lengths, because each length is captured as a CUDA graph. A batch whose tokens attend to cached ones too is not padded:
-its `past` says where those lie.
+Prompts are packed without padding between them; for a CUDA graph the packed batch is padded as a whole to one of a few
+lengths. Whether a prompt is whole, the rest of one whose beginning is cached, or a chunk of a long one, is the same to
+attention: its kernel reads `PromptTiles`, and where there is none, attention by masks reads `PromptBounds`.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
+from utils.common.numbers import ceil_div
 from utils.inference.engine.pages import PAGE_TOKENS, SCRATCH_PAGE
 from utils.inference.engine.scheduler import PrefillPlan, TokenSequence
 
 MIN_PREFILL_TOKENS = 128  # the shortest captured prefill
 MAX_PREFILL_TOKENS = 4096  # of one prefill, with kernels: enough to keep a GPU busy
 MAX_HOST_PREFILL_TOKENS = 1024  # where attention takes one sequence after another
+FINE_LENGTHS_FROM = 1024  # tokens, from which on padding would cost more than another graph
+MIN_SEQUENCE_TOKENS = 8  # on average, of a padded batch: its number of tiles is fixed
+TILE_TOKENS = 64  # as the kernel takes them
 
 PositionIdsOf = Callable[[TokenSequence, int, int], list[list[int]]]  # see `ServedModel.position_ids`
 
 
 def padded_prefill_length(tokens: int) -> int:
-    """Round a prefill length up to the next bucket (2^k or 1.5 * 2^k)."""
+    """Round a prefill length up to the next bucket: 2 in an octave, and 4 for long ones."""
     size = MIN_PREFILL_TOKENS
-    while size < tokens:
-        size = size * 3 // 2 if size & (size - 1) == 0 else size * 4 // 3
-    return size
+    while 2 * size <= tokens:
+        size *= 2
+    step = size // (4 if size >= FINE_LENGTHS_FROM else 2)
+    return ceil_div(max(tokens, size), step) * step
 
 
 @dataclass(frozen=True, eq=False)
-class PastTokens:
+class PromptTiles:
     """
-    The M cached tokens, those of this prefill among them, that R sequences attend to, sequence by sequence.
+    What the attention kernel reads, see `prefill_attention`.
 
-    A token attends to all of its sequence's up to itself; the prefilled ones are the last.
+    The first of `pages` is the scratch page, for padding.
     """
 
-    page: torch.Tensor  # (M,) int64
-    offset: torch.Tensor  # (M,) int64, place in the page
-    cu_seqlens: torch.Tensor  # (R + 1,) int32, where each sequence begins, and M
-    longest: int  # tokens of a sequence
+    tiles: torch.Tensor  # (T, 5) int32
+    pages: torch.Tensor  # (P,) int32
 
-    def to(self, device: torch.device) -> "PastTokens":
+    @classmethod
+    def of(cls, plan: PrefillPlan, prefixes: list[int]) -> "PromptTiles":
+        """Return the tiles of a plan's chunks, each with its prefix."""
+        tiles, pages, packed = [], [SCRATCH_PAGE], 0
+        for chunk, prefix in zip(plan.chunks, prefixes, strict=True):
+            for start in range(chunk.start, chunk.stop, TILE_TOKENS):
+                count = min(TILE_TOKENS, chunk.stop - start)
+                tiles.append((packed, count, start, len(pages), prefix))
+                packed += count
+            pages.extend(chunk.pages[: ceil_div(chunk.stop, PAGE_TOKENS)])
+        return cls(torch.tensor(tiles, dtype=torch.int32).view(-1, 5), torch.tensor(pages, dtype=torch.int32))
+
+    def padded(self, first: int, tokens: int, pages: int) -> "PromptTiles":
+        """
+        Return them with a fixed number of tiles and pages.
+
+        Args:
+            first: the first token of the padding, which gets tiles that attend to the scratch page.
+            tokens: of the padded batch.
+            pages: at least as many as there are.
+        """
+        padding = [(start, min(TILE_TOKENS, tokens - start), 0, 0, 0) for start in range(first, tokens, TILE_TOKENS)]
+        tiles = torch.zeros(tokens // MIN_SEQUENCE_TOKENS + ceil_div(tokens, TILE_TOKENS) + 1, 5, dtype=torch.int32)
+        used = len(self.tiles)
+        tiles[:used] = self.tiles
+        tiles[used : used + len(padding)] = torch.tensor(padding, dtype=torch.int32).view(-1, 5)
+        return PromptTiles(
+            tiles, torch.cat((self.pages, self.pages.new_full((pages - len(self.pages),), SCRATCH_PAGE)))
+        )
+
+    def to(self, device: torch.device) -> "PromptTiles":
         """Return a copy on `device`."""
-        return PastTokens(*(_send(t, device) for t in (self.page, self.offset, self.cu_seqlens)), self.longest)
+        return PromptTiles(_send(self.tiles, device), _send(self.pages, device))
+
+
+@dataclass(frozen=True, eq=False)
+class PromptBounds:
+    """
+    What attention by masks reads: where each of R sequences begins, on the host.
+
+    Where some are cached in part, M cached tokens, those of this prefill among them, are gathered, sequence by
+    sequence.
+    """
+
+    starts: torch.Tensor  # (R + 1,) int32, of each sequence's tokens, and N
+    key_starts: torch.Tensor  # (R + 1,) int32, of the tokens that it attends to, and M
+    prefixes: torch.Tensor  # (R,) int64, see `packed_attention`
+    gathered: tuple[torch.Tensor, torch.Tensor] | None  # (M,) int64, page and place in it; None: nothing is cached
+
+    @classmethod
+    def of(cls, plan: PrefillPlan, prefixes: list[int]) -> "PromptBounds":
+        """Return the bounds of a plan's chunks, each with its prefix."""
+        starts = torch.tensor([0, *(chunk.stop - chunk.start for chunk in plan.chunks)]).cumsum(0).int()
+        key_starts = torch.tensor([0, *(chunk.stop for chunk in plan.chunks)]).cumsum(0).int()
+        gathered = None
+        if any(chunk.start for chunk in plan.chunks):
+            pages = [
+                torch.tensor(chunk.pages, dtype=torch.int64).repeat_interleave(PAGE_TOKENS)[: chunk.stop]
+                for chunk in plan.chunks
+            ]
+            gathered = torch.cat(pages), torch.cat([torch.arange(chunk.stop) % PAGE_TOKENS for chunk in plan.chunks])
+        return cls(starts, key_starts, torch.tensor(prefixes), gathered)
+
+    def to(self, device: torch.device) -> "PromptBounds":
+        """Return a copy whose `gathered` is on `device`."""
+        return replace(self, gathered=self.gathered and tuple(_send(tensor, device) for tensor in self.gathered))
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,7 +118,7 @@ class PrefillBatch:
     """
     Chunks of R sequences packed into N tokens. The last token of a sequence is left for the first decode step.
 
-    The tensors are int64 views of three `buffers`, so that a batch reaches the device in three copies.
+    The tensors are int64 views of two `buffers`, so that a batch reaches the device in few copies.
     """
 
     slot: torch.Tensor  # (R,) slot of each sequence; the unused one for a sequence that does not decode yet
@@ -68,23 +134,20 @@ class PrefillBatch:
     token_offset: torch.Tensor  # (N,) place in the page
     token_adapter: torch.Tensor  # (N,)
     position_ids: torch.Tensor  # (C, N)
-    cu_seqlens: torch.Tensor  # (R + 1,) int32, where each sequence begins, and N
-    bidirectional_prefix: bool  # ChatGLM-6B's: tokens before `<sop>` attend to each other in both directions
-    needs_mask: bool  # some prompt has tokens of both kinds, causal and bidirectional
-    past: PastTokens | None  # None where every sequence begins in this prefill
-    buffers: tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+    attention: PromptTiles | PromptBounds
+    buffers: tuple[torch.Tensor, torch.Tensor]
 
     @classmethod
     def from_buffers(
-        cls, buffers: tuple[torch.Tensor, torch.Tensor, torch.Tensor], **others: bool | PastTokens | None
+        cls, buffers: tuple[torch.Tensor, torch.Tensor], attention: PromptTiles | PromptBounds
     ) -> "PrefillBatch":
         """
         Return a batch whose tensors are views of `buffers`.
 
         Args:
-            buffers: (7 + C, R) int64, (4 + C, N) int64 and (R + 1,) int32: the tensors above in their order.
+            buffers: (7 + C, R) and (4 + C, N) int64: the tensors above in their order.
         """
-        per_sequence, per_token, cu_seqlens = buffers
+        per_sequence, per_token = buffers
         slot, next_token, cache_length, tokens_left, sequence_id, answer_length, adapter = per_sequence[:7]
         token_ids, token_page, token_offset, token_adapter = per_token[:4]
         return cls(
@@ -101,9 +164,8 @@ class PrefillBatch:
             token_offset=token_offset,
             token_adapter=token_adapter,
             position_ids=per_token[4:],
-            cu_seqlens=cu_seqlens,
+            attention=attention,
             buffers=buffers,
-            **others,
         )
 
     @property
@@ -111,49 +173,34 @@ class PrefillBatch:
         """N, the number of packed tokens."""
         return len(self.token_ids)
 
-    def prefix_lengths(self) -> torch.Tensor:
-        """(R,) int64 tokens of each sequence's prefix, which all of it attends to; ChatGLM-6B's, else 0."""
-        lengths = torch.zeros(len(self.slot), dtype=torch.int64)
-        if self.bidirectional_prefix:
-            sequence = torch.bucketize(torch.arange(self.tokens), self.cu_seqlens, right=True) - 1
-            # The second coordinate counts from `<sop>` on; padding belongs to no sequence.
-            in_prefix = (self.position_ids[1] == 0) & (sequence < len(self.slot))
-            lengths.index_add_(0, sequence[in_prefix], torch.ones_like(sequence[in_prefix]))
-        return lengths
+    @property
+    def padded_length(self) -> int:
+        """Tokens of the batch once `padded`."""
+        return padded_prefill_length(max(self.tokens, MIN_SEQUENCE_TOKENS * len(self.slot)))
 
-    def padded(self, sequences: int, unused_slot: int) -> "PrefillBatch":
+    def padded(self, sequences: int, pages: int, unused_slot: int) -> "PrefillBatch":
         """
-        Return the batch with `sequences` sequences and a bucket's number of tokens.
+        Return the batch, which has tiles, with `sequences` sequences, `pages` pages and a bucket's number of tokens.
 
-        Padding goes to `unused_slot` and the scratch page; its tokens belong to no sequence.
+        Padding goes to `unused_slot` and the scratch page.
         """
-        per_sequence, per_token, cu_seqlens = self.buffers
+        (per_sequence, per_token), length = self.buffers, self.padded_length
         padding = torch.zeros(len(per_sequence), sequences - per_sequence.shape[1], dtype=torch.int64)
         padding[0] = unused_slot
-        tokens = torch.zeros(len(per_token), padded_prefill_length(self.tokens) - self.tokens, dtype=torch.int64)
+        tokens = torch.zeros(len(per_token), length - self.tokens, dtype=torch.int64)
         tokens[1] = SCRATCH_PAGE
-        buffers = (
-            torch.cat((per_sequence, padding), dim=1),
-            torch.cat((per_token, tokens), dim=1),
-            torch.cat((cu_seqlens, cu_seqlens[-1:].expand(padding.shape[1]))),
-        )
-        return self._with_buffers(buffers, self.past)
+        buffers = torch.cat((per_sequence, padding), dim=1), torch.cat((per_token, tokens), dim=1)
+        return PrefillBatch.from_buffers(buffers, self.attention.padded(self.tokens, length, pages))
 
     def to(self, device: torch.device) -> "PrefillBatch":
         """Return a copy on `device`."""
-        buffers = tuple(_send(buffer, device) for buffer in self.buffers)
-        return self._with_buffers(buffers, self.past and self.past.to(device))
-
-    def _with_buffers(
-        self, buffers: tuple[torch.Tensor, torch.Tensor, torch.Tensor], past: PastTokens | None
-    ) -> "PrefillBatch":
-        return PrefillBatch.from_buffers(
-            buffers, bidirectional_prefix=self.bidirectional_prefix, needs_mask=self.needs_mask, past=past
-        )
+        per_sequence, per_token = (_send(buffer, device) for buffer in self.buffers)
+        return PrefillBatch.from_buffers((per_sequence, per_token), self.attention.to(device))
 
     def copy_from(self, batch: "PrefillBatch") -> None:
-        """Overwrite the tensors of this batch, on the device, with those of another of the same shape on the host."""
-        for target, source in zip(self.buffers, batch.buffers, strict=True):
+        """Overwrite this padded batch, on the device, with another of the same shape on the host."""
+        targets, sources = ((*each.buffers, each.attention.tiles, each.attention.pages) for each in (self, batch))
+        for target, source in zip(targets, sources, strict=True):
             target.copy_(source.pin_memory() if target.is_cuda else source, non_blocking=True)
 
 
@@ -163,19 +210,24 @@ def _send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 
 def pack_chunks(
-    plan: PrefillPlan, position_ids_of: PositionIdsOf, unused_slot: int, bidirectional_prefix: bool = False
+    plan: PrefillPlan,
+    position_ids_of: PositionIdsOf,
+    unused_slot: int,
+    tiled: bool,
+    bidirectional_prefix: bool = False,
 ) -> PrefillBatch:
     """
     Return the chunks of a plan as a batch on the host, not padded.
 
     Args:
         unused_slot: for chunks that are not the last of their sequence.
-        bidirectional_prefix: see `PrefillBatch`.
+        tiled: whether attention runs by the kernel.
+        bidirectional_prefix: whether tokens before `<sop>` attend to each other in both directions, as ChatGLM-6B's.
     """
     per_sequence: list[list[int]] = []
     token_ids, token_page, token_offset, token_adapter = [], [], [], []
     position_ids: list[list[int]] = [[] for _ in range(2 if bidirectional_prefix else 1)]
-    cu_seqlens, needs_mask = [0], False
+    prefixes = []
     for chunk in plan.chunks:
         sequence, tokens = chunk.sequence, chunk.sequence.token_ids
         coordinates = position_ids_of(sequence, chunk.start, chunk.stop + 1)
@@ -190,25 +242,10 @@ def pack_chunks(
         limits = [sequence.max_new_tokens - answered, sequence.sequence_id, answered, sequence.adapter]
         slot = unused_slot if chunk.slot is None else chunk.slot
         per_sequence.append([slot, tokens[chunk.stop], chunk.stop, *limits, *next_position])
-        cu_seqlens.append(len(token_ids))
-        if bidirectional_prefix and chunk.stop and coordinates[1][-1] != 0:  # `<sop>` is not the last token
-            needs_mask = True
+        # The second coordinate counts from `<sop>` on.
+        prefixes.append(coordinates[1].count(0) if bidirectional_prefix else 0)
     buffers = (
         torch.tensor(per_sequence).t().contiguous(),
         torch.tensor([token_ids, token_page, token_offset, token_adapter, *position_ids], dtype=torch.int64),
-        torch.tensor(cu_seqlens, dtype=torch.int32),
     )
-    past = _past_of(plan) if any(chunk.start for chunk in plan.chunks) else None
-    return PrefillBatch.from_buffers(
-        buffers, bidirectional_prefix=bidirectional_prefix, needs_mask=needs_mask, past=past
-    )
-
-
-def _past_of(plan: PrefillPlan) -> PastTokens:
-    lengths = torch.tensor([0, *(chunk.stop for chunk in plan.chunks)])
-    pages = [
-        torch.tensor(chunk.pages, dtype=torch.int64).repeat_interleave(PAGE_TOKENS)[: chunk.stop]
-        for chunk in plan.chunks
-    ]
-    offsets = [torch.arange(chunk.stop) % PAGE_TOKENS for chunk in plan.chunks]
-    return PastTokens(torch.cat(pages), torch.cat(offsets), lengths.cumsum(0).int(), int(lengths.max()))
+    return PrefillBatch.from_buffers(buffers, (PromptTiles if tiled else PromptBounds).of(plan, prefixes))

@@ -17,10 +17,9 @@ from itertools import islice
 from utils.common.numbers import ceil_div
 from utils.inference.engine.pages import UNLIMITED_PAGES, HeldPages, PagePool, pages_for
 
-MAX_ATTENDED_TOKENS = 1 << 17  # of prompts prefilled together: their keys are gathered from pages, layer by layer
+MAX_ATTENDED_TOKENS = 1 << 17  # of prompts prefilled together: without kernels their keys are gathered
 GROWTH_PAGES = 1  # for each running sequence, which stay free when another is admitted, so that few are preempted
 MIN_FREE_SHARE = 16  # prefill once 1 / 16 of the slots are free: a prefill stalls every running sequence
-GRAPH_SIZE_RATIO = 4  # between captured batch sizes: each one costs seconds to compile and capture
 
 
 @dataclass(eq=False)  # compared and hashed by identity: two sequences may have the same tokens
@@ -106,7 +105,7 @@ class SchedulerLimits:
         prefill_tokens: most tokens of prompts that are prefilled together; a longer prompt goes alone, in chunks.
         decode_steps: that one `DecodePlan` stands for. With more than one, the next plan starts before the tokens of
             the one before are read back, so the device never waits for the host.
-        few_batch_sizes: decode only batch sizes max_batch_size / 4^k, because each is compiled and captured.
+        batch_size_ratio: r: decode only batch sizes max_batch_size / r^k, because each is captured; 1: any.
         pages: of the KV cache.
         splits_prompts: whether a token of a prompt attends only to those before it. Else a prompt is prefilled whole,
             and shares no pages.
@@ -115,7 +114,7 @@ class SchedulerLimits:
     max_batch_size: int
     prefill_tokens: int
     decode_steps: int = 1
-    few_batch_sizes: bool = False
+    batch_size_ratio: int = 1
     pages: int = UNLIMITED_PAGES
     splits_prompts: bool = True
 
@@ -181,10 +180,10 @@ class DecodePlan:
 
 def decode_batch_size(limits: SchedulerLimits, running: int) -> int:
     """Return the smallest allowed batch size >= `running`."""
-    if not limits.few_batch_sizes:
+    if limits.batch_size_ratio == 1:
         return running
     size = limits.max_batch_size
-    while running <= (smaller := ceil_div(size, GRAPH_SIZE_RATIO)) < size:
+    while running <= (smaller := ceil_div(size, limits.batch_size_ratio)) < size:
         size = smaller
     return size
 

@@ -102,4 +102,7 @@ class FusedBlocks:
     def _mlp(self, mlp: nn.Module, normed: torch.Tensor | QuantizedRows) -> torch.Tensor:
         if isinstance(mlp, SkinnyMLP) and is_decode_batch(normed, mlp.max_skinny_rows):
             return mlp(normed)
-        return mlp.down_proj(self.kernels.swiglu(mlp.gate_up_proj(normed)))
+        gate_and_up = mlp.gate_up_proj(normed)
+        if isinstance(mlp.down_proj, Fp8DecodeLinear):
+            return mlp.down_proj(QuantizedRows(*self.kernels.swiglu_quantized(gate_and_up)))
+        return mlp.down_proj(self.kernels.swiglu(gate_and_up))
