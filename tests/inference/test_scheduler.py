@@ -8,7 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from utils.common.numbers import ceil_div
 from utils.inference.engine import scheduler as scheduler_module
+from utils.inference.engine.model_runner import captured_batch_sizes
 from utils.inference.engine.pages import PAGE_TOKENS, HeldPages, PagePool, pages_for
 from utils.inference.engine.scheduler import (
     PrefillPlan,
@@ -139,13 +141,14 @@ def test_it_needs_no_torch():
     max_batch_size=st.integers(1, 20),
     decode_steps=st.integers(1, 4),
     prefill_tokens=st.integers(1, 60),
-    batch_size_ratio=st.integers(1, 4),
+    few_batch_sizes=st.booleans(),
 )
 def test_every_sequence_is_answered_once_whatever_the_limits(
-    rows, max_batch_size, decode_steps, prefill_tokens, batch_size_ratio
+    rows, max_batch_size, decode_steps, prefill_tokens, few_batch_sizes
 ):
     """Rows are (prompt tokens, tokens until the model stops, max_new_tokens)."""
-    limits = SchedulerLimits(max_batch_size, prefill_tokens, decode_steps, batch_size_ratio)
+    batch_sizes = tuple({1, ceil_div(max_batch_size, 3), max_batch_size}) if few_batch_sizes else ()
+    limits = SchedulerLimits(max_batch_size, prefill_tokens, decode_steps, tuple(sorted(batch_sizes)))
     sequences = [TokenSequence(i, range(prompt), most) for i, (prompt, _, most) in enumerate(rows)]
     lengths = {i: length for i, (_, length, _) in enumerate(rows)}
     device = KnownDevice(limits, lengths, StopRule(frozenset({STOP})))
@@ -157,8 +160,8 @@ def test_every_sequence_is_answered_once_whatever_the_limits(
         assert sequence.answer_ids == [token_of(sequence, place, length) for place in range(count)]
     begun = [chunk.sequence for plan in device.plans for chunk in plan.chunks if chunk.slot is not None]
     assert begun == sequences  # taken in their order
-    if batch_size_ratio > 1:
-        assert len(set(device.batch_sizes)) <= {2: 6, 3: 4, 4: 4}[batch_size_ratio]  # 20, 10, 5, 3, 2, 1; 20, 7, 3, 1
+    if few_batch_sizes:
+        assert set(device.batch_sizes) <= set(batch_sizes)
     assert not device.scheduler.unfinished()
 
 
@@ -277,19 +280,23 @@ def test_pages_that_nobody_holds_are_taken_when_needed():
 
 
 @pytest.mark.parametrize(
-    "slots, ratio, expected",
+    "slots, compiles, expected",
     [
-        (64, 4, {1: 1, 2: 4, 4: 4, 5: 16, 16: 16, 17: 64, 64: 64}),
-        (64, 2, {1: 1, 2: 2, 3: 4, 17: 32, 32: 32, 33: 64}),
-        (64, 1, {1: 1, 17: 17, 64: 64}),
-        (6, 4, {1: 1, 2: 2, 3: 6, 6: 6}),
-        (6, 2, {1: 1, 2: 2, 3: 3, 4: 6, 6: 6}),
-        (1, 4, {1: 1}),
+        (64, True, (1, 4, 16, 64)),
+        (64, False, (1, 2, 4, 8, 16, 32, 64)),
+        (6, True, (1, 2, 6)),
+        (6, False, (1, 2, 3, 6)),
+        (1024, False, (1, 2, 4, 8, 16, 32, 64, 128, 256, 384, 512, 768, 1024)),
+        (1, False, (1,)),
     ],
 )
-def test_batch_sizes(slots, ratio, expected):
-    limits = SchedulerLimits(slots, 100, batch_size_ratio=ratio)
-    assert {running: decode_batch_size(limits, running) for running in expected} == expected
+def test_batch_sizes(slots, compiles, expected):
+    sizes = captured_batch_sizes(slots, compiles)
+    assert sizes == expected
+    limits = SchedulerLimits(slots, 100, batch_sizes=sizes)
+    for running in range(1, slots + 1):
+        assert decode_batch_size(limits, running) == min(size for size in sizes if size >= running)
+    assert decode_batch_size(SchedulerLimits(slots, 100), slots) == slots
 
 
 def running_scheduler(limits: SchedulerLimits, lengths: dict[int, int]) -> Scheduler:
@@ -311,7 +318,7 @@ def test_compaction_fills_the_first_slots():
 
 
 def test_nothing_moves_while_the_batch_size_stays():
-    scheduler = running_scheduler(SchedulerLimits(8, 100, batch_size_ratio=4), {1: 5, 4: 5, 7: 5})
+    scheduler = running_scheduler(SchedulerLimits(8, 100, batch_sizes=(2, 8)), {1: 5, 4: 5, 7: 5})
     plan = scheduler.plan_decode()
     assert plan.batch_size == 8 and not plan.moves and plan.sequences == scheduler.running
 

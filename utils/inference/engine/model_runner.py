@@ -41,8 +41,9 @@ from utils.lora.multi_lora import AdapterChoice, adapter_choice_of
 
 SEQ_LEN_MULTIPLE = 128  # tokens that a decode step reads without kernels: few shapes compile
 GPU_DECODE_STEPS = 4  # between two times at which the host reads tokens back
-BATCH_SIZE_RATIO, COMPILED_BATCH_SIZE_RATIO = 2, 4  # a graph of kernels is captured in 0.1 s, compiling takes seconds
 COMPILED_BLOCKS = 4  # compiled together: one's last sum and the next one's norm become one kernel; more gained nothing
+
+FINE_BATCH_SIZES_FROM = 512  # slots, from which on those of no sequence would cost more than another graph
 
 EventPair = tuple[torch.cuda.Event, torch.cuda.Event]
 
@@ -50,6 +51,22 @@ EventPair = tuple[torch.cuda.Event, torch.cuda.Event]
 def round_seq_len(tokens: int) -> int:
     """Return the longest sequence of an engine that has room for `tokens`."""
     return ceil_div(tokens, SEQ_LEN_MULTIPLE) * SEQ_LEN_MULTIPLE
+
+
+def captured_batch_sizes(largest: int, compiles: bool) -> tuple[int, ...]:
+    """
+    Return the batch sizes that are captured as CUDA graphs, ascending.
+
+    Args:
+        compiles: whether each one is also compiled, which takes seconds: then few.
+    """
+    sizes, size = set(), largest
+    while size not in sizes:
+        sizes.add(size)
+        if size >= FINE_BATCH_SIZES_FROM and not compiles:
+            sizes.add(ceil_div(3 * size, 4))
+        size = ceil_div(size, 4 if compiles else 2)
+    return tuple(sorted(sizes))
 
 
 @dataclass(frozen=True)
@@ -147,15 +164,10 @@ class ModelRunner:
             self.max_batch_size,
             prefill_tokens=MAX_PREFILL_TOKENS if self.has_kernels else MAX_HOST_PREFILL_TOKENS,
             decode_steps=self.decode_steps,
-            batch_size_ratio=self._batch_size_ratio(),
+            batch_sizes=captured_batch_sizes(self.max_batch_size, compiles=not self.fused) if self.on_gpu else (),
             pages=self.pages,
             splits_prompts=self.served.splits_prompts,
         )
-
-    def _batch_size_ratio(self) -> int:
-        if not self.on_gpu:
-            return 1
-        return BATCH_SIZE_RATIO if self.fused else COMPILED_BATCH_SIZE_RATIO
 
     def prefill(self, plan: PrefillPlan) -> None:
         """Put keys and values of a plan's tokens into their pages, and set the decode state of its last chunks."""

@@ -105,7 +105,7 @@ class SchedulerLimits:
         prefill_tokens: most tokens of prompts that are prefilled together; a longer prompt goes alone, in chunks.
         decode_steps: that one `DecodePlan` stands for. With more than one, the next plan starts before the tokens of
             the one before are read back, so the device never waits for the host.
-        batch_size_ratio: r: decode only batch sizes max_batch_size / r^k, because each is captured; 1: any.
+        batch_sizes: that may be decoded, ascending, the last one `max_batch_size`; empty: any.
         pages: of the KV cache.
         splits_prompts: whether a token of a prompt attends only to those before it. Else a prompt is prefilled whole,
             and shares no pages.
@@ -114,7 +114,7 @@ class SchedulerLimits:
     max_batch_size: int
     prefill_tokens: int
     decode_steps: int = 1
-    batch_size_ratio: int = 1
+    batch_sizes: tuple[int, ...] = ()
     pages: int = UNLIMITED_PAGES
     splits_prompts: bool = True
 
@@ -180,12 +180,7 @@ class DecodePlan:
 
 def decode_batch_size(limits: SchedulerLimits, running: int) -> int:
     """Return the smallest allowed batch size >= `running`."""
-    if limits.batch_size_ratio == 1:
-        return running
-    size = limits.max_batch_size
-    while running <= (smaller := ceil_div(size, limits.batch_size_ratio)) < size:
-        size = smaller
-    return size
+    return next((size for size in limits.batch_sizes if size >= running), running)
 
 
 class Scheduler:
