@@ -77,7 +77,7 @@ def attend_by_lengths(query, keys, values, page_table, lengths, scaling):
 
 def attend_by_tiles(query, keys, values, tiles, pages, scaling):
     """What the Triton kernel computes; tokens of no tile are NaN."""
-    output = torch.full_like(query, torch.nan)
+    output = torch.full_like(query.contiguous(), torch.nan)
     for first, count, position, first_page, prefix in tiles.tolist():
         end = max(position + count, prefix) if count else 0
         own_pages = pages[first_page : first_page + -(-end // 64)]

@@ -244,15 +244,18 @@ def test_packed_attention():
     torch.library.opcheck(packed_attention, arguments, test_utils="test_faketensor")
 
 
-@pytest.mark.parametrize("build", [trained_chatglm, random_glm, random_glm4])
-def test_the_path_of_a_gpu_with_kernels_answers_the_same(build, monkeypatch):
+@pytest.mark.parametrize(
+    "build, compiles", [(trained_chatglm, False), (trained_chatglm, True), (random_glm, False), (random_glm4, False)]
+)
+def test_the_path_of_a_gpu_with_kernels_answers_the_same(build, compiles, monkeypatch):
     put_torch_for_kernels(monkeypatch)
     model, prompts = build()
     prepare_for_decoding(model)
     answers, runners = [], []
     for runner_type, config in (
         (ModelRunner, EngineConfig(5, 64, NEVER)),
-        (KernelRunner, EngineConfig(2, 64, NEVER, decode_steps=3)),  # slots and static inputs are used again
+        # Slots and static inputs are used again.
+        (KernelRunner, EngineConfig(2, 64, NEVER, decode_steps=3, compile_layers=compiles)),
     ):
         engine = Engine(model, config, runner_type)
         done = sorted(engine.answer(sequences_of(prompts, 12)), key=lambda sequence: sequence.sequence_id)

@@ -115,7 +115,8 @@ def test_compiled_layers_attend_to_cached_tokens(monkeypatch):
     first = torch.randint(10, 900, (300,)).tolist()
     prompts = [first, [*first[:200], 5, 6, 7]]
     expected, _ = answers_of(model, prompts, new_tokens=4)
-    monkeypatch.setattr(model_runner, "MAX_HOST_PREFILL_TOKENS", 100)
-    answers, engine = answers_of(model, prompts, new_tokens=4, max_batch_size=1, compile_layers=True)
+    put_torch_for_kernels(monkeypatch)
+    monkeypatch.setattr(model_runner, "MAX_PREFILL_TOKENS", 128)
+    answers, engine = answers_of(model, prompts, KernelRunner, new_tokens=4, max_batch_size=1, compile_layers=True)
     assert engine.chunks == {0: 3, 1: 1} and engine.scheduler.prefilled_tokens == 299 + 202 - 192
     assert answers == expected
