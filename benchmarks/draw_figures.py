@@ -98,24 +98,25 @@ def draw_inference(tables: dict, path: Path) -> None:
     from matplotlib.figure import Figure
 
     batch = {row["what"]: row.get("tokens_per_second") for row in tables["inference-h100"]["rows"]}
-    job = {(row["what"][-4:], row["sequences"]): row for row in tables["vllm-job-h200"]["rows"]}
+    job = {row["what"]: row["tokens_per_second"] for row in tables["job-h200"]["rows"] if row["sequences"] > 64}
+    best_of_peer = [row for row in tables["vllm-job-h200"]["rows"] if row["sequences"] == 1024]
+    peer = {row["what"].split(", ")[-1]: row["vllm_tokens_per_second"] for row in best_of_peer}
     first = [
         ("transformers' generate", "other", batch["transformers' `generate`, ChatGLM2/3-6B"]),
         ("here, bf16", "bf16", batch["ChatGLM2/3-6B, bf16"]),
         ("here, FP8", "fp8", batch["ChatGLM2/3-6B, FP8"]),
     ]
-    second = []
-    for sequences in (64, 256):
-        row = job["bf16", sequences]
-        second.append((f"vLLM 0.26.0, {sequences} at once", "other", row["vllm_tokens_per_second"]))
-        second.append((f"here, {sequences} at once", "bf16", row["tokens_per_second"]))
-    second.append(("vLLM 0.26.0, 1,024 at once", "other", job["bf16", 1024]["vllm_tokens_per_second"]))
-    second.append(("here, 512 at once", "bf16", job["bf16", 512]["tokens_per_second"]))
+    second = [
+        ("vLLM 0.26.0 at its best, bf16", "other", peer["bf16"]),
+        ("here, bf16", "bf16", job["bf16"]),
+        ("vLLM 0.26.0 at its best, FP8", "other", peer["FP8"]),
+        ("here, FP8", "fp8", job["FP8"]),
+    ]
     figure = Figure(figsize=(WIDTH, 0.62 * len(first + second) + 1.2), layout="constrained")
     figure.get_layout_engine().set(hspace=0.08)
     top, bottom = figure.subplots(2, height_ratios=(len(first), len(second)))
     bars(top, "64 rows, 128 + 128 tokens, one H100, new tokens/s", first)
-    bars(bottom, "A job of 2,000 rows on one H200, bf16, new tokens/s", second)
+    bars(bottom, "A job of 2,000 rows on one H200, new tokens/s", second)
     save(figure, path)
 
 
