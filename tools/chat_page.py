@@ -66,8 +66,7 @@ STYLE = """
 #heading p { margin: 0; opacity: .75; overflow-wrap: anywhere }
 #adapter .bubble-wrap, #base .bubble-wrap { margin-top: 28px; height: calc(100% - 28px) }  /* below the label */
 #notice * { color: #b45309 }
-.dark #adapter .bubble-wrap, #base .bubble-wrap { margin-top: 28px; height: calc(100% - 28px) }  /* below the label */
-#notice * { color: #fbbf24 }
+.dark #notice * { color: #fbbf24 }
 @media (max-width: 700px) {
   #adapter, #base { height: 28vh !important }
   .gradio-container > main { padding: 10px !important }

@@ -455,11 +455,13 @@ def test_page(page, tmp_path, expected, adapter):
     from playwright.sync_api import expect, sync_playwright
 
     def ask(question):
+        tab.wait_for_timeout(300)  # Gradio's page loses an event sent within 50 ms of the end of another
         tab.locator("#question textarea").fill(question)
         tab.locator("#send").click()
 
     def set_number(name, value):
         number = tab.locator(f"#{name} input[type=number]")
+        tab.wait_for_timeout(300)  # a field that has just been drawn takes its first value once more
         number.fill(str(value))
         number.press("Tab")
 
