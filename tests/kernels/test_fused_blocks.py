@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from kernel_checks import DEVICE, DTYPE, ON_GPU
+from kernel_checks import DEVICE, DTYPE, ON_GPU, fp8_on_a_gpu, quantize_linear
 from transformers import Glm4Config, Glm4ForCausalLM, GlmConfig, GlmForCausalLM
 
 from utils.inference.engine.kv_cache import LayerKVCache
@@ -14,13 +14,15 @@ from utils.inference.placement import prepare_for_decoding
 from utils.kernels.decode_attention import decode_attention
 from utils.layers.fp8 import convert_to_fp8
 from utils.layers.fused_qkv import QKV_PROJ, fuse_qkv
+from utils.layers.quantization import BITS
+from utils.models.family import QKV
 
 LINEAR = {QKV_PROJ, "o_proj", "gate_up_proj", "down_proj"}
 
 
-@pytest.mark.parametrize("is_fp8", [False, pytest.param(True, marks=pytest.mark.skipif(not ON_GPU, reason="a GPU"))])
+@pytest.mark.parametrize("weights", ["16 bits", "int8", "int4", pytest.param("fp8", marks=fp8_on_a_gpu)])
 @pytest.mark.parametrize("classes", [(GlmConfig, GlmForCausalLM), (Glm4Config, Glm4ForCausalLM)], ids=["glm", "glm4"])
-def test_decode_steps(classes, is_fp8):
+def test_decode_steps(classes, weights):
     """Three sequences, token by token across a page's end, so that all attention is over cached keys."""
     config_class, model_class = classes
     config = config_class(
@@ -31,8 +33,10 @@ def test_decode_steps(classes, is_fp8):
     model = model_class(config).to(DEVICE, DTYPE).eval()
     for name, parameter in model.named_parameters():  # of the scale of a trained model; norms and biases too
         torch.nn.init.normal_(parameter, std=0.1, mean=1.0 if "norm" in name else 0.0)
+    if weights in BITS:
+        quantize_linear(model, {*QKV, *LINEAR}, BITS[weights])
     exact = copy.deepcopy(model).float()
-    if is_fp8:
+    if weights == "fp8":
         fuse_qkv(model)
         convert_to_fp8(model, LINEAR, trains=False)
     prepare_for_decoding(model)

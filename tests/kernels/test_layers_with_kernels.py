@@ -4,7 +4,17 @@ import copy
 
 import pytest
 import torch
-from kernel_checks import DEVICE, DTYPE, FP8_ROUNDING, ON_GPU, ROUNDING, assert_close, random
+from kernel_checks import (
+    DEVICE,
+    DTYPE,
+    FP8_ROUNDING,
+    ON_GPU,
+    ROUNDING,
+    assert_close,
+    fp8_on_a_gpu,
+    quantize_linear,
+    random,
+)
 from torch import nn
 from transformers import Glm4Config, Glm4ForCausalLM, GlmConfig, GlmForCausalLM
 from transformers.models.glm.modeling_glm import GlmAttention, GlmMLP, GlmRotaryEmbedding
@@ -15,6 +25,7 @@ from utils.layers.fp8 import convert_to_fp8
 from utils.layers.fused_mlp import FusedChatGLMMLP, FusedGlmMLP, fuse_mlps
 from utils.layers.fused_qkv import FusedChatGLMAttention, fuse_lora_qkv, project_lora_with_kernel, use_qkv_kernel
 from utils.layers.mixed_lora import AdapterChoice, LoraFactors, MixedLoraLinear
+from utils.layers.quantization import QuantizedLinear
 from utils.layers.skinny_linear import SkinnyLinear, SkinnyMLP, use_skinny_layers
 from utils.layers.varlen_attention import varlen_attention_forward
 from utils.lora.adapter import LoraSettings, attach_adapter
@@ -28,7 +39,6 @@ MLPS = {
     "ChatGLM-6B": lambda: ChatGLMMLP(ChatGLMConfig(hidden_size=512, inner_hidden_size=2048)),
 }
 needs_gpu = pytest.mark.skipif(not ON_GPU, reason="needs a GPU: torch's varlen attention has no kernel for a CPU")
-fp8_on_a_gpu = pytest.mark.skipif(not ON_GPU, reason="needs a GPU: torch multiplies FP8 matrices only there")
 
 
 @pytest.mark.parametrize("is_fp8", [False, pytest.param(True, marks=fp8_on_a_gpu)])
@@ -52,15 +62,19 @@ def test_fused_mlp(family, is_fp8):
     assert_close(hidden_states.grad, exact_states.grad, tolerance)
 
 
-def test_skinny_mlp():
+@pytest.mark.parametrize("bits", [16, 8, 4])
+def test_skinny_mlp(bits):
     """For one token of each of few sequences, and for more tokens, which stay with torch."""
     config = GlmConfig(hidden_size=512, intermediate_size=2048, hidden_act="silu")
     block = nn.ModuleDict({"mlp": GlmMLP(config).to(DEVICE, DTYPE).requires_grad_(False)})
+    if bits < 16:
+        quantize_linear(block, MLP_LAYERS, bits)
     exact = copy.deepcopy(block["mlp"]).float()
     use_skinny_layers(block)
     converted = block["mlp"]
     assert isinstance(converted, SkinnyMLP)
-    assert {type(layer) for layer in (converted.gate_up_proj, converted.down_proj)} == {SkinnyLinear}
+    layer_class = SkinnyLinear if bits == 16 else QuantizedLinear
+    assert {type(layer) for layer in (converted.gate_up_proj, converted.down_proj)} == {layer_class}
     for shape in ((3, 1, 512), (1, 3, 512), (skinny_gemm.MAX_ROWS + 1, 1, 512)):
         hidden_states = random(*shape)
         assert_close(converted(hidden_states), exact(hidden_states.float()), 4 * ROUNDING)

@@ -25,6 +25,7 @@ from utils.layers.fused_qkv import (
     project_lora_with_kernel,
     use_qkv_kernel,
 )
+from utils.layers.quantization import Quantization, quantize_modules
 from utils.lora.adapter import LoraSettings, attach_adapter
 from utils.models import ChatGLMConfig, ChatGLMForConditionalGeneration
 from utils.models.modeling_chatglm import CACHE_KEY, ChatGLMAttention, ChatGLMRotaryEmbedding
@@ -211,12 +212,25 @@ def test_adapters_are_saved_and_loaded_as_before(build, sharded):
     assert all(torch.equal(value, saved[name]) for name, value in get_peft_model_state_dict(other).items())
 
 
-@pytest.mark.parametrize("build", [glm, glm4, glm4_without_bias])
+def in_integers(model, bits):
+    """The model, its q, k and v of random integers and scales."""
+    quantize_modules(model, Quantization(bits), QKV)
+    for layer in (getattr(attention_of(model), name) for name in QKV):
+        layer.weight.random_(-128, 128)
+        layer.weight_scale.uniform_(0, 2**-bits)
+    return model
+
+
+@pytest.mark.parametrize(
+    "build",
+    [glm, glm4, glm4_without_bias, lambda: in_integers(glm(), 8), lambda: in_integers(glm4_without_bias(), 4)],
+    ids=["glm", "glm4", "glm4 without bias", "glm in int8", "glm4 in int4"],
+)
 def test_inference_computes_what_the_stock_layers_compute(build):
     torch.manual_seed(0)
     stock_model = build().eval()
-    if build is not glm4_without_bias:
-        nn.init.normal_(attention_of(stock_model).q_proj.bias)
+    if (bias := attention_of(stock_model).q_proj.bias) is not None:
+        nn.init.normal_(bias)
     stock_model.set_attn_implementation("eager")  # which returns attention weights
     model = copy.deepcopy(stock_model)
     for _ in range(2):

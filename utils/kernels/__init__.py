@@ -3,8 +3,8 @@ Loaders of the kernels: each returns a module of this room, or None where its ke
 
 `utils.layers` and `utils.inference.engine` call them, and keep torch's operations on None. A kernel runs where Triton
 is installed and the GPU is new enough, or, on a machine without a GPU, by Triton's interpreter where the environment
-has TRITON_INTERPRET=1, which is slow and for tests. utils/layers/quantization.py imports int_weight_gemm.py and
-nvrtc_dequantize.py itself, because CHATGLM_KERNELS chooses between them.
+has TRITON_INTERPRET=1, which is slow and for tests. utils/layers/quantization.py imports nvrtc_dequantize.py itself,
+which runs without Triton.
 """
 
 import importlib
@@ -15,6 +15,7 @@ from types import ModuleType
 
 import torch
 
+TURING = (7, 5)  # the oldest GPUs that Triton compiles for
 AMPERE = (8, 0)  # the first compute capability with bfloat16 GEMMs
 HOPPER = (9, 0)
 
@@ -52,6 +53,11 @@ def load_hopper_gemm() -> ModuleType | None:
         return None
     module = importlib.import_module(f"{__name__}.hopper_gemm")
     return module if module.can_compile() else None
+
+
+def load_int_weight_gemm() -> ModuleType | None:
+    """Return utils/kernels/int_weight_gemm.py, or None where it cannot run."""
+    return _load("int_weight_gemm", TURING)
 
 
 def load_qkv_rope_lora() -> ModuleType | None:

@@ -23,6 +23,7 @@ from transformers.models.glm.modeling_glm import apply_rotary_pos_emb, eager_att
 from utils.kernels import load_qkv_rope_lora
 from utils.layers.lora_linear import LoraLinear, add_lora
 from utils.layers.mixed_lora import add_adapters_of, base_layer_of
+from utils.layers.quantization import QuantizedLinear
 from utils.layers.replace import replace_layers, share_state, subclass_with
 from utils.models.architectures import GLM_ATTENTIONS
 from utils.models.family import QKV
@@ -160,7 +161,7 @@ class MovedToFusedQKV(nn.Module):
 
 def fuse_qkv(model: nn.Module) -> None:
     """
-    Fuse the plain q, k and v layers of every one of GLM_ATTENTIONS, in place; other attentions stay.
+    Fuse the plain or quantised q, k and v of every one of GLM_ATTENTIONS, in place; other attentions stay.
 
     Several adapters beside them (`MixedLoraLinear`) stay beside the fused layer.
     """
@@ -170,9 +171,14 @@ def fuse_qkv(model: nn.Module) -> None:
             return None
         layers = [getattr(attention, name) for name in QKV]
         bases = [base_layer_of(layer) for layer in layers]
-        if any(type(base) is not nn.Linear for base in bases):
+        kinds = {type(base) for base in bases}
+        if kinds == {nn.Linear}:
+            qkv_proj = concatenate_linear(bases)
+        elif kinds == {QuantizedLinear}:
+            qkv_proj = QuantizedLinear.concatenate(bases)
+        else:
             return None
-        qkv_proj = add_adapters_of(layers, concatenate_linear(bases))
+        qkv_proj = add_adapters_of(layers, qkv_proj)
         fused = FusedQKVAttention.from_stock(attention, qkv_proj, project_frozen)
         for name in QKV:
             delattr(fused, name)

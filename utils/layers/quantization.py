@@ -5,7 +5,8 @@ In: full weights, or integers from a checkpoint. Out: linear layers and embeddin
 utils/checkpoint/model.py. No library reads this form: a weight is int8 (out, in), or for 4 bits int8 (out, in / 2)
 with two signed values a byte, the even one in the high nibble; each output row has one float16 scale and no zero
 point. Source: `quantization.py` of THUDM/chatglm-6b-int4 and chatglm2-6b-int4. The released GPU kernels round integer
-times scale to float16, the CPU kernels do not; everything here computes what the GPU kernels do.
+times scale to float16, the CPU kernels do not; everything here computes what the GPU kernels do, but for the GEMM of
+few rows, which does not round there.
 
 Three implementations dequantise: Triton's kernels on GPUs that Triton compiles for; else CUDA C compiled through
 cpm_kernels, the package that the released code uses (its own binaries have none for Hopper); else torch operations,
@@ -15,7 +16,7 @@ packed in pairs, and a row's scale covers all of its values.
 """
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from types import ModuleType
@@ -26,15 +27,14 @@ from torch import nn
 
 from utils.common.console import print_line
 from utils.common.errors import UsageError
-from utils.layers.replace import replace_layers
+from utils.kernels import load_int_weight_gemm
+from utils.layers.replace import replace_layers, share_state
 
 BITS = {"int8": 8, "int4": 4}  # values of --quantize
 WEIGHT, SCALE = "weight", "weight_scale"  # names in released checkpoints
 SIXTEEN_BITS = torch.float16, torch.bfloat16
 IMPLEMENTATIONS = ("triton", "cpm_kernels", "torch")  # the first that runs is used
 REQUESTED = os.environ.get("CHATGLM_KERNELS")  # one of them, to use no other
-MIN_TRITON_CAPABILITY = (7, 5)  # the oldest GPUs that Triton compiles for
-MAX_SKINNY_ROWS = 64  # up to here a GEMM is bound by loading the weight, and a kernel loads the integers once
 
 
 def stored_bits(quantize: str | None) -> str | None:
@@ -105,26 +105,20 @@ def dequantize(weight: torch.Tensor, scale: torch.Tensor, bits: int, dtype: torc
 
 def _is_allowed(implementation: str) -> bool:
     """
-    Whether there is a GPU, and CHATGLM_KERNELS does not request another implementation.
+    Whether CHATGLM_KERNELS does not request another implementation.
 
     Raises:
         UsageError: CHATGLM_KERNELS names none.
     """
     if REQUESTED not in (None, *IMPLEMENTATIONS):
         raise UsageError(f"CHATGLM_KERNELS={REQUESTED}: give triton, cpm_kernels or torch")
-    return torch.cuda.is_available() and REQUESTED in (None, implementation)
+    return REQUESTED in (None, implementation)
 
 
 @cache
 def load_triton_kernels() -> ModuleType | None:
-    """Return utils/kernels/int_weight_gemm.py, or None without Triton or on a GPU it does not compile for."""
-    if not _is_allowed("triton") or torch.cuda.get_device_capability() < MIN_TRITON_CAPABILITY:
-        return None
-    try:
-        from utils.kernels import int_weight_gemm
-    except ImportError:
-        return None
-    return int_weight_gemm
+    """Return utils/kernels/int_weight_gemm.py, or None where it cannot run."""
+    return load_int_weight_gemm() if _is_allowed("triton") else None
 
 
 @cache
@@ -135,7 +129,7 @@ def load_nvrtc_kernel() -> ModuleType | None:
     It is used where Triton's kernels do not run, and only if it computes here what torch's operations do: cpm_kernels
     finds the CUDA libraries by itself, and may find others than torch's.
     """
-    if load_triton_kernels() or not _is_allowed("cpm_kernels"):
+    if load_triton_kernels() or not _is_allowed("cpm_kernels") or not torch.cuda.is_available():
         return None
     try:
         from utils.kernels import nvrtc_dequantize
@@ -155,16 +149,17 @@ def load_nvrtc_kernel() -> ModuleType | None:
 
 
 def _triton_supports(tensor: torch.Tensor) -> bool:
-    return tensor.is_cuda and tensor.dtype in SIXTEEN_BITS and load_triton_kernels() is not None
+    is_where_triton_runs = tensor.is_cuda or not torch.cuda.is_available()  # by its interpreter
+    return is_where_triton_runs and tensor.dtype in SIXTEEN_BITS and load_triton_kernels() is not None
 
 
 def _dequantize_for(hidden_states: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bits: int) -> torch.Tensor:
     """Return the weight in the dtype of `hidden_states`; torch.compile fuses the operations by itself."""
     implementation = dequantize
-    if hidden_states.is_cuda and not torch.compiler.is_compiling():
+    if not torch.compiler.is_compiling():
         if _triton_supports(hidden_states):
             implementation = load_triton_kernels().dequantize_with_triton
-        elif load_nvrtc_kernel():
+        elif hidden_states.is_cuda and load_nvrtc_kernel():
             implementation = load_nvrtc_kernel().dequantize_with_nvrtc
     return implementation(weight, scale, bits, hidden_states.dtype)
 
@@ -214,18 +209,50 @@ class QuantizedLinear(_QuantizedRows, nn.Linear):
         self.bias = linear.bias
         self.allocate_integers(bits, linear.out_features, linear.in_features)
 
+    @classmethod
+    def concatenate(cls, layers: Sequence["QuantizedLinear"]) -> "QuantizedLinear":
+        """Return a layer whose output is the outputs of `layers`, which share an input and `bits`, concatenated."""
+        fused = share_state(layers[0], cls)
+        fused.out_features = sum(layer.out_features for layer in layers)
+        for tensors in (fused._parameters, fused._buffers):
+            for name, tensor in tensors.items():
+                if tensor is not None:
+                    values = torch.cat([getattr(layer, name).detach() for layer in layers])
+                    is_parameter = isinstance(tensor, nn.Parameter)
+                    tensors[name] = nn.Parameter(values, requires_grad=False) if is_parameter else values
+        return fused
+
+    @property
+    def is_skinny(self) -> bool:
+        """Whether `skinny_matmul` may be called on hidden states in 16 bits."""
+        return _triton_supports(self.weight_scale)
+
+    @property
+    def max_skinny_rows(self) -> int:
+        """Tokens up to which `skinny_matmul` may be called."""
+        return load_triton_kernels().MAX_ROWS
+
+    def skinny_matmul(self, hidden_states: torch.Tensor, gated: bool = False) -> torch.Tensor:
+        """(..., in) of at most `max_skinny_rows` tokens -> (..., out), or (..., out / 2) gated by silu."""
+        output = torch.ops.chatglm_family.int_weight_gemm(
+            hidden_states.reshape(-1, self.in_features),
+            self.weight,
+            self.weight_scale,
+            None if self.bias is None else self.bias.to(hidden_states.dtype),
+            self.bits,
+            gated,
+        )
+        return output.view(*hidden_states.shape[:-1], -1)
+
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """(..., in) -> (..., out)."""
         device = hidden_states.device.type
         if torch.is_autocast_enabled(device):
             hidden_states = hidden_states.to(torch.get_autocast_dtype(device))
-        is_skinny = hidden_states.numel() <= MAX_SKINNY_ROWS * self.in_features and not hidden_states.requires_grad
-        if is_skinny and _triton_supports(hidden_states):
-            rows = hidden_states.reshape(-1, self.in_features)
-            output = load_triton_kernels().int_weight_gemm(rows, self.weight, self.weight_scale, self.bits)
-            output = output.view(*hidden_states.shape[:-1], self.out_features)
-        else:
-            output = _QuantizedMatmul.apply(hidden_states, self.weight, self.weight_scale, self.bits)
+        can_multiply_integers = _triton_supports(hidden_states) and not hidden_states.requires_grad
+        if can_multiply_integers and hidden_states.shape[:-1].numel() <= self.max_skinny_rows:
+            return self.skinny_matmul(hidden_states)
+        output = _QuantizedMatmul.apply(hidden_states, self.weight, self.weight_scale, self.bits)
         return output if self.bias is None else output + self.bias.to(output.dtype)
 
 

@@ -1,5 +1,5 @@
 """
-GLM's decoder blocks in 16 bits or FP8 on a GPU by GEMMs and kernels alone, without torch.compile, which takes long.
+GLM's decoder blocks on a GPU by GEMMs and kernels alone, without torch.compile, which takes long.
 
 In: hidden states of a prefill or a decode step. Out: those before the head. `ServedGlm` makes it where each block is
 of the kind that the kernels compute; `ModelRunner` calls it while it captures CUDA graphs. The sum behind a block and
