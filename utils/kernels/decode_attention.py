@@ -16,6 +16,8 @@ Triton's interpreter runs it from version 3.7.1 on; that of 3.6 cannot loop up t
 ("only 0-dimensional arrays can be converted to Python scalars").
 """
 
+from dataclasses import dataclass, replace
+
 import torch
 import triton
 import triton.language as tl
@@ -28,9 +30,9 @@ from utils.kernels.triton_utils import (
     is_last_program,
     launch_next_and_wait,
 )
+from utils.kernels.tuning import tuned
 
 MAX_SPLITS = 16  # programs per sequence and key/value head
-WARPS, STAGES = 4, 3
 LOG2_E = 1.4426950408889634
 
 
@@ -112,6 +114,28 @@ def _decode_attention_kernel(
             tl.store(result, (output / total[:, None]).to(output_ptr.dtype.element_ty), mask=in_group)
 
 
+@dataclass(frozen=True)
+class Launch:
+    """How attention is cut into programs."""
+
+    splits: int  # of a sequence's tokens, a power of 2
+    warps: int = 4
+    stages: int = 3  # pages in flight
+
+
+def launch_for(heads: int, P: int, device: torch.device) -> Launch:
+    """Choose the launch for B K `heads` of at most P pages each."""
+    launch = Launch(triton.next_power_of_2(min(triton.cdiv(TARGET_PROGRAMS, heads), MAX_SPLITS)))
+    launch = tuned(launch, "decode_attention", work_name(heads), device)
+    most = P if heads <= TARGET_PROGRAMS else 1  # there are no more counters
+    return replace(launch, splits=min(launch.splits, triton.next_power_of_2(most)))
+
+
+def work_name(heads: int) -> str:
+    """Name the attention of B K heads in the table of tuning.py."""
+    return f"{triton.next_power_of_2(heads)} heads"
+
+
 def decode_attention(
     query: torch.Tensor,
     keys: torch.Tensor,
@@ -119,6 +143,7 @@ def decode_attention(
     page_table: torch.Tensor,
     last: torch.Tensor,
     scaling: float,
+    launch: Launch | None = None,
 ) -> torch.Tensor:
     """
     Attention of one query token per sequence over its filled tokens.
@@ -130,6 +155,7 @@ def decode_attention(
         page_table: (B, P) int32, contiguous; its row holds a sequence's pages in their order.
         last: (B,) int64, index of each sequence's last filled token.
         scaling: factor of the scores, usually D ** -0.5.
+        launch: (default: `launch_for`).
 
     Returns:
         (B, 1, H, D) in the dtype of `query`.
@@ -137,7 +163,8 @@ def decode_attention(
     B, H, _, D = query.shape
     K, P = keys.shape[1], page_table.shape[1]
     G = H // K
-    splits = triton.next_power_of_2(min(triton.cdiv(TARGET_PROGRAMS, B * K), P, MAX_SPLITS))
+    launch = launch or launch_for(B * K, P, query.device)
+    splits = launch.splits
     output = query.new_empty(B, 1, H, D)
     partial = query.new_empty(B * K, splits, G, D, dtype=torch.float32) if splits > 1 else output
     log = query.new_empty(B * K, splits, G, dtype=torch.float32)
@@ -159,8 +186,8 @@ def decode_attention(
         SPLITS=splits,
         BLOCK=keys.shape[2],
         KV_HEADS=K,
-        num_warps=WARPS,
-        num_stages=STAGES,
+        num_warps=launch.warps,
+        num_stages=launch.stages,
         **early_launch(query.device),
     )
     return output

@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 
 from utils.kernels.triton_utils import MIN_TILE_ROWS, arrival_counters, early_launch, is_last_program, wait_for_inputs
+from utils.kernels.tuning import tuned
 
 MAX_ROWS = 64  # up to here loading the weight bounds a GEMM
 DEQUANTIZE_BLOCK = 1024  # bytes of a weight's row in a program
@@ -156,7 +157,14 @@ def tiling_for(M: int, weight: torch.Tensor, bits: int, gated: bool) -> Tiling:
     programs = triton.cdiv(rows // (1 + gated), TILE_ROWS)
     splits = 1 if gated else max(1, min(TARGET_PROGRAMS // programs, MAX_SPLITS, triton.cdiv(C, block_c)))
     stage_bytes = TILE_ROWS * (1 + gated) * block_c + padded_rows(M) * TILE_ELEMENTS * 2
-    return Tiling(splits, TILE_ROWS, block_c, 4, min(MAX_STAGES, MAX_PIPELINE_SMEM // stage_bytes))
+    tiling = Tiling(splits, TILE_ROWS, block_c, 4, min(MAX_STAGES, MAX_PIPELINE_SMEM // stage_bytes))
+    return tuned(tiling, "int_weight_gemm", work_name(M, weight, bits, gated), weight.device)
+
+
+def work_name(M: int, weight: torch.Tensor, bits: int, gated: bool) -> str:
+    """Name a GEMM in the table of tuning.py."""
+    rows, C = weight.shape
+    return f"{padded_rows(M)} rows, int{bits} {rows} x {C * 8 // bits}{', gated' if gated else ''}"
 
 
 def padded_rows(M: int) -> int:
@@ -187,7 +195,7 @@ def int_weight_gemm(
     Returns:
         (M, N) in the dtype of `x`.
     """
-    return _launch(x, weight, scale, bias, bits, gated, tiling_for(len(x), weight, bits, gated))
+    return multiply(x, weight, scale, bias, bits, gated, tiling_for(len(x), weight, bits, gated))
 
 
 @int_weight_gemm.register_fake
@@ -195,7 +203,7 @@ def _(x, weight, scale, bias, bits, gated=False):
     return x.new_empty(x.shape[0], weight.shape[0] // (1 + gated))
 
 
-def _launch(
+def multiply(
     x: torch.Tensor,
     weight: torch.Tensor,
     scale: torch.Tensor,

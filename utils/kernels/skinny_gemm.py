@@ -9,14 +9,16 @@ up never go to memory.
 Shapes: x (M, K), weight (N, K), y (M, N). A gated weight is (2 N, K), gate above up: y = silu(x gate^T) * (x up^T).
 """
 
+from dataclasses import dataclass
 from functools import cache
 
 import torch
 import triton
 import triton.language as tl
 
-from utils.kernels import load_hopper_gemm
+from utils.kernels import HOPPER, load_hopper_gemm
 from utils.kernels.triton_utils import MIN_TILE_ROWS, arrival_counters, early_launch, is_last_program, wait_for_inputs
+from utils.kernels.tuning import tuned
 
 MAX_ROWS = 64  # M up to which the kernels here are the fastest
 MAX_HOPPER_FP8_ROWS = 128  # torch's FP8 GEMM takes 14 us for any weight
@@ -163,11 +165,29 @@ def _launch(
     return y
 
 
+@dataclass(frozen=True)
+class Reach:
+    """Up to how many rows of x the kernels here are the fastest; 0: nowhere."""
+
+    max_rows: int
+
+
 def max_rows(weight: torch.Tensor) -> int:
     """Return M up to which the kernels here are the fastest for a weight (N, K)."""
+    return tuned(Reach(_usual_max_rows(weight)), "skinny_gemm", work_name(weight), weight.device).max_rows
+
+
+def _usual_max_rows(weight: torch.Tensor) -> int:
+    if weight.is_cuda and torch.cuda.get_device_capability(weight.device) < HOPPER:
+        return 0  # not measured
     if weight.element_size() == 2 or load_hopper_gemm() is None:
         return MAX_ROWS
     return MAX_HOPPER_LONG_FP8_ROWS if weight.shape[1] >= LONG else MAX_HOPPER_FP8_ROWS
+
+
+def work_name(weight: torch.Tensor) -> str:
+    """Name the GEMMs of a weight (N, K) in the table of tuning.py."""
+    return f"{8 * weight.element_size()} bits {weight.shape[0]} x {weight.shape[1]}"
 
 
 def supports_weight(weight: torch.Tensor) -> bool:

@@ -80,7 +80,8 @@ def use_skinny_layers(blocks: nn.Module, kernel: ModuleType | None = None) -> No
 
     def build_linear(_: str, linear: nn.Module) -> nn.Module | None:
         if type(linear) is nn.Linear and kernel.supports_weight(linear.weight):
-            return SkinnyLinear.from_stock(linear, kernel.max_rows(linear.weight))
+            max_rows = kernel.max_rows(linear.weight)
+            return SkinnyLinear.from_stock(linear, max_rows) if max_rows else None
         return None
 
     def build_mlp(_: str, mlp: nn.Module) -> nn.Module | None:
