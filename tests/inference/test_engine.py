@@ -100,6 +100,18 @@ def test_an_engine_is_freed_with_its_last_reference():
         gc.enable()
 
 
+@pytest.mark.parametrize("take, expected", [(list, [1, 3, 0, 2]), (iter, [0, 1, 2, 3])])
+def test_of_a_list_the_longest_answers_begin_first(take, expected):
+    model, prompts = random_glm()
+    prepare_for_decoding(model)
+    lengths = (2, 7, 1, 4)
+    sequences = [TokenSequence(number, prompts[number], length) for number, length in enumerate(lengths)]
+    done = Engine(model, EngineConfig(1, 64, NEVER, compile_layers=False)).answer(take(sequences))
+    assert [(sequence.sequence_id, len(sequence.answer_ids)) for sequence in done] == [
+        (number, lengths[number]) for number in expected
+    ]
+
+
 def test_prefills_are_padded_to_few_lengths():
     lengths = {padded_prefill_length(tokens) for tokens in range(1, MAX_PREFILL_TOKENS + 1)}
     assert len(lengths) == 15 and max(lengths) == MAX_PREFILL_TOKENS

@@ -256,8 +256,8 @@ def test_what_waits_for_a_slow_consumer_comes_together(served):
         return received
 
     with start(model) as server:
-        first, rest = asyncio.run(run(server))
-    assert first and rest and first + rest == expected[0]
+        received = asyncio.run(run(server))
+    assert len(received) <= 2 and sum(received, []) == expected[0]  # one, where all came before the consumer looked
 
 
 def test_threads_stream_several_sequences(served):

@@ -150,8 +150,11 @@ class Engine:
         """
         Yield each sequence when its answer is complete.
 
-        Sequences are taken in their order as slots and pages become free.
+        Sequences are taken as slots and pages become free: those of a list with the highest `max_new_tokens` first,
+        so that few run on at the end, when a step costs nearly what it costs for many; others in their order.
         """
+        if isinstance(sequences, list):
+            sequences = sorted(sequences, key=lambda sequence: -sequence.max_new_tokens)
         source = iter(sequences)
         while True:
             complete = self._advance(source)
