@@ -49,6 +49,7 @@ from utils.inference.placement import prepare_for_decoding
 from utils.layers.fp8 import FP8, convert_to_fp8
 from utils.layers.fused_qkv import QKV_PROJ, FusedQKVAttention, fuse_qkv
 from utils.layers.mixed_lora import AdapterChoice, LoraFactors, MixedLoraLinear
+from utils.layers.quantization import BITS, quantize_linear
 from utils.lora.multi_lora import adapter_choice_of
 from utils.models.architectures import architecture_of
 
@@ -140,7 +141,7 @@ def main() -> None:
     parser.add_argument("--batch_size", type=int, default=64)
     parser.add_argument("--prompt_tokens", type=int, default=128)
     parser.add_argument("--new_tokens", type=int, default=128)
-    parser.add_argument("--quantize", choices=[FP8])
+    parser.add_argument("--quantize", choices=[FP8, *BITS])
     parser.add_argument("--job", type=int, default=0, metavar="ROWS")
     parser.add_argument(
         "--job_batch_size",
@@ -189,7 +190,9 @@ def main() -> None:
         result["generate_batch_tokens_per_second"] = generate_batch_rate(model, prompts, args.new_tokens)
 
     linear_layers = generation_of_shape(args.shape).linear_layers
-    if args.quantize:
+    if args.quantize in BITS:
+        quantize_linear(model, BITS[args.quantize], linear_layers)
+    elif args.quantize:
         fuse_qkv(model)
         convert_to_fp8(model, {*linear_layers, QKV_PROJ}, trains=False)
     prepare_for_decoding(model)
@@ -297,6 +300,8 @@ def measure_peer(args: argparse.Namespace) -> dict:
         raise UsageError(f"--peer vllm has no ChatGLM-6B, which is --shape {args.shape}: choose another shape")
     if given := [f"--{name}" for name in OF_OUR_ENGINE if getattr(args, name)]:
         raise UsageError(f"--peer vllm runs vLLM alone: leave out {', '.join(given)}")
+    if args.quantize in BITS:
+        raise UsageError(f"--peer vllm has no such weights as --quantize {args.quantize}: leave it out, or take fp8")
     config = make_config(args.shape)
     config.architectures = [architecture_of(generation_of_shape(args.shape)).model_class.__name__]
     return settings_of(args) | measure_vllm(args, config, *draw_work(args, []))

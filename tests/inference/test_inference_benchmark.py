@@ -61,6 +61,17 @@ def test_adapters_are_measured_beside_the_base(run_script, batches, shape):
     assert result["speed_kept"] == pytest.approx(result["tokens_per_second"] / base, abs=1e-3)
 
 
+def test_integers_are_measured(run_script):
+    """Their weights are in the floor; the answers are those of a forward pass with the same integers."""
+    floors = []
+    for flags in ("", "--quantize int8", "--quantize int4"):
+        command = f"{BENCHMARK} --batch_size 3 --agreement --bandwidth 1e6 {flags}"
+        result = json.loads(run_script(command).check().out.splitlines()[-1])
+        assert result["engine_agreement"] == 1.0 and result["quantize"] == (flags.split() or [None])[-1]
+        floors.append(result["floor_ms_a_step"])
+    assert floors[0] > floors[1] > floors[2]
+
+
 def test_vllm_gets_the_work_of_our_engine(run_script, batches, monkeypatch):
     monkeypatch.setitem(sys.modules, "vllm", vllm := VLLM())
     command = f"{BENCHMARK} --batch_size 3 --job 4"
@@ -89,6 +100,7 @@ def test_vllm_gets_the_work_of_our_engine(run_script, batches, monkeypatch):
     [
         ("", "--peer vllm cannot import vLLM (import of vllm halted; None in sys.modules): pip install vllm"),
         ("--agreement --adapters 2", "--peer vllm runs vLLM alone: leave out --agreement, --adapters"),
+        ("--quantize int4", "--peer vllm has no such weights as --quantize int4: leave it out, or take fp8"),
         ("--shape tiny", "--peer vllm has no ChatGLM-6B, which is --shape tiny: choose another shape"),
     ],
 )

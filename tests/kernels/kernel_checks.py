@@ -1,12 +1,8 @@
 """Where the tests of kernels run, in which dtype, and how near a result must be to float32."""
 
-from collections.abc import Iterable
-
 import pytest
 import torch
 from torch import nn
-
-from utils.layers.quantization import Quantization, quantize, quantize_modules
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
@@ -34,13 +30,3 @@ def activate(inputs: torch.Tensor, gated: bool) -> torch.Tensor:
         return nn.functional.gelu(inputs, approximate="tanh")
     gate, up = inputs.chunk(2, dim=-1)
     return nn.functional.silu(gate) * up
-
-
-def quantize_linear(model: nn.Module, names: Iterable[str], bits: int) -> None:
-    """Store the weights of the linear layers of these names as integers."""
-    full = {path: layer.weight.detach() for path, layer in model.named_modules() if isinstance(layer, nn.Linear)}
-    quantize_modules(model, Quantization(bits), names)
-    for path, weight in full.items():
-        layer = model.get_submodule(path)
-        if layer.weight.dtype == torch.int8:
-            layer.weight.data, layer.weight_scale = quantize(weight, bits)

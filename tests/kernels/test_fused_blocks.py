@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from kernel_checks import DEVICE, DTYPE, ON_GPU, fp8_on_a_gpu, quantize_linear
+from kernel_checks import DEVICE, DTYPE, ON_GPU, fp8_on_a_gpu
 from transformers import Glm4Config, Glm4ForCausalLM, GlmConfig, GlmForCausalLM
 
 from utils.inference.engine.kv_cache import LayerKVCache
@@ -14,7 +14,7 @@ from utils.inference.placement import prepare_for_decoding
 from utils.kernels.decode_attention import decode_attention
 from utils.layers.fp8 import convert_to_fp8
 from utils.layers.fused_qkv import QKV_PROJ, fuse_qkv
-from utils.layers.quantization import BITS
+from utils.layers.quantization import BITS, quantize_linear
 from utils.models.family import QKV
 
 LINEAR = {QKV_PROJ, "o_proj", "gate_up_proj", "down_proj"}
@@ -34,7 +34,7 @@ def test_decode_steps(classes, weights):
     for name, parameter in model.named_parameters():  # of the scale of a trained model; norms and biases too
         torch.nn.init.normal_(parameter, std=0.1, mean=1.0 if "norm" in name else 0.0)
     if weights in BITS:
-        quantize_linear(model, {*QKV, *LINEAR}, BITS[weights])
+        quantize_linear(model, BITS[weights], {*QKV, *LINEAR})
     exact = copy.deepcopy(model).float()
     if weights == "fp8":
         fuse_qkv(model)

@@ -12,7 +12,6 @@ from kernel_checks import (
     ROUNDING,
     assert_close,
     fp8_on_a_gpu,
-    quantize_linear,
     random,
 )
 from torch import nn
@@ -25,7 +24,7 @@ from utils.layers.fp8 import convert_to_fp8
 from utils.layers.fused_mlp import FusedChatGLMMLP, FusedGlmMLP, fuse_mlps
 from utils.layers.fused_qkv import FusedChatGLMAttention, fuse_lora_qkv, project_lora_with_kernel, use_qkv_kernel
 from utils.layers.mixed_lora import AdapterChoice, LoraFactors, MixedLoraLinear
-from utils.layers.quantization import QuantizedLinear
+from utils.layers.quantization import QuantizedLinear, quantize_linear
 from utils.layers.skinny_linear import SkinnyLinear, SkinnyMLP, use_skinny_layers
 from utils.layers.varlen_attention import varlen_attention_forward
 from utils.lora.adapter import LoraSettings, attach_adapter
@@ -68,7 +67,7 @@ def test_skinny_mlp(bits):
     config = GlmConfig(hidden_size=512, intermediate_size=2048, hidden_act="silu")
     block = nn.ModuleDict({"mlp": GlmMLP(config).to(DEVICE, DTYPE).requires_grad_(False)})
     if bits < 16:
-        quantize_linear(block, MLP_LAYERS, bits)
+        quantize_linear(block, bits, MLP_LAYERS)
     exact = copy.deepcopy(block["mlp"]).float()
     use_skinny_layers(block)
     converted = block["mlp"]

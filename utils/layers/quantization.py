@@ -291,6 +291,20 @@ def quantize_modules(model: nn.Module, quantization: Quantization, names: Iterab
     replace_layers(model, build)
 
 
+def quantize_linear(model: nn.Module, bits: int, names: Iterable[str]) -> None:
+    """Replace plain linear layers whose paths end in `names` by quantised ones with their weights, in place."""
+    names = set(names)
+
+    def build(path: str, linear: nn.Module) -> nn.Module | None:
+        if type(linear) is not nn.Linear or path.rpartition(".")[2] not in names:
+            return None
+        quantized = QuantizedLinear(linear, bits)
+        quantized.weight.data, quantized.weight_scale = quantize(linear.weight.detach(), bits)
+        return quantized
+
+    replace_layers(model, build)
+
+
 def is_quantized(model: nn.Module) -> bool:
     """Whether any weight of `model` is stored as integers."""
     return any(isinstance(module, _QuantizedRows) for module in model.modules())
