@@ -22,7 +22,7 @@ NOT_IN_THE_REPOSITORY = (
     *("data/Belle", "data/belle", "data/rows.", "utils/models/tokenization_NAME.py"),
     *(*PLACEHOLDERS, *NEIGHBOURS),
 )
-WITHOUT_FLAGS = ("dequantize.py", "tiny_corpus.py")
+WITHOUT_FLAGS = ("integer_weights.py", "tiny_corpus.py")
 LAUNCHERS = ("torchrun", "accelerate", "deepspeed")
 EVERY_SCRIPT = {"traceback", "version"}  # utils/common/script.py takes it before the script's parser
 # Flags of programs that are no part of the repository or its libraries, from their manuals.
