@@ -13,7 +13,7 @@ TRITON := triton==3.9.0
 
 # tests/kernels needs a process of its own (tests/kernels/conftest.py). It runs, and fails, whatever the others do.
 test: $(VENV)/installed lint
-	$(RUN) pytest -n 2; others=$$?; $(RUN) pytest tests/kernels && exit $$others
+	$(RUN) pytest -n 2; others=$$?; $(RUN) pytest -n 2 tests/kernels && exit $$others
 
 demo: $(VENV)/installed
 	$(RUN) python tools/demo.py

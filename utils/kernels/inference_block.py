@@ -1,15 +1,16 @@
 """
-What a decoder block of GLM computes between its GEMMs in inference, as Triton kernels: norms, rotation, SwiGLU.
+What a decoder block computes between its GEMMs in inference, as Triton kernels: norms, rotation, activation.
 
-Called by utils/inference/engine/models/fused_glm.py and, for FP8, by utils/layers/fp8.py. Each kernel takes part in
-programmatic dependent launch: it lets the next one start, a GEMM that loads its weight meanwhile, and waits for the
-one before. torch's compiler makes more kernels of the same, needs half a minute for them, and starts the next GEMM
-later.
+Called by fused_blocks.py and its two architectures in utils/inference/engine/models and, for FP8, by
+utils/layers/fp8.py. Each kernel takes part in programmatic dependent launch: it lets the next one start, a GEMM that
+loads its weight meanwhile, and waits for the one before. torch's compiler makes more kernels of the same, needs half a
+minute for them, and starts the next GEMM later.
 
 Rounding is that of the stock layers: a residual sum, a normed value and its product with the weight are each rounded
 to 16 bits.
 
-Shapes: T tokens, E hidden size, H query heads, K key/value heads, D head size, F rotary size, C = (H + 2 K) D.
+Shapes: T tokens, E hidden size, H query heads, K key/value heads, D head size, F width of the rotary factors,
+C = (H + 2 K) D.
 """
 
 import torch
@@ -21,7 +22,7 @@ from utils.kernels.triton_utils import early_launch, launch_next_and_wait
 FP8_MAX = torch.finfo(torch.float8_e4m3fn).max  # 448
 HEADS = 4  # of a program that rotates
 MAX_ROW = 32768  # elements of a row that one program holds
-SWIGLU_BLOCK = 2048
+ACTIVATION_BLOCK = 2048
 
 
 @triton.jit
@@ -78,6 +79,43 @@ def _add_rms_norm_kernel(
 
 
 @triton.jit
+def _scaled_sum_layer_norm_kernel(
+    hidden_ptr,  # (T, E)
+    delta_ptr,  # (T, E)
+    weight_ptr,  # (E,)
+    bias_ptr,  # (E,)
+    output_ptr,  # (T, E)
+    quantized_ptr,  # (T, E) e4m3
+    scale_ptr,  # (T,) float32
+    E,
+    eps,
+    factor,
+    HAS_DELTA: tl.constexpr,
+    QUANTIZES: tl.constexpr,
+    FP8_MAX: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    if PDL:
+        launch_next_and_wait()
+    row = tl.program_id(0).to(tl.int64)
+    e = tl.arange(0, BLOCK)
+    inside = e < E
+    dtype: tl.constexpr = hidden_ptr.dtype.element_ty
+    hidden = tl.load(hidden_ptr + row * E + e, mask=inside, other=0.0).to(tl.float32)
+    if HAS_DELTA:
+        delta = tl.load(delta_ptr + row * E + e, mask=inside, other=0.0).to(tl.float32)
+        hidden = ((hidden * factor).to(dtype).to(tl.float32) + delta).to(dtype).to(tl.float32)
+    centred = tl.where(inside, hidden - tl.sum(hidden) / E, 0.0)
+    normed = centred * tl.rsqrt(tl.sum(centred * centred) / E + eps)
+    weight = tl.load(weight_ptr + e, mask=inside, other=0.0).to(tl.float32)
+    normed = (normed * weight + tl.load(bias_ptr + e, mask=inside, other=0.0).to(tl.float32)).to(dtype)
+    tl.store(output_ptr + row * E + e, normed, mask=inside)
+    if QUANTIZES:
+        _store_quantized(quantized_ptr, scale_ptr, row, normed, e, inside, E, FP8_MAX)
+
+
+@triton.jit
 def _quantize_kernel(
     values_ptr,  # (T, E)
     output_ptr,  # (T, E) e4m3
@@ -96,10 +134,21 @@ def _quantize_kernel(
 
 
 @triton.jit
-def _swiglu_kernel(
-    inputs_ptr,  # (T, 2 E), gate and up
+def _activated(inputs_ptr, row, e, inside, E, GATED: tl.constexpr):
+    """silu(gate) * up, or gelu by tanh: (1 + tanh(u)) / 2 = sigmoid(2 u), 2 u = 1.596 (x + 0.044715 x^3)."""
+    inputs = inputs_ptr + row * E * (1 + GATED) + e
+    x = tl.load(inputs, mask=inside, other=0.0).to(tl.float32)
+    if GATED:
+        return x * tl.sigmoid(x) * tl.load(inputs + E, mask=inside, other=0.0).to(tl.float32)
+    return x * tl.sigmoid(1.5957691216057308 * x * (1.0 + 0.044715 * x * x))
+
+
+@triton.jit
+def _activate_kernel(
+    inputs_ptr,  # (T, 2 E), gate and up, or (T, E)
     output_ptr,  # (T, E)
     E,
+    GATED: tl.constexpr,
     BLOCK: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -107,17 +156,17 @@ def _swiglu_kernel(
         launch_next_and_wait()
     row = tl.program_id(0).to(tl.int64)
     e = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    gate = tl.load(inputs_ptr + row * 2 * E + e, mask=e < E, other=0.0).to(tl.float32)
-    up = tl.load(inputs_ptr + row * 2 * E + E + e, mask=e < E, other=0.0).to(tl.float32)
-    tl.store(output_ptr + row * E + e, (gate * tl.sigmoid(gate) * up).to(output_ptr.dtype.element_ty), mask=e < E)
+    activated = _activated(inputs_ptr, row, e, e < E, E, GATED)
+    tl.store(output_ptr + row * E + e, activated.to(output_ptr.dtype.element_ty), mask=e < E)
 
 
 @triton.jit
-def _swiglu_quantize_kernel(
-    inputs_ptr,  # (T, 2 E), gate and up
+def _activate_and_quantize_kernel(
+    inputs_ptr,  # (T, 2 E), gate and up, or (T, E)
     output_ptr,  # (T, E) e4m3
     scale_ptr,  # (T,) float32
     E,
+    GATED: tl.constexpr,
     FP8_MAX: tl.constexpr,
     BLOCK: tl.constexpr,
     PDL: tl.constexpr,
@@ -126,19 +175,18 @@ def _swiglu_quantize_kernel(
         launch_next_and_wait()
     row = tl.program_id(0).to(tl.int64)
     e = tl.arange(0, BLOCK)
-    dtype: tl.constexpr = inputs_ptr.dtype.element_ty
-    gate = tl.load(inputs_ptr + row * 2 * E + e, mask=e < E, other=0.0).to(tl.float32)
-    up = tl.load(inputs_ptr + row * 2 * E + E + e, mask=e < E, other=0.0).to(tl.float32)
-    activated = (gate * tl.sigmoid(gate) * up).to(dtype)
+    activated = _activated(inputs_ptr, row, e, e < E, E, GATED).to(inputs_ptr.dtype.element_ty)
     _store_quantized(output_ptr, scale_ptr, row, activated, e, e < E, E, FP8_MAX)
 
 
 @triton.jit
 def _rotate_kernel(
     qkv_ptr,  # (T, C)
-    cos_ptr,  # (positions, F)
-    sin_ptr,  # (positions, F)
-    position_ptr,  # (T,) int64
+    cos_ptr,  # (positions, WIDTH)
+    sin_ptr,  # (positions, WIDTH)
+    position_ptr,  # (T, coordinates) int64
+    token_stride,  # of positions
+    coordinate_stride,
     page_ptr,  # (T,) int64, or the page table (T, P) int32 where BY_TABLE
     index_ptr,  # (T,) int64, place in the page, or the number of the token in its sequence where BY_TABLE
     query_ptr,  # (T, H, D)
@@ -147,7 +195,8 @@ def _rotate_kernel(
     P,
     H,
     K,
-    F: tl.constexpr,
+    WIDTH: tl.constexpr,
+    IN_PLANE: tl.constexpr,  # ChatGLM-6B's layout and pairs, else GLM's
     D: tl.constexpr,
     PAGE: tl.constexpr,
     BY_TABLE: tl.constexpr,
@@ -157,17 +206,25 @@ def _rotate_kernel(
     if PDL:
         launch_next_and_wait()
     token = tl.program_id(0).to(tl.int64)
-    head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)[:, None]  # of the H + 2 K heads of qkv
+    head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)[:, None]  # query heads, key heads, value heads
     d = tl.arange(0, D)[None, :]
     inside = (head < H + 2 * K) & (d < D)
-    start = qkv_ptr + token * (H + 2 * K) * D + head * D
+    if IN_PLANE:  # query, key and value of each head lie together
+        source = head % H * 3 + head // H
+        pair: tl.constexpr = D // 4
+        coordinate, angle, rotates = d // (D // 2), d % (D // 4), head < H + K
+    else:
+        source = head
+        pair: tl.constexpr = 1
+        coordinate, angle, rotates = d * 0, d // 2, (head < H + K) & (d < WIDTH)
+    start = qkv_ptr + token * (H + 2 * K) * D + source * D
     states = tl.load(start + d, mask=inside, other=0.0).to(tl.float32)
-    neighbours = tl.load(start + (d ^ 1), mask=inside, other=0.0).to(tl.float32)
-    rotates = (head < H + K) & (d < F)
-    factor = tl.load(position_ptr + token) * F + d // 2 + head * 0  # GLM takes the first half of the factors
+    partners = tl.load(start + (d ^ pair), mask=inside, other=0.0).to(tl.float32)
+    position = tl.load(position_ptr + token * token_stride + coordinate * coordinate_stride)
+    factor = position * WIDTH + angle + head * 0
     cos = tl.load(cos_ptr + factor, mask=rotates, other=1.0).to(tl.float32)
     sin = tl.load(sin_ptr + factor, mask=rotates, other=0.0).to(tl.float32)
-    rotated = states * cos + tl.where(d % 2 == 0, -neighbours, neighbours) * sin
+    rotated = states * cos + tl.where((d & pair) == 0, -partners, partners) * sin
     dtype: tl.constexpr = query_ptr.dtype.element_ty
     tl.store(query_ptr + (token * H + head) * D + d, rotated.to(dtype), mask=inside & (head < H))
     index = tl.load(index_ptr + token)
@@ -235,6 +292,49 @@ def add_rms_norm(
     return added, output, scale
 
 
+def scaled_sum_layer_norm(
+    hidden: torch.Tensor,
+    delta: torch.Tensor | None,
+    factor: float,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    eps: float,
+    quantizes: bool = False,
+) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor] | None]:
+    """
+    Return the layer norm (arXiv:1607.06450) of hidden * factor + delta, or of `hidden`.
+
+    Args:
+        hidden: (..., E) in 16 bits, contiguous.
+        delta: as `hidden`, or None.
+        weight: (E,) of the norm, as `bias`.
+        quantizes: whether the norm is also returned in e4m3, with the scale (T, 1) float32 of each row.
+    """
+    E = hidden.shape[-1]
+    T = hidden.numel() // E
+    output, quantized = torch.empty_like(hidden), None
+    if quantizes:
+        e4m3, scale = torch.empty_like(hidden, dtype=torch.float8_e4m3fn), hidden.new_empty(T, 1, dtype=torch.float32)
+        quantized = e4m3, scale
+    _scaled_sum_layer_norm_kernel[(T,)](
+        hidden,
+        hidden if delta is None else delta,
+        weight,
+        bias,
+        output,
+        *(quantized or (output, output)),
+        E,
+        eps,
+        factor,
+        HAS_DELTA=delta is not None,
+        QUANTIZES=quantizes,
+        FP8_MAX=FP8_MAX,
+        **_whole_row(E),
+        **early_launch(hidden.device),
+    )
+    return output, quantized
+
+
 def quantize(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """(T, E) in 16 bits, contiguous -> e4m3 and scales (T, 1) float32: each row's largest magnitude becomes 448."""
     T, E = values.shape
@@ -243,24 +343,28 @@ def quantize(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return output, scale
 
 
-def swiglu(inputs: torch.Tensor) -> torch.Tensor:
-    """(..., 2 E) in 16 bits, contiguous, gate and up -> silu(gate) * up (..., E) (arXiv:2002.05202)."""
-    size = inputs.shape[-1] // 2
+def activate(inputs: torch.Tensor, gated: bool) -> torch.Tensor:
+    """
+    Return what an MLP computes between its GEMMs, (..., E), of inputs in 16 bits, contiguous.
+
+    Gated, silu(gate) * up of gate and up (..., 2 E) (arXiv:2002.05202); else gelu by tanh (arXiv:1606.08415).
+    """
+    size = inputs.shape[-1] // (1 + gated)
     output = inputs.new_empty(*inputs.shape[:-1], size)
-    _swiglu_kernel[(output.numel() // size, triton.cdiv(size, SWIGLU_BLOCK))](
-        inputs, output, size, BLOCK=SWIGLU_BLOCK, num_warps=8, **early_launch(inputs.device)
+    _activate_kernel[(output.numel() // size, triton.cdiv(size, ACTIVATION_BLOCK))](
+        inputs, output, size, GATED=gated, BLOCK=ACTIVATION_BLOCK, num_warps=8, **early_launch(inputs.device)
     )
     return output
 
 
-def swiglu_quantized(inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same as `swiglu` and then `quantize` in one pass: (..., 2 E) -> e4m3 (..., E) and scales (T, 1) float32."""
-    size = inputs.shape[-1] // 2
+def activate_and_quantize(inputs: torch.Tensor, gated: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same as `activate` and then `quantize` in one pass: e4m3 (..., E) and scales (T, 1) float32."""
+    size = inputs.shape[-1] // (1 + gated)
     output = inputs.new_empty(*inputs.shape[:-1], size, dtype=torch.float8_e4m3fn)
     T = output.numel() // size
     scale = inputs.new_empty(T, 1, dtype=torch.float32)
-    _swiglu_quantize_kernel[(T,)](
-        inputs, output, scale, size, FP8_MAX=FP8_MAX, **_whole_row(size), **early_launch(inputs.device)
+    _activate_and_quantize_kernel[(T,)](
+        inputs, output, scale, size, GATED=gated, FP8_MAX=FP8_MAX, **_whole_row(size), **early_launch(inputs.device)
     )
     return output, scale
 
@@ -276,12 +380,15 @@ def rotate(
     """
     Rotate query and key, and write key and value into the KV cache; return the query.
 
-    Neighbouring elements of a head turn together, the first F of it (RoPE, arXiv:2104.09864, as GLM applies it).
+    With one coordinate, as GLM applies RoPE (arXiv:2104.09864), neighbouring elements of a head turn together, the
+    first F of it; qkv has query heads, key heads, value heads. With two, as ChatGLM-6B does, each turns one half of a
+    head, whose elements i and i + D / 4 go together; qkv has query, key and value of one head after another.
 
     Args:
-        qkv: (T, C) in 16 bits, contiguous: query heads, key heads, value heads.
-        factors: cos and sin of every position, (positions, F), of which GLM uses the first half.
-        position_ids: (T,) int64.
+        qkv: (T, C) in 16 bits, contiguous.
+        factors: cos and sin of every position, (positions, F), of which GLM uses the first half; for ChatGLM-6B F is
+            D / 4.
+        position_ids: (T, 1) or (T, 2) int64, with any strides.
         caches: keys and values (pages, K, page size, D).
         pages: (T,) int64, the page of each token; or (T, P) int32, the page table of its sequence.
         index: (T,) int64, its place in the page; or, with a page table, its number in its sequence.
@@ -297,6 +404,7 @@ def rotate(
         qkv,
         *factors,
         position_ids,
+        *position_ids.stride(),
         pages,
         index,
         query,
@@ -305,7 +413,8 @@ def rotate(
         pages.shape[-1],
         H,
         K,
-        F=factors[0].shape[1],
+        WIDTH=factors[0].shape[1],
+        IN_PLANE=position_ids.shape[1] == 2,
         D=D,
         PAGE=keys.shape[2],
         BY_TABLE=pages.ndim == 2,

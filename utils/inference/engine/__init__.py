@@ -12,9 +12,9 @@ Prefill. Waiting prompts are packed without padding and computed together, all b
     first decode step computes. A long prompt is computed in chunks, between decode steps of the others.
 Decode steps. A step chooses one token for each slot. It runs the same kernels on the same memory whatever the
     sequences are, so on a GPU each batch size is captured once as a CUDA graph, and a prefill for each of 15 lengths:
-    of kernels alone (`models/fused_glm.py`), or of compiled layers. The decode kernel reads a sequence's filled tokens
-    where the page table says, so one graph serves all lengths, and the host writes the table between two replays. The
-    prefill kernel does the same by a list of tiles, whatever the prompts are.
+    of kernels alone (`models/fused_blocks.py`), or of compiled layers. The decode kernel reads a sequence's filled
+    tokens where the page table says, so one graph serves all lengths, and the host writes the table between two
+    replays. The prefill kernel does the same by a list of tiles, whatever the prompts are.
 Looking behind. The host starts the next 4 steps before it reads the tokens of the last 4, so the GPU never waits for
     it. A sequence that ended meanwhile computes a few tokens that are dropped.
 Early launch. Kernels of a step launch while those before them end (programmatic dependent launch, Hopper and newer).

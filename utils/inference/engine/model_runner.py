@@ -260,7 +260,7 @@ class ModelRunner:
             return prefill_attention(query, cache.keys, cache.values, tiles, pages, module.scaling)
 
         places = batch.token_page, batch.token_offset
-        self.fused.run(hidden_states, batch.position_ids[0], self.caches, places, attend)
+        self.fused.run(hidden_states, batch.position_ids.t(), self.caches, places, attend)
 
     def decode(self, plan: DecodePlan) -> DecodeResult:
         """Start the plan's decode steps; on a GPU it returns before they are done, see `wait`."""
@@ -326,7 +326,7 @@ class ModelRunner:
 
         hidden_states = self.embed(state.next_token[:size, None])  # (B, 1, E)
         places = page_table, lengths
-        hidden_states = self.fused.run(hidden_states, state.position[:size, 0], self.caches, places, attend)
+        hidden_states = self.fused.run(hidden_states, state.position[:size], self.caches, places, attend)
         return self.head(hidden_states)[:, 0]
 
     def _decode_blocks(self, size: int, width: int) -> torch.Tensor:

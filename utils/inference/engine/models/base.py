@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from utils.inference.engine.compiled import run_block
 from utils.inference.engine.kv_cache import DecodeState, LayerKVCache, PromptRecorder, kv_bytes_per_token
-from utils.inference.engine.models.fused_glm import FusedBlocks
+from utils.inference.engine.models.fused_blocks import FusedBlocks
 from utils.inference.engine.pages import PAGE_TOKENS
 from utils.inference.engine.scheduler import TokenSequence
 

@@ -1,0 +1,73 @@
+"""The engine with all of its kernels: greedy answers in 16 bits, beside those in float32 without kernels."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from kernel_checks import DEVICE, DTYPE, ON_GPU
+
+from tools.random_checkpoint import random_model
+from utils.checkpoint.model import load_model
+from utils.checkpoint.tokenizer import load_tokenizer
+from utils.inference.engine import Engine
+from utils.inference.engine.model_runner import EngineConfig, ModelRunner
+from utils.inference.engine.scheduler import StopRule, TokenSequence
+from utils.inference.placement import prepare_for_decoding
+
+CHATGLM = str(Path(__file__).resolve().parents[2] / "data" / "chatglm-tiny")
+NEVER = StopRule(frozenset({-1}))
+NEW_TOKENS = 20 if ON_GPU else 2  # the interpreter is slow
+
+
+class EagerGraphs(dict):
+    """`CudaGraphs` without a GPU: keeps the calls and makes them again."""
+
+    def capture(self, key, call) -> float:
+        self[key] = call
+        return 0.0
+
+    def replay(self, key) -> None:
+        self[key]()
+
+
+class InterpretedRunner(ModelRunner):
+    """Takes the path of a GPU where Triton's interpreter computes."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        if not ON_GPU:
+            self.has_kernels, self.graphs = True, EagerGraphs()
+            self.fused = self.served.fused_blocks(self.max_seq_len)
+
+
+def chatglm():
+    tokenizer = load_tokenizer(CHATGLM)
+    return load_model(CHATGLM), [tokenizer.encode(text) for text in ("老王昨天在家里喝茶", "你好")]
+
+
+def random_of(shape: str):
+    """With weights so large that answers differ and 16 bits choose the same tokens."""
+    model = random_model(shape, "cpu", torch.float32, seed=3)
+    torch.manual_seed(0)
+    for parameter in model.parameters():
+        if parameter.ndim == 2:
+            torch.nn.init.normal_(parameter, std=0.2)
+    return model.eval(), [torch.randint(10, 900, (length,)).tolist() for length in (5, 70)]
+
+
+@pytest.mark.parametrize(
+    "build",
+    [chatglm, lambda: random_of("tiny-glm"), lambda: random_of("tiny-glm4")],
+    ids=["ChatGLM-6B", "GLM", "GLM-4-0414"],
+)
+def test_answers_are_those_without_kernels(build):
+    (model, prompts), answers = build(), []
+    config = EngineConfig(2, 128, NEVER, compile_layers=False)
+    for dtype, device, runner_type in ((torch.float32, "cpu", ModelRunner), (DTYPE, DEVICE, InterpretedRunner)):
+        model = model.to(device, dtype)
+        prepare_for_decoding(model)
+        engine = Engine(model, config, runner_type)
+        assert (engine.runner.fused is not None) is (runner_type is InterpretedRunner)
+        done = engine.answer([TokenSequence(number, prompt, NEW_TOKENS) for number, prompt in enumerate(prompts)])
+        answers.append([sequence.answer_ids for sequence in sorted(done, key=lambda each: each.sequence_id)])
+    assert answers[1] == answers[0] and answers[0][0] != answers[0][1]
