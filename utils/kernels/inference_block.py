@@ -196,7 +196,7 @@ def _rotate_kernel(
     H,
     K,
     WIDTH: tl.constexpr,
-    IN_PLANE: tl.constexpr,  # ChatGLM-6B's layout and pairs, else GLM's
+    TWO_COORDINATES: tl.constexpr,  # ChatGLM-6B's layout and pairs, else GLM's
     D: tl.constexpr,
     PAGE: tl.constexpr,
     BY_TABLE: tl.constexpr,
@@ -209,7 +209,7 @@ def _rotate_kernel(
     head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)[:, None]  # query heads, key heads, value heads
     d = tl.arange(0, D)[None, :]
     inside = (head < H + 2 * K) & (d < D)
-    if IN_PLANE:  # query, key and value of each head lie together
+    if TWO_COORDINATES:  # query, key and value of each head lie together
         source = head % H * 3 + head // H
         pair: tl.constexpr = D // 4
         coordinate, angle, rotates = d // (D // 2), d % (D // 4), head < H + K
@@ -414,7 +414,7 @@ def rotate(
         H,
         K,
         WIDTH=factors[0].shape[1],
-        IN_PLANE=position_ids.shape[1] == 2,
+        TWO_COORDINATES=position_ids.shape[1] == 2,
         D=D,
         PAGE=keys.shape[2],
         BY_TABLE=pages.ndim == 2,

@@ -18,6 +18,7 @@ from utils.kernels import load_inference_block
 from utils.layers.fp8 import Fp8DecodeLinear, QuantizedRows
 
 Attend = Callable[[nn.Module, LayerKVCache, torch.Tensor], torch.Tensor]  # query (B T, H, D) -> (B T, H, D)
+AttendByCache = Callable[[nn.Module, LayerKVCache, torch.Tensor], torch.Tensor]  # qkv (B, T, C) -> (B, T, H D)
 Places = tuple[torch.Tensor, torch.Tensor]  # of tokens in the cache, the last two arguments of the kernel `rotate`
 
 
@@ -57,21 +58,17 @@ class FusedBlocks:
             attend: attention of a layer, with its cache and its queries.
         """
 
-        def attend_to_cache(attention: nn.Module, cache: LayerKVCache, qkv: torch.Tensor) -> torch.Tensor:
-            """(B, T, C) -> (B, T, H D)."""
-            caches = cache.keys, cache.values
-            query = self.kernels.rotate(qkv.flatten(0, 1), self.factors, position_ids, caches, *places)
+        def attend_by_cache(attention: nn.Module, cache: LayerKVCache, qkv: torch.Tensor) -> torch.Tensor:
+            layer_caches = cache.keys, cache.values
+            query = self.kernels.rotate(qkv.flatten(0, 1), self.factors, position_ids, layer_caches, *places)
             return attend(attention, cache, query).view(*qkv.shape[:2], -1)
 
-        return self.run_blocks(hidden_states, caches, attend_to_cache)
+        return self.run_blocks(hidden_states, caches, attend_by_cache)
 
     def run_blocks(
-        self,
-        hidden_states: torch.Tensor,
-        caches: Sequence[LayerKVCache],
-        attend: Callable[[nn.Module, LayerKVCache, torch.Tensor], torch.Tensor],
+        self, hidden_states: torch.Tensor, caches: Sequence[LayerKVCache], attend: AttendByCache
     ) -> torch.Tensor:
-        """The same, with an `attend` that takes what query, key and value are cut from, (B, T, C) -> (B, T, H D)."""
+        """The same, with an `attend` that rotates, and writes keys and values into the cache."""
         raise NotImplementedError
 
     def activate(self, inputs: torch.Tensor, gated: bool, next_layer: nn.Module) -> torch.Tensor | QuantizedRows:

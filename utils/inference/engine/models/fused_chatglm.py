@@ -1,12 +1,12 @@
 """ChatGLM-6B's decoder blocks by kernels alone, see fused_blocks.py; `ServedChatGLM` makes them."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import nn
 
 from utils.inference.engine.kv_cache import LayerKVCache
-from utils.inference.engine.models.fused_blocks import FusedBlocks
+from utils.inference.engine.models.fused_blocks import AttendByCache, FusedBlocks
 from utils.layers.fp8 import Fp8DecodeLinear, QuantizedRows
 from utils.models.modeling_chatglm import RESIDUAL_SCALE
 
@@ -15,10 +15,7 @@ class FusedChatGLMBlocks(FusedBlocks):
     """The residual is each layer norm's output, scaled."""
 
     def run_blocks(
-        self,
-        hidden_states: torch.Tensor,
-        caches: Sequence[LayerKVCache],
-        attend: Callable[[nn.Module, LayerKVCache, torch.Tensor], torch.Tensor],
+        self, hidden_states: torch.Tensor, caches: Sequence[LayerKVCache], attend: AttendByCache
     ) -> torch.Tensor:
         """See the base class."""
         delta = None

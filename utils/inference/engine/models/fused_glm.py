@@ -1,12 +1,12 @@
 """GLM's decoder blocks by kernels alone, see fused_blocks.py; `ServedGlm` makes them where the kernels compute all."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import nn
 
 from utils.inference.engine.kv_cache import LayerKVCache
-from utils.inference.engine.models.fused_blocks import FusedBlocks, has_kernels_for
+from utils.inference.engine.models.fused_blocks import AttendByCache, FusedBlocks, has_kernels_for
 from utils.layers.fp8 import Fp8DecodeLinear, QuantizedRows
 from utils.layers.fused_qkv import FusedQKVAttention, project_frozen
 from utils.layers.skinny_linear import SkinnyMLP, is_decode_batch
@@ -27,10 +27,7 @@ class FusedGlmBlocks(FusedBlocks):
     """Blocks each of which `can_fuse`."""
 
     def run_blocks(
-        self,
-        hidden_states: torch.Tensor,
-        caches: Sequence[LayerKVCache],
-        attend: Callable[[nn.Module, LayerKVCache, torch.Tensor], torch.Tensor],
+        self, hidden_states: torch.Tensor, caches: Sequence[LayerKVCache], attend: AttendByCache
     ) -> torch.Tensor:
         """See the base class."""
         delta, delta_norm = None, None
