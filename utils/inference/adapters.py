@@ -13,7 +13,8 @@ from transformers import PreTrainedModel
 from utils.common.errors import UsageError
 from utils.inference.arguments import ModelFlags, adapter_names
 from utils.inference.engine import can_serve
-from utils.lora.adapter import load_adapter, merge_adapter
+from utils.layers.quantization import is_quantized
+from utils.lora.adapter import merge_adapter
 from utils.lora.formats import Adapter, read_adapter
 from utils.lora.multi_lora import add_adapters
 
@@ -34,20 +35,20 @@ class AttachAdapters:
         """
         Return a loaded model with the adapters.
 
-        One adapter is merged into the weights where that is exact (float32, not offloaded); in 16 bits it stays beside
-        them. Several stay beside them, for each row to choose.
+        One adapter is merged into the weights where that is exact: in float32, whole on a device. Else it stays beside
+        them, as several do, where each row chooses.
 
         Raises:
-            UsageError: see `load_adapter` and `add_adapters`.
+            UsageError: see `merge_adapter` and `add_adapters`.
         """
         if not self.paths:
             return model
-        if len(self.paths) > 1:
-            named = dict(zip(adapter_names(self.paths), self.paths, strict=True))
-            add_adapters(model, named, self.lora_alpha)
-            return model
-        attach = merge_adapter if model.dtype == torch.float32 and can_serve(model) else load_adapter
-        return attach(model, self.paths[0], self.lora_alpha)
+        is_exact = model.dtype == torch.float32 and can_serve(model) and not is_quantized(model)
+        if is_exact and len(self.paths) == 1:
+            return merge_adapter(model, self.paths[0], self.lora_alpha)
+        named = dict(zip(adapter_names(self.paths), self.paths, strict=True))
+        add_adapters(model, named, self.lora_alpha)
+        return model
 
     def read(self, model: PreTrainedModel, weight_of: Callable[[str], torch.Tensor]) -> Adapter:
         """

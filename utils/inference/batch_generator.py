@@ -24,6 +24,7 @@ from utils.inference.prompt_reader import BASE_NAME, PromptRow
 from utils.inference.sampling import GREEDY, Sampling
 from utils.inference.stop_strings import StopStrings, decode
 from utils.inference.work_queue import SINGLE_REPLICA, Replica, fetch_share
+from utils.lora.multi_lora import adapter_choice_of
 from utils.models.chat_formats import ChatTemplate
 
 
@@ -88,6 +89,8 @@ class BatchGenerator:
     ):
         self.model, self.codec, self.settings = model, codec, settings
         self.device, self.replica = device, replica
+        # Every row takes the model's only adapter; of several it chooses.
+        self.usual_adapter = int(not settings.adapters and adapter_choice_of(model) is not None)
         self.stop_strings = StopStrings(codec.tokenizer, settings.stop)
         stop_ids = frozenset(codec.template.stop_ids(codec.tokenizer))
         self.stop = StopRule(stop_ids, self.stop_strings.find if settings.stop else None)
@@ -163,7 +166,9 @@ class BatchGenerator:
     def _sequences_of(self, row: PromptRow) -> list[TokenSequence]:
         """One sequence per answer of the row; they stay together, so one replica makes all its answers."""
         settings = self.settings
-        adapter = settings.adapters.index(row.adapter) + 1 if row.adapter not in (None, BASE_NAME) else 0
+        adapter = self.usual_adapter
+        if row.adapter not in (None, BASE_NAME):
+            adapter = settings.adapters.index(row.adapter) + 1
         first_id = row.index * settings.sequences
         return [
             TokenSequence(first_id + number, row.input_ids, settings.max_new_tokens, adapter)

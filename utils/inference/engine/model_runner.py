@@ -136,7 +136,7 @@ class ModelRunner:
         self.has_kernels = has_decode_kernels(self.device, self.dtype)
         self.decode_steps = config.decode_steps or (GPU_DECODE_STEPS if self.on_gpu else 1)
         self.max_batch_size, self.max_seq_len = config.max_batch_size, round_seq_len(config.max_seq_len)
-        seen_tokens = self.head.weight.shape[0] if config.sampling.repetition_penalty != 1 else 0
+        seen_tokens = self.embed.weight.shape[0] if config.sampling.repetition_penalty != 1 else 0
         max_pages = pages_for(self.max_seq_len)
         shape = DecodeStateShape(
             self.max_batch_size, max_pages, self.served.coordinates, self.decode_steps, seen_tokens
