@@ -4,19 +4,21 @@ from pathlib import Path
 
 import pytest
 import torch
-from kernel_checks import DEVICE, DTYPE, ON_GPU
+from kernel_checks import DEVICE, ON_GPU
 
 from tools.random_checkpoint import random_model
 from utils.checkpoint.model import load_model
 from utils.checkpoint.tokenizer import load_tokenizer
+from utils.inference.adapters import AttachAdapters
 from utils.inference.engine import Engine
 from utils.inference.engine.model_runner import EngineConfig, ModelRunner
 from utils.inference.engine.scheduler import StopRule, TokenSequence
 from utils.inference.placement import prepare_for_decoding
+from utils.lora.multi_lora import adapter_choice_of
 
-CHATGLM = str(Path(__file__).resolve().parents[2] / "data" / "chatglm-tiny")
+GOLDEN = Path(__file__).resolve().parents[1] / "golden"
 NEVER = StopRule(frozenset({-1}))
-NEW_TOKENS = 20 if ON_GPU else 2  # the interpreter is slow
+NEW_TOKENS = 8 if ON_GPU else 2  # the interpreter is slow
 
 
 class EagerGraphs(dict):
@@ -40,34 +42,46 @@ class InterpretedRunner(ModelRunner):
             self.fused = self.served.fused_blocks(self.max_seq_len)
 
 
-def chatglm():
-    tokenizer = load_tokenizer(CHATGLM)
-    return load_model(CHATGLM), [tokenizer.encode(text) for text in ("老王昨天在家里喝茶", "你好")]
+def of_file(name: str, dtype: torch.dtype):
+    path = str(GOLDEN / name)
+    tokenizer = load_tokenizer(path)
+    return load_model(path, dtype), [tokenizer.encode(text) for text in ("老王昨天在家里喝茶", "你好")]
 
 
-def random_of(shape: str):
+def random_of(shape: str, dtype: torch.dtype):
     """With weights so large that answers differ and 16 bits choose the same tokens."""
     model = random_model(shape, "cpu", torch.float32, seed=3)
     torch.manual_seed(0)
     for parameter in model.parameters():
         if parameter.ndim == 2:
             torch.nn.init.normal_(parameter, std=0.2)
-    return model.eval(), [torch.randint(10, 900, (length,)).tolist() for length in (5, 70)]
+    return model.to(dtype).eval(), [torch.randint(10, 900, (length,)).tolist() for length in (5, 70)]
 
 
 @pytest.mark.parametrize(
-    "build",
-    [chatglm, lambda: random_of("tiny-glm"), lambda: random_of("tiny-glm4")],
-    ids=["ChatGLM-6B", "GLM", "GLM-4-0414"],
+    "build, source, adapters",
+    [
+        (of_file, "chatglm-6b-tiny", ()),
+        (of_file, "chatglm-6b-tiny", ("v1/all",)),
+        (of_file, "chatglm3-6b-tiny", ("v3/all",)),
+        (random_of, "tiny-glm", ()),
+        (random_of, "tiny-glm4", ()),
+    ],
 )
-def test_answers_are_those_without_kernels(build):
-    (model, prompts), answers = build(), []
-    config = EngineConfig(2, 128, NEVER, compile_layers=False)
-    for dtype, device, runner_type in ((torch.float32, "cpu", ModelRunner), (DTYPE, DEVICE, InterpretedRunner)):
-        model = model.to(device, dtype)
+def test_answers_are_those_without_kernels(build, source, adapters):
+    """An adapter is merged in float32, and beside the weights in 16 bits."""
+    answers = []
+    without, with_kernels = (torch.float32, "cpu", ModelRunner), (torch.float16, DEVICE, InterpretedRunner)
+    for dtype, device, runner_type in (without, with_kernels):
+        model, prompts = build(source, dtype)
+        model = AttachAdapters(tuple(str(GOLDEN / "adapters" / name) for name in adapters))(model.to(device))
+        number_of_adapter = int(adapter_choice_of(model) is not None)
+        assert number_of_adapter == (bool(adapters) and dtype == torch.float16)
         prepare_for_decoding(model)
-        engine = Engine(model, config, runner_type)
+        engine = Engine(model, EngineConfig(2, 128, NEVER, compile_layers=False), runner_type)
         assert (engine.runner.fused is not None) is (runner_type is InterpretedRunner)
-        done = engine.answer([TokenSequence(number, prompt, NEW_TOKENS) for number, prompt in enumerate(prompts)])
+        done = engine.answer(
+            [TokenSequence(number, prompt, NEW_TOKENS, number_of_adapter) for number, prompt in enumerate(prompts)]
+        )
         answers.append([sequence.answer_ids for sequence in sorted(done, key=lambda each: each.sequence_id)])
     assert answers[1] == answers[0] and answers[0][0] != answers[0][1]
