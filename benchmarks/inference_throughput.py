@@ -8,7 +8,8 @@ The batch: --batch_size prompts of --prompt_tokens, with --new_tokens each. Each
     share no pages with those before.
 --job ROWS: rows of unequal lengths. Prompts have exp(N(0, 0.75) + log 60) tokens within 8..512, answers
     exp(N(0, 0.9) + log 120) within 5..512, and each ends by itself. --job_batch_size of them are served at once; by
-    default as many as the inference scripts serve where memory suffices.
+    default as many as the inference scripts serve where memory suffices. Our engine begins with the longest answers; a
+    peer takes the rows as they come.
 --shared_prefix TOKENS: before each prompt of the job, the same for all, as a system prompt or examples would be.
 --baselines: also transformers' `generate` and `generate_batch`.
 --agreement: share of the engine's greedy tokens that are also the likeliest in a plain forward pass over its answers;

@@ -3,8 +3,8 @@ python tools/tune_kernels.py --shape chatglm3-6b
 
 Measures on this machine's GPU how the kernels of inference are fastest, for the sizes of a model, and writes it under
 the name of the card into utils/kernels/tuned.json, which the kernels read: the tiles of attention and of INT8 and INT4
-GEMMs, and up to how many rows our GEMMs beat torch's. Takes some minutes. A card without an entry gets what was
-fastest on an H100 or H200. Other shapes and cards in the file stay.
+GEMMs, and up to how many rows our GEMMs beat torch's. What is not in the file goes by the kernels' own rules. Other
+shapes and cards in it stay.
 """
 
 import json
@@ -119,7 +119,7 @@ def attention_cases(config: PretrainedConfig, dtype: torch.dtype, device: torch.
             return kernel.decode_attention(query, keys, values, table, last, query.shape[-1] ** -0.5, launch)
 
         launch = kernel.launch_for(B * K, pages, device)
-        splits = (1, 2, 4, 8) if B * K <= kernel.TARGET_PROGRAMS else (1,)
+        splits = (1, 2, 4, 8) if B * K <= kernel.MAX_COUNTERS else (1,)
         choices = {"warps": (2, 4, 8), "stages": (2, 3, 4, 5), "splits": splits}
         yield Case("decode_attention", kernel.work_name(B * K), launch, choices, call)
 

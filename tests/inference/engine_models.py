@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import torch
 from conftest import TEXTS, TINY
+from eager_graphs import EagerGraphs
 
 from tools.random_checkpoint import random_model
 from utils.checkpoint.model import load_model
@@ -41,17 +42,6 @@ def random_glm4() -> tuple:
 
 def sequences_of(prompts: list[list[int]], max_new_tokens: int) -> list[TokenSequence]:
     return [TokenSequence(number, prompt, max_new_tokens) for number, prompt in enumerate(prompts)]
-
-
-class EagerGraphs(dict):
-    """`CudaGraphs` without a GPU: keeps the calls and makes them again."""
-
-    def capture(self, key, call) -> float:
-        self[key] = call
-        return 0.0
-
-    def replay(self, key) -> None:
-        self[key]()
 
 
 class KernelRunner(ModelRunner):

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from eager_graphs import EagerGraphs
 from kernel_checks import DEVICE, ON_GPU
 
 from tools.random_checkpoint import random_model
@@ -19,17 +20,6 @@ from utils.lora.multi_lora import adapter_choice_of
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"
 NEVER = StopRule(frozenset({-1}))
 NEW_TOKENS = 8 if ON_GPU else 2  # the interpreter is slow
-
-
-class EagerGraphs(dict):
-    """`CudaGraphs` without a GPU: keeps the calls and makes them again."""
-
-    def capture(self, key, call) -> float:
-        self[key] = call
-        return 0.0
-
-    def replay(self, key) -> None:
-        self[key]()
 
 
 class InterpretedRunner(ModelRunner):

@@ -23,6 +23,7 @@ import triton
 import triton.language as tl
 
 from utils.kernels.triton_utils import (
+    MAX_COUNTERS,
     MIN_TILE_ROWS,
     TARGET_PROGRAMS,
     arrival_counters,
@@ -127,7 +128,7 @@ def launch_for(heads: int, P: int, device: torch.device) -> Launch:
     """Choose the launch for B K `heads` of at most P pages each."""
     launch = Launch(triton.next_power_of_2(min(triton.cdiv(TARGET_PROGRAMS, heads), MAX_SPLITS)))
     launch = tuned(launch, "decode_attention", work_name(heads), device)
-    most = P if heads <= TARGET_PROGRAMS else 1  # there are no more counters
+    most = P if heads <= MAX_COUNTERS else 1
     return replace(launch, splits=min(launch.splits, triton.next_power_of_2(most)))
 
 

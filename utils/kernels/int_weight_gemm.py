@@ -17,14 +17,22 @@ import torch
 import triton
 import triton.language as tl
 
-from utils.kernels.triton_utils import MIN_TILE_ROWS, arrival_counters, early_launch, is_last_program, wait_for_inputs
+from utils.kernels.triton_utils import (
+    MAX_COUNTERS,
+    MIN_TILE_ROWS,
+    arrival_counters,
+    early_launch,
+    is_last_program,
+    sum_splits,
+    wait_for_inputs,
+)
 from utils.kernels.tuning import tuned
 
 MAX_ROWS = 64  # up to here loading the weight bounds a GEMM
 DEQUANTIZE_BLOCK = 1024  # bytes of a weight's row in a program
 TILE_ROWS = 64  # of the weight; the fewest that Hopper multiplies from registers
 TILE_ELEMENTS = 128  # of K
-TARGET_PROGRAMS = 264  # two a multiprocessor of the largest cards
+SATURATING_PROGRAMS = 264  # two for each of 132 multiprocessors
 MAX_SPLITS = 8  # of K
 MAX_PIPELINE_SMEM = 98_304  # bytes of shared memory for tiles in flight, so that two programs share a multiprocessor
 MAX_STAGES = 6  # tiles in flight
@@ -98,10 +106,8 @@ def _int_weight_gemm_kernel(
         tl.store(partial_ptr + split * M * N + offset, total, mask=stored)
         last = is_last_program(count_ptr + tile, SPLITS)
     if last:
-        if SPLITS > 1:  # in a fixed order, so that a result does not depend on which program came last
-            total = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
-            for other in tl.static_range(SPLITS):
-                total += tl.load(partial_ptr + other * M * N + offset, mask=stored, other=0.0, cache_modifier=".cg")
+        if SPLITS > 1:
+            total = sum_splits(partial_ptr + offset, stored, M * N, SPLITS)
         total *= tl.load(scale_ptr + weight_rows)[:, None].to(tl.float32)
         if GATED:
             up *= tl.load(scale_ptr + N + weight_rows)[:, None].to(tl.float32)
@@ -155,7 +161,7 @@ def tiling_for(M: int, weight: torch.Tensor, bits: int, gated: bool) -> Tiling:
     rows, C = weight.shape
     block_c = TILE_ELEMENTS * bits // 8
     programs = triton.cdiv(rows // (1 + gated), TILE_ROWS)
-    splits = 1 if gated else max(1, min(TARGET_PROGRAMS // programs, MAX_SPLITS, triton.cdiv(C, block_c)))
+    splits = 1 if gated else max(1, min(SATURATING_PROGRAMS // programs, MAX_SPLITS, triton.cdiv(C, block_c)))
     stage_bytes = TILE_ROWS * (1 + gated) * block_c + padded_rows(M) * TILE_ELEMENTS * 2
     tiling = Tiling(splits, TILE_ROWS, block_c, 4, min(MAX_STAGES, MAX_PIPELINE_SMEM // stage_bytes))
     return tuned(tiling, "int_weight_gemm", work_name(M, weight, bits, gated), weight.device)
@@ -212,12 +218,13 @@ def multiply(
     gated: bool,
     tiling: Tiling,
 ) -> torch.Tensor:
-    """The same as `int_weight_gemm`, by these tiles."""
+    """The same as `int_weight_gemm`, by these tiles; without splits where there are no counters for them."""
     M, N, C = len(x), weight.shape[0] // (1 + gated), weight.shape[1]
     x = x.contiguous()
-    y = x.new_empty(M, N)
-    partial = x.new_empty(tiling.splits, M, N, dtype=torch.float32) if tiling.splits > 1 else y
-    _int_weight_gemm_kernel[(triton.cdiv(N, tiling.block_n), tiling.splits)](
+    y, tiles = x.new_empty(M, N), triton.cdiv(N, tiling.block_n)
+    splits = tiling.splits if tiles <= MAX_COUNTERS else 1
+    partial = x.new_empty(splits, M, N, dtype=torch.float32) if splits > 1 else y
+    _int_weight_gemm_kernel[(tiles, splits)](
         x if bits == 8 else x.view(torch.int32),
         weight,
         scale,
@@ -231,7 +238,7 @@ def multiply(
         BITS=bits,
         GATED=gated,
         BIASED=bias is not None,
-        SPLITS=tiling.splits,
+        SPLITS=splits,
         BLOCK_M=padded_rows(M),
         BLOCK_N=tiling.block_n,
         BLOCK_C=tiling.block_c,

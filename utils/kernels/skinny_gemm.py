@@ -17,7 +17,14 @@ import triton
 import triton.language as tl
 
 from utils.kernels import HOPPER, load_hopper_gemm
-from utils.kernels.triton_utils import MIN_TILE_ROWS, arrival_counters, early_launch, is_last_program, wait_for_inputs
+from utils.kernels.triton_utils import (
+    MIN_TILE_ROWS,
+    arrival_counters,
+    early_launch,
+    is_last_program,
+    sum_splits,
+    wait_for_inputs,
+)
 from utils.kernels.tuning import tuned
 
 MAX_ROWS = 64  # M up to which the kernels here are the fastest
@@ -81,10 +88,8 @@ def _skinny_gemm_kernel(
         tl.store(partial_ptr + split * M * N + offset, total, mask=inside)
         last = is_last_program(count_ptr + tile, SPLITS)
     if last:
-        if SPLITS > 1:  # in a fixed order, so that a result does not depend on which program came last
-            total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-            for other in tl.static_range(SPLITS):
-                total += tl.load(partial_ptr + other * M * N + offset, mask=inside, other=0.0, cache_modifier=".cg")
+        if SPLITS > 1:
+            total = sum_splits(partial_ptr + offset, inside, M * N, SPLITS)
         if SCALED:
             x_scale = tl.load(x_scale_ptr + m, mask=m < M, other=0.0)[:, None]
             total *= x_scale * tl.load(weight_scale_ptr + weight_rows)[None, :]

@@ -14,6 +14,7 @@ import triton.language as tl
 
 MIN_TILE_ROWS = 16  # `tl.dot` takes no fewer
 TARGET_PROGRAMS = 512  # enough to saturate memory bandwidth
+MAX_COUNTERS = 512  # results that are split over programs
 
 
 @cache
@@ -30,11 +31,11 @@ def early_launch(device: torch.device) -> dict[str, bool]:
 @cache
 def arrival_counters(device: torch.device) -> torch.Tensor:
     """
-    Counters (TARGET_PROGRAMS,) int32 for `is_last_program`, all 0 between two kernels.
+    Counters (MAX_COUNTERS,) int32 for `is_last_program`, all 0 between two kernels.
 
     All kernels of a device share them, which is right as long as one kernel runs at a time.
     """
-    return torch.zeros(TARGET_PROGRAMS, dtype=torch.int32, device=device)
+    return torch.zeros(MAX_COUNTERS, dtype=torch.int32, device=device)
 
 
 @triton.jit
@@ -49,6 +50,15 @@ def launch_next_and_wait():
     """PDL barrier: let the next kernel launch, which may load its weight already, then wait for prior writes."""
     tl.extra.cuda.gdc_launch_dependents()
     tl.extra.cuda.gdc_wait()
+
+
+@triton.jit
+def sum_splits(partial_ptrs, mask, stride, SPLITS: tl.constexpr):
+    """Sum of the partial results of all splits, `stride` apart, in a fixed order whichever program came last."""
+    total = tl.load(partial_ptrs, mask=mask, other=0.0, cache_modifier=".cg")  # from L2, where they were stored
+    for split in tl.static_range(1, SPLITS):
+        total += tl.load(partial_ptrs + split * stride, mask=mask, other=0.0, cache_modifier=".cg")
+    return total
 
 
 @triton.jit

@@ -1,8 +1,7 @@
 """
 How the kernels are launched on a card: what tools/tune_kernels.py measured there, else their own rules.
 
-In: tuned.json, {card: {kernel: {work: settings}}}. The kernels say what a work is called. A card without an entry gets
-what was fastest on an H100 or H200.
+In: tuned.json, {card: {kernel: {work: settings}}}. The kernels say what a work is called.
 """
 
 import json

@@ -8,6 +8,7 @@ not one by one. Here is what the architectures have in common; fused_glm.py and 
 Shapes: B sequences, T tokens of each, E hidden size, H query heads, D head size, C outputs of query, key and value.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 
 import torch
@@ -28,7 +29,7 @@ def has_kernels_for(head_dim: int, *row_sizes: int) -> bool:
     return kernels is not None and head_dim & (head_dim - 1) == 0 and all(map(kernels.supports_row, row_sizes))
 
 
-class FusedBlocks:
+class FusedBlocks(ABC):
     """
     The blocks of a model and the norm behind them.
 
@@ -65,11 +66,11 @@ class FusedBlocks:
 
         return self.run_blocks(hidden_states, caches, attend_by_cache)
 
+    @abstractmethod
     def run_blocks(
         self, hidden_states: torch.Tensor, caches: Sequence[LayerKVCache], attend: AttendByCache
     ) -> torch.Tensor:
         """The same, with an `attend` that rotates, and writes keys and values into the cache."""
-        raise NotImplementedError
 
     def activate(self, inputs: torch.Tensor, gated: bool, next_layer: nn.Module) -> torch.Tensor | QuantizedRows:
         """Return the activation between the GEMMs of an MLP, as `next_layer` takes it."""
