@@ -35,7 +35,7 @@ from utils.kernels.tuning import TABLE_FILE, card_name, read_table
 from utils.layers.fp8 import MIN_CAPABILITY, fp8_matmul, quantize_rows
 
 KERNELS = ("decode_attention", "int_weight_gemm", "skinny_gemm")
-CALLS, REPLAYS = 32, 5  # of one CUDA graph, and of how many the fastest counts
+CALLS, REPLAYS = 256, 5  # of one CUDA graph, and of how many the fastest counts
 COLD_BYTES = 256 << 20  # of inputs that take turns, more than the L2 cache of any card
 MIN_GAIN = 0.02  # of the time; less is noise
 SEQUENCE_TOKENS = 512  # in the KV cache
@@ -101,12 +101,8 @@ def turns(nbytes: int) -> int:
 def attention_cases(config: PretrainedConfig, dtype: torch.dtype, device: torch.device) -> Iterator[Case]:
     """Decode attention of several batch sizes."""
     kernel = load_decode_attention()
-    H, K, D, pages = (
-        config.num_attention_heads,
-        config.num_key_value_heads,
-        config.head_dim,
-        SEQUENCE_TOKENS // PAGE_TOKENS,
-    )
+    H, K, D = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+    pages = SEQUENCE_TOKENS // PAGE_TOKENS
     for B in BATCH_SIZES:
         count = turns(2 * B * K * SEQUENCE_TOKENS * D * dtype.itemsize)
         keys, values = torch.randn(2, count * B * pages, K, PAGE_TOKENS, D, dtype=dtype, device=device)
