@@ -1,9 +1,9 @@
 """
 What the decode kernels share: tile sizes, results split over programs, and programmatic dependent launch (PDL).
 
-Used by decode_attention.py, grouped_lora.py and skinny_gemm.py. Programs that share a result store partial results and
-count themselves; the last one combines them, which saves a second kernel. With PDL a kernel starts while the one
-before it ends (CUDA C++ Programming Guide, "Programmatic Dependent Launch and Synchronization").
+Programs that share a result store partial results and count themselves; the last one combines them, which saves a
+second kernel. With PDL a kernel starts while the one before it ends (CUDA C++ Programming Guide, "Programmatic
+Dependent Launch and Synchronization").
 """
 
 from functools import cache
